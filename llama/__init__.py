@@ -1,0 +1,9 @@
+"""Llama 2 inference on checkpoints in Meta's released format."""
+
+from llama.args import ModelArgs
+from llama.chat import Dialog, Message
+from llama.generation import Llama
+from llama.model import Transformer
+from llama.tokenizer import Tokenizer
+
+__all__ = ["Dialog", "Llama", "Message", "ModelArgs", "Tokenizer", "Transformer"]

@@ -1,0 +1,208 @@
+"""The released checkpoint format: `params.json` and one `consolidated.NN.pth` a model-parallel rank.
+
+The one place that knows how tensors are named on disk and split over files. Knows nothing of the network's maths, of
+processes or of text.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+
+# The axis along which each tensor is split over the files; None: every file has the whole of it.
+_LAYER_SHARD_DIMS: dict[str, int | None] = {
+    "attention.wq.weight": 0,
+    "attention.wk.weight": 0,
+    "attention.wv.weight": 0,
+    "attention.wo.weight": 1,
+    "feed_forward.w1.weight": 0,
+    "feed_forward.w2.weight": 1,
+    "feed_forward.w3.weight": 0,
+    "attention_norm.weight": None,
+    "ffn_norm.weight": None,
+}
+_OTHER_SHARD_DIMS: dict[str, int | None] = {
+    "tok_embeddings.weight": 1,
+    "norm.weight": None,
+    "output.weight": 0,
+}
+KNOWN_EXTRA = "rope.freqs"  # released files carry it; it follows from params.json
+_RUN_SIZES = {"max_batch_size", "max_seq_len"}  # fields of ModelArgs that are a run's, not a checkpoint's
+_PARAM_NAMES = {field.name for field in fields(ModelArgs)} - _RUN_SIZES
+
+
+def shard_dim(name: str) -> int | None:
+    """The axis along which the tensor `name` is split over a checkpoint's files; None if every file has all of it."""
+    if name in _OTHER_SHARD_DIMS:
+        return _OTHER_SHARD_DIMS[name]
+    _, _, in_layer = name.removeprefix("layers.").partition(".")
+    return _LAYER_SHARD_DIMS[in_layer]
+
+
+def tensor_shapes(args: ModelArgs, model_parallel_size: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor that one file of a checkpoint holds, in the released order, with its shape there."""
+    kv_dim = args.kv_heads * args.head_dim
+    in_layer: dict[str, tuple[int, ...]] = {
+        "attention.wq.weight": (args.dim, args.dim),
+        "attention.wk.weight": (kv_dim, args.dim),
+        "attention.wv.weight": (kv_dim, args.dim),
+        "attention.wo.weight": (args.dim, args.dim),
+        "feed_forward.w1.weight": (args.hidden_dim, args.dim),
+        "feed_forward.w2.weight": (args.dim, args.hidden_dim),
+        "feed_forward.w3.weight": (args.hidden_dim, args.dim),
+        "attention_norm.weight": (args.dim,),
+        "ffn_norm.weight": (args.dim,),
+    }
+    whole: dict[str, tuple[int, ...]] = {
+        "tok_embeddings.weight": (args.vocab_size, args.dim),
+        "norm.weight": (args.dim,),
+    }
+    whole["output.weight"] = (args.vocab_size, args.dim)
+    for i in range(args.n_layers):
+        whole |= {f"layers.{i}.{name}": shape for name, shape in in_layer.items()}
+    return {name: _shard_shape(shape, shard_dim(name), model_parallel_size) for name, shape in whole.items()}
+
+
+def _shard_shape(shape: tuple[int, ...], dim: int | None, parts: int) -> tuple[int, ...]:
+    return tuple(size // parts if axis == dim else size for axis, size in enumerate(shape))
+
+
+def find_shards(ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
+    """The checkpoint's files, in rank order.
+
+    Raises:
+        AssertionError: there are none, or not `model_parallel_size` of them (raised, so that `python -O` keeps it;
+            the first lines are documented to users word for word).
+    """
+    shards = sorted(Path(ckpt_dir).glob("*.pth"))
+    if not shards:
+        raise AssertionError(
+            f"no checkpoint files found in {ckpt_dir}\n"
+            "ckpt_dir takes the folder that holds params.json and consolidated.00.pth"
+        )
+    if len(shards) != model_parallel_size:
+        raise AssertionError(
+            f"Loading a checkpoint for MP={len(shards)} but world size is {model_parallel_size}\n"
+            f"start the program with torchrun --nproc_per_node {len(shards)}, one process a file"
+        )
+    return shards
+
+
+def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
+    """The content of `params.json`, its keys checked; `ModelArgs` checks the values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON object, or has a key that this library does not know.
+    """
+    path = Path(ckpt_dir) / "params.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no params.json in {ckpt_dir}; it is released beside the .pth files")
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(params, dict):
+        raise ValueError(f"{path} holds a {type(params).__name__}; it takes a JSON object")
+    unknown = sorted(params.keys() - _PARAM_NAMES)
+    if unknown:
+        raise ValueError(
+            f"{path} has the unknown key{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}; "
+            f"it takes {', '.join(sorted(_PARAM_NAMES))}"
+        )
+    return params
+
+
+def model_args(ckpt_dir: str | Path, n_words: int, *, max_batch_size: int, max_seq_len: int) -> ModelArgs:
+    """The network that `params.json` describes, with a tokenizer of `n_words` pieces and a run's cache sizes.
+
+    Raises:
+        ValueError: a value of the file is wrong, or its `vocab_size` is not the tokenizer's.
+    """
+    params = read_params(ckpt_dir)
+    if params.get("vocab_size", -1) == -1:
+        params["vocab_size"] = n_words
+    try:
+        args = ModelArgs(**params, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    except ValueError as error:
+        raise ValueError(f"{Path(ckpt_dir) / 'params.json'}: {error}") from error
+    if args.vocab_size != n_words:
+        raise ValueError(
+            f"{Path(ckpt_dir) / 'params.json'} has vocab_size={args.vocab_size}, but the tokenizer has {n_words} "
+            "pieces; give the tokenizer.model that this checkpoint was trained with"
+        )
+    return args
+
+
+def load_shard(
+    path: Path, args: ModelArgs, model_parallel_size: int, *, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of one file, on `device` as `dtype`, checked to be exactly those that `args` asks for.
+
+    The file is memory-mapped: where neither device nor dtype changes, the tensors are views of the page cache, read
+    when first used.
+
+    Raises:
+        ValueError: the file is damaged or holds other things than tensors; a tensor is missing, unknown or mis-shaped.
+    """
+    state = read_shard(path)
+    state.pop(KNOWN_EXTRA, None)
+    _check_tensors(path, state, tensor_shapes(args, model_parallel_size))
+    for name in state:  # one by one, so that never two copies of the whole exist
+        state[name] = state[name].to(device=device, dtype=dtype)
+    return state
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """The flat name -> tensor dict of one file, memory-mapped on the CPU. Nothing but tensors is unpickled."""
+    try:
+        state = _load_mapped(path)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds other things than tensors, which are not loaded ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({_first_line(error)}); is it cut short? Compare its checksum"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a flat dict of tensors, which is what a released checkpoint file holds")
+    return state
+
+
+def _load_mapped(path: Path) -> Any:
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"  # torch.save's format since 1.6; the one before cannot be mapped
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+def _check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    if missing := [name for name in shapes if name not in state]:
+        raise ValueError(f"{path} lacks {_some(missing)}, which params.json asks for")
+    if extra := [str(name) for name in state if name not in shapes]:
+        raise ValueError(f"{path} has {_some(extra)}, which the network does not have")
+    for name, shape in shapes.items():
+        tensor = state[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}; by params.json it takes {shape}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} has dtype {tensor.dtype}; it takes float16, bfloat16 or float32")
+
+
+def _some(names: list[str]) -> str:
+    """The first few names and how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,238 @@
+"""The one loop that generates: prompts go into rows of the KV cache, each step adds a token to every row.
+
+The prompts at work are the first rows of the cache, without gaps: where one ends, the last moves into its place, and
+the next waiting prompt is prefilled behind it while the others stand. Knows nothing of text.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llama.model import Transformer
+from llama.runtime import agree, broadcast_from_first, is_first_of_group
+from llama.sampling import Sampler
+
+FinishReason = Literal["stop", "length"]
+_LOGPROB_POSITIONS = 512  # positions whose logits are held at a time when whole prompts are scored
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step brought to one prompt.
+
+    Attributes:
+        prompt: the prompt's place in the call.
+        token: the new token; None if the row ended without one (at EOS, or with no room for a token).
+        logprob: log-probability of the token under the raw logits; only if asked for.
+        finish_reason: why this is the prompt's last step; None if it is not.
+    """
+
+    prompt: int
+    token: int | None
+    logprob: float | None
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class _Row:
+    """A prompt at work. Its place in the list of rows is its row in the cache."""
+
+    prompt: int
+    lane: int  # which numbers of the random stream are its own
+    length: int  # number of its tokens in the cache
+    left: int  # number of tokens that it may still bring
+    token: int = -1  # the newest one, which is not in the cache yet
+    ended: bool = False
+
+
+@torch.inference_mode()
+def decode(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    sampler: Sampler,
+    *,
+    lanes: Sequence[int],
+    max_gen_len: int,
+    eos_id: int,
+    logprobs: bool = False,
+    ends: Callable[[int, int], bool] = lambda prompt, token: False,
+) -> Iterator[Step]:
+    """Generates for any number of prompts, as many at a time as the cache has rows.
+
+    Args:
+        prompts: token ids, checked by the caller; each at most `max_seq_len` long.
+        lanes: those of the sampler's lanes that this replica's rows draw from, one a row of the cache that is used.
+        max_gen_len: most tokens a prompt brings; the end of the cache's row may come first.
+        ends: asked with a prompt's place and its newest token whether the prompt shall end there.
+
+    Yields:
+        The steps of each prompt in order, those of different prompts interleaved.
+    """
+    waiting = deque(enumerate(prompts))
+    free_lanes = list(lanes)
+    heapq.heapify(free_lanes)
+    rows: list[_Row] = []
+    while waiting or rows:
+        batch = _admit(model, waiting, rows, free_lanes, max_gen_len)
+        h = _prefill(model, prompts, batch, len(rows) - len(batch)) if batch else _step(model, rows)
+        batch = batch or rows
+        logits = model.logits(h)
+        chosen = _choose(logits, batch, sampler)
+        scores = _logprobs_of(logits, chosen).tolist() if logprobs else [None] * len(batch)
+        for row, token, score in zip(batch, chosen.tolist(), scores, strict=True):
+            yield _advance(row, token, score, eos_id, ends)
+        for row in _compact(model, rows):
+            heapq.heappush(free_lanes, row.lane)
+
+
+def keep_in_step(steps: Iterator[Step]) -> Generator[Step, None, None]:
+    """The same steps, such that the ranks of a model-parallel group take equally many when a consumer leaves early.
+
+    The first rank decides: where its consumer closes the iterator, the other ranks' ends too; where another rank's
+    does, that rank goes on computing, unseen, until the first one is through.
+    """
+    first = is_first_of_group()
+    over = False
+    try:
+        while not over and agree(True):
+            step = next(steps, None)
+            over = step is None or step.finish_reason is not None
+            if step is not None:
+                yield step
+    finally:
+        if not over and first:
+            agree(False)
+        while not over and not first and agree(True):
+            step = next(steps, None)
+            over = step is None or step.finish_reason is not None
+
+
+def _admit(
+    model: Transformer,
+    waiting: deque[tuple[int, Sequence[int]]],
+    rows: list[_Row],
+    free_lanes: list[int],
+    max_gen_len: int,
+) -> list[_Row]:
+    """Takes waiting prompts into free rows of the cache, behind those at work; returns the new rows."""
+    new = []
+    while waiting and free_lanes:
+        index, prompt = waiting.popleft()
+        room = model.params.max_seq_len - len(prompt)
+        new.append(_Row(index, heapq.heappop(free_lanes), len(prompt), left=min(max_gen_len, room)))
+    rows += new
+    return new
+
+
+def _prefill(model: Transformer, prompts: Sequence[Sequence[int]], new: list[_Row], first_row: int) -> Tensor:
+    """Puts the new rows' prompts into the cache, from `first_row` on; returns their last hidden states (bsz, dim)."""
+    last: dict[int, Tensor] = {}
+    for group in prefill_groups([row.length for row in new], model.params.prefill_tokens):
+        h = prefill(model, [prompts[new[i].prompt] for i in group], rows=[first_row + i for i in group])
+        for i, states in zip(group, h, strict=True):
+            last[i] = states[new[i].length - 1]
+    return torch.stack([last[i] for i in range(len(new))])
+
+
+def prefill(model: Transformer, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
+    """One pass over right-padded prompts into those rows of the cache: hidden states (bsz, longest, dim).
+
+    Padding stands behind a row's tokens, where causal attention keeps it from them; what it leaves in the cache is
+    overwritten before any later token attends there.
+    """
+    device = model.norm.weight.device
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
+    return model.hidden_states(tokens, 0, kv_len=width, rows=torch.tensor(rows, device=device))
+
+
+def prefill_groups(lengths: Sequence[int], most_positions: int) -> list[list[int]]:
+    """Splits prompts into passes of at most `most_positions`, padding counted; like lengths go together."""
+    groups: list[list[int]] = []
+    width = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and width * (len(groups[-1]) + 1) <= most_positions:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            width = lengths[i]
+    return groups
+
+
+def _step(model: Transformer, rows: list[_Row]) -> Tensor:
+    """Feeds each row's newest token; returns the hidden states (bsz, dim) that choose the next ones."""
+    device = model.norm.weight.device
+    tokens = torch.tensor([[row.token] for row in rows], device=device)
+    lengths = [row.length for row in rows]
+    same = min(lengths) == max(lengths)
+    start_pos = lengths[0] if same else torch.tensor(lengths, device=device)
+    for row in rows:
+        row.length += 1
+    return model.hidden_states(tokens, start_pos, kv_len=max(lengths) + 1)[:, -1]
+
+
+def _choose(logits: Tensor, batch: list[_Row], sampler: Sampler) -> Tensor:
+    """The next tokens (bsz,) int64, the same on all ranks of a model-parallel group."""
+    lanes = torch.tensor([row.lane for row in batch], device=logits.device)
+    return broadcast_from_first(sampler(logits, lanes))
+
+
+def _advance(row: _Row, token: int, logprob: float | None, eos_id: int, ends: Callable[[int, int], bool]) -> Step:
+    """Books the token to its row."""
+    if row.left == 0 or token == eos_id:
+        row.ended = True
+        return Step(row.prompt, None, None, "stop" if row.left else "length")
+    row.token = token
+    row.left -= 1
+    stopped = ends(row.prompt, token)
+    row.ended = stopped or row.left == 0
+    return Step(row.prompt, token, logprob, "stop" if stopped else "length" if row.ended else None)
+
+
+def _compact(model: Transformer, rows: list[_Row]) -> list[_Row]:
+    """Removes the ended rows, moving rows from the end into the gaps; returns those removed."""
+    removed = [row for row in rows if row.ended]
+    for i in reversed(range(len(rows))):
+        if rows[i].ended:
+            last = rows.pop()
+            if i < len(rows):
+                rows[i] = last
+                for cache in model.caches:
+                    cache.move_row(len(rows), i, last.length)
+    return removed
+
+
+def _logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(logits)[token]: (..., vocab) and (...) -> (...)."""
+    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+@torch.inference_mode()
+def score(model: Transformer, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The log-probability of each token given those before it; 0.0 for the first of each text, which has none.
+
+    Uses the cache from its first row on, as many texts at a time as it has rows.
+    """
+    scores: list[list[float]] = [[] for _ in texts]
+    n_rows = model.params.max_batch_size
+    for start in range(0, len(texts), n_rows):
+        chunk = texts[start : start + n_rows]
+        for group in prefill_groups([len(text) for text in chunk], model.params.prefill_tokens):
+            h = prefill(model, [chunk[i] for i in group], rows=range(len(group)))
+            for i, states in zip(group, h, strict=True):
+                scores[start + i] = [0.0, *_score_text(model, states, chunk[i])]
+    return scores
+
+
+def _score_text(model: Transformer, states: Tensor, text: Sequence[int]) -> list[float]:
+    """Log-probabilities of text[1:], from hidden states (at least len(text), dim)."""
+    targets = torch.tensor(text[1:], device=states.device)
+    parts = zip(states[: len(targets)].split(_LOGPROB_POSITIONS), targets.split(_LOGPROB_POSITIONS), strict=True)
+    return [score for h, target in parts for score in _logprobs_of(model.logits(h), target).tolist()]

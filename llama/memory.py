@@ -1,0 +1,141 @@
+"""How much memory a network needs on each rank, and how much a device has.
+
+The one place that adds up bytes: `Llama.build` checks with it before it loads. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from llama.args import ModelArgs
+
+GIB = 1024**3
+_CGROUP_FILES = (  # (limit, usage) of the container that this process may run in: version 2, version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that one rank needs: the weights, the KV cache, and the largest activations of a prefill."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations
+
+
+def plan_memory(args: ModelArgs, model_parallel_size: int, dtype: torch.dtype) -> MemoryPlan:
+    """The plan of one rank for `args`, whose `max_batch_size` and `max_seq_len` size cache and activations."""
+    size = dtype.itemsize
+    return MemoryPlan(
+        weights=size * _weight_elements(args, model_parallel_size),
+        kv_cache=size
+        * (2 * args.n_layers * (args.kv_heads // model_parallel_size) * args.head_dim)
+        * (args.max_batch_size * args.max_seq_len),
+        activations=_activation_bytes(args, model_parallel_size, size),
+    )
+
+
+def _weight_elements(args: ModelArgs, model_parallel_size: int) -> int:
+    kv_dim = args.kv_heads * args.head_dim
+    attention = 2 * args.dim * args.dim + 2 * args.dim * kv_dim  # wq, wo; wk, wv
+    feed_forward = 3 * args.dim * args.hidden_dim  # w1, w2, w3
+    sharded = args.n_layers * (attention + feed_forward) + 2 * args.vocab_size * args.dim
+    replicated = (2 * args.n_layers + 1) * args.dim  # the norms
+    return sharded // model_parallel_size + replicated
+
+
+def _activation_bytes(args: ModelArgs, model_parallel_size: int, size: int) -> int:
+    """The widest moment of a pass: the feed-forward of a prefill, or the sampling over a batch's logits."""
+    residual_and_norm = args.dim * (3 * size + 2 * 4)  # x, h and the normed x; the norm itself in float32
+    attention = (
+        (args.dim + 2 * args.kv_heads * args.head_dim) // model_parallel_size * (size + 2 * 4)
+    )  # rotary: float32
+    feed_forward = 3 * args.hidden_dim // model_parallel_size * size  # w1 x, silu of it, w3 x
+    prefill = args.prefill_tokens * (residual_and_norm + max(attention, feed_forward))
+    sampling = 8 * args.max_batch_size * args.vocab_size * 4  # logits, probabilities, their order, the race
+    return prefill + sampling
+
+
+def check_memory(args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, available: int, where: str) -> None:
+    """Raises MemoryError, with each part and the sizes that would do, if the plan exceeds `available` bytes.
+
+    Args:
+        where: what the error calls the device, such as "cuda:0".
+    """
+    plan = plan_memory(args, model_parallel_size, dtype)
+    if plan.total <= available:
+        return
+
+    def fits(candidate: ModelArgs) -> bool:
+        return plan_memory(candidate, model_parallel_size, dtype).total <= available
+
+    batch = _largest(args.max_batch_size, lambda n: fits(replace(args, max_batch_size=n)))
+    seq = _largest(args.max_seq_len, lambda n: fits(replace(args, max_seq_len=n)))
+    dtype_name = str(dtype).removeprefix("torch.")
+    ways = [f"max_batch_size to {batch}"] * (batch > 0) + [f"max_seq_len to {seq}"] * (seq > 0)
+    advice = f"lower {' or '.join(ways)}" if ways else _advice_beyond_sizes(args, fits)
+    raise MemoryError(
+        f"this model needs {plan.total / GIB:.2f} GiB on {where}, which has {available / GIB:.2f} GiB to give\n"
+        f"  weights      {plan.weights / GIB:8.2f} GiB  ({dtype_name}, MP={model_parallel_size})\n"
+        f"  KV cache     {plan.kv_cache / GIB:8.2f} GiB  "
+        f"(max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len})\n"
+        f"  activations  {plan.activations / GIB:8.2f} GiB\n{advice}"
+    )
+
+
+def _advice_beyond_sizes(args: ModelArgs, fits: Callable[[ModelArgs], bool]) -> str:
+    seq = _largest(args.max_seq_len, lambda n: fits(replace(args, max_batch_size=1, max_seq_len=n)))
+    if seq:
+        return f"lower max_batch_size to 1 and max_seq_len to {seq}"
+    return "the weights leave no room: use a dtype of fewer bytes, more memory, or a checkpoint split over more ranks"
+
+
+def _largest(upper: int, fits: Callable[[int], bool]) -> int:
+    """The largest n from 1 to `upper` that fits, by bisection; 0 if none does."""
+    low, high = 0, upper
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return _available_host_memory()
+
+
+def _available_host_memory() -> int:
+    """What the kernel calls available (free, or page cache it can drop), and no more than the container may take."""
+    amounts = [_read_meminfo() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit_file, usage_file in _CGROUP_FILES:
+        try:
+            amounts.append(int(Path(limit_file).read_text()) - int(Path(usage_file).read_text()))
+        except (OSError, ValueError):  # no such controller, or a limit of "max"
+            continue
+    return max(0, min(amounts))
+
+
+def _read_meminfo() -> int | None:
+    """MemAvailable in bytes; None where there is no /proc."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if kib is None else 1024 * int(kib)

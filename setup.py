@@ -1,0 +1,26 @@
+"""Packaging. What the library needs stands in requirements.txt; what only a test or a tool needs is an extra."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+CONVERT = ["safetensors>=0.4"]
+
+setup(
+    name="llama",
+    version="0.1.0",
+    description="Llama 2 inference on checkpoints in Meta's released format",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["llama", "llama.*"]),
+    package_data={"llama": ["py.typed"]},
+    install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
+    extras_require={
+        "test": ["pytest>=8", "transformers>=4.45", *CONVERT],
+        "convert": CONVERT,
+        "dev": ["ruff", "mypy"],
+    },
+)

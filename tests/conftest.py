@@ -1,0 +1,109 @@
+"""Fixtures: a small tokenizer, small random checkpoints, and models built from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentencepiece import SentencePieceTrainer
+
+from llama import Llama, Tokenizer
+from tests import oracle
+
+ROOT = Path(__file__).parent.parent
+VOCAB_SIZE = 512
+# Grouped-query attention, a scaled hidden size, and counts that 1, 2 and 4 ranks can share.
+PARAMS: dict[str, Any] = {
+    "dim": 64,
+    "n_layers": 3,
+    "n_heads": 8,
+    "n_kv_heads": 4,
+    "vocab_size": VOCAB_SIZE,
+    "multiple_of": 16,
+    "ffn_dim_multiplier": 1.3,
+    "norm_eps": 1e-5,
+}
+TEXT = [
+    "The quick brown fox jumps over the lazy dog.",
+    "A tiny tokenizer knows little; bytes do the rest: naïve café, 12345.",
+    "Llamas and alpacas live in the mountains and eat grass all day long.",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece BPE model of 512 pieces with Llama 2's settings: byte fallback, split digits, dummy prefix."""
+    prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 20),
+        model_prefix=str(prefix),
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path: Path) -> Tokenizer:
+    return Tokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def params(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of the random checkpoint's params.json."""
+    return PARAMS | {"vocab_size": tokenizer.n_words}
+
+
+@pytest.fixture(scope="session")
+def state(params: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The random checkpoint's whole, unsplit tensors, float32."""
+    return oracle.random_state(params, seed=0)
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[dict[str, Any], dict[str, torch.Tensor], int], Path]:
+    """Writes a checkpoint folder: params.json and as many consolidated.NN.pth as asked for."""
+
+    def write(params: dict[str, Any], state: dict[str, torch.Tensor], model_parallel_size: int = 1) -> Path:
+        folder = tmp_path_factory.mktemp("checkpoint")
+        (folder / "params.json").write_text(json.dumps(params))
+        for rank in range(model_parallel_size):
+            shard = {name: _part(name, tensor, rank, model_parallel_size) for name, tensor in state.items()}
+            torch.save(shard, folder / f"consolidated.{rank:02d}.pth")
+        return folder
+
+    return write
+
+
+def _part(name: str, tensor: torch.Tensor, rank: int, parts: int) -> torch.Tensor:
+    """DESIGN of the released format: norms whole; wo, w2 and the embedding by columns; the others by rows."""
+    if "norm" in name:
+        return tensor
+    dim = 1 if any(key in name for key in ("wo.", "w2.", "tok_embeddings.")) else 0
+    return tensor.chunk(parts, dim)[rank].clone()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, torch.Tensor]) -> Path:
+    """The random checkpoint in one file."""
+    return write_checkpoint(params, state)
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoint: Path, tokenizer_path: Path) -> Llama:
+    """The random checkpoint, in float32 on the CPU, with a cache of 4 rows of 64 tokens. Pass `seed=` when sampling."""
+    return Llama.build(checkpoint, tokenizer_path, max_seq_len=64, max_batch_size=4, device="cpu", dtype="float32")
