@@ -293,6 +293,10 @@ class Transformer(nn.Module):
 class _EmptyOnMeta(TorchDispatchMode):
     """Sends every new tensor to the meta device: fairscale's layers allocate in a way that `torch.device` misses."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise torch imports its whole compiler here, which takes longer than loading a model
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
