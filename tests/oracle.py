@@ -18,11 +18,12 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    x = x.float()
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(weight.dtype) * weight
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
-    """Turn each pair (x[2i], x[2i+1]) of x (bsz, seqlen, heads, head_dim) by the angle position * theta^(-2i/head_dim)."""
+    """Turn each pair (x[2i], x[2i+1]) of x (bsz, seqlen, heads, head_dim) by position * theta^(-2i/head_dim)."""
     seqlen, head_dim = x.shape[1], x.shape[3]
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(seqlen, dtype=torch.float32), frequencies)[None, :, None, :]
@@ -56,8 +57,8 @@ def feed_forward(state: State, name: str, x: Tensor) -> Tensor:
     return F.linear(gate * F.linear(x, state[f"{name}.w3.weight"]), state[f"{name}.w2.weight"])
 
 
-def logits(state: State, params: Params, tokens: Tensor, attend: AttentionFunction = causal_attention) -> Tensor:
-    """Logits (bsz, seqlen, vocab) in float32 of tokens (bsz, seqlen) int64; training may put a fused `attend` in."""
+def hidden(state: State, params: Params, tokens: Tensor, attend: AttentionFunction = causal_attention) -> Tensor:
+    """The normed last hidden state (bsz, seqlen, dim); training may put a faster `attend` in."""
     eps = params["norm_eps"]
     x = F.embedding(tokens, state["tok_embeddings.weight"])
     for i in range(params["n_layers"]):
@@ -65,7 +66,12 @@ def logits(state: State, params: Params, tokens: Tensor, attend: AttentionFuncti
         normed = rms_norm(x, state[f"{name}.attention_norm.weight"], eps)
         x = x + attention(state, params, f"{name}.attention", normed, attend)
         x = x + feed_forward(state, f"{name}.feed_forward", rms_norm(x, state[f"{name}.ffn_norm.weight"], eps))
-    return F.linear(rms_norm(x, state["norm.weight"], eps), state["output.weight"]).float()
+    return rms_norm(x, state["norm.weight"], eps)
+
+
+def logits(state: State, params: Params, tokens: Tensor) -> Tensor:
+    """Logits (bsz, seqlen, vocab) in float32 of tokens (bsz, seqlen) int64."""
+    return F.linear(hidden(state, params, tokens), state["output.weight"]).float()
 
 
 def shapes(params: Params) -> dict[str, tuple[int, ...]]:
