@@ -1,0 +1,174 @@
+"""ModelArgs: the sizes that follow from params.json, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import re
+from typing import Any
+
+import pytest
+
+from llama import ModelArgs
+
+RELEASED: dict[str, tuple[dict[str, Any], int, int, int]] = {  # fields, hidden size, key/value heads, files
+    "7B": ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256}, 11008, 32, 1),
+    "13B": ({"dim": 5120, "n_layers": 40, "n_heads": 40, "multiple_of": 256}, 13824, 40, 2),
+    "70B": (
+        {
+            "dim": 8192,
+            "n_layers": 80,
+            "n_heads": 64,
+            "n_kv_heads": 8,
+            "multiple_of": 4096,
+            "ffn_dim_multiplier": 1.3,
+        },
+        28672,
+        8,
+        8,
+    ),
+}
+WHOLE = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_batch_size", "max_seq_len"]
+REAL = ["ffn_dim_multiplier", "norm_eps", "rope_theta"]
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_released_sizes(size: str) -> None:
+    fields, hidden_dim, kv_heads, files = RELEASED[size]
+    args = ModelArgs(**fields, vocab_size=32000)
+    assert (args.hidden_dim, args.head_dim, args.kv_heads) == (hidden_dim, 128, kv_heads)
+    args.check_shards(files)
+
+
+def test_defaults_are_those_of_7b() -> None:
+    args = ModelArgs()
+    fields, hidden_dim, _, _ = RELEASED["7B"]
+    assert {name: getattr(args, name) for name in fields} == fields
+    assert (args.hidden_dim, args.norm_eps, args.rope_theta, args.n_kv_heads) == (hidden_dim, 1e-5, 10000.0, None)
+
+
+def test_hidden_size_is_the_first_multiple_that_holds_the_scaled_width() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        dim, multiple_of = 8 * rng.randint(1, 2000), rng.choice([1, 2, 16, 100, 256, 4096])
+        scale = rng.choice([None, 1.0, 1.3, round(rng.uniform(0.5, 3.0), 2)])
+        width = 8 * dim // 3
+        if scale is not None:
+            width = math.floor(scale * width)
+        hidden = ModelArgs(dim=dim, n_heads=4, multiple_of=multiple_of, ffn_dim_multiplier=scale).hidden_dim
+        assert hidden % multiple_of == 0
+        assert hidden - multiple_of < width <= hidden
+
+
+def test_key_value_heads_default_to_all_heads() -> None:
+    assert ModelArgs(n_heads=16).kv_heads == 16
+    assert ModelArgs(n_heads=16, n_kv_heads=2).kv_heads == 2
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelArgs().dim = 8  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", WHOLE + REAL)
+@pytest.mark.parametrize("value", [0, -2, "4096", True, [1], {}, math.nan, math.inf, -math.inf], ids=repr)
+def test_a_bad_field_is_named_with_what_it_got(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}; it takes a"):
+        ModelArgs(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_number_is_no_fraction(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is 2\.0; it takes a whole number"):
+        ModelArgs(**{name: 2.0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_number_may_be_whole(name: str) -> None:
+    assert getattr(ModelArgs(**{name: 1}), name) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted({*WHOLE, *REAL} - {"n_kv_heads", "ffn_dim_multiplier"}))
+def test_only_two_fields_may_be_none(name: str) -> None:
+    assert ModelArgs(n_kv_heads=None, ffn_dim_multiplier=None) == ModelArgs()
+    with pytest.raises(ValueError, match=rf"^{name} is None"):
+        ModelArgs(**{name: None})  # type: ignore[arg-type]
+
+
+def test_minus_one_stands_for_the_tokenizers_vocabulary_only() -> None:
+    assert ModelArgs(vocab_size=-1).vocab_size == -1
+    with pytest.raises(ValueError, match=r"^dim is -1"):
+        ModelArgs(dim=-1)
+
+
+@pytest.mark.xfail(strict=True, raises=OverflowError, reason="math.isfinite cannot take an int beyond a float's range")
+@pytest.mark.parametrize("name", ["dim", "norm_eps"])
+def test_a_number_beyond_all_bounds_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is 1000"):
+        ModelArgs(**{name: json.loads("1" + 400 * "0")})
+
+
+@pytest.mark.xfail(strict=True, reason="the product is truncated to 0, and a width of 0 is accepted")
+def test_a_feed_forward_without_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="ffn_dim_multiplier"):
+        ModelArgs(dim=64, n_heads=4, ffn_dim_multiplier=1e-6)
+
+
+@pytest.mark.parametrize(("dim", "n_heads"), [(4096, 3), (64, 128), (30, 10), (8, 8)])
+def test_heads_of_no_whole_even_size_are_refused(dim: int, n_heads: int) -> None:
+    with pytest.raises(ValueError, match=rf"^dim={dim} over n_heads={n_heads} "):
+        ModelArgs(dim=dim, n_heads=n_heads)
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(8, 3), (8, 16), (32, 64)])
+def test_heads_that_groups_do_not_share_evenly_are_refused(n_heads: int, n_kv_heads: int) -> None:
+    with pytest.raises(ValueError, match=rf"^n_heads={n_heads} is not a multiple of n_kv_heads={n_kv_heads}$"):
+        ModelArgs(n_heads=n_heads, n_kv_heads=n_kv_heads)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts", "message"),
+    [
+        ({}, 3, r"^n_heads \(32\) is not a multiple of the model-parallel size \(3\)"),
+        (RELEASED["70B"][0], 16, r"^n_kv_heads \(8\) is not a multiple of the model-parallel size \(16\)"),
+        ({"multiple_of": 1, "dim": 4 * 32}, 8, r"hidden size \(341\) is not a multiple of .* \(8\)"),
+        ({"vocab_size": 32001}, 2, r"^vocab_size \(32001\) is not a multiple of .* \(2\)"),
+    ],
+)
+def test_shards_of_unequal_size_are_refused_with_both_numbers(fields: dict[str, Any], parts: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelArgs(**({"vocab_size": 32000} | fields)).check_shards(parts)
+
+
+def test_shards_are_refused_exactly_when_some_size_leaves_a_rest() -> None:
+    rng = random.Random(1)
+    seen = set()
+    for _ in range(500):
+        n_kv_heads = rng.choice([1, 2, 3, 4, 8])
+        n_heads = n_kv_heads * rng.choice([1, 2, 3])
+        args = ModelArgs(
+            dim=n_heads * rng.choice([2, 4, 64]),
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            vocab_size=rng.choice([510, 512, 32000, 32016]),
+            multiple_of=rng.choice([1, 2, 3, 256]),
+        )
+        parts = rng.choice([1, 2, 3, 4, 8])
+        sizes = (args.n_heads, n_kv_heads, args.hidden_dim, args.dim, args.vocab_size)
+        splits = not any(size % parts for size in sizes)
+        seen.add((parts > 1, splits))
+        if splits:
+            args.check_shards(parts)
+        else:
+            with pytest.raises(ValueError, match=rf"\({parts}\)"):
+                args.check_shards(parts)
+    assert seen == {(False, True), (True, True), (True, False)}
+
+
+def test_a_pass_of_a_prefill_holds_the_longest_prompt_and_no_more_than_the_cache() -> None:
+    rng = random.Random(2)
+    for _ in range(200):
+        args = ModelArgs(max_batch_size=rng.randint(1, 64), max_seq_len=rng.randint(1, 8192))
+        assert args.max_seq_len <= args.prefill_tokens <= args.max_batch_size * args.max_seq_len

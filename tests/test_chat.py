@@ -1,0 +1,162 @@
+"""The chat template, against layouts written out by hand, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from llama import Tokenizer
+from llama.chat import UNSAFE_ERROR, check_dialog, encode_dialog, is_unsafe
+
+BOS, EOS = 1, 2
+TAGS = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def system(content: str) -> dict[str, str]:
+    return {"role": "system", "content": content}
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """SentencePiece's own ids of a text, without BOS and EOS."""
+    return list(tokenizer.sp_model.encode(text))
+
+
+def encode(tokenizer: Tokenizer, *dialog: dict[str, str]) -> list[int]:
+    return encode_dialog(dialog, tokenizer)  # type: ignore[arg-type]
+
+
+def test_one_turn(tokenizer: Tokenizer) -> None:
+    assert encode(tokenizer, user("hi there")) == [BOS, *ids(tokenizer, "[INST] hi there [/INST]")]
+
+
+def test_a_finished_pair_stands_alone_between_bos_and_eos(tokenizer: Tokenizer) -> None:
+    """With one space behind the answer."""
+    dialog = [user("one"), assistant("two"), user("three"), assistant("four"), user("five")]
+    assert encode(tokenizer, *dialog) == [
+        *[BOS, *ids(tokenizer, "[INST] one [/INST] two "), EOS],
+        *[BOS, *ids(tokenizer, "[INST] three [/INST] four "), EOS],
+        *[BOS, *ids(tokenizer, "[INST] five [/INST]")],
+    ]
+
+
+def test_a_system_message_is_folded_into_the_first_turn(tokenizer: Tokenizer) -> None:
+    folded = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nhi [/INST]"
+    assert encode(tokenizer, system("Be brief."), user("hi")) == [BOS, *ids(tokenizer, folded)]
+    assert encode(tokenizer, system("Be brief."), user("hi"), assistant("ho"), user("hu")) == [
+        *[BOS, *ids(tokenizer, folded + " ho "), EOS],
+        *[BOS, *ids(tokenizer, "[INST] hu [/INST]")],
+    ]
+
+
+def test_texts_are_stripped(tokenizer: Tokenizer) -> None:
+    for before, after in itertools.product(("", " ", "\n\t  "), repeat=2):
+        dialog = [user(f"{before}a  b{after}"), assistant(f"{before}c\n{after}"), user(f"{before}d{after}")]
+        assert encode(tokenizer, *dialog) == encode(tokenizer, user("a  b"), assistant("c"), user("d"))
+
+
+def test_a_folded_turn_is_stripped_as_a_whole(tokenizer: Tokenizer) -> None:
+    """What stands inside it keeps its spaces."""
+    text = "[INST] <<SYS>>\n  be \n\n<</SYS>>\n\n  hi [/INST]"
+    assert encode(tokenizer, system("  be \n"), user("  hi \n")) == [BOS, *ids(tokenizer, text)]
+    nothing = "[INST] <<SYS>>\n\n<</SYS>> [/INST]"
+    assert encode(tokenizer, system(""), user("  ")) == [BOS, *ids(tokenizer, nothing)]
+
+
+def test_an_empty_turn_is_encoded(tokenizer: Tokenizer) -> None:
+    assert encode(tokenizer, user("")) == [BOS, *ids(tokenizer, "[INST]  [/INST]")]
+
+
+def test_encoding_leaves_the_dialog_alone(tokenizer: Tokenizer) -> None:
+    dialog = [system(" s "), user(" u "), assistant(" a "), user(" v ")]
+    copy = [dict(message) for message in dialog]
+    encode_dialog(dialog, tokenizer)  # type: ignore[arg-type]
+    assert dialog == copy
+
+
+@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("at", range(4))
+def test_a_tag_in_any_message_is_unsafe(tag: str, at: int) -> None:
+    dialog = [system("s"), user("u"), assistant("a"), user("v")]
+    assert not is_unsafe(dialog)  # type: ignore[arg-type]
+    for text in (tag, f"before{tag}", f"\n{tag} behind"):
+        dialog[at]["content"] = text
+        assert is_unsafe(dialog)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["[inst]", "INST", "[ INST ]", "<SYS>", "<< SYS >>", "<</SYS>", "[/ INST]", "[]"])
+def test_what_only_looks_like_a_tag_is_safe(text: str) -> None:
+    assert not is_unsafe([user(text)])  # type: ignore[list-item]
+
+
+def test_the_unsafe_answer_word_for_word() -> None:
+    assert UNSAFE_ERROR == "Error: special tags are not allowed as part of the prompt."
+
+
+@pytest.mark.parametrize("n_pairs", range(4))
+@pytest.mark.parametrize("with_system", [False, True])
+def test_turns_in_order_are_accepted(n_pairs: int, with_system: bool) -> None:
+    dialog = [system("s")] * with_system + [user("u"), assistant("a")] * n_pairs + [user("v")]
+    check_dialog(dialog, "dialogs[0]")  # type: ignore[arg-type]
+    check_dialog(tuple(dialog), "dialogs[0]")  # type: ignore[arg-type]
+
+
+def test_turns_are_refused_unless_in_order() -> None:
+    """All sequences of up to five roles; the message at fault is the first that cannot stand where it does."""
+    makers = {"s": system, "u": user, "a": assistant}
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    for roles in (r for n in range(1, 6) for r in itertools.product("sua", repeat=n)):
+        dialog: Any = [makers[role]("text") for role in roles]
+        body = roles[1:] if roles[0] == "s" else roles
+        due = ["ua"[i % 2] for i in range(len(body))]
+        wrong = [i for i, (got, takes) in enumerate(zip(body, due, strict=True)) if got != takes]
+        offset = len(roles) - len(body)
+        if wrong:
+            (at, message) = wrong[0], f"has role {names[body[wrong[0]]]!r} where {names[due[wrong[0]]]!r} is due"
+            with pytest.raises(ValueError) as caught:  # noqa: PT011
+                check_dialog(dialog, "dialogs[7]")
+            assert str(caught.value).startswith(f"dialogs[7][{at + offset}] {message}")
+        elif roles[-1] == "u":
+            check_dialog(dialog, "dialogs[7]")
+        else:
+            with pytest.raises(ValueError, match=r"the last message, has role .* has to be the user's") as caught:
+                check_dialog(dialog, "dialogs[7]")
+            assert str(caught.value).startswith(f"dialogs[7][{len(roles) - 1}], ")
+            assert repr(names[roles[-1]]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dialog", "message"),
+    [
+        ([], r"^dialogs\[3\] is empty; "),
+        ((), r"^dialogs\[3\] is empty; "),
+        ("hello", r"^dialogs\[3\] is a str; a dialog is a list of messages"),
+        (user("hello"), r"^dialogs\[3\] is a dict; a dialog is a list of messages"),
+        (None, r"^dialogs\[3\] is a NoneType; "),
+        (5, r"^dialogs\[3\] is a int; "),
+        (["hello"], r"^dialogs\[3\]\[0\] is 'hello'; a message takes the keys 'role' and 'content'"),
+        ([user("a"), {"role": "user"}], r"^dialogs\[3\]\[1\] is {'role': 'user'}; a message takes the keys"),
+        ([{"content": "a"}], r"^dialogs\[3\]\[0\] is {'content': 'a'}; "),
+        ([{"role": "tool", "content": "a"}], r"^dialogs\[3\]\[0\] has role 'tool'; it takes 'system', 'user' or"),
+        ([{"role": ["user"], "content": "a"}], r"^dialogs\[3\]\[0\] has role \['user'\]; "),
+        ([user("a"), {"role": "assistant", "content": None}], r"^dialogs\[3\]\[1\] has content of type NoneType; "),
+        ([{"role": "user", "content": b"a"}], r"^dialogs\[3\]\[0\] has content of type bytes; it takes a str"),
+        ([system("a")], r"^dialogs\[3\]\[0\], the last message, has role 'system'; "),
+    ],
+)
+def test_what_is_no_dialog_is_refused(dialog: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_dialog(dialog, "dialogs[3]")
+
+
+def test_further_keys_of_a_message_are_no_matter(tokenizer: Tokenizer) -> None:
+    check_dialog([user("a") | {"name": "Ann"}], "dialogs[0]")  # type: ignore[list-item]

@@ -1,0 +1,200 @@
+"""Tokenizer and StreamDecoder, against SentencePiece's own decoding of the whole."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from llama import Tokenizer
+from llama.tokenizer import StreamDecoder
+
+TEXTS = [
+    "",
+    " ",
+    "   ",
+    "The quick brown fox",
+    "  two spaces in front",
+    "trailing spaces   ",
+    "in   the      middle",
+    "\n",
+    "\n\n line\r\n\ttab \n",
+    "naïve café 12345 ½",
+    "日本語の文章。中文",
+    "🙂 👩‍👩‍👧 🇫🇷 👍🏽",
+    "e\u0301 \u200b \ufeff \u00a0 \ufffd",
+    "\0 \x01 \x7f \x1b[0m",
+    "\U0010ffff\ue000\ud7ff",
+    "<s></s><unk><0x0A>",
+    "[INST] <<SYS>>\n",
+]
+ALPHABET = "abc The  \n\t\0éß€ ▂日本🙂👍🏽\u0301\ufffd\U0010ffff0123[]<>"
+
+
+@pytest.fixture(scope="module", params=["small", "released"])
+def model(request: pytest.FixtureRequest) -> Tokenizer:
+    """The tests' own tokenizer, and Llama 2's where there is one."""
+    if request.param == "small":
+        return request.getfixturevalue("tokenizer")
+    path = os.environ.get("LLAMA2_TOKENIZER")
+    if not path:
+        pytest.skip("set LLAMA2_TOKENIZER to the path of the released tokenizer.model to run this on it too")
+    return Tokenizer(path)
+
+
+def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """The byte pieces of `data`, one a byte."""
+    return [tokenizer.sp_model.piece_to_id(f"<0x{byte:02X}>") for byte in data]
+
+
+def random_ids(tokenizer: Tokenizer, rng: random.Random) -> list[int]:
+    """Up to a dozen ids: pieces, spaces, control and unknown ones, bytes of whole, cut and impossible characters."""
+    ids: list[int] = []
+    for _ in range(rng.randint(0, 8)):
+        kind = rng.randrange(6)
+        if kind == 0:
+            ids += byte_ids(tokenizer, bytes([rng.randrange(256)]))
+        elif kind == 1:
+            code = rng.choice([rng.randint(0x80, 0x7FF), rng.randint(0x800, 0xD7FF), rng.randint(0x10000, 0x10FFFF)])
+            ids += byte_ids(tokenizer, chr(code).encode()[: rng.randint(1, 4)])
+        elif kind == 2:
+            ids.append(rng.choice([0, tokenizer.bos_id, tokenizer.eos_id]))
+        elif kind == 3:
+            ids += tokenizer.encode(rng.choice([" ", "  ", "a", " b", "é"]), bos=False, eos=False)
+        else:
+            ids.append(rng.randrange(tokenizer.n_words))
+    return ids
+
+
+def settled_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """What every continuation of `ids` agrees on: the longest text that all their decodings begin with."""
+    ends = (b"", b"\x80", b"\x80\x80", b"\x80\x80\x80", b"\xbf", b"\xbf\xbf", b"\xbf\xbf\xbf")
+    texts = [tokenizer.decode([*ids, *byte_ids(tokenizer, end)]) for end in ends]
+    columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False))
+    return "".join(column[0] for column in columns)
+
+
+def test_special_ids_are_those_of_llama_2(model: Tokenizer) -> None:
+    assert (model.sp_model.unk_id(), model.bos_id, model.eos_id, model.pad_id) == (0, 1, 2, -1)
+    assert model.n_words == model.sp_model.get_piece_size()
+
+
+def test_released_vocabulary_has_32000_pieces(model: Tokenizer) -> None:
+    if model.n_words > 1000:
+        assert model.n_words == 32000
+        assert model.encode("Hello world", bos=True, eos=True) == [1, 15043, 3186, 2]
+
+
+def test_text_comes_back(model: Tokenizer) -> None:
+    rng = random.Random(0)
+    for text in [*TEXTS, *("".join(rng.choices(ALPHABET, k=rng.randint(0, 20))) for _ in range(1000))]:
+        ids = model.encode(text, bos=rng.random() < 0.5, eos=rng.random() < 0.5)
+        assert model.decode(ids) == text
+        assert "".join(model.pieces(ids)) == text
+
+
+def test_bos_and_eos_stand_where_asked(model: Tokenizer) -> None:
+    for text in TEXTS:
+        ids = model.encode(text, bos=False, eos=False)
+        assert model.encode(text, bos=True, eos=False) == [1, *ids]
+        assert model.encode(text, bos=False, eos=True) == [*ids, 2]
+        assert model.encode(text, bos=True, eos=True) == [1, *ids, 2]
+
+
+def test_control_pieces_written_out_are_plain_text(model: Tokenizer) -> None:
+    assert not {0, 1, 2} & set(model.encode("<s> a </s><unk>", bos=False, eos=False))
+
+
+@pytest.mark.parametrize("text", [b"bytes", None, 5, ["a"]], ids=repr)
+def test_what_is_no_text_is_refused(tokenizer: Tokenizer, text: object) -> None:
+    with pytest.raises(ValueError, match=f"is a {type(text).__name__}; it takes a str"):
+        tokenizer.encode(text, bos=True, eos=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="SentencePiece's binding fails with an error of its own")
+def test_half_of_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    """Such text comes of files read with `errors="surrogateescape"` and of JSON."""
+    with pytest.raises(ValueError, match="surrogate"):
+        tokenizer.encode("a \ud83d", bos=True, eos=False)
+
+
+def test_decode_leaves_control_pieces_out(model: Tokenizer) -> None:
+    ids = model.encode("The fox", bos=False, eos=False)
+    assert model.decode([1, *ids, 2]) == "The fox"
+    assert model.decode([1, 2]) == model.decode([]) == ""
+
+
+def test_decode_takes_any_sequence(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tuple(tokenizer.encode("a fox", bos=False, eos=False))) == "a fox"
+
+
+def test_pieces_joined_are_the_decoded_text(model: Tokenizer) -> None:
+    rng = random.Random(1)
+    for _ in range(4000):
+        ids = random_ids(model, rng)
+        pieces = model.pieces(ids)
+        assert "".join(pieces) == model.decode(ids), ids
+        assert len(pieces) == len(ids)
+
+
+def test_bytes_at_the_edges_of_utf8_decode_as_sentencepiece_does(model: Tokenizer) -> None:
+    edges = [0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xED, 0xEF, 0xF0]
+    edges += [0xF4, 0xF5, 0xFF]
+    sequences = [bytes([a, b, c]) for a in edges for b in edges for c in (0x41, 0x80, 0xBF, 0xE2)]
+    sequences += [bytes([a, b, 0x80, c]) for a in (0xF0, 0xF1, 0xF4, 0xF5) for b in edges for c in (0x41, 0x80, 0xBF)]
+    for data in sequences:
+        ids = byte_ids(model, data)
+        assert "".join(model.pieces(ids)) == model.decode(ids), data
+
+
+def test_a_character_of_several_bytes_belongs_to_the_last(model: Tokenizer) -> None:
+    ids = [*byte_ids(model, "€".encode()), *byte_ids(model, "🙂".encode()), *byte_ids(model, b"!")]
+    assert model.pieces(ids) == ["", "", "€", "", "", "", "🙂", "!"]
+
+
+def test_a_cut_character_is_one_replacement_a_byte(model: Tokenizer) -> None:
+    assert model.pieces(byte_ids(model, "🙂".encode()[:3])) == ["", "", "\ufffd\ufffd\ufffd"]
+
+
+def test_streamed_text_is_all_that_is_settled_and_no_more(model: Tokenizer) -> None:
+    """After each id, what came out is what all continuations have in common: no half character, and none held back."""
+    rng = random.Random(2)
+    for _ in range(600):
+        ids = random_ids(model, rng)
+        decoder = StreamDecoder(model)
+        text = ""
+        for n, token in enumerate(ids, start=1):
+            text += decoder.push(token)
+            assert text == settled_text(model, ids[:n]), ids[:n]
+        assert text + decoder.flush() == model.decode(ids)
+
+
+def test_decoders_do_not_share_state(tokenizer: Tokenizer) -> None:
+    first, second = StreamDecoder(tokenizer), StreamDecoder(tokenizer)
+    (a,) = byte_ids(tokenizer, b"\xe2")
+    assert first.push(a) == ""
+    assert second.flush() == ""
+    assert first.flush() == "\ufffd"
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "tokenizer.model", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"{path};"):
+            Tokenizer(path)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path, tokenizer_path: Path) -> None:
+    whole = tokenizer_path.read_bytes()
+    path = tmp_path / "tokenizer.model"
+    for data in (b"", b"<html>not found</html>", whole[:10], whole[: len(whole) // 2], whole[:-3]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=f"{path} is not a SentencePiece model"):
+            Tokenizer(path)
+
+
+def test_the_path_may_be_a_string(tokenizer_path: Path) -> None:
+    assert Tokenizer(str(tokenizer_path)).n_words == Tokenizer(tokenizer_path).n_words
