@@ -6,8 +6,12 @@ processes or of text.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import os
 import pickle
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -41,10 +45,24 @@ _PARAM_NAMES = {field.name for field in fields(ModelArgs)} - _RUN_SIZES
 
 def shard_dim(name: str) -> int | None:
     """The axis along which the tensor `name` is split over a checkpoint's files; None if every file has all of it."""
+    if name == KNOWN_EXTRA:
+        return None
     if name in _OTHER_SHARD_DIMS:
         return _OTHER_SHARD_DIMS[name]
     _, _, in_layer = name.removeprefix("layers.").partition(".")
     return _LAYER_SHARD_DIMS[in_layer]
+
+
+def split_tensor(name: str, whole: Tensor, parts: int) -> list[Tensor]:
+    """What each of `parts` files holds of a tensor; views."""
+    dim = shard_dim(name)
+    return [whole] * parts if dim is None else list(whole.chunk(parts, dim))
+
+
+def join_tensor(name: str, parts: list[Tensor]) -> Tensor:
+    """The whole of a tensor from what each file holds of it: the inverse of `split_tensor`."""
+    dim = shard_dim(name)
+    return parts[0] if dim is None or len(parts) == 1 else torch.cat(parts, dim)
 
 
 def tensor_shapes(args: ModelArgs, model_parallel_size: int) -> dict[str, tuple[int, ...]]:
@@ -75,12 +93,11 @@ def _shard_shape(shape: tuple[int, ...], dim: int | None, parts: int) -> tuple[i
     return tuple(size // parts if axis == dim else size for axis, size in enumerate(shape))
 
 
-def find_shards(ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
-    """The checkpoint's files, in rank order.
+def list_shards(ckpt_dir: str | Path) -> list[Path]:
+    """The checkpoint's files, however many there are, in rank order.
 
     Raises:
-        AssertionError: there are none, or not `model_parallel_size` of them (raised, so that `python -O` keeps it;
-            the first lines are documented to users word for word).
+        AssertionError: there are none (see `find_shards`).
     """
     shards = sorted(Path(ckpt_dir).glob("*.pth"))
     if not shards:
@@ -88,6 +105,17 @@ def find_shards(ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
             f"no checkpoint files found in {ckpt_dir}\n"
             "ckpt_dir takes the folder that holds params.json and consolidated.00.pth"
         )
+    return shards
+
+
+def find_shards(ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
+    """The checkpoint's files, in rank order.
+
+    Raises:
+        AssertionError: there are none, or not `model_parallel_size` of them (raised, so that `python -O` keeps it;
+            the first lines are documented to users word for word).
+    """
+    shards = list_shards(ckpt_dir)
     if len(shards) != model_parallel_size:
         raise AssertionError(
             f"Loading a checkpoint for MP={len(shards)} but world size is {model_parallel_size}\n"
@@ -142,23 +170,42 @@ def model_args(ckpt_dir: str | Path, n_words: int, *, max_batch_size: int, max_s
     return args
 
 
-def load_shard(
-    path: Path, args: ModelArgs, model_parallel_size: int, *, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The tensors of one file, on `device` as `dtype`, checked to be exactly those that `args` asks for.
+def load_shard(path: Path, args: ModelArgs, model_parallel_size: int) -> dict[str, Tensor]:
+    """The tensors of one file, checked to be exactly those that `args` asks for.
 
-    The file is memory-mapped: where neither device nor dtype changes, the tensors are views of the page cache, read
-    when first used.
+    The file is memory-mapped: the tensors are views of the page cache, in the file's dtype, read when first used.
 
     Raises:
         ValueError: the file is damaged or holds other things than tensors; a tensor is missing, unknown or mis-shaped.
     """
     state = read_shard(path)
     state.pop(KNOWN_EXTRA, None)
-    _check_tensors(path, state, tensor_shapes(args, model_parallel_size))
-    for name in state:  # one by one, so that never two copies of the whole exist
-        state[name] = state[name].to(device=device, dtype=dtype)
+    check_tensors(path, state, tensor_shapes(args, model_parallel_size))
     return state
+
+
+def move(state: dict[str, Tensor], path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Replaces the tensors read from `path` by ones on `device` in `dtype`, never holding two copies of the whole."""
+    release = page_release(path)
+    for name, tensor in state.items():
+        state[name] = tensor.to(device=device, dtype=dtype)
+        if state[name] is not tensor:
+            release(tensor)
+
+
+def page_release(path: Path) -> Callable[[Tensor], None]:
+    """A function that gives back the memory of a tensor read from `path`; the file is read again when it is used."""
+    madvise = getattr(ctypes.CDLL(None), "madvise", None) if os.name == "posix" else None
+    if madvise is None or not _is_mappable(path):
+        return lambda tensor: None
+
+    def release(tensor: Tensor) -> None:
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > start:  # whole pages only: those at the ends hold parts of other tensors
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+    return release
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
@@ -179,9 +226,13 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
 
 def _load_mapped(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mappable(path))
+
+
+def _is_mappable(path: Path) -> bool:
+    """Whether it has torch.save's format since 1.6, a zip file; the one before cannot be mapped."""
     with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"  # torch.save's format since 1.6; the one before cannot be mapped
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        return file.read(2) == b"PK"
 
 
 def _first_line(error: Exception) -> str:
@@ -189,7 +240,8 @@ def _first_line(error: Exception) -> str:
     return lines[0]
 
 
-def _check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+def check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError, naming what is wrong, unless `state`, read from `path`, holds exactly these tensors."""
     if missing := [name for name in shapes if name not in state]:
         raise ValueError(f"{path} lacks {_some(missing)}, which params.json asks for")
     if extra := [str(name) for name in state if name not in shapes]:
@@ -198,6 +250,8 @@ def _check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple
         tensor = state[name]
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}; by params.json it takes {shape}")
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            raise ValueError(f"{path}: {name} has no values of its own; it takes a dense tensor")
         if not tensor.is_floating_point():
             raise ValueError(f"{path}: {name} has dtype {tensor.dtype}; it takes float16, bfloat16 or float32")
 

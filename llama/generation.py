@@ -16,11 +16,13 @@ from typing import TypeVar
 import torch
 
 from llama import runtime
+from llama.args import ModelArgs
 from llama.chat import UNSAFE_ERROR, Dialog
-from llama.checkpoint import find_shards, load_shard, model_args
+from llama.checkpoint import find_shards, load_shard, model_args, move, page_release
 from llama.decoding import Step, decode, keep_in_step, score
 from llama.memory import available_memory, check_memory
 from llama.model import Transformer
+from llama.projection import can_pack
 from llama.prompts import check_prompts, encode_continuations, encode_dialogs, encode_texts
 from llama.request import (
     ChatPrediction,
@@ -98,8 +100,8 @@ class Llama:
         check_memory(args, mp, dtype, available_memory(device) // runtime.processes_on(device), str(device))
         runtime.share_cores()
         runtime.init_process_groups(mp, device)
-        state = load_shard(shards[runtime.model_parallel_rank()], args, mp, device=device, dtype=dtype)
-        generator = Llama(Transformer.from_state(args, state), tokenizer, seed=seed)
+        model = _load_model(shards[runtime.model_parallel_rank()], args, mp, device, dtype)
+        generator = Llama(model, tokenizer, seed=seed)
         if runtime.is_first_rank():
             logger.info("Loaded in %.2f seconds", time.perf_counter() - started)
         return generator
@@ -243,13 +245,23 @@ class Llama:
             known = [1] * len(whole)  # BOS
         else:
             whole, known = encode_continuations(contexts, texts, self.tokenizer, self.model.params.max_seq_len)
-        self._calls += 1
-        scores = self._spread(whole, lambda mine: score(self.model, mine))
+        scores = self.score_tokens(whole)
         scored = [
             (self.tokenizer.pieces(tokens)[n:], logprobs[n:])
             for tokens, logprobs, n in zip(whole, scores, known, strict=True)
         ]
         return [Score(logprob=sum(logprobs), tokens=tokens, logprobs=logprobs) for tokens, logprobs in scored]
+
+    def score_tokens(self, prompt_tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The log-probability of each id given those before it; 0.0 for the first of each row, which has none before.
+
+        Args:
+            prompt_tokens: any number of rows, each of 1 to `max_seq_len` ids.
+        """
+        args = self.model.params
+        rows = check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len)
+        self._calls += 1
+        return self._spread(rows, lambda mine: score(self.model, mine))
 
     def _complete(self, prompts: list[list[int]], request: Request) -> list[Completion]:
         """Completions of checked prompts, in their order; each replica works on its share."""
@@ -344,3 +356,15 @@ class Llama:
 
     def _new_generator(self, seed: int) -> torch.Generator:
         return torch.Generator(self.model.norm.weight.device).manual_seed(seed)
+
+
+def _load_model(path: Path, args: ModelArgs, mp: int, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The network with one file's weights, held once: packed, with the file left mapped behind them, or moved."""
+    state = load_shard(path, args, mp)
+    packs = can_pack(device, dtype)
+    if not packs:
+        move(state, path, device=device, dtype=dtype)
+    model = Transformer.from_state(args, state, cache_dtype=dtype)
+    if packs:
+        model.pack(dtype, page_release(path))
+    return model

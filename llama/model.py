@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.args import ModelArgs
+from llama.projection import Projection, Release
 
 
 class RMSNorm(nn.Module):
@@ -120,16 +121,18 @@ class Attention(nn.Module):
         self.wk = _column_parallel(args.dim, args.kv_heads * args.head_dim)
         self.wv = _column_parallel(args.dim, args.kv_heads * args.head_dim)
         self.wo = _row_parallel(args.n_heads * args.head_dim, args.dim)
+        self.qkv = Projection(self.wq, self.wk, self.wv)
+        self.out = Projection(self.wo)
         self.cache = KVCache((args.max_batch_size, args.kv_heads // mp, args.max_seq_len, args.head_dim))
 
     def forward(self, x: Tensor, window: Window) -> Tensor:
         # (bsz, seqlen, dim) -> (bsz, seqlen, n_local_heads or n_local_kv_heads, head_dim)
-        xq, xk, xv = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        xq, xk, xv = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv(x))
         xq, xk = (apply_rotary_emb(t, window.freqs_cis) for t in (xq, xk))
         keys, values = self.cache.update(xk, xv, window)
-        out = attend(xq.transpose(1, 2), keys, values, window.mask)
-        projected: Tensor = self.wo(out.transpose(1, 2).flatten(2))
-        return projected
+        heads = attend(xq.transpose(1, 2), keys, values, window.mask)
+        (out,) = self.out(heads.transpose(1, 2).flatten(2))
+        return out
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -162,9 +165,12 @@ class FeedForward(nn.Module):
         self.w1 = _column_parallel(args.dim, args.hidden_dim)
         self.w2 = _row_parallel(args.hidden_dim, args.dim)
         self.w3 = _column_parallel(args.dim, args.hidden_dim)
+        self.gate_and_up = Projection(self.w1, self.w3)
+        self.down = Projection(self.w2)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = self.gate_and_up(x)
+        (out,) = self.down(F.silu(gate) * up)
         return out
 
 
@@ -201,13 +207,30 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = _column_parallel(params.dim, params.vocab_size, gather_output=True)
+        self.to_logits = Projection(self.output)
         # No buffer: a module's change of dtype would break it.
         self.freqs_cis = precompute_freqs_cis(params.head_dim, params.max_seq_len, params.rope_theta)
 
     @property
     def caches(self) -> list[KVCache]:
         """The key/value cache of each layer."""
-        return [module for module in self.modules() if isinstance(module, KVCache)]
+        return [layer.attention.cache for layer in self.layers]
+
+    @property
+    def projections(self) -> list[Projection]:
+        """Every product with sharded weights."""
+        return [value for module in self.modules() for value in vars(module).values() if isinstance(value, Projection)]
+
+    def pack(self, dtype: torch.dtype, release: Release) -> None:
+        """Computes in `dtype` from now on, with the weights of every projection in their fastest form.
+
+        These weights themselves stay as they are. See `Projection.pack`.
+        """
+        for module in self.modules():
+            if isinstance(module, (RMSNorm, ParallelEmbedding)):
+                module.to(dtype)
+        for projection in self.projections:
+            projection.pack(dtype, release)
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int | Tensor) -> Tensor:
@@ -234,16 +257,13 @@ class Transformer(nn.Module):
         return self.logits(self.hidden_states(tokens, start_pos, kv_len=kv_len))
 
     @classmethod
-    def from_state(cls, params: ModelArgs, state: dict[str, Tensor]) -> Transformer:
-        """The network with `state`'s own tensors as its parameters: nothing of their size is allocated on the way.
-
-        The caches are made on the tensors' device, in their dtype.
-        """
+    def from_state(cls, params: ModelArgs, state: dict[str, Tensor], *, cache_dtype: torch.dtype) -> Transformer:
+        """The network with `state`'s own tensors as its parameters: nothing of their size is allocated on the way."""
         with torch.device("meta"), _EmptyOnMeta():
             model = cls(params)
         model.load_state_dict(state, assign=True)
         for cache in model.caches:
-            cache.allocate(model.norm.weight.device, model.norm.weight.dtype)
+            cache.allocate(model.norm.weight.device, cache_dtype)
         return model.eval()
 
     def hidden_states(
@@ -266,8 +286,8 @@ class Transformer(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """The vocabulary projection of hidden states (..., dim): (..., vocab_size) float32."""
-        projected: Tensor = self.output(h)
-        return projected.float()
+        (logits,) = self.to_logits(h)
+        return logits.float()
 
     def _window(self, tokens: Tensor, start_pos: int | Tensor, kv_len: int, rows: Tensor | None) -> Window:
         bsz, seqlen = tokens.shape

@@ -123,6 +123,14 @@ def agree(go_on: bool) -> bool:
     return bool(broadcast_from_first(flag).item())
 
 
+def share_from_first(value: T | None = None) -> T:
+    """The object that the first rank of all processes passes; the others pass none, and wait."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return cast(T, box[0])
+
+
 def replica() -> tuple[int, int]:
     """Which replica of the network this process is part of, and how many there are (world size over MP)."""
     return get_data_parallel_rank(), get_data_parallel_world_size()
