@@ -214,7 +214,7 @@ class Transformer(nn.Module):
     @property
     def caches(self) -> list[KVCache]:
         """The key/value cache of each layer."""
-        return [layer.attention.cache for layer in self.layers]
+        return [module for module in self.modules() if isinstance(module, KVCache)]
 
     @property
     def projections(self) -> list[Projection]:
