@@ -43,6 +43,8 @@ class ModelArgs:
                 f"dim={self.dim} over n_heads={self.n_heads} does not give heads of a whole, even size, "
                 "which rotary embedding needs"
             )
+        if self.hidden_dim < 1:
+            raise ValueError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} leaves the feed-forward no hidden size")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
 
@@ -96,5 +98,5 @@ def _check_field(name: str, annotation: object, value: object) -> None:
     assert isinstance(value, (int, float))
     if name == "vocab_size" and value == -1:
         return
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} is {value!r}; it takes a number above zero")
+    if not 0 < value < 2**63:
+        raise ValueError(f"{name} is {value!r}; it takes a number above zero, below 2**63")

@@ -61,6 +61,7 @@ def check_dialog(dialog: Dialog, name: str) -> None:
         raise ValueError(f"{name} is a {type(dialog).__name__}; a dialog is a list of messages")
     if not dialog:
         raise ValueError(f"{name} is empty; a dialog takes at least one message of the user's")
+    dialog = list(dialog)
     for i, message in enumerate(dialog):
         _check_message(message, f"{name}[{i}]")
     with_system = dialog[0]["role"] == "system"

@@ -12,7 +12,7 @@ import mmap
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def model_args(ckpt_dir: str | Path, n_words: int, *, max_batch_size: int, max_s
     if params.get("vocab_size", -1) == -1:
         params["vocab_size"] = n_words
     try:
-        args = ModelArgs(**params, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+        args = ModelArgs(**params)
     except ValueError as error:
         raise ValueError(f"{Path(ckpt_dir) / 'params.json'}: {error}") from error
     if args.vocab_size != n_words:
@@ -167,7 +167,7 @@ def model_args(ckpt_dir: str | Path, n_words: int, *, max_batch_size: int, max_s
             f"{Path(ckpt_dir) / 'params.json'} has vocab_size={args.vocab_size}, but the tokenizer has {n_words} "
             "pieces; give the tokenizer.model that this checkpoint was trained with"
         )
-    return args
+    return replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
 
 
 def load_shard(path: Path, args: ModelArgs, model_parallel_size: int) -> dict[str, Tensor]:
@@ -213,8 +213,8 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     try:
         state = _load_mapped(path)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds other things than tensors, which are not loaded ({_first_line(error)})"
+        raise ValueError(  # torch's own words advise to load without `weights_only`, which runs code of the file
+            f"{path} holds other things than tensors, which are not loaded, or is damaged; compare its checksum"
         ) from error
     except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +31,7 @@ from llama.request import (
     Request,
     Score,
     chat_prediction,
+    check_seed,
     completion_prediction,
 )
 from llama.sampling import Sampler
@@ -54,6 +55,7 @@ class Llama:
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:
+        check_seed(seed)
         self.model = model
         self.tokenizer = tokenizer
         self._generator = self._new_generator(seed)
@@ -205,7 +207,7 @@ class Llama:
         echo: bool = False,
         stop: Sequence[str] = (),
         seed: int | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Completes one text, yielding it as it settles; the pieces joined are what `text_completion` returns.
 
         The iterator may be closed early. A later call on this object ends it: its next piece is a RuntimeError.
@@ -223,11 +225,11 @@ class Llama:
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Answers one dialog, yielding the answer as it settles; otherwise as `stream_text_completion`."""
         request = Request(temperature, top_p, self._max_gen_len(max_gen_len), stop=stop, seed=seed)
         (prompt,) = encode_dialogs([dialog], self.tokenizer, self.model.params.max_seq_len)
-        return iter([UNSAFE_ERROR]) if prompt is None else self._stream(prompt, request)
+        return _refusal() if prompt is None else self._stream(prompt, request)
 
     def score(self, texts: Sequence[str], contexts: Sequence[str] | None = None) -> list[Score]:
         """The log-probability of texts, or of completions given their contexts, without generating.
@@ -298,7 +300,7 @@ class Llama:
             row.logprobs = row.logprobs[: len(row.pieces)]
         return rows
 
-    def _stream(self, prompt: list[int], request: Request) -> Iterator[str]:
+    def _stream(self, prompt: list[int], request: Request) -> Generator[str, None, None]:
         self._calls += 1
         call = self._calls
         text = GrowingText(self.tokenizer, request.stop, prompt if request.echo else ())
@@ -368,3 +370,7 @@ def _load_model(path: Path, args: ModelArgs, mp: int, device: torch.device, dtyp
     if packs:
         model.pack(dtype, page_release(path))
     return model
+
+
+def _refusal() -> Generator[str, None, None]:
+    yield UNSAFE_ERROR

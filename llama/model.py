@@ -257,13 +257,19 @@ class Transformer(nn.Module):
         return self.logits(self.hidden_states(tokens, start_pos, kv_len=kv_len))
 
     @classmethod
-    def from_state(cls, params: ModelArgs, state: dict[str, Tensor], *, cache_dtype: torch.dtype) -> Transformer:
-        """The network with `state`'s own tensors as its parameters: nothing of their size is allocated on the way."""
+    def from_state(
+        cls, params: ModelArgs, state: dict[str, Tensor], *, cache_dtype: torch.dtype | None = None
+    ) -> Transformer:
+        """The network with `state`'s own tensors as its parameters: nothing of their size is allocated on the way.
+
+        Args:
+            cache_dtype: of the KV cache, which is made on the tensors' device; None for that of the tensors.
+        """
         with torch.device("meta"), _EmptyOnMeta():
             model = cls(params)
         model.load_state_dict(state, assign=True)
         for cache in model.caches:
-            cache.allocate(model.norm.weight.device, cache_dtype)
+            cache.allocate(model.norm.weight.device, cache_dtype or model.norm.weight.dtype)
         return model.eval()
 
     def hidden_states(

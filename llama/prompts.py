@@ -41,7 +41,10 @@ def encode_texts(texts: Sequence[str], name: str, tokenizer: Tokenizer, max_seq_
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{name}[{i}] is a {type(text).__name__}; it takes a str")
-        ids = tokenizer.encode(text, bos=True, eos=False)
+        try:
+            ids = tokenizer.encode(text, bos=True, eos=False)
+        except ValueError as error:
+            raise ValueError(f"{name}[{i}]: {error}") from error
         _check_length(ids, f"{name}[{i}]", max_seq_len)
         encoded.append(ids)
     return encoded
@@ -52,6 +55,7 @@ def encode_dialogs(dialogs: Sequence[Dialog], tokenizer: Tokenizer, max_seq_len:
     _check_list(dialogs, "dialogs", "dialogs")
     for i, dialog in enumerate(dialogs):
         check_dialog(dialog, f"dialogs[{i}]")
+    dialogs = [list(dialog) for dialog in dialogs]
     encoded = [None if is_unsafe(dialog) else encode_dialog(dialog, tokenizer) for dialog in dialogs]
     for i, ids in enumerate(encoded):
         if ids is not None:

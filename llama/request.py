@@ -53,10 +53,14 @@ class Request:
             raise ValueError(f"top_p is {self.top_p!r}; it takes a number above 0, up to 1")
         if not is_count(self.max_gen_len):
             raise ValueError(f"max_gen_len is {self.max_gen_len!r}; it takes a whole number above zero")
-        if isinstance(self.stop, str) or not all(isinstance(stop, str) and stop for stop in self.stop):
+        if (
+            not isinstance(self.stop, Sequence)
+            or isinstance(self.stop, str)
+            or not all(isinstance(stop, str) and stop for stop in self.stop)
+        ):
             raise ValueError(f"stop is {self.stop!r}; it takes a list of strings that are not empty")
-        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
-            raise ValueError(f"seed is {self.seed!r}; it takes a whole number, or None")
+        if self.seed is not None:
+            check_seed(self.seed)
 
 
 @dataclass
@@ -85,6 +89,12 @@ def chat_prediction(row: Completion | None, request: Request) -> ChatPrediction:
     if request.logprobs:
         result |= {"tokens": [] if row is None else row.pieces, "logprobs": [] if row is None else row.logprobs}
     return result
+
+
+def check_seed(seed: object) -> None:
+    """Raises ValueError unless a random generator takes it."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed!r}; it takes a whole number, or None; of 64 bits")
 
 
 def is_number(value: object) -> bool:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+GREEDY_BELOW = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -19,7 +21,7 @@ class Sampler:
     entry. A row that ends, or that was never there, therefore does not shift the numbers that other rows see.
 
     Attributes:
-        temperature: 0 takes the likeliest token; otherwise the logits are divided by it.
+        temperature: the logits are divided by it; 0, or so little that they would overflow, takes the likeliest token.
         top_p: above 0, up to 1; the draw is from the smallest set of tokens whose mass exceeds it (nucleus
             sampling; Holtzman et al., 2020).
         n_lanes: number of rows that a full step has.
@@ -33,7 +35,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor, lanes: Tensor) -> Tensor:
         """The next token of each row: (bsz,) int64, from logits (bsz, vocab) float32 and each row's lane (bsz,)."""
-        if self.temperature == 0:
+        if self.temperature < GREEDY_BELOW:
             return logits.argmax(-1)
         probs = torch.softmax(logits / self.temperature, dim=-1)
         race = torch.empty(self.n_lanes, logits.size(-1), device=logits.device)

@@ -46,9 +46,10 @@ class GrowingText:
         if self.stopped:
             return ""
         rest = self._decoder.flush()
-        pieces = self.pieces or self.prefix_pieces
-        if pieces:
-            pieces[-1] += rest
+        if not self.pieces:
+            self.prefix_pieces[-1:] = [piece + rest for piece in self.prefix_pieces[-1:]]
+            return rest
+        self.pieces[-1] += rest
         return self._settle(rest, final=True)
 
     def _settle(self, text: str, *, final: bool) -> str:
@@ -70,8 +71,8 @@ class GrowingText:
         return next(ends, 0)
 
     def _cut(self, n_chars: int) -> None:
-        """Takes characters off the end of the pieces."""
-        while n_chars:
+        """Takes characters off the end of the pieces, and the tokens of their first bytes, which have no text."""
+        while n_chars or (self.pieces and not self.pieces[-1]):
             piece = self.pieces.pop()
             kept = max(0, len(piece) - n_chars)
             n_chars -= len(piece) - kept

@@ -43,6 +43,10 @@ class Tokenizer:
         """The ids of `s`, with BOS in front and EOS behind where asked. Control pieces in `s` stay plain text."""
         if not isinstance(s, str):
             raise ValueError(f"text to encode is a {type(s).__name__}; it takes a str")
+        try:
+            s.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text to encode is not Unicode: it has half of a surrogate pair ({error})") from error
         ids: list[int] = self.sp_model.encode(s)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 

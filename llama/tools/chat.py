@@ -1,0 +1,200 @@
+"""An interactive chat in the terminal: `torchrun --nproc_per_node N -m llama.tools.chat --ckpt_dir ...`.
+
+The first rank reads and prints; the others follow it. Knows nothing of the template or of decoding.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llama import Dialog, Llama, Message
+from llama.chat import encode_dialog, is_unsafe
+from llama.runtime import is_first_rank, share_from_first
+from llama.tools import commandline
+
+try:
+    import termios
+except ImportError:  # not a POSIX system: Ctrl-C then ends the program
+    termios = None  # type: ignore[assignment]
+
+TINY_LLAMA = Path(__file__).parents[2] / "tiny-llama"
+PROMPT = "\nYou: "
+_CTRL_C = b"\x03"
+_KEEP_ALIVE_S = 60.0  # how often waiting ranks hear from the first one, well under any process group's timeout
+
+
+class Terminal:
+    """Lines from standard input, read such that Ctrl-C is input like any other and reaches the first rank alone.
+
+    As a signal it would go to torchrun too, which would end all ranks.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._unread = b""
+        self.at_end = False
+
+    def wait(self, seconds: float) -> bool:
+        """Reads what there is, waiting at most that long; whether a line, Ctrl-C or the end has come."""
+        if not (self._has_line() or self.at_end) and select.select([self._fd], [], [], seconds)[0]:
+            chunk = os.read(self._fd, 65536)
+            self._unread += chunk
+            self.at_end = not chunk
+        return self._has_line() or self.at_end
+
+    def line(self) -> str | None:
+        """The next line; "" after Ctrl-C; None at the end."""
+        if not self._has_line():
+            return None
+        cut = min(i for i in (self._unread.find(b"\n"), self._unread.find(_CTRL_C)) if i >= 0)
+        line, end = self._unread[:cut], self._unread[cut : cut + 1]
+        self._unread = self._unread[cut + 1 :]
+        return "" if end == _CTRL_C else line.decode(errors="replace")
+
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C has come, or the end; forgets Ctrl-C and keeps lines typed ahead of it out of it."""
+        self.wait(0)
+        if _CTRL_C in self._unread:
+            self._unread = self._unread.rpartition(_CTRL_C)[2]
+            return True
+        return self.at_end and not self._has_line()
+
+    def _has_line(self) -> bool:
+        return b"\n" in self._unread or _CTRL_C in self._unread
+
+
+@contextmanager
+def open_terminal() -> Iterator[Terminal]:
+    """Standard input; if it is a terminal, Ctrl-C ends a line there instead of raising a signal, until the exit."""
+    fd = sys.stdin.fileno()
+    if termios is None or not os.isatty(fd):
+        yield Terminal(fd)
+        return
+    before = termios.tcgetattr(fd)
+    changed = termios.tcgetattr(fd)
+    changed[6][termios.VINTR] = b"\x00"  # no signal
+    changed[6][termios.VEOL2] = _CTRL_C  # a second end of line
+    termios.tcsetattr(fd, termios.TCSANOW, changed)
+    try:
+        yield Terminal(fd)
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+@dataclass
+class History:
+    """The turns so far, trimmed to what the context has room for.
+
+    Attributes:
+        most_tokens: of the prompt that the turns make; what the context has beyond is for the answer.
+    """
+
+    llama: Llama
+    system: str
+    most_tokens: int
+    turns: list[Message] = field(default_factory=list)
+
+    def with_question(self, text: str) -> Dialog | None:
+        """The dialog that asks `text`; whole turns are dropped, oldest first, to fit. None if it alone is too long."""
+        question: Message = {"role": "user", "content": text}
+        head: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        for start in range(0, len(self.turns) + 1, 2):
+            dialog = [*head, *self.turns[start:], question]
+            if len(encode_dialog(dialog, self.llama.tokenizer)) <= self.most_tokens:
+                self.turns = self.turns[start:]
+                return dialog
+        return None
+
+    def add(self, question: str, answer: str) -> None:
+        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _ask(terminal: Terminal, history: History) -> Dialog | None:
+    """Prompts until there is a dialog to answer; None at the end. Meanwhile the other ranks are told to wait on."""
+    while True:
+        print(PROMPT, end="", flush=True)
+        while not terminal.wait(_KEEP_ALIVE_S):
+            share_from_first("wait")
+        line = terminal.line()
+        if line is None:
+            return None
+        text = line.strip()
+        if not text:
+            continue
+        dialog = history.with_question(text)
+        if dialog is None:
+            print(f"(too long: with the system prompt it takes up to {history.most_tokens} tokens)")
+        elif is_unsafe(dialog):
+            print("(the tags of the chat template, such as [INST], are not allowed)")
+        else:
+            return dialog
+
+
+def _lead(llama: Llama, history: History, terminal: Terminal, temperature: float, top_p: float) -> None:
+    """The first rank's part."""
+    while dialog := _ask(terminal, history):
+        share_from_first(dialog)
+        print("Llama: ", end="", flush=True)
+        answer = ""
+        with closing(llama.stream_chat_completion(dialog, temperature, top_p)) as pieces:
+            for piece in pieces:
+                answer += piece
+                print(piece, end="", flush=True)
+                if terminal.interrupted():
+                    print(" (stopped)", end="")
+                    break
+        print()
+        if answer:
+            history.add(dialog[-1]["content"], answer)
+    print()
+    share_from_first("leave")
+
+
+def _follow(llama: Llama, temperature: float, top_p: float) -> None:
+    """The other ranks' part: the same calls as the first one's."""
+    news: Dialog | str
+    while (news := share_from_first()) != "leave":
+        if not isinstance(news, str):
+            for _ in llama.stream_chat_completion(news, temperature, top_p):
+                pass
+
+
+def main(
+    ckpt_dir: str = str(TINY_LLAMA),
+    tokenizer_path: str | None = None,
+    system: str = "",
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 512,
+    answer_len: int | None = None,
+    seed: int = 1,
+) -> None:
+    """Chats in the terminal. Ctrl-C stops an answer, Ctrl-D leaves.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.NN.pth of a chat model; the toy one by default.
+        tokenizer_path: its tokenizer.model; by default the one in ckpt_dir.
+        system: system prompt; it stays when older turns are dropped.
+        temperature: of sampling; 0 takes the likeliest token.
+        top_p: samples from the smallest set of tokens whose mass exceeds it.
+        max_seq_len: most tokens of the turns kept and the answer.
+        answer_len: tokens of it kept free for the answer; by default a quarter.
+        seed: of sampling.
+    """
+    llama = Llama.build(ckpt_dir, tokenizer_path or Path(ckpt_dir) / "tokenizer.model", max_seq_len, 1, seed=seed)
+    if not is_first_rank():
+        return _follow(llama, temperature, top_p)
+    history = History(llama, system, max_seq_len - (answer_len or max_seq_len // 4))
+    print("Ctrl-C stops an answer, Ctrl-D leaves.")
+    with open_terminal() as terminal:
+        _lead(llama, history, terminal, temperature, top_p)
+
+
+if __name__ == "__main__":
+    commandline.run(main)

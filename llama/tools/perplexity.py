@@ -1,0 +1,87 @@
+"""The perplexity of a text under a checkpoint: `torchrun --nproc_per_node N -m llama.tools.perplexity --text FILE`.
+
+Knows nothing of how tokens are scored; see `Llama.score_tokens`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llama import Llama
+from llama.runtime import is_first_rank
+from llama.tools import commandline
+
+TINY_LLAMA = Path(__file__).parents[2] / "tiny-llama"
+
+
+def windows(tokens: Sequence[int], size: int, stride: int, bos_id: int) -> Iterator[tuple[list[int], int]]:
+    """Cuts a text into overlapping windows that together score each token once.
+
+    Every window is BOS and up to `size - 1` tokens; the first scores all of them, each later one the up to `stride`
+    tokens that are new in it, so that these have at least `size - 1 - stride` tokens before them.
+
+    Yields:
+        A window, and how many tokens at its end are to be scored.
+    """
+    scored = 0
+    while scored < len(tokens):
+        end = min(len(tokens), scored + (stride if scored else size - 1))
+        yield [bos_id, *tokens[max(0, end - (size - 1)) : end]], end - scored
+        scored = end
+
+
+def perplexity(llama: Llama, text: str, *, stride: int | None = None) -> tuple[float, int]:
+    """exp of the mean negative log-probability of a text's tokens, over windows of `max_seq_len`.
+
+    Args:
+        stride: tokens by which a window moves on, up to `max_seq_len - 1`; None for half of `max_seq_len`. Smaller
+            gives each token more context, and takes longer.
+
+    Returns:
+        The perplexity, and the number of tokens.
+    """
+    size = llama.model.params.max_seq_len
+    stride = max(1, size // 2) if stride is None else stride
+    if not 1 <= stride < size:
+        raise ValueError(f"stride is {stride}; it takes 1 to {size - 1}, one less than max_seq_len")
+    tokens = llama.tokenizer.encode(text, bos=False, eos=False)
+    if not tokens:
+        raise ValueError("the text is empty; it takes at least one token")
+    cut = list(windows(tokens, size, stride, llama.tokenizer.bos_id))
+    scores = llama.score_tokens([window for window, _ in cut])
+    total = math.fsum(logprob for row, (_, n) in zip(scores, cut, strict=True) for logprob in row[-n:])
+    return math.exp(-total / len(tokens)), len(tokens)
+
+
+def main(
+    text: str,
+    ckpt_dir: str = str(TINY_LLAMA),
+    tokenizer_path: str | None = None,
+    max_seq_len: int = 512,
+    max_batch_size: int = 4,
+    stride: int | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Prints the perplexity of a text file.
+
+    Args:
+        text: path of a UTF-8 text.
+        ckpt_dir: folder of params.json and consolidated.NN.pth; the toy checkpoint by default.
+        tokenizer_path: its tokenizer.model; by default the one in ckpt_dir.
+        max_seq_len: size of the windows.
+        max_batch_size: windows that are scored at a time.
+        stride: tokens by which a window moves on; by default half of max_seq_len.
+        dtype: float16, bfloat16 or float32.
+    """
+    content = Path(text).read_text(encoding="utf-8")
+    tokenizer_path = tokenizer_path or str(Path(ckpt_dir) / "tokenizer.model")
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, dtype=dtype)
+    value, n_tokens = perplexity(llama, content, stride=stride)
+    if is_first_rank():
+        print(f"perplexity {value:.4f} over {n_tokens} tokens, windows of {max_seq_len}")
+
+
+if __name__ == "__main__":
+    commandline.run(main)
