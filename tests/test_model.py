@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import ModelArgs, Transformer, runtime
 from llama.model import KVCache, RMSNorm, apply_rotary_emb, attend, precompute_freqs_cis
+from llama.projection import can_pack
 from tests import oracle
 
 MULTI_HEAD: dict[str, Any] = {
@@ -50,7 +51,8 @@ def random_state(params: dict[str, Any]) -> oracle.State:
 
 def make(params: dict[str, Any], state: oracle.State, dtype: torch.dtype = torch.float32, **sizes: int) -> Transformer:
     args = ModelArgs(**params, **{"max_batch_size": MAX_BATCH_SIZE, "max_seq_len": MAX_SEQ_LEN} | sizes)
-    return Transformer.from_state(args, {name: tensor.to(dtype, copy=True) for name, tensor in state.items()})
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
+    return Transformer.from_state(args, weights, cache_dtype=dtype)
 
 
 def random_tokens(bsz: int, seqlen: int, seed: int = 0) -> Tensor:
@@ -240,7 +242,7 @@ def test_a_state_that_lacks_a_tensor_is_an_error(state: oracle.State) -> None:
     args = ModelArgs(**GROUPED, max_batch_size=1, max_seq_len=8)
     lacking = {name: tensor for name, tensor in state.items() if name != "layers.1.ffn_norm.weight"}
     with pytest.raises(RuntimeError, match=r"layers\.1\.ffn_norm\.weight"):
-        Transformer.from_state(args, lacking)
+        Transformer.from_state(args, lacking, cache_dtype=torch.float32)
 
 
 class _Allocations(TorchDispatchMode):
@@ -265,13 +267,13 @@ def test_from_state_keeps_the_very_tensors_and_allocates_nothing_of_their_size()
     state = oracle.random_state(params, seed=0)
     args = ModelArgs(**params, max_batch_size=1, max_seq_len=4)
     with _Allocations() as allocations:
-        model = Transformer.from_state(args, state)
+        model = Transformer.from_state(args, state, cache_dtype=torch.float32)
     assert max(allocations.sizes) < 500 < min(w.numel() for name, w in state.items() if "norm" not in name)
     places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     assert places == {name: tensor.data_ptr() for name, tensor in state.items()}
 
 
-def test_from_state_makes_the_cache_in_the_weights_dtype(state: oracle.State) -> None:
+def test_from_state_makes_an_empty_cache_in_the_dtype_asked_for(state: oracle.State) -> None:
     model = make(GROUPED, state, torch.bfloat16)
     assert {buffer.dtype for buffer in model.buffers()} == {torch.bfloat16}
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
@@ -290,6 +292,27 @@ def test_logits_of_a_short_dtype_are_float32_and_close(dtype: torch.dtype) -> No
     for got in (prefilled, stepped):
         assert got.dtype == torch.float32
         assert (got - exact).abs().max() < 20 * torch.finfo(dtype).eps * exact.std()
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="needs a CPU that multiplies bfloat16")
+@pytest.mark.parametrize("on_disk", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_packed_weights_are_the_same_network_in_bfloat16(on_disk: torch.dtype) -> None:
+    state = {name: tensor.bfloat16().to(on_disk) for name, tensor in oracle.random_state(GROUPED, seed=5).items()}
+    places = sorted(tensor.data_ptr() for name, tensor in state.items() if "norm" not in name and "tok" not in name)
+    args = ModelArgs(**GROUPED, max_batch_size=MAX_BATCH_SIZE, max_seq_len=MAX_SEQ_LEN)
+    model = Transformer.from_state(args, state, cache_dtype=torch.bfloat16)
+    released: list[int] = []
+    model.pack(torch.bfloat16, lambda weight: released.append(weight.data_ptr()))
+    assert sorted(released) == places
+
+    tokens = random_tokens(4, MAX_SEQ_LEN)
+    exact = oracle.logits({name: tensor.float() for name, tensor in state.items()}, GROUPED, tokens)
+    prefilled = model.forward(tokens, 0)
+    stepped = torch.cat([model.forward(tokens[:, i : i + 1], i) for i in range(MAX_SEQ_LEN)], dim=1)
+    for got in (prefilled, stepped):
+        assert got.dtype == torch.float32
+        assert (got - exact).abs().max() < 20 * torch.finfo(torch.bfloat16).eps * exact.std()
+    assert {tensor.dtype for tensor in state.values()} == {on_disk}
 
 
 def test_forward_records_no_gradient(model: Transformer) -> None:

@@ -1,0 +1,830 @@
+"""Llama's calls, from prompts to results: against the oracle, the published sampling, and themselves."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama import Llama
+from tests import oracle
+
+MAX_SEQ_LEN = 64  # the `llama` fixture's
+NO_EOS = -1
+Build = Callable[..., Llama]
+Forward = Callable[[Sequence[Sequence[int]]], Tensor]
+
+
+@pytest.fixture
+def no_eos(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama.tokenizer, "eos_id", NO_EOS)
+
+
+@pytest.fixture(scope="module")
+def build(checkpoint: Path, tokenizer_path: Path) -> Build:
+    """Llama.build on the random checkpoint; keyword arguments take the place of the fixture's."""
+
+    def build(**changes: Any) -> Llama:
+        arguments: dict[str, Any] = {
+            "ckpt_dir": checkpoint,
+            "tokenizer_path": tokenizer_path,
+            "max_seq_len": MAX_SEQ_LEN,
+            "max_batch_size": 4,
+            "device": "cpu",
+            "dtype": "float32",
+        }
+        return Llama.build(**arguments | changes)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def wide(build: Build) -> Llama:
+    """With room for dialogs."""
+    return build(max_seq_len=200)
+
+
+@pytest.fixture(scope="module")
+def forward(state: oracle.State, params: dict[str, Any]) -> Forward:
+    """The oracle's logits (bsz, seqlen, vocab) for prompts of one length."""
+    return lambda tokens: oracle.logits(state, params, torch.tensor(tokens))
+
+
+@contextmanager
+def seen_tokens(llama: Llama) -> Iterator[list[Tensor]]:
+    """What goes into the network meanwhile: the (bsz, seqlen) ids of each pass."""
+    passes: list[Tensor] = []
+    handle = llama.model.tok_embeddings.register_forward_pre_hook(lambda _, args: passes.append(args[0].clone()))
+    yield passes
+    handle.remove()
+
+
+def random_prompts(n: int, longest: int, seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 500) for _ in range(rng.randint(1, longest))] for _ in range(n)]
+
+
+def rescored(forward: Forward, prompt: list[int], answer: list[int]) -> list[float]:
+    """The oracle's log-probability of each token of the answer."""
+    logprobs = forward([prompt + answer])[0].log_softmax(-1)
+    return [logprobs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer)]
+
+
+def is_greedy(forward: Forward, prompt: list[int], answer: list[int]) -> bool:
+    logits = forward([prompt + answer])[0, len(prompt) - 1 :]
+    return all(row[token] > row.max() - 1e-4 for row, token in zip(logits, answer, strict=False))
+
+
+# ---- build ----
+
+
+def test_no_checkpoint_files(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(AssertionError) as error:
+        build(ckpt_dir=tmp_path)
+    assert str(error.value).splitlines()[0] == f"no checkpoint files found in {tmp_path}"
+
+
+def test_more_checkpoint_files_than_ranks(
+    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State
+) -> None:
+    folder = write_checkpoint(params, state, 2)
+    for size in (None, 1):
+        with pytest.raises(AssertionError) as error:
+            build(ckpt_dir=folder, model_parallel_size=size)
+        assert str(error.value).splitlines()[0] == "Loading a checkpoint for MP=2 but world size is 1"
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_a_model_parallel_size_that_the_world_is_no_multiple_of(build: Build, size: int) -> None:
+    with pytest.raises(ValueError, match=rf"world size \(1\) .* model_parallel_size={size}"):
+        build(model_parallel_size=size)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.0, "1", True])
+def test_a_model_parallel_size_that_is_none(build: Build, size: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"model_parallel_size is {size!r}")):
+        build(model_parallel_size=size)
+
+
+@pytest.mark.parametrize("name", ["max_seq_len", "max_batch_size"])
+@pytest.mark.parametrize("value", [0, -3, 2.5, "8"])
+def test_cache_sizes_that_are_none(build: Build, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}")):
+        build(**{name: value})
+
+
+def test_a_wrong_argument_is_not_blamed_on_params_json(build: Build) -> None:
+    with pytest.raises(ValueError, match="max_seq_len is 0") as error:
+        build(max_seq_len=0)
+    assert "params.json" not in str(error.value)
+
+
+def test_the_tokenizers_vocabulary_stands_in_for_minus_one(
+    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State, llama: Llama
+) -> None:
+    other = build(ckpt_dir=write_checkpoint(params | {"vocab_size": -1}, state))
+    assert other.model.params.vocab_size == llama.tokenizer.n_words
+    prompts = random_prompts(3, 20, seed=0)
+    assert other.generate(prompts, 8, temperature=0) == llama.generate(prompts, 8, temperature=0)
+
+
+def test_each_value_of_params_json_is_used(
+    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any]
+) -> None:
+    params = params | {"rope_theta": 500.0, "norm_eps": 0.3, "n_kv_heads": 2, "ffn_dim_multiplier": 0.7}
+    state = oracle.random_state(params, seed=4)
+    other = build(ckpt_dir=write_checkpoint(params, state))
+    tokens = torch.randint(500, (2, 30), generator=torch.Generator().manual_seed(0))
+    expected = oracle.logits(state, params, tokens)
+    torch.testing.assert_close(other.model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
+
+
+def test_a_wrong_key_or_tensor_is_named(
+    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State
+) -> None:
+    name = "layers.1.attention.wk.weight"
+    shape, got = tuple(state[name].shape), (7, 64)
+    lacking = {key: tensor for key, tensor in state.items() if key != name}
+    cases = [
+        (params | {"rope_scaling": 1}, state, "rope_scaling"),
+        (params | {"n_heads": 7}, state, "n_heads"),
+        (params, lacking, name),
+        (params, state | {"layers.3.attention.wk.weight": state[name]}, "layers.3.attention.wk.weight"),
+        (params, state | {name: torch.zeros(got)}, f"{name} has shape {got}; by params.json it takes {shape}"),
+        (params | {"vocab_size": 500}, state, "500, but the tokenizer has"),
+    ]
+    for wrong_params, wrong_state, message in cases:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            build(ckpt_dir=write_checkpoint(wrong_params, wrong_state))
+
+
+def test_the_released_files_rope_freqs_is_the_one_known_extra(
+    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State, llama: Llama
+) -> None:
+    other = build(ckpt_dir=write_checkpoint(params, state | {"rope.freqs": torch.ones(4)}))
+    assert other.generate([[1, 9]], 5, temperature=0) == llama.generate([[1, 9]], 5, temperature=0)
+
+
+class _Trap:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_but_tensors_is_unpickled(
+    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State, tmp_path: Path
+) -> None:
+    folder, trace = write_checkpoint(params, state), tmp_path / "sprung"
+    torch.save(state | {"extra": _Trap(trace)}, folder / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=re.escape(str(folder / "consolidated.00.pth"))):
+        build(ckpt_dir=folder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("missing", ["params.json", "tokenizer"])
+def test_a_missing_file_is_named(build: Build, checkpoint: Path, tmp_path: Path, missing: str) -> None:
+    if missing == "tokenizer":
+        with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none.model"))):
+            build(tokenizer_path=tmp_path / "none.model")
+        return
+    (tmp_path / "consolidated.00.pth").symlink_to(checkpoint / "consolidated.00.pth")
+    with pytest.raises(FileNotFoundError, match=rf"params\.json in {re.escape(str(tmp_path))}"):
+        build(ckpt_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (None, torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        ("float32", torch.float32),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_the_network_computes_in_the_dtype(build: Build, forward: Forward, dtype: Any, expected: torch.dtype) -> None:
+    other = build(dtype=dtype)
+    assert {buffer.dtype for cache in other.model.caches for buffer in (cache.k, cache.v)} == {expected}
+    tokens = torch.randint(500, (4, 40), generator=torch.Generator().manual_seed(0))
+    exact, got = forward(tokens.tolist()), other.model.forward(tokens, 0)
+    error, eps = (got - exact).abs().max() / exact.std(), torch.finfo(expected).eps
+    assert eps < error < 60 * eps
+    assert other.generate(tokens.tolist(), 5, temperature=0, seed=1) == other.generate(
+        tokens.tolist(), 5, temperature=0
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see what is mapped")
+def test_the_checkpoint_is_mapped_not_read(build: Build, checkpoint: Path) -> None:
+    alive = build(dtype="float32")  # the dtype on disk
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(checkpoint) in line]
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in mapped]
+    for name, tensor in alive.model.state_dict().items():
+        assert any(start <= tensor.data_ptr() < end for start, end in ranges), name
+
+
+def test_what_cannot_fit_is_said_in_parts_with_what_to_lower(build: Build) -> None:
+    """KV cache bytes = 2 * n_layers * n_kv_heads * head_dim * bytes * max_batch_size * max_seq_len."""
+    rows = 10**9
+    with pytest.raises(MemoryError) as error:
+        build(max_batch_size=rows)
+    text = str(error.value)
+    kv_cache = 2 * 3 * 4 * 8 * 4 * rows * MAX_SEQ_LEN / 2**30
+    assert re.search(rf"KV cache +{kv_cache:.2f} GiB", text)
+    assert re.search(r"weights +0\.00 GiB", text)
+    advised = re.search(r"lower max_batch_size to (\d+)", text)
+    assert advised and 0 < int(advised[1]) < rows
+
+
+def test_build_and_calls_change_no_global(
+    build: Build, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def globals_now() -> list[Any]:
+        return [
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_num_threads(),
+            random.getstate(),
+        ]
+
+    before, generator = globals_now(), torch.get_rng_state()
+    other = build(seed=3)
+    other.generate([[1, 2], [3]], 4)
+    other.text_completion(["a"], max_gen_len=4)
+    list(other.stream_text_completion("a", max_gen_len=4))
+    other.score(["a b"])
+    assert globals_now() == before
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_torch_default_dtype_and_device_do_not_reach_in(build: Build, llama: Llama) -> None:
+    """A program that works in float64 by default gets the same model."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = build()
+        assert other.generate([[1, 9, 4]], 9, temperature=0) == llama.generate([[1, 9, 4]], 9, temperature=0)
+        assert other.generate([[1, 9, 4]], 9, seed=1) == llama.generate([[1, 9, 4]], 9, seed=1)
+        assert other.model.forward(torch.tensor([[1, 2]]), 0).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_loading_time_is_logged(build: Build, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="llama"):
+        build()
+    assert re.search(r"Loaded in \d+\.\d+ seconds", caplog.text)
+
+
+def test_a_second_build_works_beside_the_first(
+    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any], llama: Llama, forward: Forward
+) -> None:
+    other_params = params | {"n_layers": 1, "n_kv_heads": 8}
+    other_state = oracle.random_state(other_params, seed=9)
+    other = build(ckpt_dir=write_checkpoint(other_params, other_state), max_batch_size=1)
+    for prompt in random_prompts(3, 20, seed=1):  # in turn, so that each finds the other's traces
+        assert is_greedy(forward, prompt, llama.generate([prompt], 8, temperature=0)[0][0])
+        answer = other.generate([prompt], 8, temperature=0)[0][0]
+        assert is_greedy(lambda rows: oracle.logits(other_state, other_params, torch.tensor(rows)), prompt, answer)
+
+
+# ---- generate: rows, limits, EOS, log-probabilities ----
+
+
+@pytest.mark.usefixtures("no_eos")
+def test_any_number_of_prompts_gives_single_calls_results_in_order(llama: Llama, forward: Forward) -> None:
+    prompts = [*random_prompts(11, 30, seed=2), [5] * MAX_SEQ_LEN]
+    answers, logprobs = llama.generate(prompts, 20, temperature=0)
+    assert logprobs is None
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer) == min(20, MAX_SEQ_LEN - len(prompt))
+        assert is_greedy(forward, prompt, answer)
+        assert llama.generate([prompt], 20, temperature=0)[0] == [answer]
+
+
+def test_a_row_ends_before_its_first_generated_eos(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = random_prompts(9, 12, seed=3)
+    monkeypatch.setattr(llama.tokenizer, "eos_id", NO_EOS)
+    endless, _ = llama.generate(prompts, 25, temperature=0)
+    eos_id = endless[0][7]
+    monkeypatch.setattr(llama.tokenizer, "eos_id", eos_id)
+    cut = [row[: row.index(eos_id)] if eos_id in row else row for row in endless]
+    assert llama.generate(prompts, 25, temperature=0)[0] == cut
+    assert len(cut[0]) <= 7
+
+
+def test_an_eos_inside_the_prompt_ends_nothing(llama: Llama, forward: Forward) -> None:
+    prompts = [[1, 2, 50, 2], [2], [2, 9], [1, 2, 2, 7]]
+    answers, _ = llama.generate(prompts, 9, temperature=0)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer) == 9 and 2 not in answer
+        assert is_greedy(forward, prompt, answer)
+    expected = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    assert llama.generate(prompts, 9, temperature=0, echo=True)[0] == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("echo", [False, True])
+def test_logprobs_equal_rescoring(llama: Llama, forward: Forward, echo: bool, temperature: float) -> None:
+    """Of each returned token given what precedes it, also where the prompts fill the whole length."""
+    prompts = [*random_prompts(5, 30, seed=4), [7], [8] * MAX_SEQ_LEN, [9] * (MAX_SEQ_LEN - 1)]
+    plain, _ = llama.generate(prompts, 9, temperature=temperature, seed=5)
+    rows, logprobs = llama.generate(prompts, 9, temperature=temperature, logprobs=True, echo=echo, seed=5)
+    assert logprobs is not None
+    for prompt, answer, row, scores in zip(prompts, plain, rows, logprobs, strict=True):
+        assert row == (prompt + answer if echo else answer)
+        expected = [0.0, *rescored(forward, prompt[:1], prompt[1:])] if echo else []
+        assert scores == pytest.approx(expected + rescored(forward, prompt, answer), abs=1e-4)
+        assert not echo or scores[0] == 0.0
+
+
+@pytest.mark.usefixtures("no_eos")
+def test_a_prompt_of_the_whole_length_gets_no_token(llama: Llama) -> None:
+    full = [7] * MAX_SEQ_LEN
+    assert llama.generate([full], 5) == ([[]], None)
+    assert llama.generate([full], 5, echo=True) == ([full], None)
+    assert len(llama.generate([full[1:]], 5)[0][0]) == 1
+
+
+def test_the_callers_prompts_are_left_as_they_are(llama: Llama) -> None:
+    prompts = [[1, 2], [3, 4, 5]]
+    rows, _ = llama.generate(prompts, 3, temperature=0, echo=True)
+    rows[0].append(-1)
+    assert prompts == [[1, 2], [3, 4, 5]]
+    assert llama.generate((range(3, 6), torch.tensor([1, 2])), 3, temperature=0)[0] == [
+        llama.generate([prompt], 3, temperature=0)[0][0] for prompt in ([3, 4, 5], [1, 2])
+    ]
+
+
+# ---- sampling and seeds ----
+
+
+def published(
+    forward: Forward, prompts: list[list[int]], max_gen_len: int, temperature: float, top_p: float, eos_id: int
+) -> list[list[int]]:
+    """Sampling as published, for prompts of one length: torch's default generator, all rows at every step."""
+    tokens = torch.tensor(prompts)
+    ended = torch.zeros(len(prompts), 1, dtype=torch.bool)
+    for _ in range(max_gen_len):
+        probs = torch.softmax(forward(tokens.tolist())[:, -1] / temperature, dim=-1)
+        probs, order = torch.sort(probs, dim=-1, descending=True)
+        probs[torch.cumsum(probs, dim=-1) - probs > top_p] = 0.0
+        probs /= probs.sum(dim=-1, keepdim=True)
+        token = order.gather(1, torch.multinomial(probs, num_samples=1))
+        tokens = torch.cat([tokens, token], dim=1)
+        ended |= token == eos_id
+        if ended.all():
+            break
+    rows = [row[len(prompts[0]) :] for row in tokens.tolist()]
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+
+
+@pytest.mark.parametrize("bsz", [1, 2, 4])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 0.9), (1.0, 1.0), (1.4, 0.3), (0.05, 0.9)])
+def test_a_seed_gives_the_published_tokens(
+    llama: Llama, forward: Forward, monkeypatch: pytest.MonkeyPatch, bsz: int, temperature: float, top_p: float
+) -> None:
+    prompts = [prompt[:6] for prompt in random_prompts(20, 30, seed=6) if len(prompt) >= 6][:bsz]
+    for seed, eos_id in ((1, NO_EOS), (12345, NO_EOS), (2, 336)):
+        monkeypatch.setattr(llama.tokenizer, "eos_id", eos_id)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            expected = published(forward, prompts, 16, temperature, top_p, eos_id)
+        assert llama.generate(prompts, 16, temperature, top_p, seed=seed)[0] == expected
+
+
+def test_builds_with_one_seed_give_one_sequence_of_calls_the_published_one(build: Build, forward: Forward) -> None:
+    calls = [([[1, 5, 6]], 7), ([[1, 9], [4, 4], [7, 8]], 5), ([[300]], 6)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(77)
+        expected = [published(forward, prompts, n, 0.6, 0.9, 2) for prompts, n in calls]
+    first, second = build(seed=77), build(seed=77)
+    assert [first.generate(prompts, n)[0] for prompts, n in calls] == expected
+    got = []
+    for prompts, n in calls:  # nothing that draws elsewhere, or does not draw, moves the stream
+        second.generate([[8], [3, 4]], 9, seed=5)
+        second.generate([[8]], 9, temperature=0)
+        second.score(["a b c"])
+        with pytest.raises(ValueError, match="top_p"):
+            second.generate([[8]], 9, top_p=0)
+        torch.rand(3)
+        got.append(second.generate(prompts, n)[0])
+    assert got == expected
+    assert build(seed=78).generate(*calls[0])[0] != expected[0]
+    assert build(seed=1).generate(*calls[0]) == build().generate(*calls[0])
+
+
+def test_a_calls_seed_counts_whatever_ran_before(llama: Llama) -> None:
+    prompts = random_prompts(9, 30, seed=7)
+    dialog: Any = [{"role": "user", "content": "a"}]
+
+    def calls() -> list[Any]:
+        return [
+            llama.generate(prompts, 12, temperature=1.0, seed=4),
+            llama.text_completion(["The", "A tiny"], max_gen_len=9, seed=4),
+            llama.chat_completion([dialog], max_gen_len=9, seed=4),
+        ]
+
+    expected = calls()
+    llama.generate(prompts[:3], 5)
+    assert calls() == expected
+    assert llama.generate(prompts, 12, temperature=1.0, seed=5) != expected[0]
+
+
+def test_temperature_zero_draws_nothing(llama: Llama) -> None:
+    prompts = random_prompts(3, 20, seed=8)
+    answers = [llama.generate(prompts, 9, temperature=0, top_p=p, seed=seed)[0] for p, seed in ((0.9, 1), (0.1, 2))]
+    assert answers[0] == answers[1]
+
+
+def test_a_tiny_top_p_is_greedy(llama: Llama) -> None:
+    prompts = random_prompts(3, 20, seed=9)
+    assert llama.generate(prompts, 9, top_p=1e-6, seed=3) == llama.generate(prompts, 9, temperature=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-9, 1e-40])
+def test_a_tiny_temperature_is_greedy(llama: Llama, temperature: float) -> None:
+    prompts = random_prompts(3, 20, seed=10)
+    assert llama.generate(prompts, 9, temperature, seed=3) == llama.generate(prompts, 9, temperature=0)
+
+
+# ---- errors ----
+
+WRONG_PROMPTS: list[tuple[Any, str]] = [
+    ([], "prompt_tokens is empty"),
+    ([[1], []], "prompt_tokens[1] is empty"),
+    ([[1], [3] * (MAX_SEQ_LEN + 1)], f"prompt_tokens[1] has {MAX_SEQ_LEN + 1} tokens; it takes up to"),
+    ([[1, -1]], "prompt_tokens[0] has the id -1"),
+    ([[1], [2, 10**6, 3]], "prompt_tokens[1] has the id 1000000"),
+    ([[1.5]], "prompt_tokens[0] is [1.5]"),
+    ([1, 2], "prompt_tokens[0] is 1"),
+    ("text", "prompt_tokens is a str"),
+    (["text"], "prompt_tokens[0] is 'text'"),
+    (None, "prompt_tokens is a NoneType"),
+]
+WRONG_OPTIONS: list[tuple[str, Any]] = [
+    *(("max_gen_len", value) for value in (0, -1, 1.5, "5", True)),
+    *(("temperature", value) for value in (-0.1, math.nan, math.inf, "1", None)),
+    *(("top_p", value) for value in (0, -0.5, 1.001, math.nan, None, "1")),
+    *(("seed", value) for value in (1.5, "1", True)),
+]
+
+
+@contextmanager
+def no_compute(llama: Llama) -> Iterator[None]:
+    """Nothing goes through the network meanwhile, and afterwards it works as ever."""
+    with seen_tokens(llama) as passes:
+        yield
+    assert not passes
+    assert llama.generate([[1, 9, 4]], 4, temperature=0)[0][0]
+
+
+@pytest.mark.parametrize(("prompts", "message"), WRONG_PROMPTS, ids=[message for _, message in WRONG_PROMPTS])
+def test_wrong_prompts_are_named_before_any_compute(llama: Llama, prompts: Any, message: str) -> None:
+    with no_compute(llama), pytest.raises(ValueError, match=re.escape(message)):
+        llama.generate(prompts, 4)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_OPTIONS)
+def test_wrong_options_are_named_before_any_compute(llama: Llama, name: str, value: Any) -> None:
+    calls: list[Callable[..., Any]] = [
+        lambda **options: llama.generate([[1]], **{"max_gen_len": 4} | options),
+        lambda **options: llama.text_completion(["a"], **options),
+        lambda **options: llama.chat_completion([[{"role": "user", "content": "a"}]], **options),
+        lambda **options: llama.stream_text_completion("a", **options),
+        lambda **options: llama.stream_chat_completion([{"role": "user", "content": "a"}], **options),
+    ]
+    for call in calls:
+        with no_compute(llama), pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; it takes")):
+            call(**{name: value})
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**64)])
+def test_a_seed_of_more_than_64_bits_is_named_before_any_compute(llama: Llama, seed: int) -> None:
+    with no_compute(llama):
+        with pytest.raises(ValueError, match=f"seed is {seed}; it takes"):
+            llama.generate([[1]], 4, seed=seed)
+        with pytest.raises(ValueError, match=f"seed is {seed}; it takes"):
+            llama.stream_text_completion("a", seed=seed)
+
+
+@pytest.mark.parametrize("stop", ["end", [""], ["a", ""], [1], [None]])
+def test_wrong_stop_strings_are_named(llama: Llama, stop: Any) -> None:
+    for call in (llama.text_completion, llama.stream_text_completion):
+        prompt: Any = "a" if call == llama.stream_text_completion else ["a"]
+        with no_compute(llama), pytest.raises(ValueError, match="stop is"):
+            call(prompt, stop=stop)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "is empty"),
+        ("a text", "is a str"),
+        ([1], "[0] is a int"),
+        (["a", None], "[1] is a NoneType"),
+        (["a", "a " * MAX_SEQ_LEN], f"takes up to max_seq_len={MAX_SEQ_LEN}"),
+    ],
+)
+def test_wrong_texts_are_named_before_any_compute(llama: Llama, texts: Any, message: str) -> None:
+    for call in (llama.text_completion, llama.score):
+        with no_compute(llama), pytest.raises(ValueError, match=re.escape(message)):
+            call(texts)
+
+
+@pytest.mark.parametrize("contexts", [[], ["a"], ["a", 1], "ab", ["a", "a " * MAX_SEQ_LEN]])
+def test_wrong_contexts_are_named_before_any_compute(llama: Llama, contexts: Any) -> None:
+    with no_compute(llama), pytest.raises(ValueError, match="contexts"):
+        llama.score(["a", "b"], contexts)
+
+
+@pytest.mark.parametrize(
+    ("dialog", "message"),
+    [
+        ([], "dialogs[1] is empty"),
+        ([{"role": "system", "content": "s"}], "dialogs[1][0]"),
+        ([{"role": "assistant", "content": "a"}], "dialogs[1][0] has role 'assistant'"),
+        ([{"role": "user", "content": "a"}] * 2, "dialogs[1][1] has role 'user'"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "dialogs[1][1], the last"),
+        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "dialogs[1][1] has role 'system'"),
+        ([{"role": "user", "content": 5}], "dialogs[1][0] has content of type int"),
+        ([{"role": "robot", "content": "a"}], "dialogs[1][0] has role 'robot'"),
+        ([{"role": "user", "content": "a " * 200}], "dialogs[1] has"),
+    ],
+)
+def test_wrong_dialogs_are_named_before_any_compute(wide: Llama, dialog: Any, message: str) -> None:
+    with no_compute(wide), pytest.raises(ValueError, match=re.escape(message)):
+        wide.chat_completion([[{"role": "user", "content": "fine"}], dialog])
+
+
+@pytest.mark.parametrize("passes", [0, 1, 5])
+def test_a_failure_inside_the_network_leaves_the_next_call_right(llama: Llama, forward: Forward, passes: int) -> None:
+    prompts = random_prompts(7, 20, seed=11)
+    countdown = iter(range(passes))
+
+    def fail(*_: object) -> None:
+        if next(countdown, None) is None:
+            raise KeyboardInterrupt
+
+    handle = llama.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        llama.generate(prompts, 9)
+    handle.remove()
+    for prompt, answer in zip(prompts, llama.generate(prompts, 9, temperature=0)[0], strict=True):
+        assert is_greedy(forward, prompt, answer)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+# ---- texts ----
+
+TEXTS = ["The quick", "", "  two spaces", "naïve café 12\n\n345", "日本 🦙", "A tiny tokenizer knows", "x" * 20]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_texts_are_encoded_with_bos_and_decoded_whole(llama: Llama, echo: bool) -> None:
+    prompts = [[1, *llama.tokenizer.sp_model.encode(text)] for text in TEXTS]
+    rows, logprobs = llama.generate(prompts, 30, temperature=1.2, echo=echo, seed=6, logprobs=True)
+    results = llama.text_completion(TEXTS, temperature=1.2, max_gen_len=30, echo=echo, seed=6)
+    for row, result in zip(rows, results, strict=True):
+        assert result == {
+            "generation": llama.tokenizer.sp_model.decode(row),
+            "finish_reason": result["finish_reason"],
+        }
+    assert logprobs is not None
+    with_logprobs = llama.text_completion(TEXTS, 1.2, 0.9, 30, True, echo, seed=6)
+    for row, scores, plain, result in zip(rows, logprobs, results, with_logprobs, strict=True):
+        assert set(result) == {"generation", "finish_reason", "tokens", "logprobs"}
+        assert result["generation"] == plain["generation"]
+        assert "".join(result["tokens"]) == result["generation"]
+        assert len(result["tokens"]) == len(row)
+        assert result["logprobs"] == scores
+
+
+def test_an_echoed_text_comes_first(llama: Llama) -> None:
+    for text, result in zip(TEXTS, llama.text_completion(TEXTS, max_gen_len=5, echo=True, seed=1), strict=True):
+        assert result["generation"].startswith(text)
+
+
+@pytest.mark.usefixtures("no_eos")
+def test_max_gen_len_defaults_to_the_longest_there_is(llama: Llama) -> None:
+    (alone, long) = llama.text_completion(["", "The quick brown fox"], logprobs=True, seed=1)
+    n_prompt = len(llama.tokenizer.sp_model.encode("The quick brown fox")) + 1
+    assert (len(alone["tokens"]), len(long["tokens"])) == (MAX_SEQ_LEN - 1, MAX_SEQ_LEN - n_prompt)
+
+
+def test_the_smallest_cache_works(build: Build) -> None:
+    tiny = build(max_seq_len=1, max_batch_size=1)
+    assert tiny.text_completion(["", ""], logprobs=True)[1]["tokens"] == []
+    assert tiny.generate([[1], [2]], 3) == ([[], []], None)
+
+
+def test_finish_reasons(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`length` at the limit asked for and at the end of the cache, `stop` at EOS and at a stop string."""
+    monkeypatch.setattr(llama.tokenizer, "eos_id", NO_EOS)
+    (row,), _ = llama.generate([[1, *llama.tokenizer.sp_model.encode("The")]], 12, temperature=0)
+
+    def reason(n: int | None, **options: Any) -> str:
+        return llama.text_completion(["The"], temperature=0, max_gen_len=n, **options)[0]["finish_reason"]
+
+    assert reason(5) == reason(None) == "length"
+    assert reason(12, stop=[llama.tokenizer.pieces(row)[3]]) == "stop"
+    assert reason(12, stop=["never there"]) == "length"
+    monkeypatch.setattr(llama.tokenizer, "eos_id", row[6])
+    assert reason(12) == "stop"
+    assert reason(row.index(row[6])) == "length"  # the limit comes first
+
+
+@pytest.mark.usefixtures("no_eos")
+def test_a_completion_ends_before_its_stop_string(llama: Llama) -> None:
+    """Wherever the string lies: inside a token, over several, at the start, in one row of several."""
+    rng = random.Random(1)
+    options: dict[str, Any] = {"temperature": 1.5, "max_gen_len": 24, "seed": 9, "logprobs": True}
+    plain = llama.text_completion(TEXTS[:4], **options)
+    for _ in range(30):
+        whole = plain[rng.randrange(4)]["generation"].replace("\ufffd", "")
+        start = rng.randrange(len(whole))
+        stop = whole[start : start + rng.randint(1, 6)]
+        for result, free in zip(llama.text_completion(TEXTS[:4], stop=[stop], **options), plain, strict=True):
+            place = free["generation"].find(stop)
+            assert result["generation"] == (free["generation"][:place] if place >= 0 else free["generation"])
+            assert result["finish_reason"] == ("stop" if place >= 0 else "length")
+            assert "".join(result["tokens"]) == result["generation"]
+            assert result["logprobs"] == pytest.approx(free["logprobs"][: len(result["tokens"])], abs=1e-4)
+
+
+@contextmanager
+def dictated(llama: Llama, ids: Sequence[int]) -> Iterator[None]:
+    """The network finds these ids the likeliest, one after the other."""
+    script = iter(ids)
+    handle = llama.model.output.register_forward_hook(
+        lambda _, args, out: torch.nn.functional.one_hot(torch.full(out.shape[:-1], next(script)), out.shape[-1]) * 9.0
+    )
+    yield
+    handle.remove()
+
+
+@pytest.mark.xfail(strict=True, reason="the text is cut, but finish_reason says length")
+def test_a_stop_string_in_bytes_that_became_no_character_counts(llama: Llama) -> None:
+    """Half a character at the limit comes out as U+FFFD only once no token follows."""
+    half = llama.tokenizer.sp_model.piece_to_id("<0xF0>")
+    with dictated(llama, [*llama.tokenizer.sp_model.encode("The"), half]):
+        n = len(llama.tokenizer.sp_model.encode("The")) + 1
+        (result,) = llama.text_completion([""], temperature=0, max_gen_len=n, stop=["e\ufffd"])
+    assert result == {"generation": "Th", "finish_reason": "stop"}
+
+
+@pytest.mark.usefixtures("no_eos")
+def test_a_stop_string_ends_the_computing_too(llama: Llama) -> None:
+    (free,) = llama.text_completion(["The"], temperature=0, max_gen_len=30, logprobs=True)
+    with seen_tokens(llama) as passes:
+        llama.text_completion(["The"], temperature=0, max_gen_len=30, stop=[free["generation"][:3]])
+    pieces = free["tokens"]
+    assert len(passes) <= next(i for i in range(31) if len("".join(pieces[:i])) >= 3)
+
+
+@pytest.mark.usefixtures("no_eos")
+def test_several_stop_strings(llama: Llama) -> None:
+    (free,) = llama.text_completion(["The"], temperature=0, max_gen_len=30)
+    text = free["generation"]
+    early, late = text[4:7], text[12:16]
+    for stop in ([early, late], [late, early], ("none", early)):
+        (result,) = llama.text_completion(["The"], temperature=0, max_gen_len=30, stop=stop)
+        assert result["generation"] == text[: text.find(early)]
+
+
+def test_an_echoed_prompt_is_not_searched_for_stop_strings(llama: Llama) -> None:
+    (result,) = llama.text_completion(["The lazy dog"], temperature=0, max_gen_len=6, echo=True, stop=["lazy"])
+    assert result["generation"].startswith("The lazy dog")
+
+
+# ---- dialogs ----
+
+SYSTEM = {"role": "system", "content": " Be brief. "}
+USER = {"role": "user", "content": "  Where do llamas live? "}
+ANSWER = {"role": "assistant", "content": " In the mountains.\n"}
+MORE = {"role": "user", "content": "And alpacas?"}
+DIALOGS: list[Any] = [[USER], [SYSTEM, USER], [USER, ANSWER, MORE], [SYSTEM, USER, ANSWER, MORE]]
+TEMPLATES = [
+    ["[INST] Where do llamas live? [/INST]"],
+    ["[INST] <<SYS>>\n Be brief. \n<</SYS>>\n\n  Where do llamas live? [/INST]"],
+    ["[INST] Where do llamas live? [/INST] In the mountains. ", "[INST] And alpacas? [/INST]"],
+    [
+        "[INST] <<SYS>>\n Be brief. \n<</SYS>>\n\n  Where do llamas live? [/INST] In the mountains. ",
+        "[INST] And alpacas? [/INST]",
+    ],
+]
+UNSAFE: list[Any] = [
+    [{"role": role, "content": f"a {tag} b"} if role == mine["role"] else mine for mine in [SYSTEM, USER, ANSWER, MORE]]
+    for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+    for role in ("system", "user", "assistant")
+]
+REFUSAL = "Error: special tags are not allowed as part of the prompt."
+
+
+def template_ids(llama: Llama, parts: list[str]) -> list[int]:
+    """Each finished pair between BOS and EOS, the last turn behind BOS."""
+    encoded = [[1, *llama.tokenizer.sp_model.encode(part), 2] for part in parts]
+    return [token for part in encoded for token in part][:-1]
+
+
+def test_dialogs_run_as_their_template_and_unsafe_ones_not_at_all(wide: Llama) -> None:
+    prompts = [template_ids(wide, parts) for parts in TEMPLATES]
+    dialogs = [dialog for safe, unsafe in zip(DIALOGS, UNSAFE, strict=False) for dialog in (unsafe, safe)]
+    with seen_tokens(wide) as passes:
+        results = wide.chat_completion(dialogs, temperature=0, max_gen_len=8, logprobs=True)
+    prefilled = sorted(passes[0].tolist())
+    assert [row[: len(prompt)] for row, prompt in zip(prefilled, sorted(prompts), strict=True)] == sorted(prompts)
+    answers, logprobs = wide.generate(prompts, 8, temperature=0, logprobs=True)
+    assert logprobs is not None
+    for result, answer, scores in zip(results[1::2], answers, logprobs, strict=True):
+        text = wide.tokenizer.sp_model.decode(answer)
+        assert result["generation"] == {"role": "assistant", "content": text}
+        assert "".join(result["tokens"]) == text and len(result["tokens"]) == len(answer)
+        assert result["logprobs"] == scores
+    for result in results[::2]:
+        assert result["generation"] == {"role": "assistant", "content": REFUSAL}
+        assert result["tokens"] == [] and result["logprobs"] == []
+
+
+@pytest.mark.parametrize("unsafe", UNSAFE)
+def test_unsafe_dialogs_alone_run_nothing(wide: Llama, unsafe: Any) -> None:
+    with no_compute(wide):
+        (result,) = wide.chat_completion([unsafe])
+        assert list(wide.stream_chat_completion(unsafe)) == [REFUSAL]
+    assert result["generation"] == {"role": "assistant", "content": REFUSAL}
+    assert set(result) == {"generation", "finish_reason"}
+
+
+def test_any_number_of_dialogs_with_stop_and_seed(wide: Llama) -> None:
+    dialogs = DIALOGS * 3
+    free = wide.chat_completion(dialogs, temperature=0, max_gen_len=10)
+    stop = free[2]["generation"]["content"][2:4]
+    for dialog, result, plain in zip(
+        dialogs, wide.chat_completion(dialogs, temperature=0, max_gen_len=10, stop=[stop]), free, strict=True
+    ):
+        whole = plain["generation"]["content"]
+        cut = whole[: whole.find(stop)] if stop in whole else whole
+        assert result["generation"] == {"role": "assistant", "content": cut}
+        assert wide.chat_completion([dialog], temperature=0, max_gen_len=10) == [plain]
+    assert wide.chat_completion(dialogs, max_gen_len=10, seed=3) == wide.chat_completion(
+        dialogs, max_gen_len=10, seed=3
+    )
+
+
+# ---- scoring ----
+
+
+def test_scores_of_texts_equal_the_oracles(llama: Llama, forward: Forward) -> None:
+    with seen_tokens(llama) as passes:
+        scores = llama.score(TEXTS)
+    assert sum(len(tokens) for tokens in passes) == len(TEXTS)  # one row a text, and no decoding
+    for text, score in zip(TEXTS, scores, strict=True):
+        ids = llama.tokenizer.sp_model.encode(text)
+        assert score["logprobs"] == pytest.approx(rescored(forward, [1], ids), abs=1e-4)
+        assert score["logprob"] == pytest.approx(sum(score["logprobs"]))
+        assert isinstance(score["logprob"], float) or not ids
+        assert "".join(score["tokens"]) == text and len(score["tokens"]) == len(ids)
+
+
+def test_scores_of_completions_equal_the_oracles(llama: Llama, forward: Forward) -> None:
+    """Context and text are encoded as one string; the tokens after the context's own are scored."""
+    contexts = ["The quick brown", "", "Llamas", "日", "The", "The quick brown"]
+    texts = [" fox jumps", "A tiny", " and alpacas live", "本 🦙", "", " dog"]
+    for context, text, score in zip(contexts, texts, llama.score(texts, contexts), strict=True):
+        head = [1, *llama.tokenizer.sp_model.encode(context)]
+        whole = [1, *llama.tokenizer.sp_model.encode(context + text)]
+        assert whole[: len(head)] == head  # the examples split between tokens
+        assert score["logprobs"] == pytest.approx(rescored(forward, head, whole[len(head) :]), abs=1e-4)
+        assert score["logprob"] == pytest.approx(sum(score["logprobs"]))
+        assert "".join(score["tokens"]) == text
+
+
+def test_a_context_that_merges_with_its_text_is_split_before_the_merged_token(llama: Llama, forward: Forward) -> None:
+    head, whole = ([1, *llama.tokenizer.sp_model.encode(text)] for text in ("The qu", "The quick"))
+    assert whole[: len(head)] != head
+    n_common = next(i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b)
+    (score,) = llama.score(["ick"], ["The qu"])
+    assert score["logprobs"] == pytest.approx(rescored(forward, whole[:n_common], whole[n_common:]), abs=1e-4)
+
+
+def test_a_completions_score_is_the_sum_of_its_generated_logprobs(llama: Llama) -> None:
+    (result,) = llama.text_completion(["The quick"], temperature=0, max_gen_len=5, logprobs=True)
+    with seen_tokens(llama) as passes:
+        llama.generate([[1, *llama.tokenizer.sp_model.encode("The quick")]], 5, temperature=0)
+    assert len(result["logprobs"]) == 5 and len(passes) == 5
