@@ -100,18 +100,22 @@ def keep_in_step(steps: Iterator[Step]) -> Generator[Step, None, None]:
     """
     first = is_first_of_group()
     over = False
+
+    def advance() -> Step | None:
+        nonlocal over
+        step = next(steps, None) if agree(True) else None
+        over = step is None or step.finish_reason is not None
+        return step
+
     try:
-        while not over and agree(True):
-            step = next(steps, None)
-            over = step is None or step.finish_reason is not None
-            if step is not None:
-                yield step
-    finally:
-        if not over and first:
+        while not over and (step := advance()):
+            yield step
+    except GeneratorExit:
+        if first and not over:
             agree(False)
-        while not over and not first and agree(True):
-            step = next(steps, None)
-            over = step is None or step.finish_reason is not None
+        while not first and not over:
+            advance()
+        raise
 
 
 def _admit(
