@@ -201,7 +201,9 @@ def page_release(path: Path) -> Callable[[Tensor], None]:
 
     def release(tensor: Tensor) -> None:
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        storage = tensor.untyped_storage()  # smaller than the tensor, if that repeats a value
+        end = min(tensor.data_ptr() + tensor.nbytes, storage.data_ptr() + storage.nbytes())
+        end = end // mmap.PAGESIZE * mmap.PAGESIZE
         if end > start:  # whole pages only: those at the ends hold parts of other tensors
             madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
@@ -210,23 +212,20 @@ def page_release(path: Path) -> Callable[[Tensor], None]:
 
 def read_shard(path: Path) -> dict[str, Tensor]:
     """The flat name -> tensor dict of one file, memory-mapped on the CPU. Nothing but tensors is unpickled."""
+    mappable = _is_mappable(path)
     try:
-        state = _load_mapped(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
         raise ValueError(  # torch's own words advise to load without `weights_only`, which runs code of the file
             f"{path} holds other things than tensors, which are not loaded, or is damaged; compare its checksum"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # torch raises errors of many kinds over a damaged file
         raise ValueError(
             f"{path} cannot be read ({_first_line(error)}); is it cut short? Compare its checksum"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is not a flat dict of tensors, which is what a released checkpoint file holds")
     return state
-
-
-def _load_mapped(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mappable(path))
 
 
 def _is_mappable(path: Path) -> bool:

@@ -1,0 +1,1 @@
+"""Commands over checkpoints: `python -m llama.tools.NAME --help`."""

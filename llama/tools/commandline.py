@@ -1,0 +1,68 @@
+"""From a function to a command: flags by fire, a user's mistake as one line on stderr with status 1.
+
+Knows nothing of what the commands do.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+import fire
+from fire.decorators import SetParseFns
+
+MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError)
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+class _Call:
+    """A call that waits until fire has understood the whole command line: a mistyped flag then stops it in time."""
+
+    __slots__ = ("_run",)
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run = run
+
+
+def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
+    """Runs the function that the command line asks for: the only one, or that of the dict which it names.
+
+    A function's result is the exit status, None for 0. Ctrl-C and SIGTERM end it by an exception, so that it can
+    clean up.
+    """
+    if isinstance(commands, dict):
+        component: Any = {name: _deferred(function) for name, function in commands.items()}
+    else:
+        component = _deferred(commands)
+    call = fire.Fire(component, serialize=lambda result: None if isinstance(result, _Call) else result)
+    if not isinstance(call, _Call):
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(call._run())
+    except MISTAKES as error:
+        sys.exit(f"error: {'; '.join(str(error).splitlines()) or type(error).__name__}")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _deferred(function: Callable[..., Any]) -> Callable[..., _Call]:
+    """`function` with the same flags, which returns the call. Where it takes a str, fire parses no number."""
+
+    @functools.wraps(function)
+    def defer(*args: Any, **kwargs: Any) -> _Call:
+        return _Call(lambda: function(*args, **kwargs))
+
+    texts = [name for name, p in inspect.signature(function).parameters.items() if "str" in str(p.annotation)]
+    deferred: Callable[..., _Call] = SetParseFns(**dict.fromkeys(texts, str))(defer)
+    return deferred
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + signum)

@@ -1,0 +1,73 @@
+"""A checkpoint on another number of files: `python -m llama.tools.reshard --ckpt_dir IN --output_dir OUT ...`.
+
+Knows nothing of what the tensors mean; see `llama.checkpoint` for how they are split.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+from llama.checkpoint import split_tensor
+from llama.tools.commandline import run
+from llama.tools.progress import Progress
+from llama.tools.sharded import ShardedCheckpoint
+from llama.tools.staging import check_absent, staged_folder
+from llama.tools.tensor_file import lay_out_pth
+
+
+def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: int, *, quiet: bool = False) -> None:
+    """Writes a checkpoint anew, split over another number of files; every value stays exact to the bit.
+
+    It takes a few times the memory of the largest tensor. `output_dir` appears when all of it is there: a run that is
+    interrupted leaves nothing.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.NN.pth, any number of them.
+        output_dir: folder to make. params.json goes there too, and tokenizer.model if it lies in ckpt_dir.
+        model_parallel_size: number of files to write, one for each process (GPU) that will run the model.
+        quiet: shows no progress.
+
+    Raises:
+        AssertionError: `ckpt_dir` holds no checkpoint files.
+        FileNotFoundError: it holds no params.json.
+        FileExistsError: `output_dir` is there and not empty.
+        ValueError: the checkpoint is damaged, or cannot be split that way.
+        OSError: the disk has not enough space.
+    """
+    check_places(ckpt_dir, output_dir)
+    check_count(model_parallel_size)
+    source = ShardedCheckpoint(ckpt_dir)
+    source.args.check_shards(model_parallel_size)
+    parts = {name: split_tensor(name, whole, model_parallel_size)[0] for name, whole in source.layout().items()}
+    n_bytes = model_parallel_size * sum(part.nbytes for part in parts.values())
+    with (
+        staged_folder(output_dir, n_bytes) as folder,
+        Progress("reshard", n_bytes, quiet=quiet) as progress,
+        ExitStack() as stack,
+    ):
+        for name in ("params.json", "tokenizer.model"):
+            if (Path(ckpt_dir) / name).exists():
+                shutil.copyfile(Path(ckpt_dir) / name, folder / name)
+        paths = [folder / f"consolidated.{rank:02d}.pth" for rank in range(model_parallel_size)]
+        files = [stack.enter_context(lay_out_pth(path, parts)) for path in paths]
+        for name in source.names:
+            for file, part in zip(files, split_tensor(name, source.whole(name), model_parallel_size), strict=True):
+                progress.add(file.write(name, part))
+
+
+def check_places(source: str | Path, output_dir: str | Path) -> None:
+    """Raises unless `output_dir` can be made out of the folder `source`."""
+    if Path(source).resolve() == Path(output_dir).resolve():
+        raise ValueError(f"the output folder {output_dir} is the input folder; give the name of a new one")
+    check_absent(output_dir)
+
+
+def check_count(model_parallel_size: int) -> None:
+    if not isinstance(model_parallel_size, int) or isinstance(model_parallel_size, bool) or model_parallel_size < 1:
+        raise ValueError(f"model_parallel_size is {model_parallel_size!r}; it takes a whole number above zero")
+
+
+if __name__ == "__main__":
+    run(reshard)

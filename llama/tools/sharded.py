@@ -1,0 +1,111 @@
+"""A checkpoint folder read as whole tensors, one at a time, whatever the number of its files.
+
+The files are memory-mapped, and what was read of one tensor leaves memory before the next one is read. Knows nothing of
+what becomes of the tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+from llama.checkpoint import (
+    KNOWN_EXTRA,
+    check_tensors,
+    join_tensor,
+    list_shards,
+    page_release,
+    read_params,
+    read_shard,
+    shard_dim,
+    tensor_shapes,
+)
+
+
+class ShardedCheckpoint:
+    """The whole tensors of a checkpoint, all names and shapes checked before the first is read.
+
+    Attributes:
+        args: the network; its vocabulary is that of the embedding where params.json leaves it open.
+        names: of the tensors, in the released order; `rope.freqs` last, if it is there.
+
+    Raises:
+        AssertionError: the folder holds no `*.pth` file.
+        FileNotFoundError: it holds no params.json.
+        ValueError: params.json or a file is not what it should be, or what every file should repeat differs.
+    """
+
+    def __init__(self, ckpt_dir: str | Path) -> None:
+        self._shards = list_shards(ckpt_dir)
+        self._states = [read_shard(path) for path in self._shards]
+        self._page_release = [page_release(path) for path in self._shards]
+        self._last: str | None = None  # the tensor read last
+        self.args = _network(ckpt_dir, self._shards[0], self._states[0])
+        try:
+            self.args.check_shards(len(self._shards))
+        except ValueError as error:
+            raise ValueError(f"{ckpt_dir} holds {len(self._shards)} files, but {error}; is a file missing?") from error
+        self.names = list(tensor_shapes(self.args, 1))
+        if all(KNOWN_EXTRA in state for state in self._states):
+            self.names.append(KNOWN_EXTRA)
+        self._check_files()
+        for name in self.names:
+            self._check_agreement(name)
+
+    def whole(self, name: str) -> Tensor:
+        """The tensor `name`, joined from all files; one file's is a view of the mapped file."""
+        self._release_last()
+        self._last = name
+        return join_tensor(name, [state[name] for state in self._states])
+
+    def layout(self) -> dict[str, Tensor]:
+        """Every whole tensor's shape and dtype, as tensors without values."""
+        parts = {name: [state[name].to("meta") for state in self._states] for name in self.names}
+        return {name: join_tensor(name, tensors) for name, tensors in parts.items()}
+
+    def _release_last(self) -> None:
+        """Gives back the memory of the tensor read last; it is read from its file again if it is still in use."""
+        if self._last is not None:
+            for release, state in zip(self._page_release, self._states, strict=True):
+                release(state[self._last])
+
+    def _check_files(self) -> None:
+        shapes = tensor_shapes(self.args, len(self._shards))
+        for path, state in zip(self._shards, self._states, strict=True):
+            check_tensors(path, {name: tensor for name, tensor in state.items() if name != KNOWN_EXTRA}, shapes)
+
+    def _check_agreement(self, name: str) -> None:
+        """The files have to hold parts of one dtype, and what each holds in full has to be the same to the bit."""
+        first, others = self._states[0][name], [state[name] for state in self._states[1:]]
+        for path, other in zip(self._shards[1:], others, strict=True):
+            if other.dtype != first.dtype:
+                raise ValueError(f"{name} is {first.dtype} in {self._shards[0]}, but {other.dtype} in {path}")
+            if shard_dim(name) is None and not same_bits(first, other):
+                raise ValueError(f"{name} differs between {self._shards[0]} and {path}; every file should repeat it")
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bytes; NaN is then equal to itself."""
+    if one.shape != other.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def _network(ckpt_dir: str | Path, path: Path, state: dict[str, Tensor]) -> ModelArgs:
+    """What params.json describes, with the embedding's number of rows where it says `vocab_size` -1."""
+    try:
+        args = ModelArgs(**read_params(ckpt_dir))
+    except ValueError as error:
+        raise ValueError(f"{Path(ckpt_dir) / 'params.json'}: {error}") from error
+    if args.n_layers > len(state):
+        raise ValueError(f"params.json has n_layers={args.n_layers}, but {path} holds {len(state)} tensors in all")
+    if args.vocab_size != -1:
+        return args
+    embedding = state.get("tok_embeddings.weight")
+    if embedding is None or embedding.dim() != 2:
+        raise ValueError(f"{path} lacks a tok_embeddings.weight of two axes, which params.json asks for")
+    return replace(args, vocab_size=embedding.size(0))

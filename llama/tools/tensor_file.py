@@ -1,0 +1,75 @@
+"""Files of tensors that are written one tensor at a time, in any order.
+
+A file is laid out in full before the first value is there; then each tensor's bytes go to their place. Knows the two
+formats' layouts, and nothing of names or networks.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+_CHUNK = 64 * 1024**2  # bytes a system call writes
+_ZIP_HEADER = struct.Struct("<26xHH")  # a zip entry's local header: at its end the lengths of name and extra field
+
+
+class TensorFile:
+    """A laid-out file, open for the values. Used by `with`; at its end every tensor has to be written.
+
+    Args:
+        path: the file.
+        offsets: where each tensor's bytes start.
+    """
+
+    def __init__(self, path: Path, offsets: dict[str, int]) -> None:
+        self._offsets = offsets
+        self._unwritten = set(offsets)
+        self._descriptor = os.open(path, os.O_WRONLY)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+        assert kind is not None or not self._unwritten, f"never written: {sorted(self._unwritten)}"
+
+    def write(self, name: str, tensor: Tensor) -> int:
+        """Puts a tensor, of the dtype and shape that were laid out, in its place; returns its bytes."""
+        values = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+        done = 0
+        while done < len(values):
+            chunk = values[done : done + _CHUNK]
+            done += os.pwrite(self._descriptor, chunk, self._offsets[name] + done)
+        self._unwritten.discard(name)
+        return done
+
+
+def lay_out_pth(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
+    """A file as `torch.save` writes it, of tensors that need no values, such as those on the meta device.
+
+    Its checksums (CRC-32), which torch does not look at, are left zero: `unzip -t` complains of them.
+    """
+    with torch.serialization.skip_data():
+        # Memory that is never touched takes no room.
+        torch.save({name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}, path)
+    return TensorFile(path, _offsets_in_pth(path, tensors))
+
+
+def _offsets_in_pth(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Where the zip entries' contents start; torch numbers them in the order of the dict."""
+    offsets = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for i, (name, tensor) in enumerate(tensors.items()):
+            entry = archive.getinfo(f"{path.stem}/data/{i}")
+            assert entry.file_size == tensor.nbytes
+            file.seek(entry.header_offset)
+            offsets[name] = entry.header_offset + 30 + sum(_ZIP_HEADER.unpack(file.read(_ZIP_HEADER.size)))
+    return offsets

@@ -1,0 +1,391 @@
+"""Resharding: exact to the bit for any number of files, all or nothing on disk, one clear error for a mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama.tools import progress, staging
+from llama.tools.commandline import run
+from llama.tools.reshard import reshard
+from llama.tools.tensor_file import TensorFile
+from tests import oracle
+from tests.conftest import PARAMS, ROOT
+
+SIZES = (1, 2, 4, 8)
+Write = Callable[..., Path]
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def wide_params() -> dict[str, Any]:
+    """Counts that 1, 2, 4 and 8 ranks can share."""
+    return PARAMS | {"n_kv_heads": 8}
+
+
+@pytest.fixture(scope="module")
+def wide_state(wide_params: dict[str, Any]) -> State:
+    """bfloat16 weights with some bit patterns that arithmetic would not keep: a NaN with a payload, minus zero."""
+    state = {name: w.bfloat16() for name, w in oracle.random_state(wide_params, seed=1).items()}
+    for tensor in state.values():
+        tensor.view(torch.int16).view(-1)[:3] = torch.tensor([0x7FA1, -0x8000, 0x0001], dtype=torch.int16)
+    return state
+
+
+@pytest.fixture(scope="module")
+def folders(write_checkpoint: Write, wide_params: dict[str, Any], wide_state: State) -> dict[int, Path]:
+    """The same weights in 1, 2, 4 and 8 files, split by the fixture's own rule."""
+    return {n: write_checkpoint(wide_params, wide_state, n) for n in SIZES}
+
+
+@pytest.fixture
+def source(write_checkpoint: Write, wide_params: dict[str, Any], wide_state: State) -> Path:
+    """Two files that a test may change."""
+    return write_checkpoint(wide_params, wide_state, 2)
+
+
+def load(folder: Path, *, mmap: bool = True) -> list[State]:
+    return [torch.load(path, weights_only=True, mmap=mmap) for path in sorted(folder.glob("*.pth"))]
+
+
+def assert_same_files(folder: Path, other: Path, *, mmap: bool = True) -> None:
+    ours, theirs = load(folder, mmap=mmap), load(other)
+    assert len(ours) == len(theirs)
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            assert tensor.dtype == two[name].dtype and tensor.shape == two[name].shape
+            assert torch.equal(tensor.view(torch.uint8), two[name].contiguous().view(torch.uint8)), name
+
+
+def assert_refused(message: str, folder: Path, output: Path, size: Any = 1, kind: type[Exception] = ValueError) -> None:
+    """The call raises, with these words, and leaves the disk as it was."""
+    before = sorted(output.parent.rglob("*"))
+    with pytest.raises(kind, match=message):
+        reshard(folder, output, size)
+    assert sorted(output.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("m", SIZES)
+def test_any_number_of_files_to_any_is_exact_to_the_bit(
+    folders: dict[int, Path], tmp_path: Path, n: int, m: int
+) -> None:
+    reshard(folders[n], tmp_path / "there", m)
+    assert_same_files(tmp_path / "there", folders[m])
+    reshard(tmp_path / "there", tmp_path / "back", n)
+    assert_same_files(tmp_path / "back", folders[n])
+    assert sorted(os.listdir(tmp_path)) == ["back", "there"]
+
+
+def test_numbers_of_files_that_do_not_divide_each_other(write_checkpoint: Write, tmp_path: Path) -> None:
+    params = PARAMS | {"dim": 48, "n_heads": 6, "n_kv_heads": 6, "multiple_of": 12, "vocab_size": 510}
+    state = oracle.random_state(params, seed=2)
+    reshard(write_checkpoint(params, state, 3), tmp_path / "out", 2)
+    assert_same_files(tmp_path / "out", write_checkpoint(params, state, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_each_dtype_is_kept(write_checkpoint: Write, tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {name: w.to(dtype) for name, w in oracle.random_state(PARAMS, seed=3).items()}
+    reshard(write_checkpoint(PARAMS, state, 4), tmp_path / "out", 2)
+    assert_same_files(tmp_path / "out", write_checkpoint(PARAMS, state, 2))
+
+
+def test_the_result_loads_without_mapping_too(folders: dict[int, Path], tmp_path: Path) -> None:
+    reshard(folders[2], tmp_path / "out", 4)
+    assert_same_files(tmp_path / "out", folders[4], mmap=False)
+
+
+def test_params_and_tokenizer_are_copied_as_they_are(source: Path, tmp_path: Path) -> None:
+    params = json.loads((source / "params.json").read_text()) | {"vocab_size": -1}  # as in the released files
+    (source / "params.json").write_text(json.dumps(params, indent=3))
+    (source / "tokenizer.model").write_bytes(b"a tokenizer")
+    (source / "checklist.chk").write_text("would not fit the new files")
+    reshard(source, tmp_path / "out", 1)
+    names = ["consolidated.00.pth", "params.json", "tokenizer.model"]
+    assert sorted(os.listdir(tmp_path / "out")) == names
+    for name in names[1:]:
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_rope_freqs_goes_into_every_file(source: Path, tmp_path: Path) -> None:
+    freqs = torch.arange(4.0)
+    for path in source.glob("*.pth"):
+        torch.save(torch.load(path) | {"rope.freqs": freqs}, path)
+    reshard(source, tmp_path / "out", 4)
+    assert all(torch.equal(state["rope.freqs"], freqs) for state in load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("new_zipfile", [True, False])
+def test_tensors_that_are_views_or_in_the_old_file_format(
+    write_checkpoint: Write, folders: dict[int, Path], wide_params: dict[str, Any], tmp_path: Path, new_zipfile: bool
+) -> None:
+    folder = write_checkpoint(wide_params, {}, 1)
+    whole = {name: tensor.t().contiguous().t() for name, tensor in load(folders[1])[0].items()}  # strides turned
+    torch.save(whole, folder / "consolidated.00.pth", _use_new_zipfile_serialization=new_zipfile)
+    reshard(folder, tmp_path / "out", 2)
+    assert_same_files(tmp_path / "out", folders[2])
+
+
+def test_sizes_that_cannot_be_split_are_refused_with_the_numbers(
+    source: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert_refused(r"n_heads \(8\) .* \(3\)", source, tmp_path / "out", 3)
+    assert_refused(r"n_kv_heads \(4\) .* \(8\)", checkpoint, tmp_path / "out", 8)
+    for size in (0, -2, True, 1.5, "two"):
+        assert_refused("takes a whole number above zero", source, tmp_path / "out", size)
+
+
+def test_places_that_are_taken_are_refused(source: Path, tmp_path: Path) -> None:
+    assert_refused("is the input folder", source, source)
+    (tmp_path / "link").symlink_to(source)
+    assert_refused("is the input folder", source, tmp_path / "link")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("keep")
+    assert_refused("exists already", source, tmp_path / "full", kind=FileExistsError)
+    assert_refused("exists already", source, tmp_path / "full" / "mine", kind=FileExistsError)
+    (tmp_path / "empty").mkdir()
+    reshard(source, tmp_path / "empty", 1)
+    reshard(source, tmp_path / "deep" / "er", 1)
+    assert_same_files(tmp_path / "empty", tmp_path / "deep" / "er")
+
+
+def test_a_folder_without_checkpoint_is_refused(source: Path, tmp_path: Path) -> None:
+    assert_refused("no checkpoint files found in", tmp_path / "nowhere", tmp_path / "out", kind=AssertionError)
+    (source / "params.json").unlink()
+    assert_refused("no params.json", source, tmp_path / "out", kind=FileNotFoundError)
+
+
+def test_too_small_a_disk_is_found_out_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+    assert_refused("GB free", source, tmp_path / "new" / "out", kind=OSError)
+
+
+def test_files_that_disagree_are_refused(source: Path, tmp_path: Path) -> None:
+    path = source / "consolidated.01.pth"
+    good = torch.load(path)
+    torch.save(good | {"norm.weight": good["norm.weight"] + 1}, path)
+    assert_refused("norm.weight differs", source, tmp_path / "out")
+    torch.save(good | {"output.weight": good["output.weight"].float()}, path)
+    assert_refused("output.weight is torch.bfloat16 in .* torch.float32", source, tmp_path / "out")
+    path.unlink()
+    assert_refused(r"has shape \(512, 32\)", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("n_files", [3, 7])
+def test_a_missing_file_is_named_as_the_likely_cause(folders: dict[int, Path], tmp_path: Path, n_files: int) -> None:
+    (tmp_path / "in").mkdir()
+    for path in [folders[8] / "params.json", *sorted(folders[8].glob("*.pth"))[:n_files]]:
+        (tmp_path / "in" / path.name).symlink_to(path)
+    assert_refused(f"holds {n_files} files, .* is a file missing", tmp_path / "in", tmp_path / "out")
+
+
+class Bomb:
+    """Unpickling it runs code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("bomb went off",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"norm.weight": Bomb()}, "other things than tensors"),
+        ([torch.zeros(2)], "not a flat dict of tensors"),
+        ({"norm.weight": "no tensor"}, "not a flat dict of tensors"),
+        ({"norm.weight": torch.zeros(64, device="meta")}, "lacks"),
+        ({7: torch.zeros(2)}, "n_layers=3, but .* holds 1 tensors"),
+        (dict.fromkeys(range(3), torch.zeros(2)), "lacks tok_embeddings.weight"),
+        ({}, "n_layers=3, but .* holds 0 tensors"),
+    ],
+)
+def test_files_that_hold_other_things_are_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = torch.load(source / "consolidated.00.pth") if message == "lacks" else {}
+    torch.save(good | content if good else content, source / "consolidated.00.pth")
+    assert_refused("has no values" if good else message, source, tmp_path / "out")
+
+
+def test_tensors_that_params_do_not_describe_are_refused(source: Path, tmp_path: Path) -> None:
+    path = source / "consolidated.00.pth"
+    good = torch.load(path)
+    for change, message in (
+        ({"extra": torch.zeros(2)}, "has extra, which the network does not have"),
+        ({"norm.weight": torch.zeros(63)}, r"norm.weight has shape \(63,\)"),
+        ({"norm.weight": torch.zeros(64, dtype=torch.int64)}, "dtype torch.int64"),
+        ({"norm.weight": torch.zeros(64).to_sparse()}, "takes a dense tensor"),
+    ):
+        torch.save(good | change, path)
+        assert_refused(message, source, tmp_path / "out")
+
+
+def test_truncated_and_overwritten_files_give_one_clear_error(source: Path, tmp_path: Path) -> None:
+    path = source / "consolidated.00.pth"
+    content = path.read_bytes()
+    draw = random.Random(0)
+    for length in [0, 1, 2, 22, len(content) - 1, *(draw.randrange(len(content)) for _ in range(10))]:
+        path.write_bytes(content[:length])
+        assert_refused("consolidated.00.pth .* [cC]ompare its checksum", source, tmp_path / "out")
+    for _ in range(10):
+        path.write_bytes(draw.randbytes(2000))
+        assert_refused("consolidated.00.pth", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
+        ("[]", "holds a list"),
+        ('{"dim": "64"}', "dim is '64'"),
+        ('{"dim": 64.0}', "dim is 64.0"),
+        ('{"dim": null}', "dim is None"),
+        ('{"dim": 64, "n_heads": true}', "n_heads is True"),
+        ('{"dim": 64, "n_heads": 8, "n_layers": 1000000000}', "n_layers=1000000000, but"),
+        ('{"dim": 64, "n_heads": 7}', "n_heads=7"),
+        ('{"dim": 64, "n_heads": 8, "norm_eps": [1]}', r"norm_eps is \[1\]"),
+        ('{"dim": 64, "heads": 8}', "unknown key 'heads'"),
+        ('{"dim": 64, "n_heads": 8, "n_layers": 3, "vocab_size": -2}', "vocab_size is -2"),
+        ('{"dim": 64, "n_heads": 8, "n_layers": 3, "vocab_size": 500}', r"shape \(512, 32\); by params.json"),
+    ],
+)
+def test_wrong_params_give_one_clear_error(source: Path, tmp_path: Path, content: str, message: str) -> None:
+    (source / "params.json").write_text(content)
+    assert_refused(message, source, tmp_path / "out")
+
+
+@pytest.fixture
+def interrupted_write(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C while the tenth tensor is written."""
+    write, calls = TensorFile.write, iter(range(1000))
+
+    def fails(self: TensorFile, name: str, tensor: torch.Tensor) -> int:
+        if next(calls) == 10:
+            raise KeyboardInterrupt
+        return write(self, name, tensor)
+
+    monkeypatch.setattr(TensorFile, "write", fails)
+    yield
+    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("interrupted_write")
+def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        reshard(source, tmp_path / "out", 1)
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == []
+
+
+KILLED = """
+import os, signal, sys
+from llama.tools.reshard import reshard
+from llama.tools.tensor_file import TensorFile
+TensorFile.write = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+reshard(sys.argv[1], sys.argv[2], 1)
+"""
+
+
+def test_what_a_killed_run_left_is_replaced(source: Path, folders: dict[int, Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "out")]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name != "out"
+    reshard(source, tmp_path / "out", 1)
+    assert os.listdir(tmp_path) == ["out"]
+    assert_same_files(tmp_path / "out", folders[1])
+
+
+def test_two_runs_for_one_folder_do_not_mix(source: Path, tmp_path: Path) -> None:
+    with staging.staged_folder(tmp_path / "out", 0) as folder:
+        (folder / "mine").write_text("whole")
+        assert_refused("another run is writing", source, tmp_path / "out", kind=FileExistsError)
+    assert (tmp_path / "out" / "mine").read_text() == "whole"
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
+    """The command's exit status; a text is printed on stderr and gives 1."""
+    monkeypatch.setattr(sys, "argv", ["reshard", *map(str, arguments)])
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit) as stop:
+        run(reshard)
+    return stop.value.code
+
+
+def test_the_command(source: Path, folders: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt_dir", source, "--model_parallel_size", 4]
+    assert command(monkeypatch, *flags, "--output_dir", "1e3") is None  # a name, not a number
+    assert_same_files(tmp_path / "1e3", folders[4])
+    assert command(monkeypatch, *flags, "--output_dir", "1e3") == (
+        "error: 1e3 exists already; give the name of a new folder, or of an empty one"
+    )
+    assert command(monkeypatch, *flags, "--output_dir", "out", "--mistyped", 3) == 2
+    assert os.listdir(tmp_path) == ["1e3"]
+
+
+@pytest.mark.usefixtures("interrupted_write")
+def test_the_command_ends_cleanly_at_ctrl_c(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--ckpt_dir", source, "--model_parallel_size", 4, "--output_dir", tmp_path / "out"]
+    assert command(monkeypatch, *arguments) == 130
+    assert capsys.readouterr().err.split() == ["interrupted"] and os.listdir(tmp_path) == []
+
+
+def test_the_module_is_a_command(source: Path, tmp_path: Path) -> None:
+    arguments = ["--ckpt_dir", source, "--model_parallel_size", "3", "--output_dir", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "llama.tools.reshard", *arguments], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stdout == "" and os.listdir(tmp_path) == []
+    assert done.stderr.startswith("error: n_heads (8) is not a multiple") and done.stderr.count("\n") == 1
+
+
+MEASURED = """
+import resource, sys
+import torch
+from llama.tools.reshard import reshard
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+reshard(sys.argv[1], sys.argv[2], 2)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere mapped pages count until memory is short")
+def test_memory_stays_bounded(write_checkpoint: Write, tmp_path: Path) -> None:
+    params = PARAMS | {"dim": 512, "n_layers": 16, "vocab_size": 2048}
+    folder = write_checkpoint(params, {name: w.bfloat16() for name, w in oracle.random_state(params, seed=4).items()})
+    n_mib = (folder / "consolidated.00.pth").stat().st_size // 2**20
+    command = [sys.executable, "-c", MEASURED, str(folder), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert n_mib > 80 and int(done.stdout) < n_mib / 4
+
+
+def test_progress_tells_bytes_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 10.0, 11.0, 20.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with progress.Progress("copy", 100 * 10**9) as shown:
+        for _ in range(3):
+            shown.add(10**9)  # after 1, 10 and 11 seconds
+    assert stderr.getvalue().splitlines() == [
+        "copy: 2.00 of 100.00 GB (2%), 0.20 GB/s, 8 min 10 s left",
+        "copy: 3.00 of 100.00 GB (3%), 0.15 GB/s, 10 min 47 s left",
+    ]
