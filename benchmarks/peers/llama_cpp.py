@@ -1,0 +1,141 @@
+"""llama.cpp through the C functions that llama-cpp-python exposes, on a GGUF file in the job's dtype.
+
+Its default flash attention and float16 cache; a sequence of its own for each prompt, as its batched benchmark has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.job import Job
+from benchmarks.peers.state import read_state
+
+_TYPES = {
+    "bfloat16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+}
+_NAMES = {"tok_embeddings.weight": "token_embd", "norm.weight": "output_norm", "output.weight": "output"}
+_NAMES_IN_LAYER = {
+    "attention.wq.weight": "attn_q",
+    "attention.wk.weight": "attn_k",
+    "attention.wv.weight": "attn_v",
+    "attention.wo.weight": "attn_output",
+    "feed_forward.w1.weight": "ffn_gate",
+    "feed_forward.w2.weight": "ffn_down",
+    "feed_forward.w3.weight": "ffn_up",
+    "attention_norm.weight": "attn_norm",
+    "ffn_norm.weight": "ffn_norm",
+}
+
+
+class LlamaCpp:
+    batches = (1, 8)
+    ragged = False
+
+    def __init__(self, job: Job) -> None:
+        self.vocab_size = job.vocab_size
+        llama_cpp.llama_backend_init()
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        self.model = llama_cpp.llama_model_load_from_file(str(_file(job)).encode(), model_params)
+        n_seq = max(self.batches)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_seq * -(-job.max_seq_len // 256) * 256
+        params.n_batch = n_seq * job.max_seq_len
+        params.n_seq_max = n_seq
+        params.n_threads = params.n_threads_batch = job.threads
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
+
+    def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
+        position, tokens = 0, prompts
+        for _ in range(n_tokens):
+            chosen = self.step(tokens, position)
+            tick()
+            position += len(tokens[0])
+            tokens = [[token] for token in chosen]
+
+    def step(self, tokens: list[list[int]], position: int) -> list[int]:
+        """Feeds each sequence its tokens, as many for each, and returns the likeliest next ones."""
+        last_places = []
+        place = 0
+        for sequence, row in enumerate(tokens):
+            for offset, token in enumerate(row):
+                self.batch.token[place] = token
+                self.batch.pos[place] = position + offset
+                self.batch.n_seq_id[place] = 1
+                self.batch.seq_id[place][0] = sequence
+                self.batch.logits[place] = offset == len(row) - 1
+                place += 1
+            last_places.append(place - 1)
+        self.batch.n_tokens = place
+        if llama_cpp.llama_decode(self.context, self.batch):
+            raise RuntimeError("llama_decode failed")
+        return [self.likeliest(i) for i in last_places]
+
+    def likeliest(self, place: int) -> int:
+        logits = llama_cpp.llama_get_logits_ith(self.context, place)
+        address = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
+        return int(np.ctypeslib.as_array(address, shape=(self.vocab_size,)).argmax())
+
+
+def version() -> str:
+    return f"llama-cpp-python {package_version('llama-cpp-python')}"
+
+
+def prepare(job: Job) -> None:
+    """Writes the GGUF; the norms in float32, as llama.cpp wants them."""
+    kind, file_type = _TYPES[job.dtype]
+    writer = gguf.GGUFWriter(_file(job), "llama")
+    writer.add_file_type(file_type)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(job.dim)
+    writer.add_block_count(job.n_layers)
+    writer.add_feed_forward_length(job.hidden_dim)
+    writer.add_head_count(job.n_heads)
+    writer.add_head_count_kv(job.n_kv_heads)
+    writer.add_layer_norm_rms_eps(job.norm_eps)
+    writer.add_rope_dimension_count(job.head_dim)
+    writer.add_rope_freq_base(job.rope_theta)
+    writer.add_vocab_size(job.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    for name, tensor in read_state(job).items():
+        if tensor.dim() == 1:
+            writer.add_tensor(_gguf_name(name), tensor.float().numpy())
+        else:
+            writer.add_tensor(_gguf_name(name), _as_numpy(tensor), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _file(job: Job) -> Path:
+    return Path(job.folder) / "model.gguf"
+
+
+def _gguf_name(name: str) -> str:
+    if name in _NAMES:
+        return f"{_NAMES[name]}.weight"
+    _, layer, in_layer = name.split(".", 2)
+    return f"blk.{layer}.{_NAMES_IN_LAYER[in_layer]}.weight"
+
+
+def _as_numpy(tensor: Tensor) -> np.ndarray:
+    """The same bytes; numpy has no bfloat16."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def load(job: Job) -> LlamaCpp:
+    return LlamaCpp(job)

@@ -1,0 +1,48 @@
+"""The report's lines as bars: one panel a figure, one bar an engine, the range over the rounds on top.
+
+Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.report import Line
+
+TITLES = {
+    "decode_1": "decode, batch 1",
+    "decode_8": "decode, batch 8",
+    "prefill_128": "prefill, 128 tokens",
+    "ragged_first_token": "first tokens of a ragged batch of 8",
+    "peak_memory": "peak memory",
+}
+
+
+def plot(lines: Sequence[Line], title: str, path: Path) -> None:
+    """Writes the picture, in the format that the file's ending names."""
+    figures = [figure for figure in TITLES if any(line.figure == figure for line in lines)]
+    picture = Figure(figsize=(3.2 * len(figures), 3.6))
+    panels = picture.subplots(1, len(figures), squeeze=False)
+    for axes, figure in zip(panels[0], figures, strict=True):
+        _panel(axes, [line for line in lines if line.figure == figure], TITLES[figure])
+    picture.suptitle(title, fontsize=9)
+    picture.tight_layout()
+    picture.savefig(path, dpi=150)
+
+
+def _panel(axes: Axes, lines: Sequence[Line], title: str) -> None:
+    names = [line.engine for line in lines]
+    medians = [line.median for line in lines]
+    below = [line.median - min(line.values) for line in lines]
+    above = [max(line.values) - line.median for line in lines]
+    colors = ["tab:blue" if name == "ours" else "tab:gray" for name in names]
+    bars = axes.bar(names, medians, yerr=(below, above), color=colors, capsize=3)
+    axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
+    axes.set_title(title, fontsize=9)
+    axes.set_ylabel(lines[0].unit, fontsize=8)
+    axes.tick_params(axis="x", labelrotation=40, labelsize=8)
+    axes.margins(y=0.15)

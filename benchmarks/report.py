@@ -1,0 +1,126 @@
+"""From the rounds' figures to lines: medians of each engine, ratios of ours to each peer, as a table and as JSON.
+
+A ratio is taken within a round, where both met the machine in the same mood, and always says how many times as good
+ours is: for seconds and bytes it is the peer's figure over ours. Knows nothing of how figures come about.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Rounds = Sequence[dict[str, dict[str, float]]]  # [round][engine][figure]
+_LESS_IS_BETTER = ("load", "first_token", "read_file", "ragged_first_token", "peak_memory")
+_SCALES = {"GiB": 2.0**30, "GB/s": 1e9, "%": 0.01}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure over the rounds.
+
+    Attributes:
+        figure: its name, such as "decode_8".
+        engine: whose it is; for a ratio "ours/PEER".
+        unit: of values; "x" for a ratio.
+        values: one a round, in that unit.
+    """
+
+    figure: str
+    engine: str
+    unit: str
+    values: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+
+def unit_of(figure: str) -> str:
+    kinds = {"prefill": "tok/s", "decode": "tok/s", "peak": "GiB", "memory": "GiB", "read": "GB/s", "share": "%"}
+    if figure in ("load", "first_token", "read_file", "ragged_first_token"):
+        return "s"
+    return "x" if figure.endswith("_ratio") else kinds[figure.split("_")[0]]
+
+
+def engine_lines(rounds: Rounds) -> list[Line]:
+    """Every figure of every engine."""
+    return [
+        Line(figure, engine, unit_of(figure), [value / _SCALES.get(unit_of(figure), 1) for value in values])
+        for engine, figure, values in _collect(rounds)
+    ]
+
+
+def ratio_lines(rounds: Rounds) -> list[Line]:
+    """How many times as good ours is, for every figure that a peer has too."""
+    lines = []
+    for peer, figure, _ in _collect(rounds):
+        pairs = [
+            (r["ours"][figure], r[peer][figure]) for r in rounds if _has(r, "ours", figure) and _has(r, peer, figure)
+        ]
+        if peer != "ours" and pairs and figure != "memory_before":
+            less = figure in _LESS_IS_BETTER
+            lines.append(Line(figure, f"ours/{peer}", "x", [b / a if less else a / b for a, b in pairs]))
+    return lines
+
+
+def _collect(rounds: Rounds) -> list[tuple[str, str, list[float]]]:
+    """(engine, figure, values over the rounds), in order of first appearance."""
+    keys = dict.fromkeys((engine, figure) for r in rounds for engine in r for figure in r[engine])
+    return [(engine, figure, [r[engine][figure] for r in rounds if _has(r, engine, figure)]) for engine, figure in keys]
+
+
+def _has(one_round: dict[str, dict[str, float]], engine: str, figure: str) -> bool:
+    return figure in one_round.get(engine, {})
+
+
+def json_lines(lines: Sequence[Line], context: dict[str, Any]) -> str:
+    """One object a line, each complete with the run's `context`: shape, dtype, machine, versions."""
+    objects = [
+        {**asdict(line), "min": min(line.values), "median": line.median, "max": max(line.values), **context}
+        for line in lines
+    ]
+    return "".join(json.dumps(fields) + "\n" for fields in objects)
+
+
+def table(lines: Sequence[Line]) -> str:
+    """A row a figure, a column an engine: medians."""
+    engines = list(dict.fromkeys(line.engine for line in lines))
+    found = {(line.figure, line.engine): line for line in lines}
+    rows = [["median", "unit", *engines]]
+    for figure in dict.fromkeys(line.figure for line in lines):
+        cells = [found.get((figure, engine)) for engine in engines]
+        rows.append([figure, unit_of(figure), *("" if cell is None else _number(cell.median) for cell in cells)])
+    return _aligned(rows)
+
+
+def ratio_table(lines: Sequence[Line]) -> str:
+    """A row a ratio: min, median and max over the rounds."""
+    rows = [["times as good", "", "min", "median", "max"]]
+    rows += [
+        [line.engine, line.figure, *map(_number, (min(line.values), line.median, max(line.values)))] for line in lines
+    ]
+    return _aligned(rows)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def shown(figure: str, value: float) -> str:
+    """A single value as the tables would show it."""
+    unit = unit_of(figure)
+    return f"{_number(value / _SCALES.get(unit, 1))} {unit}"

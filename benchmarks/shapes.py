@@ -1,0 +1,70 @@
+"""The networks that are measured, with random weights made on the spot in the released format.
+
+Knows the sizes and the files, nothing of time.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentencepiece import SentencePieceTrainer
+from torch import Tensor
+
+from llama import ModelArgs
+from llama.checkpoint import tensor_shapes
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32},
+    "1b": {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "vocab_size": 32000, "multiple_of": 256},
+    "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "multiple_of": 256},
+    "13b": {"dim": 5120, "n_layers": 40, "n_heads": 40, "vocab_size": 32000, "multiple_of": 256},
+}
+_FIRST_CHARACTER = 0x20000  # of a plane with more ideographs than any vocabulary has pieces
+_CONTROL_PIECES = 3
+
+
+def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype) -> None:
+    """A checkpoint of random weights in one file. Every layer holds a copy of the same numbers: speed is the same."""
+    params = SHAPES[shape]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
+    torch.save(_random_state(ModelArgs(**params), dtype), folder / "consolidated.00.pth")
+
+
+def _random_state(args: ModelArgs, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    state: dict[str, Tensor] = {}
+    for name, size in tensor_shapes(args, 1).items():
+        first = name if not name.startswith("layers.") else f"layers.0.{name.split('.', 2)[2]}"
+        if len(size) == 1:
+            state[name] = torch.ones(size, dtype=dtype)
+        elif first in state:
+            state[name] = state[first].clone()
+        else:
+            state[name] = torch.empty(size, dtype=dtype).normal_(0, 0.02, generator=generator)
+    return state
+
+
+def write_tokenizer(path: Path, n_pieces: int) -> None:
+    """A SentencePiece model of that many pieces, for `Llama.build`: one rare character each, after the control ones."""
+    characters = [chr(_FIRST_CHARACTER + i) for i in range(n_pieces - _CONTROL_PIECES)]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter("".join(characters[i : i + 1000]) for i in range(0, len(characters), 1000)),
+        model_prefix=str(path.with_suffix("")),
+        model_type="char",
+        vocab_size=n_pieces,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        pad_id=-1,
+        minloglevel=2,
+    )
+
+
+def vocab_size_of(ckpt_dir: Path) -> int:
+    """The vocabulary of a checkpoint whose `params.json` leaves it to the tokenizer."""
+    shard = sorted(ckpt_dir.glob("*.pth"))[0]
+    return len(torch.load(shard, map_location="cpu", weights_only=True, mmap=True)["tok_embeddings.weight"])

@@ -1,0 +1,52 @@
+"""The process of one engine: `python -m benchmarks.worker ENGINE prepare|measure JOB.json`.
+
+Knows the order of events, nothing of any engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.job import Job
+from benchmarks.lines import emit
+from benchmarks.measure import figures, peak_memory, ticks_of
+
+ENGINES = {
+    "ours": "benchmarks.ours",
+    "published": "benchmarks.published_way",
+    "hf": "benchmarks.peers.hf",
+    "llama_cpp": "benchmarks.peers.llama_cpp",
+    "openvino": "benchmarks.peers.openvino",
+    "ctranslate2": "benchmarks.peers.ctranslate2",
+}
+FIRST_PROMPT = 16  # tokens of the prompt that the first token after loading comes from
+
+
+def measure(name: str, job: Job) -> None:
+    """Loads the engine and emits all its figures."""
+    module = importlib.import_module(ENGINES[name])
+    emit("version", module.version())
+    emit("memory_before", peak_memory())
+    started = time.perf_counter()
+    engine = module.load(job)
+    emit("load", time.perf_counter() - started)
+    ticks_of(engine, job.prompts([FIRST_PROMPT]), 1)
+    emit("first_token", time.perf_counter() - started)
+    for figure, value in figures(engine, job):
+        emit(figure, value)
+    emit("peak_memory", peak_memory())
+
+
+def main(name: str, action: str, job_file: str) -> None:
+    job = Job.read(Path(job_file))
+    if action == "prepare":
+        importlib.import_module(ENGINES[name]).prepare(job)
+    else:
+        measure(name, job)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,136 @@
+"""The benchmark runs and says what it should; how fast anything is, is never asserted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bench, ceiling, report
+from benchmarks.job import Job
+from benchmarks.lines import parse
+from benchmarks.measure import figures
+from benchmarks.ours import Ours
+from benchmarks.published_way import PublishedWay
+from benchmarks.shapes import SHAPES
+from llama import Llama, ModelArgs
+from llama.checkpoint import read_shard
+
+OURS = {
+    *("load", "first_token", "prefill_16", "prefill_128", "prefill_512", "decode_1", "decode_4", "ragged_first_token"),
+    *("peak_memory", "memory_planned", "share_of_bandwidth_decode_1", "memory_over_plan_ratio"),
+}
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The JSON lines of one round on the tiny shape, one peer asked for that is not there."""
+    out = tmp_path_factory.mktemp("benchmark") / "lines.json"
+    bench.main("tiny", repeats=1, threads=1, batches=(1, 4), decode_steps=4, published_rounds=0, json=str(out))
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_every_figure_is_there_and_positive(lines: list[dict[str, Any]]) -> None:
+    assert {line["figure"] for line in lines if line["engine"] == "ours"} >= OURS
+    assert {line["figure"] for line in lines if line["engine"] == "machine"} == {"read_bandwidth", "read_file"}
+    assert all(line["min"] > 0 for line in lines)
+
+
+def test_every_line_names_shape_and_machine(lines: list[dict[str, Any]]) -> None:
+    for line in lines:
+        assert line["shape"] == "tiny" and line["dtype"] == "bfloat16" and line["threads"] == 1
+        assert line["machine"]["cpu"] and line["machine"]["torch"] == torch.__version__
+        assert line["versions"]["ours"]
+
+
+def test_ratios_say_how_many_times_as_good_ours_is() -> None:
+    rounds = [
+        {"ours": {"decode_1": 4.0, "load": 2.0}, "hf": {"decode_1": 2.0, "load": 3.0}},
+        {"ours": {"decode_1": 3.0, "load": 2.0}, "hf": {"decode_1": 1.0, "load": 1.0}},
+        {"ours": {"decode_1": 3.0, "load": 2.0}},
+    ]
+    ratios = {line.figure: line.values for line in report.ratio_lines(rounds)}
+    assert ratios == {"decode_1": [2.0, 3.0], "load": [1.5, 0.5]}
+    assert "ours/hf" in report.ratio_table(report.ratio_lines(rounds))
+
+
+def test_a_peer_that_is_not_installed_is_left_out_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    installed = bench._installed(["llama_cpp"], ["llama_cpp=/usr/bin/env"], "cuda")
+    assert installed == {} and "llama_cpp" in capsys.readouterr().err
+
+
+def test_unknown_peers_and_shapes_are_errors() -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        bench._installed(["nonsense"], [], "cpu")
+    with pytest.raises(ValueError, match=r"shape is '2b'; it takes tiny, 1b, 7b, 13b"):
+        bench.main("2b")
+
+
+def test_lines_of_other_programs_are_no_figures() -> None:
+    assert parse("loading model ...") is None and parse("17") is None
+    assert parse('{"figure": "load", "value": 1.5}') == ("load", 1.5)
+
+
+def test_a_decode_step_reads_all_but_the_embedding(job: Job) -> None:
+    args = ModelArgs(**SHAPES["1b"])
+    sized = Job(**asdict(job) | {"dtype": "bfloat16", "decode_prompt": 128, "decode_steps": 32})
+    assert ceiling.bytes_per_step(args, sized) == 2 * (1_034_512_384 + 2 * 22 * 4 * 64 * 144)
+
+
+@pytest.fixture(scope="module")
+def job(checkpoint: Path, tokenizer_path: Path, llama: Llama) -> Job:
+    """The tests' own small checkpoint, in float32, with sizes that its cache has room for."""
+    args = llama.model.params
+    return Job(
+        shape="tests",
+        ckpt_dir=str(checkpoint),
+        tokenizer_path=str(tokenizer_path),
+        folder=str(checkpoint),
+        dim=args.dim,
+        n_layers=args.n_layers,
+        n_heads=args.n_heads,
+        n_kv_heads=args.kv_heads,
+        hidden_dim=args.hidden_dim,
+        vocab_size=args.vocab_size,
+        norm_eps=args.norm_eps,
+        rope_theta=args.rope_theta,
+        dtype="float32",
+        prefill_lengths=(4,),
+        decode_batches=(1, 2),
+        decode_prompt=5,
+        decode_steps=3,
+        ragged_lengths=(3, 5, 9),
+    )
+
+
+def test_the_published_way_computes_the_same_tokens(job: Job, llama: Llama) -> None:
+    published = PublishedWay(read_shard(Path(job.ckpt_dir) / "consolidated.00.pth"), job)
+    chosen: list[list[int]] = []
+    forward = published.forward
+
+    def record(tokens: torch.Tensor, start: int) -> torch.Tensor:
+        logits = forward(tokens, start)
+        chosen.append(logits[:, -1].argmax(-1).tolist())
+        return logits
+
+    published.forward = record  # type: ignore[method-assign]
+    prompts = job.prompts([3, 5, 9])
+    ticks = []
+    published.run(prompts, 2, lambda: ticks.append(len(chosen)))
+    firsts = [chosen[len(prompt) - 3][i] for i, prompt in enumerate(prompts)]
+    assert [[first] for first in firsts] == llama.generate(prompts, 1, temperature=0)[0]
+    assert ticks == [7, 8]  # passes until all three have a token: one over 3 positions, six over one; then one more
+
+
+def test_our_engine_ticks_once_a_token_of_all_rows(job: Job, llama: Llama) -> None:
+    ours = Ours(llama, (1, 2))
+    ticks: list[None] = []
+    ours.run(job.prompts([3, 9]), 5, lambda: ticks.append(None))
+    assert len(ticks) == 5
+    found = dict(figures(ours, job))
+    assert found.keys() == {"prefill_4", "decode_1", "decode_2", "ragged_first_token"}
+    assert all(value > 0 for value in found.values())
