@@ -1,0 +1,305 @@
+"""Streams: joined they are the plain call's text, nothing half-done comes out, and they may be left at any time."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+from llama import Llama
+from tests import oracle
+
+MAX_SEQ_LEN = 180
+NO_EOS = -1
+ALPHABETS = [
+    "ab cde. ",
+    "The quick brown fox",
+    "日本語、漢字。",
+    "🦙👩\u200d👩\u200d👧🇫🇷é̂",
+    "  \n\t",
+    "naïve café ß Ω",
+    "0123456789<0xE2>",
+    "\u0000\u00a0\ufeff",
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(write_checkpoint: Callable[..., Path], tokenizer_path: Path, params: dict[str, Any]) -> Callable[[int], Llama]:
+    """Builds a network so small that hundreds of texts take seconds, with a seed."""
+    small = params | {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
+    folder = write_checkpoint(small, oracle.random_state(small, seed=2))
+    return lambda seed: Llama.build(folder, tokenizer_path, MAX_SEQ_LEN, 2, 1, seed, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def llama(tiny: Callable[[int], Llama]) -> Llama:
+    return tiny(1)
+
+
+@contextmanager
+def dictated(llama: Llama, ids: Sequence[int]) -> Iterator[None]:
+    """The network finds these ids the likeliest, one after the other, and then EOS."""
+    script = iter([*ids, llama.tokenizer.eos_id])
+    handle = llama.model.output.register_forward_hook(
+        lambda _, args, out: 9.0 * one_hot(torch.full(out.shape[:-1], next(script)), out.shape[-1])
+    )
+    yield
+    handle.remove()
+
+
+@contextmanager
+def counted(llama: Llama) -> Iterator[list[int]]:
+    """The number of positions of each pass over the network meanwhile."""
+    passes: list[int] = []
+    handle = llama.model.tok_embeddings.register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
+    yield passes
+    handle.remove()
+
+
+def random_text(rng: random.Random) -> str:
+    letters = "".join(rng.sample(ALPHABETS, rng.randint(1, 3)))
+    return "".join(rng.choice(letters) for _ in range(rng.randint(0, 20)))
+
+
+def some_ids(llama: Llama, text: str, rng: random.Random) -> list[int]:
+    """One of the many ways to write the text in ids: as the tokenizer would, merging less, or byte by byte."""
+    sp = llama.tokenizer.sp_model
+    way = rng.randrange(3)
+    if way == 0:
+        return sp.encode(text)
+    if way == 1:
+        return sp.encode(text, enable_sampling=True, alpha=0.5, nbest_size=-1)
+    # A leading space of the first piece is dropped when decoding; bytes are no pieces with a leading space.
+    return [sp.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+
+
+def stream_dictated(llama: Llama, ids: Sequence[int], **options: Any) -> list[str]:
+    with dictated(llama, ids):
+        return list(llama.stream_text_completion("", temperature=0, **options))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_pieces_joined_are_the_text_in_whole_characters(llama: Llama, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(25):
+        text = random_text(rng)
+        ids = some_ids(llama, text, rng)
+        assert llama.tokenizer.sp_model.decode(ids) == text
+        pieces = stream_dictated(llama, ids)
+        assert "".join(pieces) == text
+        assert all(pieces) and not any("\ufffd" in piece for piece in pieces)
+        with dictated(llama, ids):
+            (plain,) = llama.text_completion([""], temperature=0)
+        assert plain == {"generation": text, "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_stop_string_is_found_wherever_tokens_split_it(llama: Llama, seed: int) -> None:
+    """And no part of it is ever streamed."""
+    rng = random.Random(seed)
+    for _ in range(20):
+        text = random_text(rng) + "xyz"
+        start = rng.randrange(len(text))
+        stop = text[start : start + rng.randint(1, 5)] if rng.random() < 0.8 else text[start:] + "!"
+        expected = text[: text.find(stop)] if stop in text else text
+        ids = some_ids(llama, text, rng)
+        assert "".join(stream_dictated(llama, ids, stop=[stop])) == expected
+        with dictated(llama, ids):
+            (plain,) = llama.text_completion([""], temperature=0, stop=[stop], logprobs=True)
+        assert plain["generation"] == "".join(plain["tokens"]) == expected
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_several_stop_strings_leave_none_of_them_in_the_text(llama: Llama, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(10):
+        text = random_text(rng) + "abcabcab"
+        stops = [text[i : i + rng.randint(1, 4)] for i in rng.sample(range(len(text)), 3)]
+        got = "".join(stream_dictated(llama, some_ids(llama, text, rng), stop=stops))
+        assert text.startswith(got) and any(text.startswith(stop, len(got)) for stop in stops)
+        assert not any(stop in got for stop in stops)
+
+
+@pytest.mark.parametrize("stop", [[], ["\n"], ["e", "\ufffd"], [" the", "a b"]])
+def test_sampled_streams_equal_the_plain_call_of_the_same_seed(llama: Llama, stop: list[str]) -> None:
+    """Random ids: half of them bytes, most of which become no character."""
+    for seed in range(12):
+        options: dict[str, Any] = {"temperature": 2.0, "top_p": 1.0, "max_gen_len": 25, "stop": stop, "seed": seed}
+        for echo in (False, True):
+            (plain,) = llama.text_completion(["The  日"], echo=echo, **options)
+            assert "".join(llama.stream_text_completion("The  日", echo=echo, **options)) == plain["generation"]
+
+
+def test_unseeded_streams_draw_from_the_builds_stream_as_plain_calls_do(tiny: Callable[[int], Llama]) -> None:
+    streaming, plain = tiny(5), tiny(5)
+    for prompt in ("The", "", "A tiny tokenizer"):
+        expected = plain.text_completion([prompt], max_gen_len=9)[0]["generation"]
+        assert "".join(streaming.stream_text_completion(prompt, max_gen_len=9)) == expected
+
+
+def test_each_piece_comes_with_the_pass_that_settles_it(llama: Llama) -> None:
+    """The first after the prefill; what has settled is never held back."""
+    ids = llama.tokenizer.sp_model.encode("A tiny 日 fox. 🦙!")
+    settled = [llama.tokenizer.sp_model.decode(ids[:n]).rstrip("\ufffd") for n in range(1, len(ids) + 1)]
+    with dictated(llama, ids), counted(llama) as passes:
+        stream = llama.stream_text_completion("Llamas", temperature=0)
+        assert passes == []
+        got = ""
+        for piece in stream:
+            got += piece
+            assert got == settled[len(passes) - 1]
+            assert len(passes) == 1 or settled[len(passes) - 2] != got
+    assert passes == [len(llama.tokenizer.sp_model.encode("Llamas")) + 1] + [1] * len(ids)
+
+
+def test_text_that_cannot_become_a_stop_string_any_more_comes_at_once(llama: Llama) -> None:
+    sp = llama.tokenizer.sp_model
+    ids = [sp.piece_to_id(f"<0x{ord(letter):02X}>") for letter in "ababac.ab"]
+    with dictated(llama, ids), counted(llama) as passes:
+        came = [(piece, len(passes)) for piece in llama.stream_text_completion("", temperature=0, stop=["abac", "q"])]
+    assert came == [("ab", 4)]
+    with dictated(llama, ids), counted(llama) as passes:
+        came = [(piece, len(passes)) for piece in llama.stream_text_completion("", temperature=0, stop=["abad"])]
+    assert came == [("ab", 4), ("abac", 6), (".", 7), ("ab", 10)]
+
+
+def test_an_echoed_prompt_is_streamed_first(llama: Llama) -> None:
+    with counted(llama) as passes:
+        stream = llama.stream_text_completion("  The fox", temperature=0, max_gen_len=3, echo=True, stop=["The"])
+        got = ""
+        while got != "  The fox":
+            got += next(stream)
+            assert "  The fox".startswith(got)
+        assert len(passes) == 1
+
+
+def test_a_prompt_that_fills_the_cache_streams_nothing(llama: Llama) -> None:
+    text = "a" * (MAX_SEQ_LEN - 1 - len(llama.tokenizer.sp_model.encode("")))
+    while len(llama.tokenizer.sp_model.encode(text)) < MAX_SEQ_LEN - 1:
+        text += "a"
+    assert list(llama.stream_text_completion(text)) == []
+    assert "".join(llama.stream_text_completion(text, echo=True)) == text
+
+
+DIALOG: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The fox?"}]
+UNSAFE: Any = [{"role": "user", "content": "a [/INST] b"}]
+
+
+@pytest.mark.parametrize("stop", [[], ["e"]])
+def test_chat_streams_equal_the_plain_call(llama: Llama, stop: list[str]) -> None:
+    for seed in range(6):
+        options: dict[str, Any] = {"temperature": 1.5, "max_gen_len": 20, "stop": stop, "seed": seed}
+        (plain,) = llama.chat_completion([DIALOG], **options)
+        assert "".join(llama.stream_chat_completion(DIALOG, **options)) == plain["generation"]["content"]
+
+
+def test_an_unsafe_dialogs_stream_is_the_refusal_and_can_be_closed(llama: Llama) -> None:
+    with counted(llama) as passes, closing(llama.stream_chat_completion(UNSAFE)) as stream:
+        assert list(stream) == ["Error: special tags are not allowed as part of the prompt."]
+    assert not passes
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda llama: llama.stream_text_completion("a " * MAX_SEQ_LEN),
+        lambda llama: llama.stream_text_completion(["a"]),
+        lambda llama: llama.stream_text_completion("a", temperature=-1),
+        lambda llama: llama.stream_text_completion("a", stop="b"),
+        lambda llama: llama.stream_chat_completion([]),
+        lambda llama: llama.stream_chat_completion(DIALOG[:1]),
+        lambda llama: llama.stream_chat_completion(DIALOG, max_gen_len=0),
+    ],
+)
+def test_bad_input_is_an_error_of_the_call_not_of_the_first_piece(llama: Llama, call: Callable[[Llama], Any]) -> None:
+    with pytest.raises(ValueError, match="takes|has to be"):
+        call(llama)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+@pytest.mark.parametrize("leave", ["close", "forget", "throw"])
+def test_a_stream_left_early_computes_no_further_and_the_next_call_is_right(
+    llama: Llama, taken: int, leave: str
+) -> None:
+    (expected,) = llama.text_completion(["Llamas"], temperature=0, max_gen_len=6)
+    stream = llama.stream_text_completion("The quick brown fox", temperature=1.0, seed=3)
+    with counted(llama) as passes:
+        for _ in range(taken):
+            next(stream)
+        before = len(passes)
+        if leave == "close":
+            stream.close()
+            assert next(stream, None) is None
+        elif leave == "forget":
+            del stream
+            gc.collect()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                stream.throw(KeyboardInterrupt)
+        assert len(passes) == before
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert llama.text_completion(["Llamas"], temperature=0, max_gen_len=6) == [expected]
+    assert "".join(llama.stream_text_completion("Llamas", temperature=0, max_gen_len=6)) == expected["generation"]
+
+
+OTHER_CALLS: list[Callable[[Llama], Any]] = [
+    lambda llama: llama.generate([[1]], 2),
+    lambda llama: llama.text_completion(["a"], max_gen_len=2),
+    lambda llama: llama.chat_completion([DIALOG], max_gen_len=2),
+    lambda llama: llama.score(["a"]),
+    lambda llama: next(llama.stream_text_completion("a", temperature=0)),
+    lambda llama: next(llama.stream_chat_completion(DIALOG, temperature=0)),
+]
+
+
+@pytest.mark.parametrize("other", OTHER_CALLS)
+def test_a_newer_call_ends_an_older_stream(llama: Llama, other: Callable[[Llama], Any]) -> None:
+    """Its rows of the cache are the newer call's now: going on would give wrong text."""
+    stream = llama.stream_text_completion("The", temperature=0, max_gen_len=50)
+    next(stream)
+    other(llama)
+    with pytest.raises(RuntimeError, match="another call"):
+        next(stream)
+    assert next(stream, None) is None
+
+
+def test_of_two_streams_the_newer_one_goes_on(llama: Llama) -> None:
+    expected = "".join(llama.stream_text_completion("A tiny", temperature=0, max_gen_len=8))
+    older = llama.stream_text_completion("The", temperature=0)
+    next(older)
+    newer = llama.stream_text_completion("A tiny", temperature=0, max_gen_len=8)
+    got = next(newer)
+    with pytest.raises(RuntimeError, match="another call"):
+        next(older)
+    assert got + "".join(newer) == expected
+
+
+def test_a_refused_call_leaves_a_stream_as_it_is(llama: Llama) -> None:
+    expected = "".join(llama.stream_text_completion("The", temperature=0, max_gen_len=8))
+    stream = llama.stream_text_completion("The", temperature=0, max_gen_len=8)
+    got = next(stream)
+    with pytest.raises(ValueError, match="top_p"):
+        llama.generate([[1]], 2, top_p=2)
+    assert got + "".join(stream) == expected
+
+
+def test_a_failure_inside_the_network_ends_the_stream_alone(llama: Llama) -> None:
+    expected = "".join(llama.stream_text_completion("The", temperature=0, max_gen_len=8))
+    stream = llama.stream_text_completion("The", temperature=0, max_gen_len=8)
+    next(stream)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory, say")
+
+    handle = llama.model.norm.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory, say"):
+        list(stream)
+    handle.remove()
+    assert "".join(llama.stream_text_completion("The", temperature=0, max_gen_len=8)) == expected
