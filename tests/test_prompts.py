@@ -61,6 +61,7 @@ def test_checked_ids_are_a_copy() -> None:
         ([[1], []], r"^prompt_tokens\[1\] is empty; it takes at least one token"),
         ([[1], [2] * 9], r"^prompt_tokens\[1\] has 9 tokens; it takes up to max_seq_len=8$"),
         ([[1], [2, -1]], r"^prompt_tokens\[1\] has the id -1; it takes ids from 0 to 99$"),
+        ([[1], [2, 100]], r"^prompt_tokens\[1\] has the id 100; it takes ids from 0 to 99$"),
         ([[1], [2, 100, 101]], r"^prompt_tokens\[1\] has the id 100; it takes ids from 0 to 99$"),
         ([[1], [10**30]], r"^prompt_tokens\[1\] has the id 1000000000000000000000000000000; "),
     ],
