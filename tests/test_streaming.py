@@ -219,7 +219,7 @@ def test_an_unsafe_dialogs_stream_is_the_refusal_and_can_be_closed(llama: Llama)
     ],
 )
 def test_bad_input_is_an_error_of_the_call_not_of_the_first_piece(llama: Llama, call: Callable[[Llama], Any]) -> None:
-    with pytest.raises(ValueError, match="takes|has to be"):
+    with pytest.raises(ValueError, match=r"takes|has to be"):
         call(llama)
 
 
