@@ -747,7 +747,7 @@ def test_dialogs_run_as_their_template_and_unsafe_ones_not_at_all(wide: Llama) -
     prompts = [template_ids(wide, parts) for parts in TEMPLATES]
     dialogs = [dialog for safe, unsafe in zip(DIALOGS, UNSAFE, strict=False) for dialog in (unsafe, safe)]
     with seen_tokens(wide) as passes:
-        results = wide.chat_completion(dialogs, temperature=0, max_gen_len=8, logprobs=True)
+        results = wide.chat_completion(dialogs, 0, 0.9, 8, True)
     prefilled = sorted(passes[0].tolist())
     assert [row[: len(prompt)] for row, prompt in zip(prefilled, sorted(prompts), strict=True)] == sorted(prompts)
     answers, logprobs = wide.generate(prompts, 8, temperature=0, logprobs=True)

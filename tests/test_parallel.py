@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import io
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import destroy_model_parallel
 
 from llama import Llama
@@ -186,6 +188,7 @@ def two_ranks(rank: int, halves: Checkpoint, whole: Checkpoint) -> Result:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         llama = halves.build(seed=5 + rank)
     result["printed"] = out.getvalue()
+    result["backend"] = dist.get_backend()
     result["shapes"] = {name: tuple(tensor.shape) for name, tensor in llama.model.state_dict().items()}
     result["cache"] = tuple(llama.model.caches[0].k.shape)
     result["unseeded"] = unseeded_calls(llama)
@@ -273,8 +276,9 @@ def test_mp_2_in_bfloat16_stays_close(world_2: list[Result], one_process: Result
     assert torch.equal(world_2[0]["bfloat16"], world_2[1]["bfloat16"])
 
 
-def test_ranks_print_nothing_and_leave_the_default_generator(world_2: list[Result]) -> None:
+def test_ranks_join_over_gloo_print_nothing_and_leave_the_default_generator(world_2: list[Result]) -> None:
     assert [result["printed"] for result in world_2] == ["", ""]
+    assert [result["backend"] for result in world_2] == ["gloo", "gloo"]
     assert all(result["default generator kept"] for result in world_2)
 
 
@@ -293,6 +297,7 @@ def test_replicas_go_on_in_the_stream_of_one_process(world_2: list[Result], one_
 
 def four_ranks(rank: int, quarters: Checkpoint, halves: Checkpoint) -> Result:
     faulthandler.dump_traceback_later(DEADLINE, exit=True)
+    os.environ["LOCAL_RANK"] = "0"  # as on four machines
     result: Result = {"calls": core_calls(quarters.build())}
     destroy_model_parallel()
     llama = halves.build(size=2, seed=5)
