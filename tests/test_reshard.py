@@ -378,14 +378,15 @@ def test_memory_stays_bounded(write_checkpoint: Write, tmp_path: Path) -> None:
 
 
 def test_progress_tells_bytes_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 10.0, 11.0, 20.0])
+    clock = iter([0.0, 1.0, 10.0, 11.0, 16.0, 3700.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
-    with progress.Progress("copy", 100 * 10**9) as shown:
-        for _ in range(3):
-            shown.add(10**9)  # after 1, 10 and 11 seconds
+    with progress.Progress("copy", 10**13) as shown:
+        for _ in range(4):
+            shown.add(10**9)  # after 1, 10, 11 and 16 seconds: no more than one line in 5 of them
     assert stderr.getvalue().splitlines() == [
-        "copy: 2.00 of 100.00 GB (2%), 0.20 GB/s, 8 min 10 s left",
-        "copy: 3.00 of 100.00 GB (3%), 0.15 GB/s, 10 min 47 s left",
+        "copy: 2.00 of 10000.00 GB (0%), 0.20 GB/s, 13 h 53 min left",
+        "copy: 4.00 of 10000.00 GB (0%), 0.25 GB/s, 11 h 06 min left",
+        "copy: 4.00 GB in 1 h 01 min",
     ]

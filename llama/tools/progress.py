@@ -17,7 +17,7 @@ _PLAIN_S = 5.0  # between two lines elsewhere
 class Progress:
     """Shows bytes done, speed and time left: one line that changes on a terminal, now and then a plain line elsewhere.
 
-    Used by `with`. A run that ends before the first line is due shows nothing.
+    Used by `with`, at whose end a last line sums up.
 
     Args:
         label: what the line starts with.
@@ -37,10 +37,11 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._shown > self._started:
-            self._show(time.monotonic())
-            if self._terminal:
-                print(file=sys.stderr)
+        if self._terminal and self._shown > self._started:
+            print(file=sys.stderr)
+        if error is None and not self._quiet:
+            seconds = time.monotonic() - self._started
+            print(f"{self._label}: {self._done / GB:.2f} GB in {_duration(seconds)}", file=sys.stderr)
 
     def add(self, n_bytes: int) -> None:
         """Counts bytes that are done."""

@@ -40,7 +40,7 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
     check_count(model_parallel_size)
     source = ShardedCheckpoint(ckpt_dir)
     source.args.check_shards(model_parallel_size)
-    parts = {name: split_tensor(name, whole, model_parallel_size)[0] for name, whole in source.layout().items()}
+    parts = {name: split_tensor(name, whole, model_parallel_size)[0] for name, whole in source.layout.items()}
     n_bytes = model_parallel_size * sum(part.nbytes for part in parts.values())
     with (
         staged_folder(output_dir, n_bytes) as folder,

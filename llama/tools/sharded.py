@@ -32,6 +32,7 @@ class ShardedCheckpoint:
     Attributes:
         args: the network; its vocabulary is that of the embedding where params.json leaves it open.
         names: of the tensors, in the released order; `rope.freqs` last, if it is there.
+        layout: every whole tensor's shape and dtype, as tensors without values.
 
     Raises:
         AssertionError: the folder holds no `*.pth` file.
@@ -55,17 +56,14 @@ class ShardedCheckpoint:
         self._check_files()
         for name in self.names:
             self._check_agreement(name)
+        parts = {name: [state[name].to("meta") for state in self._states] for name in self.names}
+        self.layout = {name: join_tensor(name, tensors) for name, tensors in parts.items()}
 
     def whole(self, name: str) -> Tensor:
         """The tensor `name`, joined from all files; one file's is a view of the mapped file."""
         self._release_last()
         self._last = name
         return join_tensor(name, [state[name] for state in self._states])
-
-    def layout(self) -> dict[str, Tensor]:
-        """Every whole tensor's shape and dtype, as tensors without values."""
-        parts = {name: [state[name].to("meta") for state in self._states] for name in self.names}
-        return {name: join_tensor(name, tensors) for name, tensors in parts.items()}
 
     def _release_last(self) -> None:
         """Gives back the memory of the tensor read last; it is read from its file again if it is still in use."""

@@ -6,6 +6,7 @@ formats' layouts, and nothing of names or networks.
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import zipfile
@@ -17,6 +18,7 @@ from torch import Tensor
 
 _CHUNK = 64 * 1024**2  # bytes a system call writes
 _ZIP_HEADER = struct.Struct("<26xHH")  # a zip entry's local header: at its end the lengths of name and extra field
+SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 class TensorFile:
@@ -73,3 +75,26 @@ def _offsets_in_pth(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
             file.seek(entry.header_offset)
             offsets[name] = entry.header_offset + 30 + sum(_ZIP_HEADER.unpack(file.read(_ZIP_HEADER.size)))
     return offsets
+
+
+def lay_out_safetensors(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
+    """A safetensors file of tensors that need no values; the format is a JSON header, its length before it.
+
+    Their dtypes are those of `SAFETENSORS_DTYPES`.
+    """
+    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    starts, end = {}, 0
+    for name, tensor in tensors.items():
+        starts[name], end = end, end + tensor.nbytes
+        fields[name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [starts[name], end],
+        }
+    header = json.dumps(fields).encode()
+    header += b" " * (-len(header) % 8)  # values start at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    return TensorFile(path, {name: 8 + len(header) + start for name, start in starts.items()})

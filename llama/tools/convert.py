@@ -1,0 +1,268 @@
+"""Between Hugging Face's folders and the released layout: `python -m llama.tools.convert from_hf|to_hf ...`.
+
+Reads and writes; see `llama.tools.huggingface` for what is renamed, reordered and derived.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+from llama.checkpoint import split_tensor, tensor_shapes
+from llama.runtime import DTYPES
+from llama.tokenizer import Tokenizer
+from llama.tools.commandline import run
+from llama.tools.hf_folder import INDEX_SUFFIX, HuggingFaceFolder
+from llama.tools.huggingface import (
+    EMBEDDING,
+    OUTPUT,
+    args_to_config,
+    config_to_args,
+    hf_name,
+    is_known_extra,
+    rotated_heads,
+    to_half_split,
+    to_interleaved,
+)
+from llama.tools.progress import Progress
+from llama.tools.reshard import check_count, check_places
+from llama.tools.sharded import ShardedCheckpoint, same_bits
+from llama.tools.staging import staged_folder
+from llama.tools.tensor_file import SAFETENSORS_DTYPES, TensorFile, lay_out_pth, lay_out_safetensors
+
+MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file; beyond, the weights are spread over several
+TRAINED_SEQ_LEN = 4096  # positions that Llama 2 was trained for
+_PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps")
+
+
+def from_hf(
+    hf_dir: str | Path,
+    output_dir: str | Path,
+    model_parallel_size: int = 1,
+    *,
+    dtype: str | None = None,
+    quiet: bool = False,
+) -> None:
+    """Writes a Hugging Face Llama folder in the released layout, which `Llama.build` loads.
+
+    Args:
+        hf_dir: folder of config.json and *.safetensors (or pytorch_model*.bin); tokenizer.model is copied if it is
+            there.
+        output_dir: folder to make; it appears when all of it is there.
+        model_parallel_size: number of files to write, one for each process (GPU) that will run the model.
+        dtype: float16, bfloat16 or float32; by default each tensor keeps its own.
+        quiet: shows no progress.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        FileExistsError: `output_dir` is there and not empty.
+        ValueError: a file is damaged, or the model is not of Llama 2's architecture; the message names the field.
+        ImportError: the safetensors package is missing.
+        OSError: the disk has not enough space.
+    """
+    check_places(hf_dir, output_dir)
+    check_count(model_parallel_size)
+    target_dtype = _check_dtype(dtype)
+    source = HuggingFaceFolder(hf_dir)
+    args = _described_network(Path(hf_dir), source)
+    args.check_shards(model_parallel_size)
+    names = _source_names(Path(hf_dir), source, args)
+    parts = {
+        ours: _cast(ours, split_tensor(ours, source.layout[theirs], model_parallel_size)[0], target_dtype)
+        for ours, theirs in names.items()
+    }
+    n_bytes = model_parallel_size * sum(part.nbytes for part in parts.values())
+    with (
+        staged_folder(output_dir, n_bytes) as folder,
+        Progress("convert", n_bytes, quiet=quiet) as progress,
+        ExitStack() as stack,
+    ):
+        _write_json(folder / "params.json", _params(args))
+        _copy_tokenizer(Path(hf_dir), folder, quiet=quiet)
+        paths = [folder / f"consolidated.{rank:02d}.pth" for rank in range(model_parallel_size)]
+        files = [stack.enter_context(lay_out_pth(path, parts)) for path in paths]
+        for ours, theirs in names.items():
+            n_heads = rotated_heads(ours, args)
+            whole = source.read(theirs)
+            whole = _cast(theirs, whole if n_heads is None else to_interleaved(whole, n_heads), target_dtype)
+            for file, part in zip(files, split_tensor(ours, whole, model_parallel_size), strict=True):
+                progress.add(file.write(ours, part))
+
+
+def to_hf(
+    ckpt_dir: str | Path,
+    tokenizer_path: str | Path,
+    output_dir: str | Path,
+    *,
+    dtype: str | None = None,
+    max_position_embeddings: int = TRAINED_SEQ_LEN,
+    quiet: bool = False,
+) -> None:
+    """Writes a checkpoint as a Hugging Face folder, which `AutoModelForCausalLM.from_pretrained` loads.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.NN.pth, any number of them.
+        tokenizer_path: its tokenizer.model.
+        output_dir: folder to make; it appears when all of it is there.
+        dtype: float16, bfloat16 or float32; by default each tensor keeps its own.
+        max_position_embeddings: what config.json says of the context; params.json says nothing of it.
+        quiet: shows no progress.
+
+    Raises:
+        AssertionError: `ckpt_dir` holds no checkpoint files.
+        FileNotFoundError: params.json or the tokenizer is missing.
+        FileExistsError: `output_dir` is there and not empty.
+        ValueError: a file is damaged, or the tokenizer is not the checkpoint's.
+        OSError: the disk has not enough space.
+    """
+    check_places(ckpt_dir, output_dir)
+    target_dtype = _check_dtype(dtype)
+    source = ShardedCheckpoint(ckpt_dir)
+    tokenizer = Tokenizer(tokenizer_path)
+    _check_vocabulary(source.args, tokenizer)
+    names = list(tensor_shapes(source.args, 1))
+    layout = {hf_name(name): _cast(name, source.layout[name], target_dtype) for name in names}
+    n_bytes = sum(tensor.nbytes for tensor in layout.values())
+    with (
+        staged_folder(output_dir, n_bytes) as folder,
+        Progress("convert", n_bytes, quiet=quiet) as progress,
+        ExitStack() as stack,
+    ):
+        config = args_to_config(source.args) | {"max_position_embeddings": max_position_embeddings}
+        _write_descriptions(folder, config, tokenizer, layout[EMBEDDING].dtype)
+        shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
+        files: dict[str, TensorFile] = {}
+        for path, tensors in _spread(folder, layout).items():
+            files |= dict.fromkeys(tensors, stack.enter_context(lay_out_safetensors(path, tensors)))
+        for name in names:
+            n_heads = rotated_heads(name, source.args)
+            whole = source.whole(name)
+            whole = _cast(name, whole if n_heads is None else to_half_split(whole, n_heads), target_dtype)
+            progress.add(files[hf_name(name)].write(hf_name(name), whole))
+
+
+def _check_dtype(dtype: str | None) -> torch.dtype | None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it takes {', '.join(DTYPES)}")
+    return None if dtype is None else DTYPES[dtype]
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in `dtype`, or in its own if that is None and one that both formats have."""
+    if tensor.dtype not in SAFETENSORS_DTYPES.values():
+        raise ValueError(f"{name} has dtype {tensor.dtype}; it takes {', '.join(DTYPES)}")
+    cast = tensor if dtype is None else tensor.to(dtype)
+    if not cast.is_meta and dtype == torch.float16 and torch.isinf(cast).any() and not torch.isinf(tensor).any():
+        raise ValueError(f"{name} has values beyond float16's range; use dtype bfloat16")
+    return cast
+
+
+def _described_network(hf_dir: Path, source: HuggingFaceFolder) -> ModelArgs:
+    """What config.json describes, checked against tokenizer.model, if that is there."""
+    try:
+        args = config_to_args(source.config)
+    except ValueError as error:
+        raise ValueError(f"{hf_dir / 'config.json'}: {error}") from error
+    if args.n_layers > len(source.layout):
+        raise ValueError(
+            f"{hf_dir / 'config.json'} has num_hidden_layers={args.n_layers}, but there are "
+            f"{len(source.layout)} tensors in all"
+        )
+    if (hf_dir / "tokenizer.model").exists():
+        _check_vocabulary(args, Tokenizer(hf_dir / "tokenizer.model"))
+    return args
+
+
+def _check_vocabulary(args: ModelArgs, tokenizer: Tokenizer) -> None:
+    if args.vocab_size != tokenizer.n_words:
+        raise ValueError(
+            f"the model has a vocabulary of {args.vocab_size}, but tokenizer.model has {tokenizer.n_words} pieces; "
+            "tokens that were added beside the SentencePiece model cannot be used"
+        )
+
+
+def _source_names(hf_dir: Path, source: HuggingFaceFolder, args: ModelArgs) -> dict[str, str]:
+    """For each released name the tensor to take, all of them checked to be there, in their shapes, and no others."""
+    shapes = tensor_shapes(args, 1)
+    names = {name: hf_name(name) for name in shapes}
+    if source.config.get("tie_word_embeddings"):
+        names["output.weight"] = EMBEDDING
+        if OUTPUT in source.layout and not same_bits(source.read(EMBEDDING), source.read(OUTPUT)):
+            raise ValueError(f"{hf_dir}: config.json says tie_word_embeddings, but {OUTPUT} differs from {EMBEDDING}")
+    for ours, theirs in names.items():
+        if theirs not in source.layout:
+            raise ValueError(f"{hf_dir} lacks {theirs}, which config.json asks for")
+        if (shape := tuple(source.layout[theirs].shape)) != shapes[ours]:
+            raise ValueError(f"{hf_dir}: {theirs} has shape {shape}; by config.json it takes {shapes[ours]}")
+    known = {*names.values(), OUTPUT}
+    if extra := [name for name in source.layout if name not in known and not is_known_extra(name)]:
+        raise ValueError(f"{hf_dir} holds {extra[0]}, which Llama 2 does not have")
+    return names
+
+
+def _params(args: ModelArgs) -> dict[str, Any]:
+    """The content of params.json. Meta's Llama 2 code knows no rope_theta: it is given only where it is needed."""
+    params = {name: getattr(args, name) for name in _PARAMS if getattr(args, name) is not None}
+    return params if args.rope_theta == ModelArgs.rope_theta else params | {"rope_theta": args.rope_theta}
+
+
+def _copy_tokenizer(hf_dir: Path, folder: Path, *, quiet: bool) -> None:
+    if (hf_dir / "tokenizer.model").exists():
+        shutil.copyfile(hf_dir / "tokenizer.model", folder / "tokenizer.model")
+    elif not quiet:
+        print(f"{hf_dir} has no tokenizer.model; a run needs the SentencePiece model from elsewhere", file=sys.stderr)
+
+
+def _write_descriptions(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """The small files that transformers reads beside the weights."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    _write_json(folder / "config.json", {**config, **ids, "torch_dtype": str(dtype).removeprefix("torch.")})
+    _write_json(folder / "generation_config.json", ids)
+    pieces = {
+        "bos_token": tokenizer.sp_model.id_to_piece(tokenizer.bos_id),
+        "eos_token": tokenizer.sp_model.id_to_piece(tokenizer.eos_id),
+        "unk_token": tokenizer.sp_model.id_to_piece(tokenizer.sp_model.unk_id()),
+    }
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config["max_position_embeddings"],
+    }
+    _write_json(folder / "tokenizer_config.json", settings | pieces)
+
+
+def _spread(folder: Path, layout: Mapping[str, Tensor]) -> dict[Path, dict[str, Tensor]]:
+    """Which tensors go into which file; the index of several is written."""
+    groups: list[dict[str, Tensor]] = [{}]
+    for name, tensor in layout.items():
+        if groups[-1] and sum(other.nbytes for other in groups[-1].values()) + tensor.nbytes > MAX_FILE_BYTES:
+            groups.append({})
+        groups[-1][name] = tensor
+    if len(groups) == 1:
+        return {folder / "model.safetensors": groups[0]}
+    paths = [folder / f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    weight_map = {name: path.name for path, tensors in zip(paths, groups, strict=True) for name in tensors}
+    total = sum(tensor.nbytes for tensor in layout.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / f"model.safetensors{INDEX_SUFFIX}", index)
+    return dict(zip(paths, groups, strict=True))
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run({"from_hf": from_hf, "to_hf": to_hf})
