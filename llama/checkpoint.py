@@ -38,6 +38,7 @@ _OTHER_SHARD_DIMS: dict[str, int | None] = {
     "norm.weight": None,
     "output.weight": 0,
 }
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KNOWN_EXTRA = "rope.freqs"  # released files carry it; it follows from params.json
 _RUN_SIZES = {"max_batch_size", "max_seq_len"}  # fields of ModelArgs that are a run's, not a checkpoint's
 _PARAM_NAMES = {field.name for field in fields(ModelArgs)} - _RUN_SIZES
@@ -99,7 +100,7 @@ def list_shards(ckpt_dir: str | Path) -> list[Path]:
     Raises:
         AssertionError: there are none (see `find_shards`).
     """
-    shards = sorted(Path(ckpt_dir).glob("*.pth"))
+    shards = sorted(path for path in Path(ckpt_dir).glob("*.pth") if not path.name.startswith("."))
     if not shards:
         raise AssertionError(
             f"no checkpoint files found in {ckpt_dir}\n"
@@ -251,7 +252,7 @@ def check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple[
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}; by params.json it takes {shape}")
         if tensor.layout != torch.strided or tensor.device.type == "meta":
             raise ValueError(f"{path}: {name} has no values of its own; it takes a dense tensor")
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _DTYPES:
             raise ValueError(f"{path}: {name} has dtype {tensor.dtype}; it takes float16, bfloat16 or float32")
 
 

@@ -141,7 +141,7 @@ def _prefill(model: Transformer, prompts: Sequence[Sequence[int]], new: list[_Ro
     for group in prefill_groups([row.length for row in new], model.params.prefill_tokens):
         h = prefill(model, [prompts[new[i].prompt] for i in group], rows=[first_row + i for i in group])
         for i, states in zip(group, h, strict=True):
-            last[i] = states[new[i].length - 1]
+            last[i] = states[new[i].length - 1].clone()  # a view would keep the whole pass alive
     return torch.stack([last[i] for i in range(len(new))])
 
 

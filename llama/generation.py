@@ -272,7 +272,10 @@ class Llama:
         n_lanes = min(len(prompts), self.model.params.max_batch_size * n_replicas)
         sampler = Sampler(request.temperature, request.top_p, n_lanes, self._generator_for(request))
         lanes = range(replica, n_lanes, n_replicas)
-        return self._spread(prompts, lambda mine: self._complete_share(mine, request, sampler, lanes))
+        rows = self._spread(prompts, lambda mine: self._complete_share(mine, request, sampler, lanes))
+        most_steps = max(runtime.gather_replicas(sampler.steps))
+        sampler.skip_to(most_steps, self.model.params.vocab_size)  # all replicas go on at the same place
+        return rows
 
     def _complete_share(
         self, prompts: list[list[int]], request: Request, sampler: Sampler, lanes: Sequence[int]
@@ -296,6 +299,8 @@ class Llama:
             row.finish_reason = step.finish_reason or row.finish_reason
         for row, text in zip(rows, texts, strict=True):
             text.finish()
+            if text.stopped:
+                row.finish_reason = "stop"
             row.pieces = text.prefix_pieces + text.pieces
             row.logprobs = row.logprobs[: len(row.pieces)]
         return rows

@@ -63,7 +63,7 @@ def _activation_bytes(args: ModelArgs, model_parallel_size: int, size: int) -> i
     )  # rotary: float32
     feed_forward = 3 * args.hidden_dim // model_parallel_size * size  # w1 x, silu of it, w3 x
     prefill = args.prefill_tokens * (residual_and_norm + max(attention, feed_forward))
-    sampling = 8 * args.max_batch_size * args.vocab_size * 4  # logits, probabilities, their order, the race
+    sampling = 10 * args.max_batch_size * args.vocab_size * 4  # logits, probabilities, their order, the race
     return prefill + sampling
 
 
@@ -114,7 +114,7 @@ def available_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on `device`."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return _available_host_memory()
@@ -125,10 +125,21 @@ def _available_host_memory() -> int:
     amounts = [_read_meminfo() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for limit_file, usage_file in _CGROUP_FILES:
         try:
-            amounts.append(int(Path(limit_file).read_text()) - int(Path(usage_file).read_text()))
+            used = int(Path(usage_file).read_text()) - _file_cache(Path(usage_file).with_name("memory.stat"))
+            amounts.append(int(Path(limit_file).read_text()) - used)
         except (OSError, ValueError):  # no such controller, or a limit of "max"
             continue
     return max(0, min(amounts))
+
+
+def _file_cache(stat_file: Path) -> int:
+    """Bytes of a container's usage that are cached files, which the kernel drops when memory is asked for."""
+    try:
+        stat = dict(line.split() for line in stat_file.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    prefix = "total_" if "total_inactive_file" in stat else ""
+    return sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
 
 
 def _read_meminfo() -> int | None:

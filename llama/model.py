@@ -170,7 +170,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_and_up(x)
-        (out,) = self.down(F.silu(gate) * up)
+        (out,) = self.down(F.silu(gate).mul_(up))
         return out
 
 

@@ -41,12 +41,7 @@ def encode_texts(texts: Sequence[str], name: str, tokenizer: Tokenizer, max_seq_
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{name}[{i}] is a {type(text).__name__}; it takes a str")
-        try:
-            ids = tokenizer.encode(text, bos=True, eos=False)
-        except ValueError as error:
-            raise ValueError(f"{name}[{i}]: {error}") from error
-        _check_length(ids, f"{name}[{i}]", max_seq_len)
-        encoded.append(ids)
+        encoded.append(_encode_named(text, f"{name}[{i}]", tokenizer, max_seq_len))
     return encoded
 
 
@@ -56,10 +51,20 @@ def encode_dialogs(dialogs: Sequence[Dialog], tokenizer: Tokenizer, max_seq_len:
     for i, dialog in enumerate(dialogs):
         check_dialog(dialog, f"dialogs[{i}]")
     dialogs = [list(dialog) for dialog in dialogs]
-    encoded = [None if is_unsafe(dialog) else encode_dialog(dialog, tokenizer) for dialog in dialogs]
-    for i, ids in enumerate(encoded):
-        if ids is not None:
-            _check_length(ids, f"dialogs[{i}]", max_seq_len)
+    return [
+        None if is_unsafe(dialog) else _encode_named(dialog, f"dialogs[{i}]", tokenizer, max_seq_len)
+        for i, dialog in enumerate(dialogs)
+    ]
+
+
+def _encode_named(text: str | Dialog, name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[int]:
+    try:
+        encoded = (
+            tokenizer.encode(text, bos=True, eos=False) if isinstance(text, str) else encode_dialog(text, tokenizer)
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    _check_length(encoded, name, max_seq_len)
     return encoded
 
 

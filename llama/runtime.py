@@ -161,6 +161,8 @@ def select_device(requested: str | torch.device | None) -> torch.device:
         raise ValueError(f"device is {requested!r}; it takes 'cpu', 'cuda', 'cuda:N' or 'mps'") from error
     if device.type == "cuda":
         return _cuda_device(device)
+    if device.type not in ("cpu", "mps"):
+        raise ValueError(f"device is {requested!r}; it takes 'cpu', 'cuda', 'cuda:N' or 'mps'")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device is 'mps', but this machine or build of torch has none; use device='cpu'")
     return device

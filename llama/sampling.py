@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GREEDY_BELOW = 1e-6
+GREEDY_BELOW = 1e-30
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sampler:
     """How the next tokens of a call are drawn, and the random stream they are drawn from.
 
@@ -26,21 +26,32 @@ class Sampler:
             sampling; Holtzman et al., 2020).
         n_lanes: number of rows that a full step has.
         generator: the stream, on the logits' device.
+        steps: how often the stream was drawn from.
     """
 
     temperature: float
     top_p: float
     n_lanes: int
     generator: torch.Generator
+    steps: int = 0
 
     def __call__(self, logits: Tensor, lanes: Tensor) -> Tensor:
         """The next token of each row: (bsz,) int64, from logits (bsz, vocab) float32 and each row's lane (bsz,)."""
         if self.temperature < GREEDY_BELOW:
             return logits.argmax(-1)
         probs = torch.softmax(logits / self.temperature, dim=-1)
-        race = torch.empty(self.n_lanes, logits.size(-1), device=logits.device)
-        race.exponential_(generator=self.generator)
-        return sample_top_p(probs, self.top_p, race=race[lanes]).squeeze(-1)
+        return sample_top_p(probs, self.top_p, race=self._race(logits.size(-1))[lanes]).squeeze(-1)
+
+    def skip_to(self, steps: int, vocab_size: int) -> None:
+        """Draws, for no row, until as many steps were made."""
+        while self.steps < steps:
+            self._race(vocab_size)
+
+    def _race(self, vocab_size: int) -> Tensor:
+        """One step's exponentials: (n_lanes, vocab_size) float32."""
+        self.steps += 1
+        race = torch.empty(self.n_lanes, vocab_size, device=self.generator.device)
+        return race.exponential_(generator=self.generator)
 
 
 def sample_top_p(probs: Tensor, p: float, *, race: Tensor | None = None) -> Tensor:

@@ -115,13 +115,11 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return most
 
 
-@pytest.mark.xfail(strict=True, reason="gate, silu(gate), up and their product stand side by side; the plan has three")
 def test_a_prefill_stays_within_the_plan(checkpoint: Path, tokenizer_path: Path) -> None:
     generator = build(checkpoint, tokenizer_path, max_seq_len=256, max_batch_size=1)
     assert peak_of_generate(generator) <= plan_memory(generator.model.params, 1, torch.float32).activations
 
 
-@pytest.mark.xfail(strict=True, reason="the last hidden states are views, which keep those of all passes alive")
 def test_a_prefill_of_many_passes_stays_within_the_plan(
     monkeypatch: pytest.MonkeyPatch, write_checkpoint: Callable[..., Path], params: dict[str, Any], tokenizer_path: Path
 ) -> None:
@@ -131,7 +129,6 @@ def test_a_prefill_of_many_passes_stays_within_the_plan(
     assert peak_of_generate(generator) <= plan_memory(generator.model.params, 1, torch.float32).activations
 
 
-@pytest.mark.xfail(strict=True, reason="a step holds more than eight numbers of four bytes a vocabulary entry")
 def test_sampling_stays_within_the_plan() -> None:
     args = ModelArgs(dim=16, n_layers=1, n_heads=4, vocab_size=8000, multiple_of=16, max_batch_size=32, max_seq_len=1)
     sampler = Sampler(0.6, 0.9, 32, torch.Generator().manual_seed(0))
@@ -274,7 +271,6 @@ def test_a_host_without_proc_is_asked_otherwise(tmp_path: Path, monkeypatch: pyt
     assert available_memory(CPU) > 0
 
 
-@pytest.mark.xfail(strict=True, reason="a container's usage counts the page cache, which it drops when memory is short")
 @pytest.mark.parametrize(("version", "prefix"), [(2, ""), (1, "total_")])
 def test_page_cache_of_a_container_counts_as_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, prefix: str
@@ -292,7 +288,6 @@ def test_a_cuda_device_gives_what_its_driver_calls_free(monkeypatch: pytest.Monk
     assert available_memory(torch.device("cuda", 0)) == 7 * GIB
 
 
-@pytest.mark.xfail(strict=True, reason="what torch's allocator keeps of freed tensors is not counted")
 def test_a_cuda_device_gives_what_earlier_tensors_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a second build, after the first model is gone, can be refused."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * GIB, 80 * GIB))

@@ -287,7 +287,6 @@ def test_two_replicas_equal_one_process(world_2: list[Result], one_process: Resu
         check(result["replica calls"], one_process)
 
 
-@pytest.mark.xfail(strict=True, reason="replicas that made different numbers of steps go on at different places")
 def test_replicas_go_on_in_the_stream_of_one_process(world_2: list[Result], one_process_unseeded: list[Any]) -> None:
     assert world_2[0]["replica unseeded"] == world_2[1]["replica unseeded"] == one_process_unseeded
 

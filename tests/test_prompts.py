@@ -182,7 +182,6 @@ def test_a_text_that_no_encoding_takes_is_named(tokenizer: Tokenizer) -> None:
         encode_texts(["a", "\udcff"], "prompts", tokenizer, 64)
 
 
-@pytest.mark.xfail(strict=True, reason="the tokenizer's error is passed on as it is")
 def test_a_dialog_that_no_encoding_takes_is_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"^dialogs\[1\].* surrogate"):
         encode_dialogs([dialog("a"), dialog("b", "c", "\udcff")], tokenizer, 64)
