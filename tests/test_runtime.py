@@ -40,15 +40,18 @@ def run_script(script: str, *arguments: object, options: tuple[str, ...] = (), *
 
 
 PLAIN = """
-import json, sys
+import atexit, json, sys
+import torch.distributed as dist
 from llama import Llama
+results = []
+atexit.register(lambda: print(json.dumps([*results, dist.is_initialized()])))  # after the library's own
 folder, tokenizer = sys.argv[1:]
 def build():
     return Llama.build(folder, tokenizer, max_seq_len=64, max_batch_size=4, device="cpu", dtype="float32")
 first = build()
 second = build()
-rows = [llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0] for llama in (second, first)]
-print(json.dumps([*rows, first.generate([[1, 9]], 8, seed=4)[0]]))
+results += [llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0] for llama in (second, first)]
+results.append(first.generate([[1, 9]], 8, seed=4)[0])
 """
 
 
@@ -56,7 +59,7 @@ def test_a_plain_script_needs_no_environment(checkpoint: Path, tokenizer_path: P
     """No launcher, no variables; two builds; any warning is an error; the end is clean."""
     greedy, seeded = llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0], llama.generate([[1, 9]], 8, seed=4)[0]
     got = run_script(PLAIN, checkpoint, tokenizer_path, options=("-W", "error"), OMP_NUM_THREADS="1")
-    assert got == [greedy, greedy, seeded]
+    assert got == [greedy, greedy, seeded, False]  # and no process group is left
 
 
 OWN_GROUPS = """
