@@ -20,6 +20,8 @@ from llama.runtime import agree, broadcast_from_first, is_first_of_group
 from llama.sampling import Sampler
 
 FinishReason = Literal["stop", "length"]
+# What a prefill pass costs whatever its size, in positions: reading the weights, and on a GPU launching the kernels.
+PASS_COST = {"cpu": 32}
 _LOGPROB_POSITIONS = 512  # positions whose logits are held at a time when whole prompts are scored
 
 
@@ -138,7 +140,7 @@ def _admit(
 def _prefill(model: Transformer, prompts: Sequence[Sequence[int]], new: list[_Row], first_row: int) -> Tensor:
     """Puts the new rows' prompts into the cache, from `first_row` on; returns their last hidden states (bsz, dim)."""
     last: dict[int, Tensor] = {}
-    for group in prefill_groups([row.length for row in new], model.params.prefill_tokens):
+    for group in _groups(model, [prompts[row.prompt] for row in new]):
         h = prefill(model, [prompts[new[i].prompt] for i in group], rows=[first_row + i for i in group])
         for i, states in zip(group, h, strict=True):
             last[i] = states[new[i].length - 1].clone()  # a view would keep the whole pass alive
@@ -157,17 +159,38 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], rows: Sequence
     return model.hidden_states(tokens, 0, kv_len=width, rows=torch.tensor(rows, device=device))
 
 
-def prefill_groups(lengths: Sequence[int], most_positions: int) -> list[list[int]]:
-    """Splits prompts into passes of at most `most_positions`, padding counted; like lengths go together."""
+def prefill_groups(lengths: Sequence[int], most_positions: int, pass_cost: int) -> list[list[int]]:
+    """Splits prompts into passes of like lengths, such that padding and passes together cost least.
+
+    Args:
+        lengths: of the prompts.
+        most_positions: that a pass may have, padding counted, unless it is of one prompt.
+        pass_cost: what each pass costs besides its positions, in positions.
+
+    Returns:
+        The places of each pass's prompts.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    best: list[tuple[int, int]] = [(0, 0)]  # for the first n prompts in order: the least cost, the last pass's start
+    for end in range(1, len(order) + 1):
+        costs = []
+        for start in range(end):
+            positions = lengths[order[start]] * (end - start)
+            if positions <= most_positions or end - start == 1:
+                costs.append((best[start][0] + positions + pass_cost, start))
+        best.append(min(costs))
     groups: list[list[int]] = []
-    width = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and width * (len(groups[-1]) + 1) <= most_positions:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-            width = lengths[i]
-    return groups
+    end = len(order)
+    while end:
+        start = best[end][1]
+        groups.append(order[start:end])
+        end = start
+    return groups[::-1]
+
+
+def _groups(model: Transformer, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    device = model.norm.weight.device.type
+    return prefill_groups([len(prompt) for prompt in prompts], model.params.prefill_tokens, PASS_COST.get(device, 512))
 
 
 def _step(model: Transformer, rows: list[_Row]) -> Tensor:
@@ -228,7 +251,7 @@ def score(model: Transformer, texts: Sequence[Sequence[int]]) -> list[list[float
     n_rows = model.params.max_batch_size
     for start in range(0, len(texts), n_rows):
         chunk = texts[start : start + n_rows]
-        for group in prefill_groups([len(text) for text in chunk], model.params.prefill_tokens):
+        for group in _groups(model, chunk):
             h = prefill(model, [chunk[i] for i in group], rows=range(len(group)))
             for i, states in zip(group, h, strict=True):
                 scores[start + i] = [0.0, *_score_text(model, states, chunk[i])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -247,12 +248,32 @@ def test_prefill_groups_bound_a_pass_and_cover_every_prompt_once(seed: int) -> N
     rng = random.Random(seed)
     longest = rng.randint(1, 100)
     lengths = [rng.randint(1, longest) for _ in range(rng.randint(1, 30))]
-    most = rng.randint(longest, 5 * longest)
-    groups = prefill_groups(lengths, most)
+    most, pass_cost = rng.randint(longest, 5 * longest), rng.randint(0, 100)
+    groups = prefill_groups(lengths, most, pass_cost)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(len(group) * max(lengths[i] for i in group) <= most for group in groups)
-    if len(lengths) * longest <= most:
-        assert len(groups) == 1
+    assert len(prefill_groups(lengths, len(lengths) * longest, pass_cost=10**9)) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_cut_of_the_sorted_prompts_costs_less(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 100) for _ in range(rng.randint(1, 9))]
+    most, pass_cost = rng.randint(100, 400), rng.randint(0, 100)
+
+    def cost(groups: list[list[int]]) -> int:
+        return sum(len(group) * max(group) + pass_cost for group in groups)
+
+    ordered = sorted(lengths, reverse=True)
+    possible = []
+    for cuts in itertools.product((False, True), repeat=len(ordered) - 1):
+        groups = [[ordered[0]]]
+        for length, cut in zip(ordered[1:], cuts, strict=True):
+            groups.append([length]) if cut else groups[-1].append(length)
+        if all(len(group) * max(group) <= most for group in groups):
+            possible.append(groups)
+    found = [[lengths[i] for i in group] for group in prefill_groups(lengths, most, pass_cost)]
+    assert cost(found) == min(map(cost, possible))
 
 
 def test_prompts_prefilled_in_several_groups_keep_their_rows(
