@@ -80,8 +80,8 @@ def check_memory(args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, 
     def fits(candidate: ModelArgs) -> bool:
         return plan_memory(candidate, model_parallel_size, dtype).total <= available
 
-    batch = _largest(args.max_batch_size, lambda n: fits(replace(args, max_batch_size=n)))
-    seq = _largest(args.max_seq_len, lambda n: fits(replace(args, max_seq_len=n)))
+    batch = largest(args.max_batch_size, lambda n: fits(replace(args, max_batch_size=n)))
+    seq = largest(args.max_seq_len, lambda n: fits(replace(args, max_seq_len=n)))
     dtype_name = str(dtype).removeprefix("torch.")
     ways = [f"max_batch_size to {batch}"] * (batch > 0) + [f"max_seq_len to {seq}"] * (seq > 0)
     advice = f"lower {' or '.join(ways)}" if ways else _advice_beyond_sizes(args, fits)
@@ -95,13 +95,13 @@ def check_memory(args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, 
 
 
 def _advice_beyond_sizes(args: ModelArgs, fits: Callable[[ModelArgs], bool]) -> str:
-    seq = _largest(args.max_seq_len, lambda n: fits(replace(args, max_batch_size=1, max_seq_len=n)))
+    seq = largest(args.max_seq_len, lambda n: fits(replace(args, max_batch_size=1, max_seq_len=n)))
     if seq:
         return f"lower max_batch_size to 1 and max_seq_len to {seq}"
     return "the weights leave no room: use a dtype of fewer bytes, more memory, or a checkpoint split over more ranks"
 
 
-def _largest(upper: int, fits: Callable[[int], bool]) -> int:
+def largest(upper: int, fits: Callable[[int], bool]) -> int:
     """The largest n from 1 to `upper` that fits, by bisection; 0 if none does."""
     low, high = 0, upper
     while low < high:

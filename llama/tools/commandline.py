@@ -32,8 +32,8 @@ class _Call:
 def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     """Runs the function that the command line asks for: the only one, or that of the dict which it names.
 
-    A function's result is the exit status, None for 0. Ctrl-C and SIGTERM end it by an exception, so that it can
-    clean up.
+    A text that it returns is printed; a number is the exit status. Ctrl-C and SIGTERM end it by an exception, so that
+    it can clean up.
     """
     if isinstance(commands, dict):
         component: Any = {name: _deferred(function) for name, function in commands.items()}
@@ -44,12 +44,15 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
         return
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        sys.exit(call._run())
+        result = call._run()
     except MISTAKES as error:
         sys.exit(f"error: {'; '.join(str(error).splitlines()) or type(error).__name__}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    if isinstance(result, str):
+        print(result)
+    sys.exit(result if isinstance(result, int) else 0)
 
 
 def _deferred(function: Callable[..., Any]) -> Callable[..., _Call]:

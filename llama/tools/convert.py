@@ -34,13 +34,13 @@ from llama.tools.huggingface import (
     to_interleaved,
 )
 from llama.tools.progress import Progress
+from llama.tools.released import TRAINED_SEQ_LEN
 from llama.tools.reshard import check_count, check_places
 from llama.tools.sharded import ShardedCheckpoint, same_bits
 from llama.tools.staging import staged_folder
-from llama.tools.tensor_file import SAFETENSORS_DTYPES, TensorFile, lay_out_pth, lay_out_safetensors
+from llama.tools.tensor_file import TensorFile, lay_out_pth, lay_out_safetensors
 
 MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file; beyond, the weights are spread over several
-TRAINED_SEQ_LEN = 4096  # positions that Llama 2 was trained for
 _PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps")
 
 
@@ -157,9 +157,7 @@ def _check_dtype(dtype: str | None) -> torch.dtype | None:
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in `dtype`, or in its own if that is None and one that both formats have."""
-    if tensor.dtype not in SAFETENSORS_DTYPES.values():
-        raise ValueError(f"{name} has dtype {tensor.dtype}; it takes {', '.join(DTYPES)}")
+    """The tensor in `dtype`, or in its own if that is None."""
     cast = tensor if dtype is None else tensor.to(dtype)
     if not cast.is_meta and dtype == torch.float16 and torch.isinf(cast).any() and not torch.isinf(tensor).any():
         raise ValueError(f"{name} has values beyond float16's range; use dtype bfloat16")

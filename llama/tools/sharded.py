@@ -31,6 +31,7 @@ class ShardedCheckpoint:
 
     Attributes:
         args: the network; its vocabulary is that of the embedding where params.json leaves it open.
+        n_files: number of its files.
         names: of the tensors, in the released order; `rope.freqs` last, if it is there.
         layout: every whole tensor's shape and dtype, as tensors without values.
 
@@ -42,14 +43,15 @@ class ShardedCheckpoint:
 
     def __init__(self, ckpt_dir: str | Path) -> None:
         self._shards = list_shards(ckpt_dir)
+        self.n_files = len(self._shards)
         self._states = [read_shard(path) for path in self._shards]
         self._page_release = [page_release(path) for path in self._shards]
         self._last: str | None = None  # the tensor read last
-        self.args = _network(ckpt_dir, self._shards[0], self._states[0])
+        self.args = network_args(ckpt_dir, self._states[0])
         try:
-            self.args.check_shards(len(self._shards))
+            self.args.check_shards(self.n_files)
         except ValueError as error:
-            raise ValueError(f"{ckpt_dir} holds {len(self._shards)} files, but {error}; is a file missing?") from error
+            raise ValueError(f"{ckpt_dir} holds {self.n_files} files, but {error}; is a file missing?") from error
         self.names = list(tensor_shapes(self.args, 1))
         if all(KNOWN_EXTRA in state for state in self._states):
             self.names.append(KNOWN_EXTRA)
@@ -72,9 +74,10 @@ class ShardedCheckpoint:
                 release(state[self._last])
 
     def _check_files(self) -> None:
-        shapes = tensor_shapes(self.args, len(self._shards))
+        shapes = tensor_shapes(self.args, self.n_files)
+        extra = {KNOWN_EXTRA: (self.args.head_dim // 2,)}
         for path, state in zip(self._shards, self._states, strict=True):
-            check_tensors(path, {name: tensor for name, tensor in state.items() if name != KNOWN_EXTRA}, shapes)
+            check_tensors(path, state, shapes | (extra if KNOWN_EXTRA in state else {}))
 
     def _check_agreement(self, name: str) -> None:
         """The files have to hold parts of one dtype, and what each holds in full has to be the same to the bit."""
@@ -93,17 +96,22 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
 
 
-def _network(ckpt_dir: str | Path, path: Path, state: dict[str, Tensor]) -> ModelArgs:
-    """What params.json describes, with the embedding's number of rows where it says `vocab_size` -1."""
+def network_args(ckpt_dir: str | Path, state: dict[str, Tensor]) -> ModelArgs:
+    """What params.json describes, with the embedding's number of rows where it says `vocab_size` -1.
+
+    Args:
+        state: the tensors of one of the files.
+    """
+    path = Path(ckpt_dir) / "params.json"
     try:
         args = ModelArgs(**read_params(ckpt_dir))
     except ValueError as error:
-        raise ValueError(f"{Path(ckpt_dir) / 'params.json'}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     if args.n_layers > len(state):
-        raise ValueError(f"params.json has n_layers={args.n_layers}, but {path} holds {len(state)} tensors in all")
+        raise ValueError(f"{path} has n_layers={args.n_layers}, but a file holds {len(state)} tensors in all")
     if args.vocab_size != -1:
         return args
     embedding = state.get("tok_embeddings.weight")
     if embedding is None or embedding.dim() != 2:
-        raise ValueError(f"{path} lacks a tok_embeddings.weight of two axes, which params.json asks for")
+        raise ValueError(f"{path} leaves vocab_size open, and there is no tok_embeddings.weight of two axes to tell it")
     return replace(args, vocab_size=embedding.size(0))

@@ -1,0 +1,121 @@
+"""How much memory a model needs: `python -m llama.tools.memory --model 70B --device_memory 24GiB`.
+
+Prints what `llama.memory` adds up, which is what `Llama.build` checks before it loads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from llama.args import ModelArgs
+from llama.memory import GIB, MemoryPlan, largest, plan_memory
+from llama.runtime import DTYPES
+from llama.tools.commandline import run
+from llama.tools.released import RELEASES, TRAINED_SEQ_LEN
+from llama.tools.sharded import ShardedCheckpoint
+
+_UNITS = {"GiB": GIB, "G": GIB, "GB": 10**9, "MiB": 1024**2, "M": 1024**2, "MB": 10**6}
+_MOST = 2**20  # beyond it a batch or a sequence is not looked for
+
+
+def memory_table(
+    ckpt_dir: str | Path | None = None,
+    *,
+    model: str | None = None,
+    max_seq_len: int = 512,
+    max_batch_size: int = 4,
+    model_parallel_size: int | None = None,
+    dtype: str = "float16",
+    device_memory: str | None = None,
+) -> str:
+    """A table of the memory that each rank needs and, for a device, the largest sizes that fit.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.NN.pth; or else
+        model: one of the published sizes, 7B, 13B or 70B.
+        max_seq_len: as for `Llama.build`.
+        max_batch_size: as for `Llama.build`.
+        model_parallel_size: number of processes that share the model; by default that of the checkpoint's files.
+        dtype: float16, bfloat16 or float32, of weights and cache.
+        device_memory: what each process's device has, such as 24GiB or 80GB.
+
+    Raises:
+        ValueError: an argument is not what it should be, or the model cannot be split over so many processes.
+    """
+    if (ckpt_dir is None) == (model is None):
+        raise ValueError("give either ckpt_dir, a folder, or model, one of " + ", ".join(RELEASES))
+    args, n_files = _of_checkpoint(ckpt_dir) if ckpt_dir is not None else _of_release(str(model))
+    args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    ranks = n_files if model_parallel_size is None else model_parallel_size
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+        raise ValueError(f"model_parallel_size is {ranks!r}; it takes a whole number above zero")
+    args.check_shards(ranks)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it takes {', '.join(DTYPES)}")
+
+    def plan(args: ModelArgs) -> MemoryPlan:
+        return plan_memory(args, ranks, DTYPES[dtype])
+
+    head = f"{model or ckpt_dir}: {dtype}, MP={ranks}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
+    lines = [head, *_table(plan(args), ranks)]
+    if device_memory is not None:
+        lines += ["", *_fit(args, plan, parse_memory(device_memory))]
+    return "\n".join(lines)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of an amount such as "24GiB" or "80 GB"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    if found is None or found[2].lower() not in units:
+        raise ValueError(f"device_memory is {text!r}; it takes a number and a unit, such as 24GiB or 80GB")
+    return int(float(found[1]) * units[found[2].lower()])
+
+
+def _of_checkpoint(ckpt_dir: str | Path) -> tuple[ModelArgs, int]:
+    checkpoint = ShardedCheckpoint(ckpt_dir)
+    return checkpoint.args, checkpoint.n_files
+
+
+def _of_release(model: str) -> tuple[ModelArgs, int]:
+    if model not in RELEASES:
+        raise ValueError(f"model is {model!r}; it takes {', '.join(RELEASES)}")
+    return RELEASES[model].args, RELEASES[model].model_parallel_size
+
+
+def _table(plan: MemoryPlan, ranks: int) -> list[str]:
+    parts = {
+        "weights": plan.weights,
+        "KV cache": plan.kv_cache,
+        "activations": plan.activations,
+        "total": plan.total,
+    }
+    head = f"{'':12}{'each rank':>14}" + (f"{f'all {ranks} ranks':>16}" if ranks > 1 else "")
+    rows = [
+        f"{name:12}{n_bytes / GIB:10.2f} GiB" + (f"{ranks * n_bytes / GIB:12.2f} GiB" if ranks > 1 else "")
+        for name, n_bytes in parts.items()
+    ]
+    return [head, *rows]
+
+
+def _fit(args: ModelArgs, plan: Callable[[ModelArgs], MemoryPlan], available: int) -> list[str]:
+    """Whether it fits on a device, and the largest batch and the longest sequence that would, the other unchanged."""
+    spare = available - plan(args).total
+    what = f"{spare / GIB:.2f} GiB to spare" if spare >= 0 else f"it lacks {-spare / GIB:.2f} GiB"
+    lines = [f"{'fits' if spare >= 0 else 'does not fit'} in {available / GIB:.2f} GiB: {what}"]
+    for field, other in (("max_batch_size", "max_seq_len"), ("max_seq_len", "max_batch_size")):
+
+        def fits(n: int, field: str = field) -> bool:
+            return plan(replace(args, **{field: n})).total <= available
+
+        n = largest(_MOST, fits)
+        beyond = f" (Llama 2 was trained for {TRAINED_SEQ_LEN})" * (field == "max_seq_len" and n > TRAINED_SEQ_LEN)
+        lines.append(f"largest {field} with {other}={getattr(args, other)}: {n or 'none fits'}{beyond}")
+    return lines
+
+
+if __name__ == "__main__":
+    run(memory_table)

@@ -1,0 +1,46 @@
+"""The published sizes of Llama 2. Knows nothing of any file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama.args import ModelArgs
+
+TRAINED_SEQ_LEN = 4096  # positions that Llama 2 was trained for
+_VOCAB_SIZE = 32000
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published network, and the number of files, and so of processes, that it was published for."""
+
+    args: ModelArgs
+    model_parallel_size: int
+
+
+RELEASES = {
+    "7B": Release(ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=_VOCAB_SIZE), 1),
+    "13B": Release(ModelArgs(dim=5120, n_layers=40, n_heads=40, vocab_size=_VOCAB_SIZE), 2),
+    "70B": Release(
+        ModelArgs(
+            dim=8192,
+            n_layers=80,
+            n_heads=64,
+            n_kv_heads=8,
+            vocab_size=_VOCAB_SIZE,
+            multiple_of=4096,
+            ffn_dim_multiplier=1.3,
+        ),
+        8,
+    ),
+}
+
+
+def find_release(args: ModelArgs) -> tuple[str, Release] | None:
+    """The published network whose sizes these are, and its name."""
+
+    def sizes(args: ModelArgs) -> tuple[int, ...]:
+        return args.dim, args.n_layers, args.n_heads, args.kv_heads, args.hidden_dim
+
+    found = ((name, release) for name, release in RELEASES.items() if sizes(release.args) == sizes(args))
+    return next(found, None)
