@@ -1,0 +1,250 @@
+"""Whether a checkpoint folder is whole and sound: `python -m llama.tools.verify --ckpt_dir llama-2-7b`.
+
+Compares checksums with `checklist.chk`, and every tensor with what `params.json` describes. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint import (
+    KNOWN_EXTRA,
+    list_shards,
+    page_release,
+    read_shard,
+    shard_dim,
+    tensor_shapes,
+)
+from llama.runtime import DTYPES
+from llama.tokenizer import Tokenizer
+from llama.tools.commandline import run
+from llama.tools.progress import Progress
+from llama.tools.released import find_release
+from llama.tools.sharded import network_args, same_bits
+
+CHECKLIST, TOKENIZER_CHECKLIST = "checklist.chk", "tokenizer_checklist.chk"
+_LINE = re.compile(r"([0-9a-fA-F]{32})\s+\*?(?:\./)?(\S.*)")  # as md5sum writes it; * marks binary mode
+_CHUNK = 16 * 1024**2  # bytes read at a time
+_BLOCK = 16 * 1024**2  # numbers counted at a time
+_SHOWN = 5  # tensors of one kind of problem that are named
+
+
+@dataclass
+class Findings:
+    """What was found: problems, a line each, and what could not be compared or is worth knowing."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def verify(ckpt_dir: str | Path, *, tokenizer_path: str | Path | None = None, quiet: bool = False) -> Findings:
+    """Checks a checkpoint folder, reading every file once or twice, one tensor in memory at a time.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.NN.pth.
+        tokenizer_path: its tokenizer.model; by default that in ckpt_dir or, as downloaded, in the folder above.
+        quiet: shows no progress.
+
+    Raises:
+        AssertionError: the folder holds no checkpoint files.
+    """
+    folder, found = Path(ckpt_dir), Findings()
+    shards = list_shards(folder)
+    tokenizer = _find_tokenizer(folder, tokenizer_path)
+    listed: dict[Path, str] = {}
+    if (folder / CHECKLIST).is_file():
+        listed |= _read_checklist(folder / CHECKLIST, found)
+    else:
+        found.notes.append(f"there is no {CHECKLIST} in {folder}, so that checksums were not compared")
+    if tokenizer is not None and (tokenizer.parent / TOKENIZER_CHECKLIST).is_file():
+        listed |= _read_checklist(tokenizer.parent / TOKENIZER_CHECKLIST, found)
+    n_bytes = sum(path.stat().st_size for path in [*listed, *shards])
+    with Progress("verify", n_bytes, quiet=quiet) as progress:
+        for path, checksum in listed.items():
+            _check_sum(path, checksum, found, progress)
+        n_words = _check_tokenizer(tokenizer, found)
+        _check_shards(folder, shards, n_words, found, progress)
+    return found
+
+
+def _read_checklist(path: Path, found: Findings) -> dict[Path, str]:
+    """The files that a list of checksums names, all of them there, with their MD5 sums."""
+    listed: dict[Path, str] = {}
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        matched = _LINE.fullmatch(line.strip())
+        if matched is None:
+            found.problems.append(f"{path}: line {number} is no MD5 sum and file name")
+        elif matched[2] == ".." or Path(matched[2]).name != matched[2]:
+            found.problems.append(f"{path}: line {number} names {matched[2]!r}, which is not a file beside it")
+        elif not (path.parent / matched[2]).is_file():
+            found.problems.append(f"{path.parent / matched[2]} is missing, which {path.name} lists")
+        else:
+            listed[path.parent / matched[2]] = matched[1].lower()
+    return listed
+
+
+def _check_sum(path: Path, expected: str, found: Findings, progress: Progress) -> None:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            progress.add(len(chunk))
+    if digest.hexdigest() != expected:
+        found.problems.append(
+            f"{path} has the MD5 sum {digest.hexdigest()}, but {expected} is listed; download it again"
+        )
+
+
+def _find_tokenizer(folder: Path, tokenizer_path: str | Path | None) -> Path | None:
+    if tokenizer_path is not None:
+        return Path(tokenizer_path)
+    places = [folder / "tokenizer.model", folder.resolve().parent / "tokenizer.model"]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _check_tokenizer(path: Path | None, found: Findings) -> int | None:
+    """The tokenizer's number of pieces, if there is one."""
+    if path is None:
+        found.notes.append("no tokenizer.model was found, so that the vocabulary was not compared; give tokenizer_path")
+        return None
+    try:
+        return Tokenizer(path).n_words
+    except (ValueError, OSError) as error:
+        found.problems.append(str(error))
+        return None
+
+
+def _check_shards(folder: Path, shards: list[Path], n_words: int | None, found: Findings, progress: Progress) -> None:
+    """Every file's tensors. The first file that can be read tells the number of parts, and what all repeat."""
+    if [path.name for path in shards] != (names := [f"consolidated.{rank:02d}.pth" for rank in range(len(shards))]):
+        found.problems.append(f"{folder} holds {_some([path.name for path in shards])}; it takes {_some(names)}")
+    shapes: dict[str, tuple[int, ...]] | None = None
+    first: dict[str, Tensor] = {}
+    for path in shards:
+        try:
+            state = read_shard(path)
+        except (ValueError, OSError) as error:
+            found.problems.append(str(error))
+            continue
+        try:
+            shapes = shapes or _expected_shapes(folder, state, len(shards), n_words, found)
+        except (ValueError, OSError) as error:
+            found.problems.append(str(error))
+            return
+        for kind, names in _faults(path, state, shapes, first, progress).items():
+            found.problems.append(f"{path}: {kind}: {_some(names)}")
+
+
+def _expected_shapes(
+    folder: Path, state: dict[str, Tensor], n_files: int, n_words: int | None, found: Findings
+) -> dict[str, tuple[int, ...]]:
+    """What params.json says of every file's tensors, `state` being one file's, which tells how many parts there are.
+
+    Raises:
+        ValueError: that cannot be said; the file itself, too, is wrong then.
+    """
+    embedding = state.get("tok_embeddings.weight")
+    columns = embedding.size(1) if embedding is not None and embedding.dim() == 2 else 0
+    args = network_args(folder, state)
+    parts = args.dim // columns if columns and args.dim % columns == 0 else n_files
+    args.check_shards(parts)
+    if parts != n_files:
+        found.problems.append(f"{folder} holds {n_files} of the {parts} files that the tensors are split over")
+    release = find_release(args)
+    if release is not None and release[1].model_parallel_size != parts:
+        name, published = release
+        found.notes.append(
+            f"{name} was published in {published.model_parallel_size} files; this one is split over {parts}"
+        )
+    if n_words is not None and args.vocab_size != n_words:
+        found.problems.append(
+            f"{folder} has a vocabulary of {args.vocab_size}, but tokenizer.model has {n_words} pieces"
+        )
+    return tensor_shapes(args, parts)
+
+
+def _faults(
+    path: Path,
+    state: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    first: dict[str, Tensor],
+    progress: Progress,
+) -> dict[str, list[str]]:
+    """What is wrong with one file's tensors: for each kind of fault, where it is.
+
+    Args:
+        first: what the first file repeats or, of other tensors, shape and dtype; filled by the first call.
+    """
+    faults: defaultdict[str, list[str]] = defaultdict(list)
+    faults["missing"] = [name for name in shapes if name not in state]
+    release = page_release(path)
+    for name, tensor in state.items():
+        if name in shapes:
+            fault = _fault(name, tensor, shapes[name], first)
+            if fault is None:
+                release(tensor)
+            else:
+                faults[fault[0]].append(fault[1])
+        elif name != KNOWN_EXTRA:
+            faults["not in the network"].append(str(name))
+        progress.add(tensor.numel() * tensor.element_size())
+    return {kind: names for kind, names in faults.items() if names}
+
+
+def _fault(name: str, tensor: Tensor, shape: tuple[int, ...], first: dict[str, Tensor]) -> tuple[str, str] | None:
+    """The kind of the fault of a tensor, if it has one, and where it is."""
+    if tuple(tensor.shape) != shape:
+        return "wrong shape", f"{name} is {tuple(tensor.shape)}, by params.json {shape}"
+    if tensor.dtype not in DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
+        return f"not a dense tensor of {', '.join(DTYPES)}", name
+    if n_bad := _count_not_finite(tensor):
+        return "NaN or infinite values", f"{name} has {n_bad}"
+    known = first.setdefault(name, tensor.to("meta") if shard_dim(name) is not None else tensor.clone())
+    if known.dtype != tensor.dtype:
+        return "another dtype than in the first file", f"{name} is {tensor.dtype}, there {known.dtype}"
+    if not known.is_meta and not same_bits(known, tensor):
+        return "other values than in the first file, which every file should repeat", name
+    return None
+
+
+def _count_not_finite(tensor: Tensor) -> int:
+    low, high = torch.aminmax(tensor)  # reads at the memory's speed, and NaN anywhere gives NaN
+    if torch.isfinite(low) and torch.isfinite(high):
+        return 0
+    rows = max(1, _BLOCK // tensor[0].numel())
+    return sum(int((~torch.isfinite(part)).sum()) for part in torch.split(tensor, rows))
+
+
+def _some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def main(ckpt_dir: str, *, tokenizer_path: str | None = None, quiet: bool = False) -> int:
+    """Checks a checkpoint folder and prints what is wrong, a line each; the exit status is then 1.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.NN.pth.
+        tokenizer_path: its tokenizer.model; by default that in ckpt_dir or in the folder above.
+        quiet: shows no progress.
+    """
+    found = verify(ckpt_dir, tokenizer_path=tokenizer_path, quiet=quiet)
+    for line in [*found.problems, *(f"note: {note}" for note in found.notes)]:
+        print(line)
+    if not found.problems:
+        print(f"ok: {ckpt_dir}, {len(list_shards(ckpt_dir))} files")
+    return int(bool(found.problems))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,232 @@
+"""The verify command: silent on what is sound, one line for each thing that is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama.tools.verify import main, verify
+from tests.conftest import ROOT
+
+State = dict[str, torch.Tensor]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(write_checkpoint: Write, params: dict[str, Any], state: State, tokenizer_path: Path) -> Path:
+    """A sound checkpoint of two files, with checksums and tokenizer as downloaded."""
+    folder = write_checkpoint(params, {name: weight.bfloat16() for name, weight in state.items()}, 2)
+    (folder / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    write_checklist(folder)
+    return folder
+
+
+def write_checklist(folder: Path) -> None:
+    files = sorted([*folder.glob("*.pth"), folder / "params.json"])
+    lines = [f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (folder / "checklist.chk").write_text("".join(lines))
+
+
+def problems(folder: Path, **arguments: Any) -> list[str]:
+    return verify(folder, quiet=True, **arguments).problems
+
+
+def change(path: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Rewrites a file with some tensors replaced, added or, where None, left out; and the checksums."""
+    state = torch.load(path) | changes
+    torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, path)
+    write_checklist(path.parent)
+
+
+def assert_one(found: list[str], *words: str) -> None:
+    assert len(found) == 1, found
+    assert all(word in found[0] for word in words) and "\n" not in found[0], found
+
+
+def test_a_sound_checkpoint_has_no_problems(folder: Path) -> None:
+    found = verify(folder, quiet=True)
+    assert found.problems == [] and found.notes == []
+
+
+@pytest.mark.parametrize("files", [1, 4])
+def test_what_could_not_be_compared_is_noted(
+    write_checkpoint: Write, params: dict[str, Any], state: State, files: int
+) -> None:
+    found = verify(write_checkpoint(params | {"vocab_size": -1}, state, files), quiet=True)
+    assert found.problems == []
+    assert re.search("no checklist.chk .* no tokenizer.model was found", " ".join(found.notes))
+
+
+def test_a_changed_byte_is_found_by_its_checksum(folder: Path) -> None:
+    path = folder / "consolidated.01.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert_one(problems(folder), "consolidated.01.pth has the MD5 sum")
+
+
+def test_lines_of_a_checklist(folder: Path) -> None:
+    sums = (folder / "checklist.chk").read_text()
+    pairs = [line.split() for line in sums.splitlines()]
+    (folder / "checklist.chk").write_text("".join(f"{md5.upper()} *./{name}\r\n\r\n" for md5, name in pairs))
+    assert problems(folder) == []
+    (folder / "checklist.chk").write_text(sums + "nonsense\n")
+    assert_one(problems(folder), "line 4 is no MD5 sum")
+    for name in ("../params.json", "/etc/passwd", "sub/file", ".."):
+        (folder / "checklist.chk").write_text(f"{'0' * 32}  {name}\n")
+        assert_one(problems(folder), "line 1 names", name)
+    (folder / "checklist.chk").write_text(f"{sums}{'0' * 32}  consolidated.02.pth\n")
+    assert_one(problems(folder), "consolidated.02.pth is missing, which checklist.chk lists")
+    (folder / "checklist.chk").write_bytes(b"\xff\xfe\x00")
+    assert_one(problems(folder), "line 1 is no MD5 sum")
+
+
+def test_the_tokenizer_beside_or_above_or_named(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "tokenizer.model"
+    broken.write_bytes(b"broken")
+    assert_one(problems(folder, tokenizer_path=broken), "is not a SentencePiece model")
+    assert_one(problems(folder, tokenizer_path=tmp_path / "nowhere"), "no tokenizer model at")
+    (tmp_path / "model").symlink_to(folder)
+    assert problems(tmp_path / "model") == []
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for path in [*folder.glob("*.pth"), folder / "params.json"]:
+        (inner / path.name).symlink_to(path)
+    assert_one(problems(inner), "is not a SentencePiece model")
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_checklist.chk").write_text(f"{'0' * 32}  tokenizer.model\n")
+    assert_one(problems(inner), "tokenizer.model has the MD5 sum")
+
+
+def test_a_tokenizer_of_another_size(
+    write_checkpoint: Write, params: dict[str, Any], tokenizer_path: Path, state: State
+) -> None:
+    smaller = state | {name: state[name][:-8] for name in ("tok_embeddings.weight", "output.weight")}
+    folder = write_checkpoint(params | {"vocab_size": -1}, smaller, 1)
+    n_words = params["vocab_size"]
+    found = problems(folder, tokenizer_path=tokenizer_path)
+    assert_one(found, f"a vocabulary of {n_words - 8}, but tokenizer.model has {n_words} pieces")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers.1.attention.wq.weight": None}, ["missing: layers.1.attention.wq.weight"]),
+        ({"extra": torch.zeros(2)}, ["not in the network: extra"]),
+        ({"norm.weight": torch.zeros(63)}, ["wrong shape: norm.weight is (63,), by params.json (64,)"]),
+        ({"norm.weight": torch.zeros(64, dtype=torch.int32)}, ["not a dense tensor", "norm.weight"]),
+        ({"norm.weight": torch.zeros(64, device="meta")}, ["not a dense tensor", "norm.weight"]),
+        ({"norm.weight": torch.zeros(64).to_sparse()}, ["not a dense tensor", "norm.weight"]),
+        ({"norm.weight": torch.ones(64)}, ["another dtype than in the first file", "torch.float32"]),
+        ({"norm.weight": torch.zeros(64).bfloat16()}, ["every file should repeat: norm.weight"]),
+    ],
+)
+def test_what_is_wrong_with_a_tensor(folder: Path, changes: State, words: list[str]) -> None:
+    change(folder / "consolidated.01.pth", changes)
+    assert_one(problems(folder), "consolidated.01.pth", *words)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_values_that_are_not_finite_are_counted(
+    write_checkpoint: Write, params: dict[str, Any], state: State, dtype: torch.dtype, value: float
+) -> None:
+    name = "layers.2.feed_forward.w2.weight"
+    bad = state[name].clone()
+    bad[[3, 40], [7, 0]] = value
+    whole = {key: weight.to(dtype) for key, weight in (state | {name: bad}).items()}
+    assert_one(problems(write_checkpoint(params, whole)), "NaN or infinite values", f"{name} has 2")
+
+
+def test_the_largest_finite_values_are_sound(write_checkpoint: Write, params: dict[str, Any], state: State) -> None:
+    largest = {name: torch.full_like(weight, torch.finfo(torch.float32).max) for name, weight in state.items()}
+    assert problems(write_checkpoint(params, largest)) == []
+
+
+def test_many_tensors_with_one_fault_are_one_line(folder: Path) -> None:
+    path = folder / "consolidated.01.pth"
+    change(path, {name: tensor[:1] for name, tensor in torch.load(path).items() if tensor.dim() == 2})
+    assert_one(problems(folder), "wrong shape: ", " and 18 more")
+
+
+def test_missing_and_misnamed_files(folder: Path) -> None:
+    (folder / "checklist.chk").unlink()
+    (folder / "consolidated.01.pth").rename(folder / "consolidated.02.pth")
+    assert_one(problems(folder), "consolidated.00.pth, consolidated.02.pth; it takes consolidated.00.pth, consol")
+    (folder / "consolidated.02.pth").unlink()
+    assert_one(problems(folder), "holds 1 of the 2 files")
+    with pytest.raises(AssertionError, match="no checkpoint files found"):
+        verify(folder / "nowhere")
+
+
+def test_another_number_of_files_than_published_is_noted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = type("Release", (), {"model_parallel_size": 8})
+    monkeypatch.setattr("llama.tools.verify.find_release", lambda args: ("70B", release))
+    found = verify(folder, quiet=True)
+    assert found.problems == [] and found.notes == ["70B was published in 8 files; this one is split over 2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("{", "is not JSON"),
+        ('{"dim": "64"}', "dim is '64'"),
+        ('{"dim": 64, "n_heads": 8, "n_layers": 1000000000}', "n_layers=1000000000"),
+        ('{"dim": 66, "n_heads": 11, "n_layers": 3, "vocab_size": 8}', "is not a multiple of"),
+        (None, "no params.json"),
+    ],
+)
+def test_wrong_params(folder: Path, content: str | None, word: str) -> None:
+    (folder / "checklist.chk").unlink()
+    (folder / "params.json").unlink() if content is None else (folder / "params.json").write_text(content)
+    assert_one(problems(folder), word)
+
+
+class Bomb:
+    """Unpickling it runs code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("bomb went off",)
+
+
+def test_damaged_and_hostile_files_are_problems(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (folder / "checklist.chk").unlink()
+    path = folder / "consolidated.00.pth"
+    content, draw = path.read_bytes(), random.Random(0)
+    for n in [0, 1, 30, *(draw.randrange(len(content)) for _ in range(8))]:
+        path.write_bytes(content[:n])
+        assert_one(problems(folder), "consolidated.00.pth", "ompare its checksum")
+    torch.save({"norm.weight": Bomb()}, path)
+    assert_one(problems(folder), "other things than tensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_command_prints_a_line_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(str(folder)) == 0
+    assert capsys.readouterr().out == f"ok: {folder}, 2 files\n"
+    change(folder / "consolidated.01.pth", {"norm.weight": None, "extra": torch.zeros(2)})
+    (folder / "checklist.chk").unlink()
+    assert main(str(folder), quiet=True) == 1
+    out, err = capsys.readouterr()
+    assert [line.split(":")[0] for line in out.splitlines()] == [str(folder / "consolidated.01.pth")] * 2 + ["note"]
+    assert err == ""
+
+
+def test_the_module_is_a_command(folder: Path) -> None:
+    (folder / "params.json").write_text(json.dumps({"dim": True}))
+    command = [sys.executable, "-m", "llama.tools.verify", "--ckpt_dir", str(folder), "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == ""
+    assert [word in done.stdout for word in ("params.json has the MD5 sum", "dim is True")] == [True, True]
