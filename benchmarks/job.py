@@ -9,6 +9,7 @@ import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Job:
     prefill_lengths: tuple[int, ...] = (16, 128, 512)
     decode_batches: tuple[int, ...] = (1, 4, 8, 16)
     decode_prompt: int = 128
-    decode_steps: int = 32
+    decode_steps: int = 48
     ragged_lengths: tuple[int, ...] = (8, 16, 32, 64, 96, 128, 192, 256)
 
     @property
@@ -72,5 +73,6 @@ class Job:
 
     @staticmethod
     def read(path: Path) -> Job:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        return Job(**fields)

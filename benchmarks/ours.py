@@ -30,7 +30,7 @@ class Ours:
                 tick()
 
 
-def version() -> str:
+def version(job: Job) -> str:
     return f"torch {torch.__version__}"
 
 

@@ -98,7 +98,7 @@ def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotations[:, None]).flatten(3).type_as(x)
 
 
-def version() -> str:
+def version(job: Job) -> str:
     return f"torch {torch.__version__}"
 
 

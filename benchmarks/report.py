@@ -85,6 +85,11 @@ def json_lines(lines: Sequence[Line], context: dict[str, Any]) -> str:
     return "".join(json.dumps(fields) + "\n" for fields in objects)
 
 
+def page(title: str, versions: dict[str, str], lines: Sequence[Line], ratios: Sequence[Line]) -> str:
+    """The whole report, to be read."""
+    return "\n".join([title, *(f"{e}: {v}" for e, v in versions.items()), "", table(lines), "", ratio_table(ratios)])
+
+
 def table(lines: Sequence[Line]) -> str:
     """A row a figure, a column an engine: medians."""
     engines = list(dict.fromkeys(line.engine for line in lines))

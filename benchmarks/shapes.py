@@ -27,7 +27,11 @@ _CONTROL_PIECES = 3
 
 
 def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype) -> None:
-    """A checkpoint of random weights in one file. Every layer holds a copy of the same numbers: speed is the same."""
+    """A checkpoint of random weights in one file.
+
+    Every layer holds the first one's numbers, shifted by a few places: drawing billions of them would take minutes,
+    and engines keep equal tensors only once, which would make them look smaller than they are.
+    """
     params = SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
@@ -42,7 +46,7 @@ def _random_state(args: ModelArgs, dtype: torch.dtype) -> dict[str, Tensor]:
         if len(size) == 1:
             state[name] = torch.ones(size, dtype=dtype)
         elif first in state:
-            state[name] = state[first].clone()
+            state[name] = state[first].roll(int(name.split(".")[1]), dims=0)
         else:
             state[name] = torch.empty(size, dtype=dtype).normal_(0, 0.02, generator=generator)
     return state

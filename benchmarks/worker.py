@@ -28,7 +28,7 @@ FIRST_PROMPT = 16  # tokens of the prompt that the first token after loading com
 def measure(name: str, job: Job) -> None:
     """Loads the engine and emits all its figures."""
     module = importlib.import_module(ENGINES[name])
-    emit("version", module.version())
+    emit("version", module.version(job))
     emit("memory_before", peak_memory())
     started = time.perf_counter()
     engine = module.load(job)

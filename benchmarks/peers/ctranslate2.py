@@ -14,7 +14,6 @@ from ctranslate2.converters.transformers import LlamaLoader
 from transformers import LlamaForCausalLM
 
 from benchmarks.job import Job
-from benchmarks.lines import emit
 from benchmarks.peers.hf_folder import write_hf_folder
 
 
@@ -47,8 +46,8 @@ def compute_type(job: Job) -> str:
     return job.dtype if job.dtype in ctranslate2.get_supported_compute_types(job.device) else "int8"
 
 
-def version() -> str:
-    return f"ctranslate2 {ctranslate2.__version__}"
+def version(job: Job) -> str:
+    return f"ctranslate2 {ctranslate2.__version__}, {compute_type(job)}"
 
 
 def prepare(job: Job) -> None:
@@ -66,7 +65,6 @@ def prepare(job: Job) -> None:
 
 
 def load(job: Job) -> CTranslate2:
-    kind = compute_type(job)
-    emit("version", f"{version()}, {kind}")
     folder = str(Path(job.folder) / "ctranslate2")
-    return CTranslate2(ctranslate2.Generator(folder, job.device, compute_type=kind, intra_threads=job.threads))
+    kind, threads = compute_type(job), job.threads
+    return CTranslate2(ctranslate2.Generator(folder, job.device, compute_type=kind, intra_threads=threads))

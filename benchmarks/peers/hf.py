@@ -30,7 +30,7 @@ class HuggingFace:
             tick()
 
 
-def version() -> str:
+def version(job: Job) -> str:
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
@@ -41,4 +41,5 @@ def prepare(job: Job) -> None:
 def load(job: Job) -> HuggingFace:
     dtype = getattr(torch, job.dtype)
     model = LlamaForCausalLM.from_pretrained(write_hf_folder(job), dtype=dtype, attn_implementation="sdpa")
-    return HuggingFace(model.to(job.device).eval())
+    model.to(torch.device(job.device))
+    return HuggingFace(model.eval())

@@ -90,7 +90,7 @@ class LlamaCpp:
         return int(np.ctypeslib.as_array(address, shape=(self.vocab_size,)).argmax())
 
 
-def version() -> str:
+def version(job: Job) -> str:
     return f"llama-cpp-python {package_version('llama-cpp-python')}"
 
 

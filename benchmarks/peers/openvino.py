@@ -49,7 +49,7 @@ class OpenVino:
         return outputs["logits"]
 
 
-def version() -> str:
+def version(job: Job) -> str:
     return f"openvino {ov.__version__.split('-')[0]}"
 
 

@@ -1,0 +1,106 @@
+"""The rounds: every engine in turn, each in a fresh process, again and again.
+
+Whatever the machine does while a round lasts, it does to all of them. Knows nothing of how figures are shown.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from benchmarks import ceiling, engines
+from benchmarks.job import Job
+from benchmarks.report import shown
+from llama import ModelArgs
+
+Result = TypeVar("Result")
+Round = dict[str, dict[str, float]]  # engine -> figure -> value
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to run: the network, the job that every engine gets, and who takes part in how many rounds."""
+
+    args: ModelArgs
+    job: Job
+    pythons: dict[str, str]  # of each engine, in the order of a round
+    repeats: int
+    published_rounds: int
+
+    def takes_part(self, engine: str, round_: int) -> bool:
+        return engine != "published" or round_ < self.published_rounds
+
+
+def run_rounds(plan: Plan) -> tuple[list[Round], dict[str, str]]:
+    """The figures of each round, and the engines' versions. A peer that fails is left out from there on.
+
+    Raises:
+        RuntimeError: our own process failed.
+    """
+    job_file = Path(plan.job.folder) / "job.json"
+    plan.job.write(job_file)
+    pythons = dict(plan.pythons)
+    rounds: list[Round] = []
+    versions: dict[str, str] = {}
+    for engine, python in plan.pythons.items():
+        say(f"{engine}: writing its files")
+        _guard(pythons, engine, engines.prepare, engine, python, plan.job, job_file)
+    for i in range(plan.repeats):
+        machine = engines.measure_bandwidth(plan.job, job_file, _progress(f"round {i + 1}/{plan.repeats}  machine"))
+        rounds.append({"ours": {}, "machine": _numeric(machine)})
+        for engine, python in list(pythons.items()):
+            if plan.takes_part(engine, i):
+                show = _progress(f"round {i + 1}/{plan.repeats}  {engine}")
+                figures = _guard(pythons, engine, engines.measure, engine, python, plan.job, job_file, show)
+                if figures is not None:
+                    versions[engine] = str(figures["version"])
+                    rounds[i][engine] = _numeric(figures)
+        rounds[i]["ours"] |= _derived(rounds[i], plan)
+    return rounds, versions
+
+
+def _guard(pythons: dict[str, str], engine: str, work: Callable[..., Result], *args: object) -> Result | None:
+    """What the work returns; if a peer's fails, says so and takes the peer out."""
+    try:
+        return work(*args)
+    except RuntimeError as error:
+        if engine == "ours":
+            raise
+        say(f"{engine}: left out, it failed with {error}")
+        del pythons[engine]
+        return None
+
+
+def _numeric(figures: engines.Figures) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if isinstance(value, (int, float))}
+
+
+def _derived(one_round: Round, plan: Plan) -> dict[str, float]:
+    """Our figures held against what the machine and the formula allow."""
+    ours = one_round["ours"]
+    memory = ceiling.memory_plan(plan.args, plan.job)
+    own = ours["peak_memory"] - ours["memory_before"]
+    derived = {
+        "memory_planned": memory.total,
+        "memory_over_weights_and_cache_ratio": own / (memory.weights + memory.kv_cache),
+        "memory_over_plan_ratio": own / memory.total,
+    }
+    if "decode_1" in ours:
+        read = ours["decode_1"] * ceiling.bytes_per_step(plan.args, plan.job)
+        derived |= {"share_of_bandwidth_decode_1": read / one_round["machine"]["read_bandwidth"]}
+    return derived
+
+
+def _progress(prefix: str) -> engines.OnFigure:
+    def show(figure: str, value: float | str) -> None:
+        say(f"{prefix}: {figure} {value if isinstance(value, str) else shown(figure, value)}")
+
+    return show
+
+
+def say(text: str) -> None:
+    """Progress: to stderr, so that stdout is the report alone."""
+    print(text, file=sys.stderr, flush=True)
