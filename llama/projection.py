@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region, reduce_from_model_parallel_region
 from torch import Tensor
@@ -49,11 +50,11 @@ class Projection:
     def _joined_over_ranks(self, out: Tensor) -> Tensor:
         """What the layer itself does with its rank's part of the output."""
         layer = self.layers[0]
+        if get_model_parallel_world_size() == 1:
+            return out
         if isinstance(layer, RowParallelLinear):
-            out = reduce_from_model_parallel_region(out)
-        elif layer.gather_output:
-            out = gather_from_model_parallel_region(out)
-        return out
+            return reduce_from_model_parallel_region(out)
+        return gather_from_model_parallel_region(out) if layer.gather_output else out
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
