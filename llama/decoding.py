@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,30 +94,33 @@ def decode(
             heapq.heappush(free_lanes, row.lane)
 
 
-def keep_in_step(steps: Iterator[Step]) -> Generator[Step, None, None]:
+class StepsInStep:
     """The same steps, such that the ranks of a model-parallel group take equally many when a consumer leaves early.
 
     The first rank decides: where its consumer closes the iterator, the other ranks' ends too; where another rank's
     does, that rank goes on computing, unseen, until the first one is through.
     """
-    first = is_first_of_group()
-    over = False
 
-    def advance() -> Step | None:
-        nonlocal over
-        step = next(steps, None) if agree(True) else None
-        over = step is None or step.finish_reason is not None
-        return step
+    def __init__(self, steps: Iterator[Step]) -> None:
+        self._steps = steps
+        self._first = is_first_of_group()
+        self._over = False
 
-    try:
-        while not over and (step := advance()):
+    def __iter__(self) -> Iterator[Step]:
+        while not self._over and (step := self._advance()):
             yield step
-    except GeneratorExit:
-        if first and not over:
-            agree(False)
-        while not first and not over:
-            advance()
-        raise
+
+    def close(self) -> None:
+        if self._first and not self._over:
+            self._over = not agree(False)
+        while not self._over:
+            self._advance()
+
+    def _advance(self) -> Step | None:
+        self._over = True  # should the step fail, this rank leaves and waits for no other
+        step = next(self._steps, None) if agree(True) else None
+        self._over = step is None or step.finish_reason is not None
+        return step
 
 
 def _admit(

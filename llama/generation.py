@@ -19,11 +19,18 @@ from llama import runtime
 from llama.args import ModelArgs
 from llama.chat import UNSAFE_ERROR, Dialog
 from llama.checkpoint import find_shards, load_shard, model_args, move, page_release
-from llama.decoding import Step, decode, keep_in_step, score
+from llama.decoding import Step, StepsInStep, decode, score
 from llama.memory import available_memory, check_memory
 from llama.model import Transformer
 from llama.projection import can_pack
-from llama.prompts import check_prompts, encode_continuations, encode_dialogs, encode_texts
+from llama.prompts import (
+    check_prompts,
+    encode_checked_dialog,
+    encode_continuations,
+    encode_dialogs,
+    encode_text,
+    encode_texts,
+)
 from llama.request import (
     ChatPrediction,
     Completion,
@@ -92,6 +99,7 @@ class Llama:
             MemoryError: weights, cache and activations do not fit on the device.
         """
         started = time.perf_counter()
+        check_seed(seed)
         mp = runtime.resolve_model_parallel_size(model_parallel_size)
         shards = find_shards(ckpt_dir, mp)
         tokenizer = Tokenizer(tokenizer_path)
@@ -213,8 +221,7 @@ class Llama:
         The iterator may be closed early. A later call on this object ends it: its next piece is a RuntimeError.
         """
         request = Request(temperature, top_p, self._max_gen_len(max_gen_len), echo=echo, stop=stop, seed=seed)
-        (ids,) = self._encode([prompt], "prompt")
-        return self._stream(ids, request)
+        return self._stream(encode_text(prompt, "prompt", self.tokenizer, self.model.params.max_seq_len), request)
 
     def stream_chat_completion(
         self,
@@ -228,7 +235,7 @@ class Llama:
     ) -> Generator[str, None, None]:
         """Answers one dialog, yielding the answer as it settles; otherwise as `stream_text_completion`."""
         request = Request(temperature, top_p, self._max_gen_len(max_gen_len), stop=stop, seed=seed)
-        (prompt,) = encode_dialogs([dialog], self.tokenizer, self.model.params.max_seq_len)
+        prompt = encode_checked_dialog(dialog, "dialog", self.tokenizer, self.model.params.max_seq_len)
         return _refusal() if prompt is None else self._stream(prompt, request)
 
     def score(self, texts: Sequence[str], contexts: Sequence[str] | None = None) -> list[Score]:
@@ -252,7 +259,7 @@ class Llama:
             (self.tokenizer.pieces(tokens)[n:], logprobs[n:])
             for tokens, logprobs, n in zip(whole, scores, known, strict=True)
         ]
-        return [Score(logprob=sum(logprobs), tokens=tokens, logprobs=logprobs) for tokens, logprobs in scored]
+        return [Score(logprob=sum(logprobs, 0.0), tokens=tokens, logprobs=logprobs) for tokens, logprobs in scored]
 
     def score_tokens(self, prompt_tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         """The log-probability of each id given those before it; 0.0 for the first of each row, which has none before.
@@ -306,6 +313,11 @@ class Llama:
         return rows
 
     def _stream(self, prompt: list[int], request: Request) -> Generator[str, None, None]:
+        pieces = self._pieces(prompt, request)
+        next(pieces)  # into its `with`: closed before the first piece, it still tells the other ranks
+        return pieces
+
+    def _pieces(self, prompt: list[int], request: Request) -> Generator[str, None, None]:
         self._calls += 1
         call = self._calls
         text = GrowingText(self.tokenizer, request.stop, prompt if request.echo else ())
@@ -317,15 +329,20 @@ class Llama:
 
         sampler = Sampler(request.temperature, request.top_p, 1, self._generator_for(request))
         steps = self._decode([prompt], request, sampler, [0], ends)
-        with closing(keep_in_step(steps)) as steps_in_step:
+        with closing(StepsInStep(steps)) as steps_in_step:
+            yield ""
+            self._check_current(call)
             for _ in steps_in_step:
                 while settled:
                     if piece := settled.popleft():
                         yield piece
-                    if call != self._calls:
-                        raise RuntimeError("this stream ended when another call was made on the same Llama")
+                    self._check_current(call)
         if rest := text.finish():
             yield rest
+
+    def _check_current(self, call: int) -> None:
+        if call != self._calls:
+            raise RuntimeError("this stream ended when another call was made on the same Llama")
 
     def _decode(
         self,

@@ -249,9 +249,10 @@ class Transformer(nn.Module):
         """
         bsz, seqlen = tokens.shape
         kv_len = int(start_pos.max() if isinstance(start_pos, Tensor) else start_pos) + seqlen
-        if bsz > self.params.max_batch_size or kv_len > self.params.max_seq_len:
+        first = int(start_pos.min() if isinstance(start_pos, Tensor) else start_pos)
+        if first < 0 or bsz > self.params.max_batch_size or kv_len > self.params.max_seq_len:
             raise ValueError(
-                f"a batch of {bsz} up to position {kv_len} exceeds the cache of max_batch_size="
+                f"a batch of {bsz} from position {first} to {kv_len} exceeds the cache of max_batch_size="
                 f"{self.params.max_batch_size} and max_seq_len={self.params.max_seq_len}"
             )
         return self.logits(self.hidden_states(tokens, start_pos, kv_len=kv_len))

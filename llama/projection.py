@@ -53,8 +53,10 @@ class Projection:
         if get_model_parallel_world_size() == 1:
             return out
         if isinstance(layer, RowParallelLinear):
-            return reduce_from_model_parallel_region(out)
-        return gather_from_model_parallel_region(out) if layer.gather_output else out
+            out = reduce_from_model_parallel_region(out)
+        elif layer.gather_output:
+            out = gather_from_model_parallel_region(out)
+        return out
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

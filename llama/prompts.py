@@ -34,38 +34,41 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, max_seq_len
     return checked
 
 
+def encode_text(text: str, name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[int]:
+    """The ids of a text, with BOS in front."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is a {type(text).__name__}; it takes a str")
+    try:
+        ids = tokenizer.encode(text, bos=True, eos=False)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    _check_length(ids, name, max_seq_len)
+    return ids
+
+
 def encode_texts(texts: Sequence[str], name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[list[int]]:
     """The ids of texts, each with BOS in front."""
     _check_list(texts, name, "str")
-    encoded = []
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{name}[{i}] is a {type(text).__name__}; it takes a str")
-        encoded.append(_encode_named(text, f"{name}[{i}]", tokenizer, max_seq_len))
-    return encoded
+    return [encode_text(text, f"{name}[{i}]", tokenizer, max_seq_len) for i, text in enumerate(texts)]
+
+
+def encode_checked_dialog(dialog: Dialog, name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[int] | None:
+    """The ids of a dialog; None for one that must not be run, since it holds the template's own tags."""
+    check_dialog(dialog, name)
+    if is_unsafe(dialog):
+        return None
+    try:
+        ids = encode_dialog(list(dialog), tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    _check_length(ids, name, max_seq_len)
+    return ids
 
 
 def encode_dialogs(dialogs: Sequence[Dialog], tokenizer: Tokenizer, max_seq_len: int) -> list[list[int] | None]:
-    """The ids of dialogs; None for one that must not be run, since it holds the template's own tags."""
+    """The ids of dialogs, None for those that must not be run."""
     _check_list(dialogs, "dialogs", "dialogs")
-    for i, dialog in enumerate(dialogs):
-        check_dialog(dialog, f"dialogs[{i}]")
-    dialogs = [list(dialog) for dialog in dialogs]
-    return [
-        None if is_unsafe(dialog) else _encode_named(dialog, f"dialogs[{i}]", tokenizer, max_seq_len)
-        for i, dialog in enumerate(dialogs)
-    ]
-
-
-def _encode_named(text: str | Dialog, name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[int]:
-    try:
-        encoded = (
-            tokenizer.encode(text, bos=True, eos=False) if isinstance(text, str) else encode_dialog(text, tokenizer)
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    _check_length(encoded, name, max_seq_len)
-    return encoded
+    return [encode_checked_dialog(dialog, f"dialogs[{i}]", tokenizer, max_seq_len) for i, dialog in enumerate(dialogs)]
 
 
 def encode_continuations(

@@ -74,10 +74,11 @@ def init_process_groups(model_parallel_size: int, device: torch.device) -> None:
 
 
 def _init_process_group(device: torch.device) -> None:
-    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    nccl = device.type == "cuda" and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # NCCL for tensors; objects and flags stay on the host
     missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
     if not missing:
-        dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+        dist.init_process_group(backend, device_id=device if nccl else None)
     elif world_size() == 1:  # a plain script or notebook: a group of one, which needs no address
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -118,9 +119,7 @@ def agree(go_on: bool) -> bool:
     """What the first rank of the model-parallel group says; every rank has to ask at the same point."""
     if get_model_parallel_world_size() == 1:
         return go_on
-    backend = dist.get_backend(get_model_parallel_group())
-    flag = torch.tensor([go_on], device="cuda" if backend == "nccl" else "cpu")
-    return bool(broadcast_from_first(flag).item())
+    return bool(broadcast_from_first(torch.tensor([go_on])).item())
 
 
 def share_from_first(value: T | None = None) -> T:

@@ -16,6 +16,7 @@ from tests import oracle
 
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = 512
+torch.set_num_threads(1)  # the networks are so small that a second thread only waits for the first
 # Grouped-query attention, a scaled hidden size, and counts that 1, 2 and 4 ranks can share.
 PARAMS: dict[str, Any] = {
     "dim": 64,

@@ -22,7 +22,9 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_start, args=(world_size, port, folder, work, args), nprocs=world_size)
+        mp.set_forkserver_preload(["llama", work.__module__])  # imported once, not by each rank
+        ranks = (world_size, port, folder, work, args)
+        mp.start_processes(_start, args=ranks, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
 
 

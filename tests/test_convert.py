@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -420,6 +421,8 @@ def test_the_commands(
 ) -> None:
     def command(*arguments: object) -> int | str | None:
         monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+        monkeypatch.setattr(signal, "signal", lambda *args: None)
+        monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
         with pytest.raises(SystemExit) as stop:
             run({"from_hf": from_hf, "to_hf": to_hf})
         return stop.value.code

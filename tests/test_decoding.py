@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama import ModelArgs, Transformer, runtime
-from llama.decoding import Step, decode, keep_in_step, prefill_groups, score
+from llama.decoding import Step, StepsInStep, decode, prefill_groups, score
 from llama.sampling import Sampler
 from tests import oracle
 
@@ -312,14 +312,14 @@ def test_scores_of_a_long_text_have_no_seams(make: Callable[..., Transformer], s
 
 
 def test_one_process_keeps_its_own_step(make: Callable[..., Transformer]) -> None:
-    """Without other ranks, `keep_in_step` passes every step on and computes none after it is closed."""
+    """Without other ranks, `StepsInStep` passes every step on and computes none after it is closed."""
     model = make(2)
 
     def steps() -> Iterator[Step]:
         return decode(model, [[1, 2]], sampler(0, 1), lanes=[0], max_gen_len=6, eos_id=NO_EOS)
 
-    assert list(keep_in_step(steps())) == list(steps())
-    passes, cut = _Passes(model), keep_in_step(steps())
-    next(cut)
+    assert list(StepsInStep(steps())) == list(steps())
+    passes, cut = _Passes(model), StepsInStep(steps())
+    next(iter(cut))
     cut.close()
     assert len(passes.shapes) == 1

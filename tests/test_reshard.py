@@ -292,23 +292,35 @@ def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == []
 
 
-KILLED = """
+ENDED = """
 import os, signal, sys
+from llama.tools.commandline import run
 from llama.tools.reshard import reshard
 from llama.tools.tensor_file import TensorFile
-TensorFile.write = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-reshard(sys.argv[1], sys.argv[2], 1)
+number = int(sys.argv.pop())
+TensorFile.write = lambda *args: os.kill(os.getpid(), number)
+run(reshard)
 """
 
 
+def end_by_signal(source: Path, output: Path, number: int) -> int:
+    """Runs the command, which gets a signal while it writes; the status with which it ends."""
+    arguments = ["--ckpt_dir", str(source), "--output_dir", str(output), "--model_parallel_size", "1", str(int(number))]
+    return subprocess.run([sys.executable, "-c", ENDED, *arguments], cwd=ROOT, check=False).returncode
+
+
 def test_what_a_killed_run_left_is_replaced(source: Path, folders: dict[int, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "out")]
-    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    assert end_by_signal(source, tmp_path / "out", signal.SIGKILL) == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name != "out"
     reshard(source, tmp_path / "out", 1)
     assert os.listdir(tmp_path) == ["out"]
     assert_same_files(tmp_path / "out", folders[1])
+
+
+def test_a_terminated_run_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    assert end_by_signal(source, tmp_path / "out", signal.SIGTERM) == 128 + signal.SIGTERM
+    assert os.listdir(tmp_path) == []
 
 
 def test_two_runs_for_one_folder_do_not_mix(source: Path, tmp_path: Path) -> None:
@@ -322,6 +334,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | 
     """The command's exit status; a text is printed on stderr and gives 1."""
     monkeypatch.setattr(sys, "argv", ["reshard", *map(str, arguments)])
     monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     with pytest.raises(SystemExit) as stop:
         run(reshard)
     return stop.value.code
