@@ -1,4 +1,7 @@
-"""Hugging Face transformers: sdpa attention, a dynamic cache, a greedy loop by hand, logits of the last position."""
+"""Hugging Face transformers: sdpa attention, a static cache, a greedy loop by hand, logits of the last position.
+
+Its dynamic cache, which grows by copying, takes a fifth longer for a step at batch 8, and as long at batch 1.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import LlamaForCausalLM, StaticCache
 
 from benchmarks.job import Job
 from benchmarks.peers.hf_folder import write_hf_folder
@@ -22,7 +25,7 @@ class HuggingFace:
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
         tokens = torch.tensor(prompts, device=self.model.device)
-        cache = DynamicCache(config=self.model.config)
+        cache = StaticCache(config=self.model.config, max_cache_len=tokens.size(1) + n_tokens)
         for _ in range(n_tokens):
             logits = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             tokens = logits[:, -1:].argmax(-1)
