@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import fire
+import torch
 from fire.decorators import SetParseFns
 
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError)
@@ -33,7 +34,7 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     """Runs the function that the command line asks for: the only one, or that of the dict which it names.
 
     A text that it returns is printed; a number is the exit status. Ctrl-C and SIGTERM end it by an exception, so that
-    it can clean up.
+    it can clean up. It runs in one thread: these commands wait for memory and disk, which more threads only disturb.
     """
     if isinstance(commands, dict):
         component: Any = {name: _deferred(function) for name, function in commands.items()}
@@ -43,6 +44,7 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     if not isinstance(call, _Call):
         return
     signal.signal(signal.SIGTERM, _terminate)
+    torch.set_num_threads(1)
     try:
         result = call._run()
     except MISTAKES as error:
