@@ -134,3 +134,12 @@ def test_our_engine_ticks_once_a_token_of_all_rows(job: Job, llama: Llama) -> No
     found = dict(figures(ours, job))
     assert found.keys() == {"prefill_4", "decode_1", "decode_2", "ragged_first_token"}
     assert all(value > 0 for value in found.values())
+
+
+def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[bench]'")
+    from benchmarks.plot import plot
+
+    rounds = [{"ours": {"decode_1": 4.0}, "ctranslate2": {"decode_1": 2.0}}]
+    plot(report.engine_lines(rounds), {"ctranslate2": "ctranslate2 4, int8"}, "title", tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
