@@ -422,7 +422,6 @@ def test_the_commands(
     def command(*arguments: object) -> int | str | None:
         monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
         monkeypatch.setattr(signal, "signal", lambda *args: None)
-        monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
         with pytest.raises(SystemExit) as stop:
             run({"from_hf": from_hf, "to_hf": to_hf})
         return stop.value.code

@@ -334,7 +334,6 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | 
     """The command's exit status; a text is printed on stderr and gives 1."""
     monkeypatch.setattr(sys, "argv", ["reshard", *map(str, arguments)])
     monkeypatch.setattr(signal, "signal", lambda *args: None)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     with pytest.raises(SystemExit) as stop:
         run(reshard)
     return stop.value.code

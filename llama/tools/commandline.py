@@ -30,11 +30,14 @@ class _Call:
         self._run = run
 
 
-def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
+def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threads: int | None = None) -> None:
     """Runs the function that the command line asks for: the only one, or that of the dict which it names.
 
     A text that it returns is printed; a number is the exit status. Ctrl-C and SIGTERM end it by an exception, so that
-    it can clean up. It runs in one thread: these commands wait for memory and disk, which more threads only disturb.
+    it can clean up.
+
+    Args:
+        n_threads: that torch uses; None leaves it. Commands that copy take 1: more only get in the way of the disk.
     """
     if isinstance(commands, dict):
         component: Any = {name: _deferred(function) for name, function in commands.items()}
@@ -44,7 +47,8 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     if not isinstance(call, _Call):
         return
     signal.signal(signal.SIGTERM, _terminate)
-    torch.set_num_threads(1)
+    if n_threads is not None:
+        torch.set_num_threads(n_threads)
     try:
         result = call._run()
     except MISTAKES as error:

@@ -263,4 +263,4 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run({"from_hf": from_hf, "to_hf": to_hf})
+    run({"from_hf": from_hf, "to_hf": to_hf}, n_threads=1)

@@ -70,4 +70,4 @@ def check_count(model_parallel_size: int) -> None:
 
 
 if __name__ == "__main__":
-    run(reshard)
+    run(reshard, n_threads=1)

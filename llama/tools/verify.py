@@ -247,4 +247,4 @@ def main(ckpt_dir: str, *, tokenizer_path: str | None = None, quiet: bool = Fals
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, n_threads=1)
