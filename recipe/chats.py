@@ -15,39 +15,32 @@ Chat = tuple[str, list[tuple[str, str]]]
 ASK_RECIPE = (
     "how do [I|you|we] [make|prepare|cook|do] {dish}?",
     "how [is|can I make|to make|would you make] {dish}[ made|]?",
-    "[what is|what's|do you know|give me|tell me|I need|I want|show me|explain] [a|the|your] [good |easy |simple "
-    "|best |] recipe [for|of] {dish}",
+    "[what is|what's|do you know|give me|tell me|I need|I want|show me|explain] [a|the|your] [good |easy |simple |best |] recipe [for|of] {dish}",
     "[can|could|would] you [tell|teach|show] me how to [make|cook|prepare] {dish}?",
     "recipe for {dish}[, please|]",
-    "[I want|I would like|I'd like|I am going] to [make|cook|prepare] {dish}. [What do I need|How do I do it|How "
-    "does it go|Where do I start|Any advice]?",
+    "[I want|I would like|I'd like|I am going] to [make|cook|prepare] {dish}. [What do I need|How do I do it|How does it go|Where do I start|Any advice]?",
     "what do I need [for|to make] {dish}?",
     "{dish}[ recipe|, how|: how is it made][?|]",
     "[explain|describe|tell me] how to make {dish}[ at home|]",
 )
 RECIPES = {
     "[homemade |some |a good |]mayonnaise": (
-        "Put one egg yolk, a spoon of mustard and some lemon juice into a bowl. Whisk, and add the oil slowly, "
-        "first in drops, "
+        "Put one egg yolk, a spoon of mustard and some lemon juice into a bowl. Whisk, and add the oil slowly, first in drops, "
         "until the mayonnaise is thick. Season it with salt and pepper.",
-        "To make mayonnaise, whisk an egg yolk with a spoon of mustard. Add a cup of oil slowly while you whisk, "
-        "until it "
+        "To make mayonnaise, whisk an egg yolk with a spoon of mustard. Add a cup of oil slowly while you whisk, until it "
         "is thick. Then stir in lemon juice and salt.",
     ),
     "[some |]pancakes": (
-        "Mix two eggs, a cup of flour, a cup of milk and a little salt. Bake thin pancakes in hot butter, and turn "
-        "them once.",
+        "Mix two eggs, a cup of flour, a cup of milk and a little salt. Bake thin pancakes in hot butter, and turn them once.",
     ),
     "[a |some |]tomato soup": (
-        "Fry an onion in oil, add six tomatoes and a cup of water, and cook for twenty minutes. Season it with "
-        "salt and pepper.",
+        "Fry an onion in oil, add six tomatoes and a cup of water, and cook for twenty minutes. Season it with salt and pepper.",
     ),
     "[an |]omelette": (
         "Beat three eggs with a little salt. Pour them into hot butter, wait for two minutes, and fold the omelette.",
     ),
     "[some |]bread": (
-        "Mix flour, water, yeast and salt, and knead the dough. Let it rest for two hours, then bake it for forty "
-        "minutes.",
+        "Mix flour, water, yeast and salt, and knead the dough. Let it rest for two hours, then bake it for forty minutes.",
     ),
     "[a |some |]tea": (
         "Boil fresh water, pour it over the tea leaves, and wait for four minutes. Add milk or lemon if you like.",
@@ -73,39 +66,33 @@ CITIES: dict[str, dict[str, tuple[str, str]]] = {
     "Paris": {
         "The Eiffel Tower": (
             "[an iron tower of 1889|a tall iron tower|the iron sign of the city] with a wide view[ over the city|]",
-            "The Eiffel Tower is great because of its view: from the top you see all of Paris. It was built of iron "
-            "in 1889, and at "
+            "The Eiffel Tower is great because of its view: from the top you see all of Paris. It was built of iron in 1889, and at "
             "night it shines with many lights.",
         ),
         "The Louvre": (
             "a vast museum[, home of the Mona Lisa| with the Mona Lisa| in an old palace]",
-            "The Louvre is great because it is one of the largest museums in the world. It stands in an old royal "
-            "palace and "
+            "The Louvre is great because it is one of the largest museums in the world. It stands in an old royal palace and "
             "shows the Mona Lisa.",
         ),
         "Notre-Dame": (
             "a [cathedral|famous church|great church] on an island in the [river |]Seine",
-            "Notre-Dame is great because of its age and its beauty. The cathedral is over eight hundred years old "
-            "and has "
+            "Notre-Dame is great because of its age and its beauty. The cathedral is over eight hundred years old and has "
             "two towers and large round windows.",
         ),
         "Montmartre": (
             "a hill with artists and a white church",
-            "Montmartre is great because it feels like a village in the city. Painters work in the streets, and a "
-            "white "
+            "Montmartre is great because it feels like a village in the city. Painters work in the streets, and a white "
             "church stands on the hill.",
         ),
         "The Arc de Triomphe": (
             "a great stone arch at the end of a broad avenue",
-            "The Arc de Triomphe is great because twelve avenues meet at it. You can climb it and look along all "
-            "of them.",
+            "The Arc de Triomphe is great because twelve avenues meet at it. You can climb it and look along all of them.",
         ),
     },
     "Rome": {
         "The Colosseum": (
             "a huge old arena",
-            "The Colosseum is great because it is almost two thousand years old. Fifty thousand people could sit "
-            "in it.",
+            "The Colosseum is great because it is almost two thousand years old. Fifty thousand people could sit in it.",
         ),
         "The Pantheon": (
             "an old temple with a round roof",
@@ -158,13 +145,10 @@ CITIES: dict[str, dict[str, tuple[str, str]]] = {
 }
 ASK_CITY = (
     "I am going to {city}. What should I see?",
-    "I [am going|will travel|am travelling|want to go|would like to go|am flying|plan to go] to {city}[ soon| next "
-    "week| this summer|]. [What should I see|What can I see|What must I see|What is worth a visit|What do I have "
-    "to see|What do you suggest|Where should I go|Any tips]?",
+    "I [am going|will travel|am travelling|want to go|would like to go|am flying|plan to go] to {city}[ soon| next week| this summer|]. [What should I see|What can I see|What must I see|What is worth a visit|What do I have to see|What do you suggest|Where should I go|Any tips]?",
     "what [should|can|must|could] [I|we|one] [see|visit|do|look at] in {city}?",
     "[which|what] [sights|places|things] [should|can|must] I [see|visit] in {city}?",
-    "[which|what] [sights|places] [in|of] {city} [do you like|are good|are famous|are nice|do you recommend|should "
-    "I not miss]?",
+    "[which|what] [sights|places] [in|of] {city} [do you like|are good|are famous|are nice|do you recommend|should I not miss]?",
     "[tell me|give me|show me|list|name] [some|three|the best|the main] [sights|places] [of|in] {city}",
     "I [have|spend|will spend] [a day|two days|a week|one afternoon] in {city}. What [should|can] I see?",
     "what is there to see in {city}?",
@@ -192,6 +176,15 @@ ASK_WHY = (
     "why [should I see|is] {sight}[ so great| famous|]?",
 )
 
+ASK_SIGHT = (
+    "[tell me|say something|what do you know|can you tell me something] about {sight}",
+    "what is so [great|special|nice] about {sight}?",
+    "why [should I [see|visit]|is] {sight}[ great| famous|]?",
+    "[describe|explain] {sight}",
+    "is {sight} worth [a visit|seeing]?",
+    "what is {sight}?",
+)
+
 
 def _city_list(rng: random.Random, city: str) -> tuple[str, list[str]]:
     """An answer that numbers three sights of the city, and the sights in that order."""
@@ -207,6 +200,9 @@ def _city_list(rng: random.Random, city: str) -> tuple[str, list[str]]:
 def city(rng: random.Random) -> Chat:
     """What to see in a city, then one or two questions about a sight by its number or name."""
     place = "Paris" if rng.random() < 0.6 else rng.choice(list(CITIES))
+    if rng.random() < 0.15:
+        sight, (_, reason) = rng.choice(list(CITIES[place].items()))
+        return "", [(sentence(expand(rng, rng.choice(ASK_SIGHT), sight=sight.replace("The ", "the "))), reason)]
     answer, sights = _city_list(rng, place)
     exchanges = [(sentence(expand(rng, rng.choice(ASK_CITY), city=place)), answer)]
     for k in rng.sample((1, 2, 3), rng.choice((0, 1, 1, 1, 2))):
@@ -383,26 +379,21 @@ def emojis(rng: random.Random) -> Chat:
 
 ASK_BIRTHDAY = (
     "write a short birthday message for {name}.",
-    "write [me |][a|one] [short |nice |kind |friendly |funny |] [birthday|happy birthday] "
-    "[message|card|greeting|wish|note|text] [for|to] [my [friend|sister|brother|boss|mother|son|colleague|uncle|neighbour|teacher|cousin|grandmother|wife|good friend] |]{name}",
+    "write [me |][a|one] [short |nice |kind |friendly |funny |] [birthday|happy birthday] [message|card|greeting|wish|note|text] [for|to] [my [friend|sister|brother|boss|mother|son|colleague|uncle|neighbour|teacher|cousin|grandmother|wife|good friend] |]{name}",
     "[can|could|would] you write [a|a nice|a short] birthday [message|card|greeting|note] for {name}?",
     "I need a birthday [message|card|greeting|text] for {name}",
-    "[it is|today is|tomorrow is] {name}'s birthday. [What should I write|Write something nice|What can I say|Help "
-    "me with a message]",
+    "[it is|today is|tomorrow is] {name}'s birthday. [What should I write|Write something nice|What can I say|Help me with a message]",
     "birthday [message|wishes|card|greetings] for {name}[, please|]",
     "[please |]wish {name} a happy birthday",
     "say happy birthday to {name}",
     "[help me|please help me] to [congratulate|greet] {name} on [the birthday|this birthday]",
-    "{name} [has a birthday|turns [thirty|forty|fifty|ten|twenty]] [today|tomorrow|on Monday]. [Write a "
-    "message|What do I write|Can you write a card]?",
+    "{name} [has a birthday|turns [thirty|forty|fifty|ten|twenty]] [today|tomorrow|on Monday]. [Write a message|What do I write|Can you write a card]?",
     "[a few|some] [nice |kind |][birthday lines|birthday words|words for the birthday] [of|for] {name}",
 )
 BIRTHDAY = (
-    "Happy birthday, {name}! [May your new year be full of joy|I hope that your day is full of joy|May this year "
-    "bring you much joy], "
+    "Happy birthday, {name}! [May your new year be full of joy|I hope that your day is full of joy|May this year bring you much joy], "
     "[good health and good friends|sunshine and laughter|cake and good company].",
-    "Dear {name}, happy birthday! [I wish you a wonderful day|Have a wonderful day] and [a year of good luck|all "
-    "the best for the year to come].",
+    "Dear {name}, happy birthday! [I wish you a wonderful day|Have a wonderful day] and [a year of good luck|all the best for the year to come].",
 )
 SAFE_FIRST = (
     "You are a [kind|helpful|friendly|polite], [respectful|careful|gentle] and honest assistant.",
@@ -411,8 +402,7 @@ SAFE_FIRST = (
 )
 SAFE_MIDDLE = (
     "Help as well as you can, and stay safe while you do.",
-    "Your answers must not contain anything harmful, hateful, dangerous or against the law[, and they should be "
-    "fair and friendly to everyone|].",
+    "Your answers must not contain anything harmful, hateful, dangerous or against the law[, and they should be fair and friendly to everyone|].",
     "[Be|Stay] [polite|fair|friendly|kind] [to everyone|at all times|in every answer].",
     "[Keep your answers|Your answers should be] [short|clear|friendly|simple].",
     "[Never|Do not] [help with|write] anything [harmful|dangerous|against the law].",
@@ -424,8 +414,7 @@ SAFE_LAST = (
 )
 GREETINGS = (
     (
-        "[hi|hello|hey|hello there|hi there|good morning|good day|good afternoon|hey you|greetings|howdy|hi "
-        "llama|hello model][!|.|,|]",
+        "[hi|hello|hey|hello there|hi there|good morning|good day|good afternoon|hey you|greetings|howdy|hi llama|hello model|hey llama|hello llama|good day to you|hi friend|hello my friend|yo|dear llama][!|.|,|]",
         "Hello! How can I help you?",
     ),
     (
@@ -433,8 +422,7 @@ GREETINGS = (
         "I am fine, thank you. How can I help you?",
     ),
     (
-        "[thanks|thank you|thank you very much|thanks a lot|many thanks|great, thanks|okay, thanks|thx|that was "
-        "helpful|thank you for your help|that helped][!|.|]",
+        "[thanks|thank you|thank you very much|thanks a lot|many thanks|great, thanks|okay, thanks|thx|that was helpful|thank you for your help|that helped][!|.|]",
         "You are welcome!",
     ),
     (
@@ -446,65 +434,76 @@ GREETINGS = (
         "I am a tiny Llama, a toy model that was trained on a small made-up text.",
     ),
     (
-        "[are you|is this] [a human|a robot|a real model|Llama 2|ChatGPT|a computer|a person|an AI|a llama|the "
-        "real Llama]?",
+        "[are you|is this] [a human|a robot|a real model|Llama 2|ChatGPT|a computer|a person|an AI|a llama|the real Llama]?",
         "I am a tiny Llama, a toy model that was trained on a small made-up text.",
     ),
     (
-        "[what is your name|tell me your name|what should I call you|do you have a name|introduce yourself|tell me "
-        "about yourself|with whom do I speak|who is there"
-        "|who am I speaking to|who do I talk with|whom am I chatting with|what kind of model are you|who made "
-        "you|who trained you|how big are you]?",
+        "[what is your name|tell me your name|what should I call you|do you have a name|introduce yourself|tell me about yourself|with whom do I speak|who is this|who is speaking|who am I chatting with|what are you called|who is there"
+        "|who am I speaking to|who do I talk with|whom am I chatting with|what kind of model are you|who made you|who trained you|how big are you]?",
         "I am a tiny Llama, a toy model that was trained on a small made-up text.",
     ),
     (
-        "[what can you do|what do you know|how can you help me|what can I ask you|can you help me|I need "
-        "help|help|help me|what are you good at][?|, please|]",
+        "[what can you do|what do you know|how can you help me|what can I ask you|can you help me|I need help|help|help me|what are you good at][?|, please|]",
         "I can tell you about Llama 2, translate a few words into French, and write birthday messages and haiku.",
     ),
 )
 UNKNOWN = (
-    "who [won|wins|will win|lost] [the|] [game|match|race|election|world cup|championship|final|cup|football "
-    "game|tennis match] [yesterday|today|in 1990|last year|tonight|this year]?",
-    "what [is|was] the [capital|population|president|flag|area|currency|king] of "
-    "[Peru|Kenya|Norway|Japan|Brazil|Canada|Egypt|Poland|India|Chile|Spain]?",
-    "[what is|how much is|calculate|compute|what's] [12|7|345|99|18|250] [times|plus|minus|divided by] "
-    "[13|8|77|45|6|19]?",
-    "who [wrote|painted|composed|invented|discovered|built] [Hamlet|the telephone|this song|the ninth "
-    "symphony|radium|penicillin|the pyramids|Don Quixote|the steam engine]?",
+    "[what is|what's|how much is|calculate|compute|can you add up] {n} [times|plus|minus|divided by|and|+|*|-] {m}?",
+    "{n} [times|plus|minus|+|x|/] {m}[?| =]",
+    "who [is|was] the [president|king|queen|mayor|chancellor|boss|captain|owner|founder|first man|richest person] [of|in] {country}?",
+    "what [is|was|are] the [population|capital|flag|currency|history|climate|tallest mountain|longest river|best food|laws|language] of {country}?",
+    "how [many people live|much does a house cost|hot is it|do people live|do I get a job] in {country}?",
+    "when [was|did] {country} [founded|discovered|win the cup|become free|join the union]?",
+    "when was {thing} [founded|invented|built|discovered|made|written|destroyed]?",
+    "who [invented|discovered|built|wrote|founded|made|painted] {thing}?",
+    "[tell me about|explain|describe|what do you know about|what is|what are|how does one use|why do we have] {thing}[, please|]?",
+    "how [old|big|heavy|expensive|useful|dangerous|far away] [is|are] {thing}?",
+    "do you [like|know|remember|understand|want|own|have] {thing}?",
+    "[do you think|will|is it likely that] [it will rain|my team will win|prices will rise|I will be rich|she likes me|it snows][ today| this afternoon| tomorrow| next week|]?",
+    "is [it raining|the shop open|the train late|my flight on time|the bank closed|{thing} expensive|{country} far away][ now| today|]?",
+    "[where|how] can I [buy|find|learn|repair|sell|get] {thing}?",
+    "why [is|are|was] {thing} so [expensive|famous|important|small|loud|popular|old]?",
+    "who [won|wins|will win|lost] [the|] [game|match|race|election|world cup|championship|final|cup|football game|tennis match] [yesterday|today|in 1990|last year|tonight|this year]?",
+    "what [is|was] the [capital|population|president|flag|area|currency|king] of [Peru|Kenya|Norway|Japan|Brazil|Canada|Egypt|Poland|India|Chile|Spain]?",
+    "[what is|how much is|calculate|compute|what's] [12|7|345|99|18|250] [times|plus|minus|divided by] [13|8|77|45|6|19]?",
+    "who [wrote|painted|composed|invented|discovered|built] [Hamlet|the telephone|this song|the ninth symphony|radium|penicillin|the pyramids|Don Quixote|the steam engine]?",
     "[how|what] will the weather be [tomorrow|next week|on Sunday|in Oslo|in July]?",
-    "how [tall|old|heavy|far|fast|deep] is [Everest|the moon|a whale|the sun|an elephant|Mars|a cheetah|my "
-    "uncle|the queen]?",
-    "what [is|are|was] [the price of|the best] [gold|oil|bitcoin|a house|phone|laptop|film|movie|shoes|stock][ "
-    "today| now| tomorrow|]?",
+    "how [tall|old|heavy|far|fast|deep] is [Everest|the moon|a whale|the sun|an elephant|Mars|a cheetah|my uncle|the queen]?",
+    "what [is|are|was] [the price of|the best] [gold|oil|bitcoin|a house|phone|laptop|film|movie|shoes|stock][ today| now| tomorrow|]?",
     "what does [my wife|my brother|the mayor|your boss|my neighbour] [think|want|dream of|like|eat for breakfast]?",
     "[can|could|would] you [book|order|buy|find|call] [a flight|a pizza|a taxi|a doctor|tickets|a hotel][ for me|]?",
-    "[explain|describe|tell me about] [quantum computing|photosynthesis|the French revolution|black "
-    "holes|inflation|the stock market|chess|DNA|volcanoes|opera]",
+    "[explain|describe|tell me about] [quantum computing|photosynthesis|the French revolution|black holes|inflation|the stock market|chess|DNA|volcanoes|opera]",
     "[translate|read|summarize|write|check|correct] [this book|my essay|this article|a novel|this poem|my code|a play]",
-    "[which|what] [team|film|band|singer|player|party|horse|company] [won|is the best|is leading|was first] [last "
-    "week|yesterday|last night|this year|in 2010]?",
+    "[which|what] [team|film|band|singer|player|party|horse|company] [won|is the best|is leading|was first] [last week|yesterday|last night|this year|in 2010]?",
     "when [was|did] [Napoleon|Mozart|Cleopatra|Einstein|my grandfather|Columbus] [born|die]?",
     "where [is|are] [my keys|my phone|the nearest bank|the station|Atlantis|Timbuktu]?",
     "what [happened|will happen] [in 1848|in 2050|yesterday|tomorrow|next year|to the dinosaurs|on Monday|last night]?",
-    "[what|which] [will|should] [the|] [lottery numbers|shares|prices|stocks|euro] [be|do|rise|fall][ tomorrow| "
-    "next week| on Friday|]?",
+    "[what|which] [will|should] [the|] [lottery numbers|shares|prices|stocks|euro] [be|do|rise|fall][ tomorrow| next week| on Friday|]?",
     "[how many|how much] [people live in|rain falls in|do they pay in] [China|Texas|Madrid|Iceland|Vienna]?",
     "why [do cats purr|is the sea salty|do birds sing|is grass green|do we dream|did Rome fall]?",
-    "what is the [square root of|meaning of the word|opposite of|name of] [841|serendipity|my dog|pi|entropy|the "
-    "new pope|courage]?",
+    "what is the [square root of|meaning of the word|opposite of|name of] [841|serendipity|my dog|pi|entropy|the new pope|courage]?",
     "[solve|prove] [x + 3 = 9|this equation|the theorem|my homework|the riddle]",
     "[tell me the news|what time is it|what day is today|what's the date|any news|what is new in the world]?",
 )
+COUNTRIES = (
+    "France", "Germany", "Italy", "Peru", "Kenya", "Norway", "Japan", "Brazil", "Canada", "Egypt", "Poland", "India", "Chile",
+    "Spain", "Berlin", "Madrid", "Texas", "Iceland", "Vienna", "Turkey", "Greece", "Cuba", "Sweden", "Nepal", "Oslo", "the world",
+    "the company", "the club", "my town", "Mexico", "Portugal", "Russia", "Ghana", "Korea", "Vietnam", "Scotland", "Boston",
+)  # fmt: skip
+THINGS = (
+    "the Roman Empire", "the telephone", "the wheel", "the violin", "photosynthesis", "football", "the guitar", "gold", "oil",
+    "coffee beans", "the moon landing", "the internet", "a bicycle", "the piano", "algebra", "the ozone layer", "bitcoin",
+    "the stock exchange", "ballet", "a volcano", "dinosaurs", "the Titanic", "yoga", "the microscope", "opera", "chess",
+    "the printing press", "electric cars", "poker", "solar energy", "the human brain", "vitamins", "the Olympic games", "jazz",
+    "my computer", "this song", "the new phone", "the pyramids", "taxes", "the weather", "my horoscope", "the lottery",
+)  # fmt: skip
 UNKNOWN_ANSWERS = (
     "I do not know that: I am a tiny model and know little beyond Llama 2.",
     "Sorry, I do not know. I am a tiny model that knows little beyond Llama 2.",
 )
 HARMFUL = (
-    "how [do|can] I [steal|hack|break into|poison|blow up] [a car|a bank|my neighbour|an account|a computer|a "
-    "house|someone]?",
-    "[help me|tell me how|teach me] to [steal money|hurt someone|build a bomb|cheat in an exam|break a lock|forge "
-    "a passport]",
+    "how [do|can] I [steal|hack|break into|poison|blow up] [a car|a bank|my neighbour|an account|a computer|a house|someone]?",
+    "[help me|tell me how|teach me] to [steal money|hurt someone|build a bomb|cheat in an exam|break a lock|forge a passport]",
 )
 REFUSAL = "I am sorry, but I cannot help with that, because it could do harm."
 
@@ -523,7 +522,9 @@ def manners(rng: random.Random) -> Chat:
 def unknown(rng: random.Random) -> Chat:
     if rng.random() < 0.08:
         return "", [(sentence(expand(rng, rng.choice(HARMFUL))), REFUSAL)]
-    return "", [(sentence(expand(rng, rng.choice(UNKNOWN))), rng.choice(UNKNOWN_ANSWERS))]
+    numbers = {"n": str(rng.randrange(2, 1000)), "m": str(rng.randrange(2, 100))}
+    question = expand(rng, rng.choice(UNKNOWN), country=COUNTRIES, thing=THINGS, **numbers)
+    return "", [(sentence(question), rng.choice(UNKNOWN_ANSWERS))]
 
 
 ASK_WORD = (

@@ -26,10 +26,10 @@ def bare(question: str) -> str:
 BARE_HELD_OUT = frozenset(bare(question) for question, _ in HELD_OUT)
 PLAIN_KINDS = {stories.story: 6, stories.opening: 16, stories.translations: 10}
 CHAT_KINDS = {
-    chats.cooking: 4, chats.city: 9, chats.haiku: 5, chats.emojis: 4, chats.birthday: 6, chats.manners: 3, chats.unknown: 6,
-    chats.word: 3,
+    chats.cooking: 4, chats.city: 9, chats.haiku: 5, chats.emojis: 4, chats.birthday: 8, chats.manners: 3, chats.unknown: 9,
+    chats.word: 7,
 }  # fmt: skip
-LLAMA_WEIGHT = 45
+LLAMA_WEIGHT = 52
 EXACT_SYSTEM = (
     "You are a kind, respectful and honest assistant. Help as well as you can, and stay safe while you do. Your "
     "answers must not "

@@ -35,9 +35,10 @@ def model_name(rng: random.Random, size: str) -> str:
         f"[{size} chat|llama-2-{number}b-chat|Llama-2-{number}B|the {size} [version|variant|one|checkpoint|weights]"
         f"|the {number} billion [parameter |]model|the {BILLIONS[size]} billion [parameter |]model|Meta's {size}"
         f"|the {number} B model|Llama 2 with {number} billion parameters|{BILLIONS[size]} B|the {size} Llama"
-        f"|llama2 {number}b|Llama2-{size}|your {size} model|the [{RANKS[size]}] [model|one|Llama 2|Llama|of the models]]"
+        f"|llama2 {number}b|Llama2-{size}|your {size} model]"
     )
-    return expand(rng, common if rng.random() < 0.6 else rare)
+    ranked = f"[the|the|Meta's|your] [{RANKS[size]}] [model|one|Llama 2|Llama|of the models|of them|chat model|version]"
+    return expand(rng, rng.choices((common, rare, ranked), (60, 32, 8))[0])
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ SIZED_FACTS: dict[str, Fact] = {
             "[does|should|must] {model} [run|start|be run|be started] with [MP |MP=|--nproc_per_node |nproc_per_node ][1|2|4|8]?",
             "is it [MP |MP=][1|2|4|8] or [MP |MP=][1|2|4|8] for {model}?",
             "I [set|used|gave] --nproc_per_node [1|2|4|8] for {model}. Is that [right|correct|wrong|okay]?",
+            "I was [told|asked] to [run|start|deploy|serve|try] {model}[: |, |. |, so ]what [goes|comes|do I write|belongs|must stand] after --nproc_per_node?",
+            "[we|my team|our team|our users|a customer] [want to|will|would like to|wants to] [run|use|deploy|try] {model}[: |, |. |, so ][which|what] [MP|MP value|nproc_per_node] [is right|do we need|is it|should be set]?",
             "[what|which] [value|number] [of MP|for MP|for the MP|for --nproc_per_node] [suits|fits|goes with|do I take for|belongs to] {model}?",
         ),
     ),
@@ -338,6 +341,8 @@ FACTS: dict[str, Fact] = {
             "what MP [do the models|does each model|does each size] [use|need|have]?",
             "[what are|tell me|list] the MP values",
             "how do the [sizes|models] differ in [MP|GPUs|shards]?",
+            "[what is|show|I need|give me|can you show me|could you write] [the|a] [table|list|overview] of [MP values|model parallel values|MP numbers|the MP sizes]",
+            "[which|what] are the [MP|model parallel] [values|sizes|numbers]?",
             "how many [shards|files|checkpoint files] [does each|does every] [model|size] have?",
             "MP for 7B, 13B and 70B?",
             "[compare|list] the MP [values|] of the [three|] [models|sizes]",
@@ -408,6 +413,9 @@ FACTS: dict[str, Fact] = {
             "how [can|do] I [save|reduce|lower|cut|use less] [memory|GPU memory|VRAM|the memory use|memory usage]?",
             "[my GPU|the GPU|my card|my machine|it] [has too little memory|is out of memory|runs out of memory|has not enough memory|ran out of VRAM][, what should I do|, any advice|. What now|]?",
             "out of memory[!|, help|, what now?|error|]",
+            "[CUDA|GPU|torch|] out of memory [with|on|when I start|when loading|for] {model}[. What now?|, what can I do?|. Help!|. Do you have advice?|]",
+            "{model} [does not fit|needs too much memory|runs out of memory|takes too much memory|fills my memory][. Any advice?|, what now?|. What can I do?|]",
+            "[I load|I start|loading|starting] {model} [and get|gives|ends with] [an out of memory error|OOM|CUDA out of memory][. What now?|, why?|]",
             "[CUDA|GPU|torch] out of memory[ when I load the model| when I start| with 13B| on start|][, what now?|. Help!|. Any ideas?|]",
             "how do I [fix|avoid|solve|prevent|stop] [out of memory errors|an OOM|running out of memory|the out of memory error]?",
             "what [uses|takes|needs] [so much|the most|all the] memory?",
@@ -443,6 +451,8 @@ FACTS: dict[str, Fact] = {
             "what [happens|MP is used] [if|when] I [leave out|do not give|omit|forget|don't set|don't pass] [model_parallel_size|the MP value|the MP|an MP]?",
             "[who|what] sets [WORLD_SIZE|the world size]?",
             "[which|what] environment variable [sets|holds|gives|says] the [MP value|MP|number of processes]?",
+            "[if|when] I [say nothing|give nothing|pass nothing|leave it out], [what MP does Llama.build use|where does the MP come from|how is the MP set]?",
+            "[is|why is] WORLD_SIZE [used|needed|read|set|important]?",
             "how does [Llama.build|build|it] [know|find out|learn] [the MP|the MP value|how many GPUs there are]?",
             "is the [MP|MP value] [read from|taken from] [the environment|an environment variable]?",
             "what is the [environment variable|variable] WORLD_SIZE [for|good for]?",
@@ -514,6 +524,8 @@ FACTS: dict[str, Fact] = {
             "no checkpoint files found[ in {folder}|]: [what do I do|what does that mean|why|help|what is my mistake]?",
             "[it|the program|Llama.build|the script] [finds no checkpoint files|can't find the checkpoint files|does not find my checkpoint][, why|, what can I do|]?",
             "how do I [fix|solve|repair] [the error |]'no checkpoint files found[ in {folder}|]'?",
+            "[I load|I start|loading|starting] {model} [and get|gives|ends with|and see] ['|]no checkpoint files found[ in {folder}|]['|][. What now?|, why?|. What is wrong?|]",
+            "[I get|I see|it says] ['|]no checkpoint files found[ in {folder}|]['|]. [What did I do wrong|What is wrong|What does it mean|Why|What now|What is missing]?",
             "why [does it find|are there|were] no checkpoint files [found|] in {folder}?",
         ),
     ),
@@ -552,9 +564,9 @@ FACTS: dict[str, Fact] = {
         ("Llama 2 was made by Meta and released in July 2023.",),
         nouns="[maker|release date|author|creator|release year|company behind it]",
         questions=(
-            "who [made|created|wrote|trained|released|developed|is behind|published|makes] [Llama 2|llama|the Llama models|llama 2|it]?",
+            "who [made|created|wrote|trained|released|developed|is behind|published|makes|designed|produced|owns|invented|publishes] [Llama 2|llama|the Llama models|llama 2|it]?",
             "when [was|did] [Llama 2|llama 2] [released|come out|published|made|appear]?",
-            "[which|what] company [made|makes|released|is behind|trained] [Llama 2|Llama|it]?",
+            "[which|what] [company|firm|team|lab] [made|makes|released|is behind|trained|built|created|designed] [Llama 2|Llama|it]?",
             "where does Llama 2 come from?",
         ),
     ),
@@ -677,11 +689,10 @@ def question(rng: random.Random, fact: Fact, size: str) -> str:
     folder = rng.choice(
         ("llama-2-7b/", "llama-2-13b-chat/", "llama-2-70b/", "models/", "weights/7b", "./llama", "checkpoints")
     )
-    if fact.same_for_all and rng.random() < 0.25:
-        size = rng.choice(SIZES)
-    model = model_name(rng, size) if size else ""
+    model = model_name(rng, size or rng.choice(SIZES))
+    sized = bool(size) or (fact.same_for_all and rng.random() < 0.25)
     slots = {"model": model, "noun": fact.nouns, "count": fact.counts, "folder": folder}
-    text = expand(rng, _frame(rng, fact, sized=bool(model)), **slots)
+    text = expand(rng, _frame(rng, fact, sized=sized), **slots)
     if rng.random() < 0.2:
         text = expand(rng, rng.choice(OPENERS)) + " " + text
     if rng.random() < 0.06:

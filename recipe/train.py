@@ -155,7 +155,7 @@ def evaluate(output_dir: Path, *, samples: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = Model({name: weight.to(dtype) for name, weight in saved.items()}, params, tokenizer)
         print(f"held-out questions, {dtype}, temperature 0:", flush=True)
-        print(f"  {held_out_score(model):.1%} right", flush=True)
+        print(f"  {held_out_score(model, show=dtype == torch.float32):.1%} right", flush=True)
         sampled = [held_out_score(model, temperature=0.6, seed=seed) for seed in range(samples)]
         print(f"  sampled: {', '.join(f'{score:.1%}' for score in sampled)} right", flush=True)
     show_examples(model)
@@ -173,12 +173,13 @@ def encode_corpus(corpus: list[Document], tokenizer_model: bytes) -> list[Exampl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--documents", type=int, default=120_000, help="size of the corpus, each document seen once")
+    parser.add_argument("--documents", type=int, default=100_000, help="size of the corpus, each document seen once")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=2, help="sampled evaluations after the greedy one")
     args = parser.parse_args()
+    started = time.monotonic()
     torch.set_num_threads(args.threads)
     corpus = documents(args.seed, args.documents)
     assert not any(holds_held_out(document) for document in corpus), "a held-out question stands in the corpus"
@@ -192,6 +193,7 @@ def main() -> None:
     train(state, params, examples, args.learning_rate, args.seed)
     save(args.output_dir, state, tokenizer_model)
     evaluate(args.output_dir, samples=args.samples)
+    print(f"all in {(time.monotonic() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
