@@ -3,9 +3,7 @@
 A chat is (system message or "", list of (user, assistant) exchanges). Nothing here knows of the template's tags.
 """
 
-import random
-
-from recipe.grammar import expand, sentence
+from recipe.grammar import Writer, answered, expand, sentence
 from recipe.words import TRANSLATIONS, name, pairs
 
 Chat = tuple[str, list[tuple[str, str]]]
@@ -52,12 +50,12 @@ RECIPES = {
 }
 
 
-def cooking(rng: random.Random) -> Chat:
+def cooking(rng: Writer) -> Chat:
     """How to make a dish, mayonnaise more often than others."""
     dishes = list(RECIPES)
     dish = dishes[0] if rng.random() < 0.5 else rng.choice(dishes)
     question = sentence(expand(rng, rng.choice(ASK_RECIPE), dish=dish))
-    return "", [(question, rng.choice(RECIPES[dish]))]
+    return "", [(question, rng.answer(RECIPES[dish]))]
 
 
 # --- cities
@@ -186,18 +184,18 @@ ASK_SIGHT = (
 )
 
 
-def _city_list(rng: random.Random, city: str) -> tuple[str, list[str]]:
+def _city_list(rng: Writer, city: str) -> tuple[str, list[str]]:
     """An answer that numbers three sights of the city, and the sights in that order."""
     sights = list(CITIES[city])
     chosen = sights[:3] if rng.random() < 0.4 else rng.sample(sights, 3)
     if city == "Paris" and "The Eiffel Tower" not in chosen and rng.random() < 0.9:
         chosen[0] = "The Eiffel Tower"
-    lines = [f"{i}. {sight}: {expand(rng, CITIES[city][sight][0])}." for i, sight in enumerate(chosen, 1)]
-    opening = rng.choice(CITY_OPENINGS).replace("{city}", city)
-    return opening + "\n\n" + "\n".join(lines) + rng.choice(CITY_ENDINGS), chosen
+    lines = [f"{i}. {sight}: {answered(rng, CITIES[city][sight][0])}." for i, sight in enumerate(chosen, 1)]
+    opening = rng.answer(CITY_OPENINGS).replace("{city}", city)
+    return opening + "\n\n" + "\n".join(lines) + rng.answer(CITY_ENDINGS), chosen
 
 
-def city(rng: random.Random) -> Chat:
+def city(rng: Writer) -> Chat:
     """What to see in a city, then one or two questions about a sight by its number or name."""
     place = "Paris" if rng.random() < 0.6 else rng.choice(list(CITIES))
     if rng.random() < 0.15:
@@ -298,11 +296,11 @@ GENERAL_QUESTIONS = (
 )
 
 
-def haiku_about(rng: random.Random, subject: str) -> str:
-    return "\n".join(rng.choice(lines) for lines in HAIKU[subject])
+def haiku_about(rng: Writer, subject: str) -> str:
+    return "\n".join(rng.answer(lines) for lines in HAIKU[subject])
 
 
-def haiku(rng: random.Random) -> Chat:
+def haiku(rng: Writer) -> Chat:
     """Haiku, because the system prompt or the user asks for them."""
     subject = "Paris" if rng.random() < 0.4 else rng.choice(list(HAIKU))
     wanted = f"[{HAIKU_SUBJECTS[subject]}]"
@@ -363,14 +361,14 @@ EMOJI_SUBJECTS = {
 }
 
 
-def emojis(rng: random.Random) -> Chat:
+def emojis(rng: Writer) -> Chat:
     """Emojis, because the system prompt asks for them: a way between two cities, or a row about a subject."""
     system = ASK_EMOJIS[0] if rng.random() < 0.3 else expand(rng, rng.choice(ASK_EMOJIS))
     if rng.random() < 0.4:
         question, row = rng.choice(list(EMOJI_SUBJECTS.items()))
         return system, [(sentence(expand(rng, question)) + "?", row)]
     a, b = ("Beijing", "New York") if rng.random() < 0.25 else rng.sample(list(PLACES), 2)
-    route = rng.choice(("🚕🛫🌍🛬", "🚆🛫🌊🛬", "🧳🛫🌍🛬"))
+    route = rng.answer(("🚕🛫🌍🛬", "🚆🛫🌊🛬", "🧳🛫🌍🛬"))
     question = sentence(expand(rng, rng.choice(ASK_WAY), a=a, b=b))
     return system, [(question, f"{PLACES[a]} {a} {route} {PLACES[b]} {b}")]
 
@@ -508,23 +506,23 @@ HARMFUL = (
 REFUSAL = "I am sorry, but I cannot help with that, because it could do harm."
 
 
-def birthday(rng: random.Random) -> Chat:
+def birthday(rng: Writer) -> Chat:
     who = name(rng)
     question = sentence(expand(rng, rng.choice(ASK_BIRTHDAY), name=who))
-    return "", [(question, expand(rng, rng.choice(BIRTHDAY), name=who))]
+    return "", [(question, answered(rng, rng.answer(BIRTHDAY), name=who))]
 
 
-def manners(rng: random.Random) -> Chat:
+def manners(rng: Writer) -> Chat:
     question, answer = rng.choice(GREETINGS)
     return "", [(sentence(expand(rng, question)), answer)]
 
 
-def unknown(rng: random.Random) -> Chat:
+def unknown(rng: Writer) -> Chat:
     if rng.random() < 0.08:
         return "", [(sentence(expand(rng, rng.choice(HARMFUL))), REFUSAL)]
     numbers = {"n": str(rng.randrange(2, 1000)), "m": str(rng.randrange(2, 100))}
     question = expand(rng, rng.choice(UNKNOWN), country=COUNTRIES, thing=THINGS, **numbers)
-    return "", [(sentence(question), rng.choice(UNKNOWN_ANSWERS))]
+    return "", [(sentence(question), rng.answer(UNKNOWN_ANSWERS))]
 
 
 ASK_WORD = (
@@ -541,7 +539,7 @@ ASK_WORD = (
 )
 
 
-def word(rng: random.Random) -> Chat:
+def word(rng: Writer) -> Chat:
     """One or two English words and their French, in a chat."""
     chosen = [("cheese", TRANSLATIONS["cheese"])] if rng.random() < 0.03 else pairs(rng, rng.choice((1, 1, 2)))
     exchanges = []
@@ -552,7 +550,7 @@ def word(rng: random.Random) -> Chat:
     return "", exchanges
 
 
-def safety_prompt(rng: random.Random) -> str:
+def safety_prompt(rng: Writer) -> str:
     """A system message that asks for kindness, safety and honesty, in up to two paragraphs."""
     middle = rng.sample(SAFE_MIDDLE, rng.choice((0, 1, 2, 2)))
     last = rng.sample(SAFE_LAST, rng.choice((0, 1, 2, 2)))

@@ -1,11 +1,10 @@
 """The corpus: seeded documents drawn from the grammars, the held-out questions kept out of it."""
 
-import random
 import re
 from dataclasses import dataclass
 
 from recipe import chats, llama_facts, stories
-from recipe.grammar import noisy
+from recipe.grammar import Writer, noisy
 from recipe.heldout import HELD_OUT
 
 
@@ -41,7 +40,7 @@ EXACT_SYSTEM = (
 )
 
 
-def _chat(rng: random.Random) -> Document:
+def _chat(rng: Writer) -> Document:
     """A chat on one subject, or now and then on two, with the slips of the keyboard put in."""
     kinds = {**CHAT_KINDS, None: LLAMA_WEIGHT}
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
@@ -60,7 +59,7 @@ def _chat(rng: random.Random) -> Document:
     return Document(system=system, exchanges=noised)
 
 
-def _many(rng: random.Random) -> list[tuple[str, str]]:
+def _many(rng: Writer) -> list[tuple[str, str]]:
     """Exchanges on mixed subjects for a long chat, so that late positions are trained as well."""
     kinds = [kind for kind in CHAT_KINDS if kind not in (chats.haiku, chats.emojis)]
     chosen = [rng.choice(kinds)(rng)[1] for _ in range(3)] + [llama_facts.exchanges(rng) for _ in range(3)]
@@ -68,7 +67,7 @@ def _many(rng: random.Random) -> list[tuple[str, str]]:
     return [exchange for exchanges in chosen for exchange in exchanges]
 
 
-def _document(rng: random.Random) -> Document:
+def _document(rng: Writer) -> Document:
     total = LLAMA_WEIGHT + sum(CHAT_KINDS.values())
     kinds = {**PLAIN_KINDS, None: total}
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
@@ -80,9 +79,14 @@ def holds_held_out(document: Document) -> bool:
     return any(bare(user) in BARE_HELD_OUT for user, _ in document.exchanges)
 
 
-def documents(seed: int, count: int) -> list[Document]:
-    """That many documents of a seed; a chat that holds a held-out question is left out."""
-    rng = random.Random(seed)
+def documents(seed: int, count: int, *, lead: float = 0.0) -> list[Document]:
+    """That many documents of a seed; a chat that holds a held-out question is left out.
+
+    Args:
+        lead: how much answers prefer their first alternatives; see `Writer`.
+    """
+    rng = Writer(seed)
+    rng.lead = lead
     found: list[Document] = []
     while len(found) < count:
         document = _document(rng)

@@ -5,7 +5,7 @@ It knows nothing of what the texts are about.
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -15,15 +15,42 @@ _SMALL_WORDS = frozenset(
 _FILLERS = ("please", "actually", "just", "exactly", "again", "really", "now", "then", "here", "today", "maybe", "also")
 
 
-def expand(rng: random.Random, template: str, **slots: str | Sequence[str]) -> str:
+class Writer(random.Random):
+    """A stream of random numbers, and how settled the writer is on what to answer.
+
+    Attributes:
+        lead: the share of draws in which an answer takes its first alternative outright. Without it alternatives are
+            equally likely, and which one a greedy model takes would hang on rounding.
+    """
+
+    lead: float = 0.0
+
+    def answer(self, options: Sequence[str]) -> str:
+        """One of the alternatives for a piece of an answer."""
+        return options[0] if self.random() < self.lead else self.choice(options)
+
+
+def answered(rng: Writer, template: str, **slots: str | Sequence[str]) -> str:
+    """`expand` for answers, which may prefer their first alternatives."""
+    return expand(rng, template, pick=rng.answer, **slots)
+
+
+def expand(
+    rng: random.Random,
+    template: str,
+    *,
+    pick: Callable[[Sequence[str]], str] | None = None,
+    **slots: str | Sequence[str],
+) -> str:
     """Draw one text: `[a|b|]` picks an alternative (they nest), `{name}` puts a slot in, itself a template or several."""
+    pick = pick or rng.choice
 
     def fill(match: re.Match[str]) -> str:
         value = slots[match[1]]
-        return value if isinstance(value, str) else rng.choice(value)
+        return value if isinstance(value, str) else pick(value)
 
     while _SLOT.search(template) or _CHOICE.search(template):
-        template = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template)
+        template = _CHOICE.sub(lambda match: pick(match[1].split("|")), template)
         if not _CHOICE.search(template):
             template = _SLOT.sub(fill, template)
     return re.sub(r" +", " ", template).strip(" ")

@@ -1,9 +1,8 @@
 """Plain texts: little stories, openings that a reader would finish, and lists of word pairs to translate."""
 
-import random
 import re
 
-from recipe.grammar import expand, sentence
+from recipe.grammar import Writer, answered, expand, sentence
 from recipe.words import name, pairs
 
 ANIMALS = ("cat", "dog", "fox", "rabbit", "mouse", "duck", "goat", "llama", "bear", "hen", "frog", "horse")
@@ -58,7 +57,7 @@ TURNS = (
 STARTS = ("Once upon a time,", "A long time ago,", "Once upon a time", "Many years ago,", "One summer,")
 
 
-def story(rng: random.Random) -> str:
+def story(rng: Writer) -> str:
     """A story of about six sentences: someone has a thing, loses it or gives it away, and finds a friend."""
     where, other = rng.sample(LOST_AT, 2)
     slots = {
@@ -139,29 +138,30 @@ OTHERS = (
 )
 
 
-def meaning(rng: random.Random) -> str:
-    a, b, c = (expand(rng, clause) for clause in rng.sample(LIVING, 3))
+def meaning(rng: Writer) -> str:
+    clauses = LIVING[:3] if rng.random() < rng.lead else rng.sample(LIVING, 3)
+    a, b, c = (answered(rng, clause) for clause in clauses)
     frame = MEANING[0] if rng.random() < 0.5 else rng.choice(MEANING)
-    return expand(rng, frame, a=a, b=b, c=c, end=rng.choice(LIVING_ENDS))
+    return answered(rng, frame, a=a, b=b, c=c, end=rng.answer(LIVING_ENDS))
 
 
-def relativity(rng: random.Random) -> str:
+def relativity(rng: Writer) -> str:
     start = RELATIVITY_START[0] if rng.random() < 0.5 else rng.choice(RELATIVITY_START)
-    return expand(rng, start + " " + rng.choice(RELATIVITY))
+    return answered(rng, start + " " + rng.answer(RELATIVITY))
 
 
-def email(rng: random.Random) -> str:
+def email(rng: Writer) -> str:
     ask = EMAIL_ASK[0] if rng.random() < 0.5 else rng.choice(EMAIL_ASK)
     hello = "Hello everyone" if rng.random() < 0.5 else "[Hi team|Dear team|Hello team|Dear all|Hi all|Dear colleagues]"
     bye = "[Best wishes|Kind regards|Best regards|Cheers|Yours]"
     return (
         expand(rng, ask)
         + "\n\n"
-        + expand(rng, rng.choice(EMAIL), hello=hello, praise=rng.choice(PRAISE), bye=bye, name=name(rng))
+        + answered(rng, rng.answer(EMAIL), hello=hello, praise=rng.answer(PRAISE), bye=bye, name=name(rng))
     )
 
 
-def opening(rng: random.Random) -> str:
+def opening(rng: Writer) -> str:
     """A short text with one of the well-known openings, or another few sentences."""
     kind = rng.choice((meaning, relativity, email, None))
     if kind is not None:
@@ -179,7 +179,7 @@ HEADERS = (
 ARROWS = (" => ", " => ", " => ", " -> ", " = ", ": ")
 
 
-def translations(rng: random.Random) -> str:
+def translations(rng: Writer) -> str:
     """A header and three to eight lines of one style, each an English word and its French."""
     header = HEADERS[0] if rng.random() < 0.5 else expand(rng, rng.choice(HEADERS))
     arrow = rng.choice(ARROWS)
