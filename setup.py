@@ -21,6 +21,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "transformers>=4.45", *CONVERT],
         "convert": CONVERT,
+        "bench": ["matplotlib>=3.8", "transformers>=4.45", "safetensors>=0.4", "ctranslate2>=4.5", "gguf>=0.10"],
         "dev": ["ruff", "mypy"],
     },
 )
