@@ -385,7 +385,7 @@ class Llama:
 def _load_model(path: Path, args: ModelArgs, mp: int, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The network with one file's weights, held once: packed, with the file left mapped behind them, or moved."""
     state = load_shard(path, args, mp)
-    packs = can_pack(device, dtype)
+    packs = args.max_batch_size > 1 and can_pack(device, dtype)
     if not packs:
         move(state, path, device=device, dtype=dtype)
     model = Transformer.from_state(args, state, cache_dtype=dtype)

@@ -1,13 +1,14 @@
 """Matrix products with fairscale's sharded layers, in the fastest form that the device has for them.
 
 The layers stay the model's parameters. On a CPU that multiplies bfloat16, their weights can be held in oneDNN's blocked
-layout, which is read at the speed of the memory where `F.linear` reads at two thirds of it; layers that take the same
-input are then one product. Knows nothing of what the layers are for.
+layout, which serves several rows 1.5 times as fast as `F.linear`; layers that take the same input are then one product.
+A single row is served faster still by the weights as they are. Knows nothing of what the layers are for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
@@ -32,7 +33,8 @@ class Projection:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         if self._packed is None:
-            return tuple(layer(x) for layer in self.layers)
+            with _matrix_vector_kernel(x):
+                return tuple(layer(x) for layer in self.layers)
         return tuple(map(self._joined_over_ranks, _linear(x, self._packed).split(self._sizes, dim=-1)))
 
     def pack(self, dtype: torch.dtype, release: Release) -> None:
@@ -57,6 +59,23 @@ class Projection:
         elif layer.gather_output:
             out = gather_from_model_parallel_region(out)
         return out
+
+
+@contextmanager
+def _matrix_vector_kernel(x: Tensor) -> Iterator[None]:
+    """For a single row of bfloat16 on a CPU, torch's own product: it reads the weights 1.7 times as fast as oneDNN's.
+
+    With more rows oneDNN's is the faster one. torch has no other way to choose than its switch for all of oneDNN.
+    """
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.numel() != x.size(-1):
+        yield
+        return
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
