@@ -71,6 +71,25 @@ def test_packed_and_plain_agree_on_two_ranks(params: dict[str, Any]) -> None:
         torch.testing.assert_close(packed, plain, rtol=0, atol=0.05 * plain.std().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_row_and_several_give_the_same_and_leave_the_switch_of_onednn(
+    llama: Llama, params: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """The matrix-vector kernel is taken for one row only."""
+    plain = Transformer.from_state(
+        ModelArgs(**params, max_batch_size=4, max_seq_len=64),
+        {name: tensor.to(dtype) for name, tensor in oracle.random_state(params, seed=3).items()},
+    )
+    tokens = torch.randint(params["vocab_size"], (4, 1), generator=torch.Generator().manual_seed(0))
+    together = plain.forward(tokens, 0)
+    enabled = torch._C._get_mkldnn_enabled()
+    for row in range(4):
+        alone = plain.forward(tokens[row : row + 1], 0)
+        tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=tolerance * together.std().item())
+    assert torch._C._get_mkldnn_enabled() == enabled
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
     assert not can_pack(CPU, dtype)
