@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 1 example_text_completion.py
 
-runs the toy checkpoint of this repository; `--ckpt_dir llama-2-7b/ --tokenizer_path tokenizer.model` runs a released one.
+runs the toy checkpoint of this repository; `--ckpt_dir llama-2-7b/ --tokenizer_path tokenizer.model` runs a released
+one.
 """
 
 import logging
