@@ -22,6 +22,6 @@ setup(
         "test": ["pytest>=8", "transformers>=4.45", *CONVERT],
         "convert": CONVERT,
         "bench": ["matplotlib>=3.8", "transformers>=4.45", "safetensors>=0.4", "ctranslate2>=4.5", "gguf>=0.10"],
-        "dev": ["ruff", "mypy"],
+        "dev": ["ruff", "mypy", *CONVERT],  # mypy reads safetensors' types
     },
 )
