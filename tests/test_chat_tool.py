@@ -20,7 +20,7 @@ import torch
 
 from llama import Llama
 from llama.chat import encode_dialog
-from llama.tools.chat import History
+from llama.tools.chat import History, Terminal, _lead
 from tests.conftest import ROOT
 from tests.test_examples import clean_environment, free_port
 
@@ -121,6 +121,36 @@ def test_a_conversation(session: Session) -> None:
     session.read_until(r"\(stopped\).*You: ")
     session.type("\x04")
     assert session.end() == 0, session.shown
+
+
+def test_ctrl_c_stops_the_answer_also_when_a_line_was_typed_ahead() -> None:
+    """What was typed ahead of it is dropped with it, as a terminal does."""
+    read_end, write_end = os.pipe()
+    terminal = Terminal(read_end)
+    os.write(write_end, b"typed ahead\n")
+    assert not terminal.interrupted()
+    os.write(write_end, b"\x03after\n")
+    assert terminal.interrupted()
+    assert not terminal.interrupted()
+    assert terminal.wait(0) and terminal.line() == "after"
+    os.close(write_end)
+    assert terminal.wait(0) and terminal.line() is None
+    os.close(read_end)
+
+
+def test_questions_from_a_pipe_are_all_answered_in_full(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    """The end of the input ends no answer."""
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"one\ntwo\n")
+    os.close(write_end)
+    history = History(llama, "", most_tokens=60)
+    _lead(llama, history, Terminal(read_end), temperature=0.0, top_p=0.9)
+    os.close(read_end)
+    printed = capsys.readouterr().out
+    assert printed.count("Llama: ") == 2 and "(stopped)" not in printed
+    for question in ("one", "two"):  # an answer fills the context, so that the turn before is dropped
+        answer = llama.chat_completion([[{"role": "user", "content": question}]], temperature=0)[0]["generation"]
+        assert f"Llama: {answer['content']}\n" in printed
 
 
 def test_history_drops_whole_turns_oldest_first_and_keeps_the_system_prompt(llama: Llama) -> None:

@@ -41,11 +41,9 @@ class Terminal:
         self.at_end = False
 
     def wait(self, seconds: float) -> bool:
-        """Reads what there is, waiting at most that long; whether a line, Ctrl-C or the end has come."""
-        if not (self._has_line() or self.at_end) and select.select([self._fd], [], [], seconds)[0]:
-            chunk = os.read(self._fd, 65536)
-            self._unread += chunk
-            self.at_end = not chunk
+        """Waits at most that long; whether a line, Ctrl-C or the end has come."""
+        if not (self._has_line() or self.at_end):
+            self._read(seconds)
         return self._has_line() or self.at_end
 
     def line(self) -> str | None:
@@ -58,12 +56,19 @@ class Terminal:
         return "" if end == _CTRL_C else line.decode(errors="replace")
 
     def interrupted(self) -> bool:
-        """Whether Ctrl-C has come, or the end; forgets Ctrl-C and keeps lines typed ahead of it out of it."""
-        self.wait(0)
-        if _CTRL_C in self._unread:
-            self._unread = self._unread.rpartition(_CTRL_C)[2]
-            return True
-        return self.at_end and not self._has_line()
+        """Whether Ctrl-C has come since; it also drops what was typed ahead of it."""
+        self._read(0)
+        if _CTRL_C not in self._unread:
+            return False
+        self._unread = self._unread.rpartition(_CTRL_C)[2]
+        return True
+
+    def _read(self, seconds: float) -> None:
+        """Takes up what there is, waiting at most that long for something to come."""
+        if not self.at_end and select.select([self._fd], [], [], seconds)[0]:
+            chunk = os.read(self._fd, 65536)
+            self._unread += chunk
+            self.at_end = not chunk
 
     def _has_line(self) -> bool:
         return b"\n" in self._unread or _CTRL_C in self._unread
