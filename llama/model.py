@@ -42,15 +42,17 @@ def precompute_freqs_cis(head_dim: int, seqlen: int, theta: float) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
+def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates the interleaved pairs (x0, x1), (x2, x3), ... of each head (Su et al., 2021), in float32.
 
     Args:
-        x: (bsz, seqlen, n_heads, head_dim).
-        freqs_cis: (bsz or 1, seqlen, head_dim / 2) complex64, the rotation of each position.
+        xq, xk: (bsz, seqlen, number of heads, head_dim).
+        freqs_cis: (seqlen, head_dim / 2) or (bsz, seqlen, head_dim / 2) complex64, the rotation of each position.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * freqs_cis.unsqueeze(2)).flatten(3).type_as(x)
+    heads = torch.cat((xq, xk), dim=2)
+    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
+    rotated = torch.view_as_real(pairs * freqs_cis.unsqueeze(-2)).flatten(3).type_as(heads)
+    return rotated[:, :, : xq.size(2)], rotated[:, :, xq.size(2) :]
 
 
 @dataclass(frozen=True)
@@ -58,20 +60,19 @@ class Window:
     """Where one pass over the network stands: worked out once, used by every layer.
 
     Attributes:
-        rows: (bsz, 1) int64, the cache row of each sequence.
-        positions: (bsz, seqlen) int64, the position of each token.
-        freqs_cis: (bsz, seqlen, head_dim / 2) complex64, their rotations.
+        slots: (bsz * seqlen * n_local_kv_heads,) int64, where the keys of each token and head go in a cache that is
+            seen as vectors of head_dim.
+        freqs_cis: (bsz, seqlen, head_dim / 2) complex64, the rotation of each token's position.
+        rows: the cache rows of the sequences: the first ones as a slice, of which a view serves; or (bsz,) int64.
         kv_len: number of cached positions to attend to; 0 where the pass starts at position 0 and the keys and values
             of the pass itself are all there is.
-        in_order: whether `rows` are the cache's first ones, so that a view of it serves.
         mask: (bsz, 1, seqlen, kv_len) bool, True where a token attends; None if a causal mask, or none at all, will do.
     """
 
-    rows: Tensor
-    positions: Tensor
+    slots: Tensor
     freqs_cis: Tensor
+    rows: slice | Tensor
     kv_len: int
-    in_order: bool
     mask: Tensor | None
 
 
@@ -92,17 +93,16 @@ class KVCache(nn.Module):
         self.v = torch.zeros(self.v.shape, device=device, dtype=dtype)
 
     def update(self, xk: Tensor, xv: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        """Stores (bsz, seqlen, n_local_kv_heads, head_dim) at the window's positions.
+        """Stores (bsz, seqlen, n_local_kv_heads, head_dim) in the window's slots.
 
         Returns:
             The keys and values to attend to, each (bsz, n_local_kv_heads, kv_len or seqlen, head_dim).
         """
-        self.k[window.rows, :, window.positions] = xk
-        self.v[window.rows, :, window.positions] = xv
+        for cached, new in ((self.k, xk), (self.v, xv)):
+            cached.flatten(0, 2).index_copy_(0, window.slots, new.flatten(0, 2))
         if not window.kv_len:
             return xk.transpose(1, 2), xv.transpose(1, 2)
-        rows = slice(len(xk)) if window.in_order else window.rows[:, 0]
-        return self.k[rows, :, : window.kv_len], self.v[rows, :, : window.kv_len]
+        return self.k[window.rows, :, : window.kv_len], self.v[window.rows, :, : window.kv_len]
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of one row over those of another."""
@@ -128,7 +128,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, window: Window) -> Tensor:
         # (bsz, seqlen, dim) -> (bsz, seqlen, n_local_heads or n_local_kv_heads, head_dim)
         xq, xk, xv = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv(x))
-        xq, xk = (apply_rotary_emb(t, window.freqs_cis) for t in (xq, xk))
+        xq, xk = apply_rotary_emb(xq, xk, window.freqs_cis)
         keys, values = self.cache.update(xk, xv, window)
         heads = attend(xq.transpose(1, 2), keys, values, window.mask)
         (out,) = self.out(heads.transpose(1, 2).flatten(2))
@@ -307,12 +307,14 @@ class Transformer(nn.Module):
         mask = None
         if not (at_zero or whole_prefix):
             mask = (torch.arange(kv_len, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
+        n_heads, max_seq_len = self.params.kv_heads // get_model_parallel_world_size(), self.params.max_seq_len
+        first_head = n_heads * (torch.arange(bsz, device=device) if rows is None else rows)
+        heads = first_head.view(-1, 1, 1) + torch.arange(n_heads, device=device)
         return Window(
-            rows=(torch.arange(bsz, device=device) if rows is None else rows).unsqueeze(1),
-            positions=positions,
+            slots=(heads * max_seq_len + positions.unsqueeze(-1)).flatten(),
             freqs_cis=self.freqs_cis[positions],
+            rows=slice(bsz) if rows is None else rows,
             kv_len=0 if at_zero else kv_len,
-            in_order=rows is None,
             mask=mask,
         )
 

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region, reduce_from_model_parallel_region
 from torch import Tensor
 
 Release = Callable[[Tensor], None]
+# oneDNN's packed product reads the weights a quarter slower for one to three rows than for four to six.
+_FEWEST_ROWS = 5
 # Where torch's own matrix-vector product was measured to be the faster one; that of older versions may be a plain loop.
 _HAS_FAST_MATRIX_VECTOR = torch.__version__ >= "2.13"
 
@@ -103,5 +106,8 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, packed: Tensor) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return out
+    rows = x.flatten(0, -2)
+    padding = _FEWEST_ROWS - len(rows)
+    padded = F.pad(rows, (0, 0, 0, padding)) if padding > 0 else rows
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(padded, packed, None, "none", [], "")
+    return out[: len(rows)].unflatten(0, x.shape[:-1])

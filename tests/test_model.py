@@ -347,10 +347,11 @@ def test_rotations_are_exact_over_the_released_context() -> None:
 
 def test_rotary_embedding_turns_interleaved_pairs_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 500, 3, 8, generator=generator).bfloat16()
-    got = apply_rotary_emb(x, precompute_freqs_cis(8, 500, 10000.0)[None])
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got, oracle.rotate(x.float(), 10000.0).bfloat16(), atol=2**-9, rtol=2**-8)
+    xq, xk = (torch.randn(2, 500, heads, 8, generator=generator).bfloat16() for heads in (3, 1))
+    rotated = apply_rotary_emb(xq, xk, precompute_freqs_cis(8, 500, 10000.0))
+    for got, x in zip(rotated, (xq, xk), strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, oracle.rotate(x.float(), 10000.0).bfloat16(), atol=2**-9, rtol=2**-8)
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
