@@ -6,6 +6,7 @@ Knows nothing of prompts, positions or stopping: it sees one step's logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,18 +41,52 @@ class Sampler:
         if self.temperature < GREEDY_BELOW:
             return logits.argmax(-1)
         probs = torch.softmax(logits / self.temperature, dim=-1)
-        return sample_top_p(probs, self.top_p, race=self._race(logits.size(-1))[lanes]).squeeze(-1)
+        numbers = self._numbers(logits.size(-1))
+        if logits.device.type == "cpu":
+            rows = zip(probs, lanes.tolist(), strict=True)
+            return torch.stack([_sample_row(row, self.top_p, numbers[lane]) for row, lane in rows])
+        return sample_top_p(probs, self.top_p, race=_race(numbers[lanes])).squeeze(-1)
 
     def skip_to(self, steps: int, vocab_size: int) -> None:
         """Draws, for no row, until as many steps were made."""
         while self.steps < steps:
-            self._race(vocab_size)
+            self._numbers(vocab_size)
 
-    def _race(self, vocab_size: int) -> Tensor:
-        """One step's exponentials: (n_lanes, vocab_size) float32."""
+    def _numbers(self, vocab_size: int) -> Tensor:
+        """What one step takes from the stream, (n_lanes, vocab_size): see `_race`."""
         self.steps += 1
-        race = torch.empty(self.n_lanes, vocab_size, device=self.generator.device)
-        return race.exponential_(generator=self.generator)
+        shape, device = (self.n_lanes, vocab_size), self.generator.device
+        if device.type == "cpu" and _exponentials_are_logarithms():
+            return torch.empty(shape, dtype=torch.float64).uniform_(generator=self.generator)
+        return torch.empty(shape, device=device).exponential_(generator=self.generator)
+
+
+def _race(numbers: Tensor) -> Tensor:
+    """Exponentials, float32, of the numbers taken from the stream.
+
+    Those that are float64 are the uniform numbers that `exponential_` would have taken the logarithm of; it costs more
+    than all else in a step's sampling, and only the likeliest tokens need it.
+    """
+    return -torch.log1p(-numbers).float() if numbers.dtype == torch.float64 else numbers
+
+
+@cache
+def _exponentials_are_logarithms() -> bool:
+    """Whether `exponential_` is that on this CPU. On an Intel one, torch leaves it to MKL, which is fast by itself."""
+    uniform = torch.empty(256, dtype=torch.float64).uniform_(generator=torch.Generator().manual_seed(0))
+    return torch.equal(_race(uniform), torch.empty(256).exponential_(generator=torch.Generator().manual_seed(0)))
+
+
+def _sample_row(probs: Tensor, p: float, numbers: Tensor) -> Tensor:
+    """`sample_top_p` of one row (vocab,), mostly with no more of it sorted than can be in the set."""
+    outside = probs <= (1 - p) / (2 * len(probs))  # all of these together weigh half of 1 - p at most
+    likely = outside.logical_not_().nonzero().squeeze(-1)
+    probs_sort, order = probs[likely].sort(descending=True)
+    weights = _truncate(probs_sort, p)
+    if (probs_sort.diff() == 0)[weights[:-1] > 0].any():  # the order of equals is what a sort of all of them gives
+        return sample_top_p(probs, p, race=_race(numbers)).squeeze(-1)
+    winner = (weights / _race(numbers[: len(likely)])).argmax()
+    return likely[order[winner]]
 
 
 def sample_top_p(probs: Tensor, p: float, *, race: Tensor | None = None) -> Tensor:
@@ -70,10 +105,15 @@ def sample_top_p(probs: Tensor, p: float, *, race: Tensor | None = None) -> Tens
         (bsz, 1) int64.
     """
     probs_sort, probs_idx = probs.sort(dim=-1, descending=True)
-    mass_before = probs_sort.cumsum(dim=-1) - probs_sort
-    probs_sort = probs_sort.masked_fill(mass_before > p, 0.0)
-    probs_sort = probs_sort / probs_sort.sum(dim=-1, keepdim=True)
+    weights = _truncate(probs_sort, p)
     if race is None:
-        race = torch.empty_like(probs_sort).exponential_()
-    winner = (probs_sort / race).argmax(dim=-1, keepdim=True)
+        race = torch.empty_like(weights).exponential_()
+    winner = (weights / race).argmax(dim=-1, keepdim=True)
     return probs_idx.gather(-1, winner)
+
+
+def _truncate(probs_sort: Tensor, p: float) -> Tensor:
+    """Descending probabilities (..., n) with those outside the set zeroed, and renormalized."""
+    mass_before = probs_sort.cumsum(dim=-1) - probs_sort
+    kept = probs_sort.masked_fill(mass_before > p, 0.0)
+    return kept / kept.sum(dim=-1, keepdim=True)

@@ -110,6 +110,29 @@ def test_tokens_are_those_of_the_published_algorithm(
     assert torch.equal(torch.stack(ours), torch.stack(theirs))
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 0.9), (1.0, 0.99), (1.0, 1.0)])
+def test_tokens_of_equal_probability_are_drawn_as_published(temperature: float, top_p: float) -> None:
+    """Logits in bfloat16 are often equal; which of them comes first in the order decides who gets which number."""
+    steps = (torch.randn(40, 3, 8000, generator=generator(4)) * 4).bfloat16().float()
+    torch.manual_seed(9)
+    theirs = [published(logits, temperature, top_p) for logits in steps]
+    sampler = Sampler(temperature, top_p, 3, generator(9))
+    assert torch.equal(torch.stack([sampler(logits, torch.arange(3)) for logits in steps]), torch.stack(theirs))
+
+
+def test_the_stream_is_the_same_where_exponentials_are_not_logarithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Intel's CPUs, where torch leaves them to MKL."""
+    steps = torch.randn(20, 2, 300, generator=generator(4)) * 3
+
+    def tokens() -> list[list[int]]:
+        sampler = Sampler(0.8, 0.9, 2, generator(9))
+        return [sampler(logits, torch.arange(2)).tolist() for logits in steps]
+
+    expected = tokens()
+    monkeypatch.setattr("llama.sampling._exponentials_are_logarithms", lambda: False)
+    assert tokens() == expected
+
+
 def test_without_a_race_it_draws_from_the_default_stream() -> None:
     probs = torch.softmax(torch.randn(4, 300, generator=generator(1)) * 3, dim=-1)
     torch.manual_seed(3)
