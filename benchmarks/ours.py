@@ -24,7 +24,15 @@ class Ours:
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
         n = len(prompts)
         sampler = Sampler(0.0, 1.0, n, torch.Generator(self.llama.model.norm.weight.device))
-        steps = decode(self.llama.model, prompts, sampler, lanes=range(n), max_gen_len=n_tokens, eos_id=_NO_TOKEN)
+        steps = decode(
+            self.llama.model,
+            prompts,
+            sampler,
+            lanes=range(n),
+            max_gen_len=n_tokens,
+            eos_id=_NO_TOKEN,
+            stepper=self.llama.stepper,
+        )
         for done, _ in enumerate(steps, 1):
             if done % n == 0:
                 tick()

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from llama.model import Transformer
-from llama.runtime import agree, broadcast_from_first, is_first_of_group
+from llama.runtime import agree, broadcast_from_first, is_first_of_group, to_device, to_host
 from llama.sampling import Sampler
+from llama.stepping import PlainStepper, Stepper
 
 FinishReason = Literal["stop", "length"]
 # What a prefill pass costs whatever its size, in positions: reading the weights, and on a GPU launching the kernels.
@@ -54,6 +55,35 @@ class _Row:
     ended: bool = False
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """What a step chose for its rows. The values may still be on their way to the host.
+
+    Attributes:
+        rows: those of the step, in their order.
+        chosen: (bsz,) int64 on the device, the same on all ranks of a model-parallel group.
+        values: waits for them: the tokens.
+        scores: likewise their log-probabilities, or None for each.
+    """
+
+    rows: list[_Row]
+    chosen: Tensor
+    values: Callable[[], list[int]]
+    scores: Callable[[], list[float] | list[None]]
+
+    @classmethod
+    def choose(cls, logits: Tensor, rows: list[_Row], sampler: Sampler, logprobs: bool) -> _Tokens:
+        """Samples from logits (bsz, vocab)."""
+        lanes = to_device([row.lane for row in rows], logits.device)
+        chosen = broadcast_from_first(sampler(logits, lanes))
+        nothing: list[None] = [None] * len(rows)
+        scores = to_host(_logprobs_of(logits, chosen)) if logprobs else lambda: nothing
+        return cls(list(rows), chosen, to_host(chosen), scores)
+
+    def on_host(self) -> Iterator[tuple[_Row, int, float | None]]:
+        return zip(self.rows, self.values(), self.scores(), strict=True)
+
+
 @torch.inference_mode()
 def decode(
     model: Transformer,
@@ -65,6 +95,7 @@ def decode(
     eos_id: int,
     logprobs: bool = False,
     ends: Callable[[int, int], bool] = lambda prompt, token: False,
+    stepper: Stepper | None = None,
 ) -> Iterator[Step]:
     """Generates for any number of prompts, as many at a time as the cache has rows.
 
@@ -73,25 +104,39 @@ def decode(
         lanes: those of the sampler's lanes that this replica's rows draw from, one a row of the cache that is used.
         max_gen_len: most tokens a prompt brings; the end of the cache's row may come first.
         ends: asked with a prompt's place and its newest token whether the prompt shall end there.
+        stepper: takes the steps; None for a `PlainStepper`.
 
     Yields:
         The steps of each prompt in order, those of different prompts interleaved.
     """
+    stepper = stepper or PlainStepper(model)
     waiting = deque(enumerate(prompts))
     free_lanes = list(lanes)
     heapq.heapify(free_lanes)
     rows: list[_Row] = []
-    while waiting or rows:
-        batch = _admit(model, waiting, rows, free_lanes, max_gen_len)
-        h = _prefill(model, prompts, batch, len(rows) - len(batch)) if batch else _step(model, rows)
-        batch = batch or rows
-        logits = model.logits(h)
-        chosen = _choose(logits, batch, sampler)
-        scores = _logprobs_of(logits, chosen).tolist() if logprobs else [None] * len(batch)
-        for row, token, score in zip(batch, chosen.tolist(), scores, strict=True):
-            yield _advance(row, token, score, eos_id, ends)
-        for row in _compact(model, rows):
-            heapq.heappush(free_lanes, row.lane)
+    under_way: _Tokens | None = None  # a step that started before the one in front of it was booked
+    try:
+        while waiting or rows:
+            if tokens := under_way:
+                under_way = None
+            elif new := _admit(model, waiting, rows, free_lanes, max_gen_len):
+                logits = model.logits(_prefill(model, prompts, new, len(rows) - len(new)))
+                tokens = _Tokens.choose(logits, new, sampler, logprobs)
+            else:
+                newest = to_device([row.token for row in rows], model.norm.weight.device)
+                tokens = _Tokens.choose(_step(stepper, rows, newest), rows, sampler, logprobs)
+            if stepper.looks_ahead and not waiting and len(tokens.rows) == len(rows) and _all_go_on(rows):
+                logits = _step(stepper, rows, tokens.chosen)
+                under_way = _Tokens.choose(logits, rows, sampler, logprobs)
+            for row, token, score in tokens.on_host():
+                if not row.ended:
+                    yield _advance(row, token, score, eos_id, ends)
+            if not under_way or all(row.ended for row in rows):
+                for row in _compact(model, rows):
+                    heapq.heappush(free_lanes, row.lane)
+    finally:
+        if under_way:
+            sampler.step_back()
 
 
 class StepsInStep:
@@ -196,22 +241,17 @@ def _groups(model: Transformer, prompts: Sequence[Sequence[int]]) -> list[list[i
     return prefill_groups([len(prompt) for prompt in prompts], model.params.prefill_tokens, PASS_COST.get(device, 512))
 
 
-def _step(model: Transformer, rows: list[_Row]) -> Tensor:
-    """Feeds each row's newest token; returns the hidden states (bsz, dim) that choose the next ones."""
-    device = model.norm.weight.device
-    tokens = torch.tensor([[row.token] for row in rows], device=device)
+def _step(stepper: Stepper, rows: list[_Row], newest: Tensor) -> Tensor:
+    """Feeds each row's newest token (bsz,); returns the logits (bsz, vocab) that choose the next ones."""
     lengths = [row.length for row in rows]
-    same = min(lengths) == max(lengths)
-    start_pos = lengths[0] if same else torch.tensor(lengths, device=device)
     for row in rows:
         row.length += 1
-    return model.hidden_states(tokens, start_pos, kv_len=max(lengths) + 1)[:, -1]
+    return stepper(newest, lengths)
 
 
-def _choose(logits: Tensor, batch: list[_Row], sampler: Sampler) -> Tensor:
-    """The next tokens (bsz,) int64, the same on all ranks of a model-parallel group."""
-    lanes = torch.tensor([row.lane for row in batch], device=logits.device)
-    return broadcast_from_first(sampler(logits, lanes))
+def _all_go_on(rows: list[_Row]) -> bool:
+    """Whether each row has room for a token after the one that is on its way, which may end it all the same."""
+    return all(row.left > 1 and not row.ended for row in rows)
 
 
 def _advance(row: _Row, token: int, logprob: float | None, eos_id: int, ends: Callable[[int, int], bool]) -> Step:

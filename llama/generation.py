@@ -42,6 +42,7 @@ from llama.request import (
     completion_prediction,
 )
 from llama.sampling import Sampler
+from llama.stepping import choose_stepper
 from llama.text import GrowingText
 from llama.tokenizer import Tokenizer
 
@@ -59,12 +60,14 @@ class Llama:
         model: the network, loaded.
         tokenizer: the one that it was trained with.
         seed: starts the stream of random numbers that calls without a seed of their own draw from.
+        cuda_graphs: as in `build`.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1, cuda_graphs: bool = True) -> None:
         check_seed(seed)
         self.model = model
         self.tokenizer = tokenizer
+        self.stepper = choose_stepper(model, cuda_graphs=cuda_graphs)
         self._generator = self._new_generator(seed)
         self._calls = 0  # a call takes the cache over; a stream from before it cannot go on
 
@@ -79,6 +82,7 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        cuda_graphs: bool = True,
     ) -> Llama:
         """Sets up the processes, under torchrun or without, and loads this rank's shard of a checkpoint.
 
@@ -91,6 +95,7 @@ class Llama:
             seed: of sampling.
             device: "cpu", "cuda", "cuda:N" or "mps"; None: the fastest there is, by `LOCAL_RANK` among several.
             dtype: "float16", "bfloat16" or "float32", of weights and cache; None: bfloat16 on CPU, else float16.
+            cuda_graphs: whether steps on CUDA are captured once and replayed; elsewhere it makes no difference.
 
         Raises:
             AssertionError: `ckpt_dir` holds no `*.pth` file, or not `model_parallel_size` of them.
@@ -111,7 +116,7 @@ class Llama:
         runtime.share_cores()
         runtime.init_process_groups(mp, device)
         model = _load_model(shards[runtime.model_parallel_rank()], args, mp, device, dtype)
-        generator = Llama(model, tokenizer, seed=seed)
+        generator = Llama(model, tokenizer, seed=seed, cuda_graphs=cuda_graphs)
         if runtime.is_first_rank():
             logger.info("Loaded in %.2f seconds", time.perf_counter() - started)
         return generator
@@ -361,6 +366,7 @@ class Llama:
             eos_id=self.tokenizer.eos_id,
             logprobs=request.logprobs,
             ends=ends,
+            stepper=self.stepper,
         )
 
     def _spread(self, prompts: list[list[int]], work: Callable[[list[list[int]]], list[Result]]) -> list[Result]:

@@ -280,8 +280,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens, start_pos: as in `forward`.
-            kv_len: the last position that a row reaches, plus one (a number on the host: a tensor's maximum would
-                wait for the device).
+            kv_len: the last position that a row reaches, plus one; more will do where `start_pos` is a tensor (a
+                number on the host: the tensor's maximum would wait for the device).
             rows: (bsz,) int64, the rows of the cache; None for its first ones.
         """
         window = self._window(tokens, start_pos, kv_len, rows)
@@ -303,7 +303,7 @@ class Transformer(nn.Module):
         start = torch.as_tensor(start_pos, device=device).expand(bsz)
         positions = start.unsqueeze(1) + torch.arange(seqlen, device=device)
         at_zero = isinstance(start_pos, int) and start_pos == 0
-        whole_prefix = seqlen == 1 and (bsz == 1 or isinstance(start_pos, int))  # every row sees all of kv_len
+        whole_prefix = seqlen == 1 and isinstance(start_pos, int)  # every row sees all of kv_len
         mask = None
         if not (at_zero or whole_prefix):
             mask = (torch.arange(kv_len, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)

@@ -110,4 +110,4 @@ def _linear(x: Tensor, packed: Tensor) -> Tensor:
     padding = _FEWEST_ROWS - len(rows)
     padded = F.pad(rows, (0, 0, 0, padding)) if padding > 0 else rows
     out: Tensor = torch.ops.mkldnn._linear_pointwise(padded, packed, None, "none", [], "")
-    return out[: len(rows)].unflatten(0, x.shape[:-1])
+    return out[: len(rows)].view(*x.shape[:-1], -1)

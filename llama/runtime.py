@@ -9,7 +9,8 @@ import atexit
 import contextlib
 import io
 import os
-from typing import TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -177,6 +178,32 @@ def _cuda_device(device: torch.device) -> torch.device:
             "start no more processes on a machine than it has GPUs (torchrun --nproc_per_node), or use device='cpu'"
         )
     return torch.device("cuda", index)
+
+
+def to_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 numbers on `device`; on CUDA they travel while the host goes on, behind the work that is queued there."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def to_host(tensor: Tensor) -> Callable[[], list[Any]]:
+    """Starts to fetch a tensor's values; the function that it returns waits for them.
+
+    The values are those of now: what is done to the tensor later does not show.
+    """
+    if tensor.device.type != "cuda":
+        values: list[Any] = tensor.tolist()
+        return lambda: values
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> list[Any]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait
 
 
 def select_dtype(requested: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -5,7 +5,7 @@ Knows nothing of prompts, positions or stopping: it sees one step's logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -35,6 +35,7 @@ class Sampler:
     n_lanes: int
     generator: torch.Generator
     steps: int = 0
+    _before: Tensor | None = field(default=None, init=False, repr=False)  # the stream's state before the last step
 
     def __call__(self, logits: Tensor, lanes: Tensor) -> Tensor:
         """The next token of each row: (bsz,) int64, from logits (bsz, vocab) float32 and each row's lane (bsz,)."""
@@ -52,9 +53,17 @@ class Sampler:
         while self.steps < steps:
             self._numbers(vocab_size)
 
+    def step_back(self) -> None:
+        """Gives back what the last step took from the stream."""
+        if self._before is not None:
+            self.generator.set_state(self._before)
+            self.steps -= 1
+            self._before = None
+
     def _numbers(self, vocab_size: int) -> Tensor:
         """What one step takes from the stream, (n_lanes, vocab_size): see `_race`."""
         self.steps += 1
+        self._before = self.generator.get_state()
         shape, device = (self.n_lanes, vocab_size), self.generator.device
         if device.type == "cpu" and _exponentials_are_logarithms():
             return torch.empty(shape, dtype=torch.float64).uniform_(generator=self.generator)
