@@ -13,6 +13,8 @@ import os
 import pickle
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +190,43 @@ def load_shard(path: Path, args: ModelArgs, model_parallel_size: int) -> dict[st
 def move(state: dict[str, Tensor], path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
     """Replaces the tensors read from `path` by ones on `device` in `dtype`, never holding two copies of the whole."""
     release = page_release(path)
+    copy = _PinnedCopy(device) if device.type == "cuda" else partial(torch.Tensor.to, device=device)
     for name, tensor in state.items():
-        state[name] = tensor.to(device=device, dtype=dtype)
+        state[name] = copy(tensor).to(dtype)
         if state[name] is not tensor:
             release(tensor)
+
+
+class _PinnedCopy:
+    """Copies tensors to a CUDA device through pinned memory: one buffer is filled while the other one travels.
+
+    The driver would otherwise copy mapped pages to a small pinned buffer of its own, with the device waiting for it.
+    """
+
+    def __init__(self, device: torch.device, buffer_bytes: int = 64 * 1024**2) -> None:
+        self._device = device
+        self._size = buffer_bytes
+        self._ring = cycle([(_pinned(buffer_bytes), torch.cuda.Event()) for _ in range(2)])
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        parts = [_bytes_of(t).split(self._size) for t in (tensor.contiguous(), copied)]
+        for source, target in zip(*parts, strict=True):
+            buffer, arrived = next(self._ring)
+            arrived.synchronize()
+            staged = buffer[: len(source)].copy_(source)
+            target.copy_(staged, non_blocking=True)
+            arrived.record(torch.cuda.current_stream(self._device))
+        return copied
+
+
+def _pinned(n_bytes: int) -> Tensor:
+    return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """A view of a contiguous tensor's memory."""
+    return tensor.flatten().view(torch.uint8)
 
 
 def page_release(path: Path) -> Callable[[Tensor], None]:

@@ -9,7 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from llama.args import ModelArgs
 from llama.chat import UNSAFE_ERROR, Dialog
 from llama.checkpoint import find_shards, load_shard, model_args, move, page_release
 from llama.decoding import Step, StepsInStep, decode, score
-from llama.memory import available_memory, check_memory
+from llama.memory import available_memory, check_memory, out_of_memory_explained
 from llama.model import Transformer
 from llama.projection import can_pack
 from llama.prompts import (
@@ -115,7 +115,8 @@ class Llama:
         check_memory(args, mp, dtype, available_memory(device) // runtime.processes_on(device), str(device))
         runtime.share_cores()
         runtime.init_process_groups(mp, device)
-        model = _load_model(shards[runtime.model_parallel_rank()], args, mp, device, dtype)
+        with out_of_memory_explained(args, mp, dtype, str(device)):
+            model = _load_model(shards[runtime.model_parallel_rank()], args, mp, device, dtype)
         generator = Llama(model, tokenizer, seed=seed, cuda_graphs=cuda_graphs)
         if runtime.is_first_rank():
             logger.info("Loaded in %.2f seconds", time.perf_counter() - started)
@@ -275,7 +276,7 @@ class Llama:
         args = self.model.params
         rows = check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len)
         self._calls += 1
-        return self._spread(rows, lambda mine: score(self.model, mine))
+        return self._spread(rows, self._score)
 
     def _complete(self, prompts: list[list[int]], request: Request) -> list[Completion]:
         """Completions of checked prompts, in their order; each replica works on its share."""
@@ -300,7 +301,7 @@ class Llama:
 
         rows = [Completion(tokens=list(prompt) if request.echo else []) for prompt in prompts]
         if request.logprobs and request.echo:
-            for row, logprobs in zip(rows, score(self.model, prompts), strict=True):
+            for row, logprobs in zip(rows, self._score(prompts), strict=True):
                 row.logprobs = logprobs
         for step in self._decode(prompts, request, sampler, lanes, ends):
             row = rows[step.prompt]
@@ -357,17 +358,27 @@ class Llama:
         lanes: Sequence[int],
         ends: Callable[[int, int], bool],
     ) -> Iterator[Step]:
-        return decode(
-            self.model,
-            prompts,
-            sampler,
-            lanes=lanes,
-            max_gen_len=request.max_gen_len,
-            eos_id=self.tokenizer.eos_id,
-            logprobs=request.logprobs,
-            ends=ends,
-            stepper=self.stepper,
-        )
+        with self._out_of_memory_explained():
+            yield from decode(
+                self.model,
+                prompts,
+                sampler,
+                lanes=lanes,
+                max_gen_len=request.max_gen_len,
+                eos_id=self.tokenizer.eos_id,
+                logprobs=request.logprobs,
+                ends=ends,
+                stepper=self.stepper,
+            )
+
+    def _score(self, prompts: Sequence[list[int]]) -> list[list[float]]:
+        with self._out_of_memory_explained():
+            return score(self.model, prompts)
+
+    def _out_of_memory_explained(self) -> AbstractContextManager[None]:
+        cached = self.model.caches[0].k
+        mp = runtime.model_parallel_size()
+        return out_of_memory_explained(self.model.params, mp, cached.dtype, str(cached.device))
 
     def _spread(self, prompts: list[list[int]], work: Callable[[list[list[int]]], list[Result]]) -> list[Result]:
         """Has each replica do its share of the prompts; all get the results of all, in the prompts' order."""
@@ -397,6 +408,8 @@ def _load_model(path: Path, args: ModelArgs, mp: int, device: torch.device, dtyp
     model = Transformer.from_state(args, state, cache_dtype=dtype)
     if packs:
         model.pack(dtype, page_release(path))
+    elif device.type == "cuda":
+        model.join()
     return model
 
 

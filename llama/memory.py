@@ -6,7 +6,9 @@ The one place that adds up bytes: `Llama.build` checks with it before it loads. 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,16 +84,47 @@ def check_memory(args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, 
 
     batch = largest(args.max_batch_size, lambda n: fits(replace(args, max_batch_size=n)))
     seq = largest(args.max_seq_len, lambda n: fits(replace(args, max_seq_len=n)))
-    dtype_name = str(dtype).removeprefix("torch.")
     ways = [f"max_batch_size to {batch}"] * (batch > 0) + [f"max_seq_len to {seq}"] * (seq > 0)
     advice = f"lower {' or '.join(ways)}" if ways else _advice_beyond_sizes(args, fits)
     raise MemoryError(
         f"this model needs {plan.total / GIB:.2f} GiB on {where}, which has {available / GIB:.2f} GiB to give\n"
+        f"{_table(plan, args, model_parallel_size, dtype)}\n{advice}"
+    )
+
+
+def _table(plan: MemoryPlan, args: ModelArgs, model_parallel_size: int, dtype: torch.dtype) -> str:
+    """A line a part, with the arguments that it comes from."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    return (
         f"  weights      {plan.weights / GIB:8.2f} GiB  ({dtype_name}, MP={model_parallel_size})\n"
         f"  KV cache     {plan.kv_cache / GIB:8.2f} GiB  "
         f"(max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len})\n"
-        f"  activations  {plan.activations / GIB:8.2f} GiB\n{advice}"
+        f"  activations  {plan.activations / GIB:8.2f} GiB"
     )
+
+
+@contextmanager
+def out_of_memory_explained(
+    args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, where: str
+) -> Iterator[None]:
+    """Raises a GPU's out-of-memory error inside as a MemoryError with the plan, and frees what the work had taken.
+
+    `build` checks the plan beforehand, so that this is met where other programs take of the same memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they would keep the work's tensors as long as the error lives
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        plan = plan_memory(args, model_parallel_size, dtype)
+        raise MemoryError(
+            f"{where} ran out of memory ({str(error).splitlines()[0]})\n"
+            f"this model was planned to take {plan.total / GIB:.2f} GiB\n"
+            f"{_table(plan, args, model_parallel_size, dtype)}\n"
+            "fewer prompts or shorter ones may still fit; else build with a lower max_batch_size or max_seq_len, or "
+            "end the other programs on the device"
+        ) from None
 
 
 def _advice_beyond_sizes(args: ModelArgs, fits: Callable[[ModelArgs], bool]) -> str:

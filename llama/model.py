@@ -6,6 +6,7 @@ layer. Knows nothing of text, files or processes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +30,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        # Rounded to the working dtype before the weight, which is why `rms_norm` does not get it.
+        return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
 def precompute_freqs_cis(head_dim: int, seqlen: int, theta: float) -> Tensor:
@@ -66,7 +66,8 @@ class Window:
         rows: the cache rows of the sequences: the first ones as a slice, of which a view serves; or (bsz,) int64.
         kv_len: number of cached positions to attend to; 0 where the pass starts at position 0 and the keys and values
             of the pass itself are all there is.
-        mask: (bsz, 1, seqlen, kv_len) bool, True where a token attends; None if a causal mask, or none at all, will do.
+        mask: (bsz, 1, seqlen, kv_len) in the working dtype, 0 where a token attends and -inf elsewhere; None if a
+            causal mask, or none at all, will do.
     """
 
     slots: Tensor
@@ -141,7 +142,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
     Args:
         queries: (bsz, n_heads, seqlen, head_dim).
         keys, values: (bsz, n_kv_heads, kv_len, head_dim); a key/value head serves n_heads / n_kv_heads queries' heads.
-        mask: (bsz, 1, seqlen, kv_len) bool.
+        mask: (bsz, 1, seqlen, kv_len), as in `Window`, or bool, True where a token attends.
 
     Returns:
         (bsz, n_heads, seqlen, head_dim).
@@ -220,6 +221,11 @@ class Transformer(nn.Module):
     def projections(self) -> list[Projection]:
         """Every product with sharded weights."""
         return [value for module in self.modules() for value in vars(module).values() if isinstance(value, Projection)]
+
+    def join(self) -> None:
+        """Makes layers that take the same input one product. See `Projection.join`."""
+        for projection in self.projections:
+            projection.join()
 
     def pack(self, dtype: torch.dtype, release: Release) -> None:
         """Computes in `dtype` from now on, with the weights of every projection in their fastest form.
@@ -306,7 +312,8 @@ class Transformer(nn.Module):
         whole_prefix = seqlen == 1 and isinstance(start_pos, int)  # every row sees all of kv_len
         mask = None
         if not (at_zero or whole_prefix):
-            mask = (torch.arange(kv_len, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
+            hidden = torch.arange(kv_len, device=device) > positions.unsqueeze(-1)
+            mask = torch.where(hidden, -math.inf, 0.0).unsqueeze(1).to(self.norm.weight.dtype)
         n_heads, max_seq_len = self.params.kv_heads // get_model_parallel_world_size(), self.params.max_seq_len
         first_head = n_heads * (torch.arange(bsz, device=device) if rows is None else rows)
         heads = first_head.view(-1, 1, 1) + torch.arange(n_heads, device=device)

@@ -99,6 +99,11 @@ def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def model_parallel_size() -> int:
+    size: int = get_model_parallel_world_size()
+    return size
+
+
 def model_parallel_rank() -> int:
     rank: int = get_model_parallel_rank()
     return rank

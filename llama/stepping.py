@@ -100,6 +100,8 @@ class StaticStepper:
             return step
         try:
             return self._capture(step)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self._graphs = False
             logger.warning("CUDA graphs are off, which makes each token slower; capturing one failed: %s", error)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llama import Llama, ModelArgs
+from llama import checkpoint as checkpoint_module
 from llama.checkpoint import (
     find_shards,
     list_shards,
@@ -507,3 +508,35 @@ print("unharmed")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.returncode) == ("unharmed\n", 0), done.stderr
+
+
+class FakeEvent:
+    """Stands in for a CUDA event: the copy that it was recorded behind is over once it was waited for."""
+
+    recorded = 0
+
+    def __init__(self) -> None:
+        self.pending = False
+
+    def record(self, stream: object) -> None:
+        self.pending = True
+        FakeEvent.recorded += 1
+
+    def synchronize(self) -> None:
+        self.pending = False
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7, 9), (64,), (3, 50)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_staging_copies_every_byte(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Tensors smaller and larger than its buffers, contiguous and not; on the CPU, with CUDA's parts stood in for."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(checkpoint_module, "_pinned", lambda n_bytes: torch.empty(n_bytes, dtype=torch.uint8))
+    copy = checkpoint_module._PinnedCopy(torch.device("cpu"), buffer_bytes=64)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for source in (tensor, tensor.t() if tensor.dim() == 2 else tensor, tensor):
+        FakeEvent.recorded = 0
+        copied = copy(source)
+        assert torch.equal(copied, source) and copied.dtype == dtype and copied.data_ptr() != source.data_ptr()
+        assert FakeEvent.recorded == -(-tensor.nbytes // 64)

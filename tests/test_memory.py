@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
@@ -214,6 +215,45 @@ def test_both_sizes_are_named_where_neither_alone_will_do() -> None:
     needed = plan_memory(replace(args, max_batch_size=1, max_seq_len=50), 1, torch.float16).total
     message = message_of(args, 1, torch.float16, min(needed, plan.total - 1))
     assert message.endswith("lower max_batch_size to 1 and max_seq_len to 50")
+
+
+def _until_it_fails(call: Callable[[], object]) -> None:
+    for _ in range(5):
+        call()
+
+
+def test_a_device_that_runs_out_is_told_with_the_plan_and_the_model_stays_usable(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the call held is freed, though its error is kept."""
+    prompt, held = [[1, 2, 3]], []
+    expected = llama.generate(prompt, 8, temperature=0)
+    steps = iter(range(3))
+
+    def run_out(*args: object, **kwargs: object) -> torch.Tensor:
+        activations = torch.zeros(100)
+        held.append(weakref.ref(activations))
+        if next(steps, None) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore on allocators")
+        return logits(*args, **kwargs)
+
+    logits = llama.model.logits
+    calls: list[Callable[[], object]] = [
+        lambda: llama.generate(prompt, 8, temperature=0),
+        lambda: list(llama.stream_text_completion("The fox", temperature=0)),
+        lambda: llama.score_tokens([[1, 2], [3, 4]]),
+    ]
+    for call in calls:
+        monkeypatch.setattr(llama.model, "logits", run_out)
+        with pytest.raises(MemoryError) as caught:
+            _until_it_fails(call)
+        lines = str(caught.value).splitlines()
+        assert lines[0] == "cpu ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)"
+        assert any("KV cache" in line and "max_batch_size=4" in line for line in lines)
+        assert "lower max_batch_size or max_seq_len" in lines[-1]
+        assert all(reference() is None for reference in held)
+        monkeypatch.undo()
+        assert llama.generate(prompt, 8, temperature=0) == expected
 
 
 def test_a_build_that_cannot_fit_is_refused_before_it_loads(

@@ -72,6 +72,32 @@ def test_packed_and_plain_agree_on_two_ranks(params: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_joined_layers_give_the_same_logits_and_keep_their_weights(
+    llama: Llama, params: dict[str, Any], dtype: torch.dtype
+) -> None:
+    args = ModelArgs(**params, max_batch_size=4, max_seq_len=64)
+    state = {name: tensor.to(dtype) for name, tensor in oracle.random_state(params, seed=3).items()}
+    plain, joined = (Transformer.from_state(args, dict(state)) for _ in range(2))
+    joined.join()
+    tokens = torch.randint(params["vocab_size"], (4, 9), generator=torch.Generator().manual_seed(0))
+    expected = plain.forward(tokens, 0)
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(joined.forward(tokens, 0), expected, rtol=0, atol=tolerance * expected.std().item())
+    held = joined.state_dict()
+    assert all(torch.equal(held[name], tensor) for name, tensor in state.items())
+
+
+def test_joining_holds_no_weight_twice(llama: Llama, params: dict[str, Any]) -> None:
+    args = ModelArgs(**params, max_batch_size=1, max_seq_len=8)
+    state = oracle.random_state(params, seed=3)
+    n_bytes = sum(tensor.nbytes for tensor in state.values())
+    model = Transformer.from_state(args, state)
+    model.join()
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(storages.values()) == n_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_row_and_several_give_the_same_and_leave_the_switch_of_onednn(
     llama: Llama, params: dict[str, Any], dtype: torch.dtype
 ) -> None:
