@@ -1,4 +1,4 @@
-"""How fast this machine reads, memory and the checkpoint: `python -m benchmarks.bandwidth JOB.json`.
+"""How fast this machine reads and multiplies: `python -m benchmarks.bandwidth JOB.json`.
 
 A buffer of 1 GiB, far larger than any cache, is read from one end to the other by torch's own multithreaded kernels,
 with as many threads as the engines get. Which kernel comes closest to the memory's speed differs between machines, so
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from benchmarks.job import Job
 from benchmarks.lines import emit
+from llama.projection import can_pack, pack, packed_linear
 
 BUFFER_BYTES = 1 << 30
 PASSES = 4
@@ -69,6 +70,33 @@ def cuda_copy_bandwidth(device: str) -> float:
     return 2 * fastest(copy)
 
 
+def matmul_rate(job: Job) -> float:
+    """Floating-point operations a second of the feed-forward's own product, at the longest prefill's length.
+
+    The most that a prefill could reach; of plain `F.linear`, and on a CPU of oneDNN's packed weights too.
+    """
+    dtype = getattr(torch, job.dtype)
+    rows = torch.randn(max(job.prefill_lengths), job.dim, device=job.device).to(dtype)
+    weight = torch.randn(job.hidden_dim, job.dim, device=job.device).to(dtype)
+    products = [lambda: F.linear(rows, weight)]
+    if can_pack(torch.device(job.device), dtype):
+        packed = pack(weight)
+        products.append(lambda: packed_linear(rows, packed))
+    operations = 2.0 * rows.numel() * job.hidden_dim
+    return operations / min(_seconds_of_product(product, job.device) for product in products)
+
+
+def _seconds_of_product(product: Callable[[], object], device: str, repeats: int = 20) -> float:
+    def several() -> None:
+        for _ in range(repeats):
+            product()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    several()
+    return min(_seconds(several) for _ in range(PASSES)) / repeats
+
+
 def read_file(folder: Path) -> float:
     """Seconds that reading a checkpoint takes, from the page cache after a first pass; no copy of it is kept."""
     buffer = memoryview(bytearray(1 << 24))
@@ -94,6 +122,7 @@ def main(job_file: str) -> None:
     emit("read_file", read_file(Path(job.ckpt_dir)))
     with torch.inference_mode():
         emit("read_bandwidth", read_bandwidth(job.device))
+        emit("matmul_rate", matmul_rate(job))
 
 
 if __name__ == "__main__":

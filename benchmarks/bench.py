@@ -39,6 +39,8 @@ def main(
     repeats: int = 5,
     threads: int | None = None,
     batches: Sequence[int] = (1, 4, 8, 16),
+    prefills: Sequence[int] = (16, 128, 512),
+    decode_prompt: int = 128,
     decode_steps: int = 48,
     published_rounds: int = 1,
     peer_python: str | Sequence[str] = "",
@@ -51,12 +53,15 @@ def main(
     Args:
         shape: tiny, 1b, 7b or 13b, of random weights made on the spot; with `ckpt_dir` only a name for the report.
         ckpt_dir: a checkpoint in one file to measure instead.
-        peers: of hf, llama_cpp, openvino and ctranslate2, those to run beside; who is not installed is left out.
+        peers: of hf, hf_compiled, llama_cpp, openvino and ctranslate2, those to run beside, and "eager", this library
+            without CUDA graphs; who is not installed is left out.
         device: "cpu" or "cuda".
         dtype: of weights and arithmetic, for all engines.
         repeats: number of rounds.
         threads: of every engine; None for as many as there are cores.
         batches: sizes of the decode figures; the peers take part in 1 and 8.
+        prefills: prompt lengths of the prefill figures.
+        decode_prompt: length of the decode figures' prompts.
         decode_steps: number of timed steps of a decode figure.
         published_rounds: number of rounds in which the ragged batch also goes the published code's way (more than a
             minute at 1b); 0 leaves it out.
@@ -71,7 +76,8 @@ def main(
         folder = Path(work_dir or temporary).resolve() / f"{Path(ckpt_dir).name if ckpt_dir else shape}-{dtype}"
         args, job = _make_job(shape, ckpt_dir, folder, dtype)
         job = replace(job, device=device, threads=threads or available_cores())
-        job = replace(job, decode_batches=_numbers(batches), decode_steps=decode_steps)
+        job = replace(job, decode_batches=_numbers(batches), decode_prompt=decode_prompt, decode_steps=decode_steps)
+        job = replace(job, prefill_lengths=_numbers(prefills))
         pythons = {"ours": sys.executable, **_installed(_names(peers), _names(peer_python), device)}
         if published_rounds:
             pythons["published"] = sys.executable

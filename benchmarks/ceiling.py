@@ -29,6 +29,12 @@ def bytes_per_step(args: ModelArgs, job: Job) -> float:
     return _dtype(job).itemsize * (weights + cached)
 
 
+def operations_per_token(args: ModelArgs) -> float:
+    """Floating-point operations that a prompt's token takes in the layers' products: attention and logits left out."""
+    shapes = tensor_shapes(args, 1)
+    return 2.0 * sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("layers."))
+
+
 def memory_plan(args: ModelArgs, job: Job) -> MemoryPlan:
     """What `Llama.build` counts on for this job's cache sizes."""
     sized = replace(args, max_batch_size=job.max_batch_size, max_seq_len=job.max_seq_len)

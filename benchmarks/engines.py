@@ -17,6 +17,8 @@ from benchmarks.lines import parse
 ROOT = Path(__file__).parent.parent
 # What a peer's environment has to hold: what is imported, and what to install for it. torch comes first everywhere.
 PEERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "eager": (("torch", "fairscale"), "torch fairscale"),
+    "hf_compiled": (("torch", "transformers", "safetensors"), "torch transformers safetensors"),
     "hf": (("torch", "transformers", "safetensors"), "torch transformers safetensors"),
     "llama_cpp": (("torch", "llama_cpp", "gguf"), "torch gguf llama-cpp-python"),
     "openvino": (("torch", "openvino", "optimum.intel", "safetensors"), "torch openvino optimum-intel"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -14,12 +17,18 @@ from llama.sampling import Sampler
 _NO_TOKEN = -1  # in place of EOS: random weights may choose any token, and every row shall run to its end
 
 
+# Random weights give flat probabilities. Those of trained ones fall off: in a spread of logits like this, the set that
+# top_p=0.9 leaves at temperature 0.6 has some tens of tokens.
+_SPREAD = 3.0
+
+
 class Ours:
     ragged = True
 
-    def __init__(self, llama: Llama, batches: tuple[int, ...]) -> None:
+    def __init__(self, llama: Llama, batches: tuple[int, ...], load_parts: dict[str, float] | None = None) -> None:
         self.llama = llama
         self.batches = batches
+        self.load_parts = load_parts or {}
 
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
         n = len(prompts)
@@ -37,6 +46,34 @@ class Ours:
             if done % n == 0:
                 tick()
 
+    def extras(self) -> dict[str, float]:
+        """What only this library is asked: the parts of loading, and how long choosing a step's tokens takes."""
+        parts = {f"load_{name.replace(' ', '_')}": seconds for name, seconds in self.load_parts.items()}
+        return parts | {f"sampling_{batch}": self._sampling(batch) for batch in self.batches}
+
+    def _sampling(self, batch: int) -> float:
+        """The median seconds of a draw for that many rows, at the default temperature and top_p."""
+        device = self.llama.model.norm.weight.device
+        generator = torch.Generator(device).manual_seed(0)
+        logits = _SPREAD * torch.randn(batch, self.llama.model.vocab_size, generator=generator, device=device)
+        logits = logits.to(self.llama.model.norm.weight.dtype).float()  # with the equals that rounding brings
+        sampler, lanes = Sampler(0.6, 0.9, batch, generator), torch.arange(batch, device=device)
+        seconds = []
+        for _ in range(30):
+            started = time.perf_counter()
+            sampler(logits, lanes).tolist()
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds)
+
+
+class _Parts(logging.Handler):
+    """Keeps what `Llama.build` says of the parts of its time."""
+
+    seconds: dict[str, float] = {}  # noqa: RUF012
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seconds = getattr(record, "parts", self.seconds)
+
 
 def version(job: Job) -> str:
     return f"torch {torch.__version__}"
@@ -47,6 +84,10 @@ def prepare(job: Job) -> None:
 
 
 def load(job: Job) -> Ours:
+    parts = _Parts()
+    logger = logging.getLogger("llama")
+    logger.addHandler(parts)
+    logger.setLevel(logging.INFO)
     llama = Llama.build(
         job.ckpt_dir,
         job.tokenizer_path,
@@ -55,4 +96,4 @@ def load(job: Job) -> Ours:
         device=job.device,
         dtype=job.dtype,
     )
-    return Ours(llama, job.decode_batches)
+    return Ours(llama, job.decode_batches, parts.seconds)

@@ -13,8 +13,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 Rounds = Sequence[dict[str, dict[str, float]]]  # [round][engine][figure]
-_LESS_IS_BETTER = ("load", "first_token", "read_file", "ragged_first_token", "peak_memory")
-_SCALES = {"GiB": 2.0**30, "GB/s": 1e9, "%": 0.01}
+_LESS_IS_BETTER = ("load", "first_token", "ragged_first_token", "peak_memory", "sampling")
+_SCALES = {"GiB": 2.0**30, "GB/s": 1e9, "GFLOP/s": 1e9, "ms": 1e-3, "%": 0.01}
+_UNITS = {  # by the first word of a figure's name
+    **dict.fromkeys(("load", "first", "ragged"), "s"),
+    **dict.fromkeys(("prefill", "decode"), "tok/s"),
+    **dict.fromkeys(("peak", "memory"), "GiB"),
+    "sampling": "ms",
+    "matmul": "GFLOP/s",
+    "share": "%",
+}
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,9 @@ class Line:
 
 
 def unit_of(figure: str) -> str:
-    kinds = {"prefill": "tok/s", "decode": "tok/s", "peak": "GiB", "memory": "GiB", "read": "GB/s", "share": "%"}
-    if figure in ("load", "first_token", "read_file", "ragged_first_token"):
-        return "s"
-    return "x" if figure.endswith("_ratio") else kinds[figure.split("_")[0]]
+    if figure in ("read_file", "read_bandwidth"):
+        return "s" if figure == "read_file" else "GB/s"
+    return "x" if figure.endswith("_ratio") else _UNITS[figure.split("_")[0]]
 
 
 def engine_lines(rounds: Rounds) -> list[Line]:
@@ -61,7 +68,7 @@ def ratio_lines(rounds: Rounds) -> list[Line]:
             (r["ours"][figure], r[peer][figure]) for r in rounds if _has(r, "ours", figure) and _has(r, peer, figure)
         ]
         if peer != "ours" and pairs and figure != "memory_before":
-            less = figure in _LESS_IS_BETTER
+            less = figure.startswith(_LESS_IS_BETTER)
             lines.append(Line(figure, f"ours/{peer}", "x", [b / a if less else a / b for a, b in pairs]))
     return lines
 

@@ -80,17 +80,26 @@ def _numeric(figures: engines.Figures) -> dict[str, float]:
 
 def _derived(one_round: Round, plan: Plan) -> dict[str, float]:
     """Our figures held against what the machine and the formula allow."""
-    ours = one_round["ours"]
+    ours, machine = one_round["ours"], one_round["machine"]
     memory = ceiling.memory_plan(plan.args, plan.job)
     own = ours["peak_memory"] - ours["memory_before"]
+    loading = machine["read_file"] + ours.get("load_packing", 0.0)
     derived = {
         "memory_planned": memory.total,
         "memory_over_weights_and_cache_ratio": own / (memory.weights + memory.kv_cache),
         "memory_over_plan_ratio": own / memory.total,
+        "first_token_over_reading_and_packing_ratio": ours["first_token"] / loading,
     }
     if "decode_1" in ours:
         read = ours["decode_1"] * ceiling.bytes_per_step(plan.args, plan.job)
-        derived |= {"share_of_bandwidth_decode_1": read / one_round["machine"]["read_bandwidth"]}
+        derived |= {"share_of_bandwidth_decode_1": read / machine["read_bandwidth"]}
+    for batch in plan.job.decode_batches:
+        if f"sampling_{batch}" in ours:
+            steps_per_second = ours[f"decode_{batch}"] / batch
+            derived |= {f"share_of_step_sampling_{batch}": ours[f"sampling_{batch}"] * steps_per_second}
+    for length in plan.job.prefill_lengths:
+        operations = ours[f"prefill_{length}"] * ceiling.operations_per_token(plan.args)
+        derived |= {f"share_of_matmul_prefill_{length}": operations / machine["matmul_rate"]}
     return derived
 
 

@@ -16,8 +16,10 @@ from benchmarks.measure import figures, peak_memory, ticks_of
 
 ENGINES = {
     "ours": "benchmarks.ours",
+    "eager": "benchmarks.peers.eager",
     "published": "benchmarks.published_way",
     "hf": "benchmarks.peers.hf",
+    "hf_compiled": "benchmarks.peers.hf_compiled",
     "llama_cpp": "benchmarks.peers.llama_cpp",
     "openvino": "benchmarks.peers.openvino",
     "ctranslate2": "benchmarks.peers.ctranslate2",
@@ -38,6 +40,8 @@ def measure(name: str, job: Job) -> None:
     for figure, value in figures(engine, job):
         emit(figure, value)
     emit("peak_memory", peak_memory())
+    for figure, value in engine.extras().items() if hasattr(engine, "extras") else ():
+        emit(figure, value)
 
 
 def main(name: str, action: str, job_file: str) -> None:

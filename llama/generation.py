@@ -103,7 +103,7 @@ class Llama:
             ValueError: an argument, `params.json` or a tensor is not what it should be.
             MemoryError: weights, cache and activations do not fit on the device.
         """
-        started = time.perf_counter()
+        laps = _Laps()
         check_seed(seed)
         mp = runtime.resolve_model_parallel_size(model_parallel_size)
         shards = find_shards(ckpt_dir, mp)
@@ -113,13 +113,17 @@ class Llama:
         device = runtime.select_device(device)
         dtype = runtime.select_dtype(dtype, device)
         check_memory(args, mp, dtype, available_memory(device) // runtime.processes_on(device), str(device))
+        laps("checks")
         runtime.share_cores()
         runtime.init_process_groups(mp, device)
+        laps("process group")
         with out_of_memory_explained(args, mp, dtype, str(device)):
-            model = _load_model(shards[runtime.model_parallel_rank()], args, mp, device, dtype)
+            model = _load_model(shards[runtime.model_parallel_rank()], args, mp, device, dtype, laps)
         generator = Llama(model, tokenizer, seed=seed, cuda_graphs=cuda_graphs)
         if runtime.is_first_rank():
-            logger.info("Loaded in %.2f seconds", time.perf_counter() - started)
+            parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in laps.seconds.items())
+            total = sum(laps.seconds.values())
+            logger.info("Loaded in %.2f seconds (%s)", total, parts, extra={"parts": laps.seconds})
         return generator
 
     def generate(
@@ -399,17 +403,34 @@ class Llama:
         return torch.Generator(self.model.norm.weight.device).manual_seed(seed)
 
 
-def _load_model(path: Path, args: ModelArgs, mp: int, device: torch.device, dtype: torch.dtype) -> Transformer:
+class _Laps:
+    """Seconds of each part of a job, by the name given at its end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._since = now - self._since, now
+
+
+def _load_model(
+    path: Path, args: ModelArgs, mp: int, device: torch.device, dtype: torch.dtype, laps: _Laps
+) -> Transformer:
     """The network with one file's weights, held once: packed, with the file left mapped behind them, or moved."""
     state = load_shard(path, args, mp)
     packs = args.max_batch_size > 1 and can_pack(device, dtype)
     if not packs:
         move(state, path, device=device, dtype=dtype)
     model = Transformer.from_state(args, state, cache_dtype=dtype)
+    laps("weights")
     if packs:
         model.pack(dtype, page_release(path))
+        laps("packing")
     elif device.type == "cuda":
         model.join()
+        laps("joining")
     return model
 
 

@@ -60,8 +60,8 @@ class Projection:
         """
         weights = [layer.weight.detach() for layer in self.layers]
         converted = [weight.to(dtype) for weight in weights]
-        packed = _pack(torch.cat(converted) if len(converted) > 1 else converted[0])
-        self._product = partial(_linear, packed=packed)
+        packed = pack(torch.cat(converted) if len(converted) > 1 else converted[0])
+        self._product = partial(packed_linear, packed=packed)
         for weight in weights:
             release(weight)
 
@@ -105,18 +105,20 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
-        products = [(x, _linear(x, _pack(weight))) for x in (weight[:1], weight[:8])]
+        products = [(x, packed_linear(x, pack(weight))) for x in (weight[:1], weight[:8])]
     except (AttributeError, RuntimeError):
         return False
     return all(torch.allclose(y, x @ weight.T, rtol=0.02, atol=0.02) for x, y in products)
 
 
-def _pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor) -> Tensor:
+    """A weight (out, in) in oneDNN's blocked layout; an opaque tensor, for `packed_linear` alone."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
 
 
-def _linear(x: Tensor, packed: Tensor) -> Tensor:
+def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
+    """x (..., in) times the packed weight, transposed: (..., out)."""
     rows = x.flatten(0, -2)
     padding = _FEWEST_ROWS - len(rows)
     padded = F.pad(rows, (0, 0, 0, padding)) if padding > 0 else rows

@@ -23,6 +23,8 @@ from llama.checkpoint import read_shard
 OURS = {
     *("load", "first_token", "prefill_16", "prefill_128", "prefill_512", "decode_1", "decode_4", "ragged_first_token"),
     *("peak_memory", "memory_planned", "share_of_bandwidth_decode_1", "memory_over_plan_ratio"),
+    *("load_weights", "sampling_1", "share_of_step_sampling_4", "share_of_matmul_prefill_128"),
+    "first_token_over_reading_and_packing_ratio",
 }
 
 
@@ -36,7 +38,9 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_every_figure_is_there_and_positive(lines: list[dict[str, Any]]) -> None:
     assert {line["figure"] for line in lines if line["engine"] == "ours"} >= OURS
-    assert {line["figure"] for line in lines if line["engine"] == "machine"} == {"read_bandwidth", "read_file"}
+    assert {line["figure"] for line in lines if line["engine"] == "machine"} == {
+        *("read_bandwidth", "read_file", "matmul_rate")
+    }
     assert all(line["min"] > 0 for line in lines)
 
 

@@ -136,5 +136,5 @@ def test_operators_that_are_gone_or_wrong_are_found_out(
             raise error
         return torch.zeros(len(x), 64, dtype=x.dtype)
 
-    monkeypatch.setattr(projection, "_linear", linear)
+    monkeypatch.setattr(projection, "packed_linear", linear)
     assert not can_pack(CPU, torch.bfloat16)
