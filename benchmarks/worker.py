@@ -40,7 +40,7 @@ def measure(name: str, job: Job) -> None:
     for figure, value in figures(engine, job):
         emit(figure, value)
     emit("peak_memory", peak_memory())
-    for figure, value in engine.extras().items() if hasattr(engine, "extras") else ():
+    for figure, value in engine.extras(job) if hasattr(engine, "extras") else ():
         emit(figure, value)
 
 

@@ -1,0 +1,115 @@
+"""`python benchmarks/step_profile.py --shape 1b --batch 8`: where the time of a decode step goes, as a table.
+
+A row an operation (on CUDA: a kernel), most expensive first; then what is left: the time of a step in which none of
+them runs. Nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
+    sys.path[0] = str(Path(__file__).parent.parent)
+
+import fire
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.machine import cpu_model
+from benchmarks.shapes import SHAPES, write_checkpoint, write_tokenizer
+from llama import Llama
+
+STEPS = 10
+
+
+def main(
+    shape: str = "1b",
+    *,
+    batch: int = 1,
+    context: int = 128,
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    max_batch_size: int | None = None,
+    threads: int | None = None,
+    rows: int = 16,
+    ckpt_dir: str | None = None,
+) -> None:
+    """Profiles greedy decode steps of random weights.
+
+    Args:
+        shape: tiny, 1b, 7b or 13b.
+        batch: rows of a step.
+        context: tokens in the cache before the first of the steps.
+        max_batch_size: of the build; None for `batch`.
+        threads: None for torch's choice.
+        rows: of the table.
+        ckpt_dir: a checkpoint of that shape in one file, if there is one already.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(ckpt_dir or folder)
+        if ckpt_dir is None:
+            write_checkpoint(checkpoint, shape, getattr(torch, dtype))
+        tokenizer = Path(folder) / "tokenizer.model"
+        write_tokenizer(tokenizer, SHAPES[shape]["vocab_size"])
+        length = context + 3 * STEPS
+        llama = Llama.build(checkpoint, tokenizer, length, max_batch_size or batch, device=device, dtype=dtype)
+    step = _Steps(llama, batch, context)
+    for _ in range(STEPS):
+        step()
+    seconds = statistics.median(step.timed() for _ in range(STEPS))
+    activities = [ProfilerActivity.CUDA if device.startswith("cuda") else ProfilerActivity.CPU]
+    with profile(activities=activities) as recorded:
+        for _ in range(STEPS):
+            step()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_model()
+    where = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{shape}, {dtype}, batch {batch} of {llama.model.params.max_batch_size}, context {context}: {where}")
+    print(f"a step takes {1e3 * seconds:.2f} ms: {batch / seconds:.1f} tokens a second\n")
+    print(table(recorded, 1e6 * seconds, rows, on_cuda=device.startswith("cuda")))
+
+
+class _Steps:
+    def __init__(self, llama: Llama, batch: int, context: int) -> None:
+        self.llama = llama
+        self.length = context
+        device = llama.model.norm.weight.device
+        prompts = torch.randint(3, llama.model.vocab_size, (batch, context), device=device)
+        with torch.inference_mode():
+            self.tokens = llama.model.logits(llama.model.hidden_states(prompts, 0, kv_len=context)[:, -1]).argmax(-1)
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        self.tokens = self.llama.stepper(self.tokens, [self.length] * len(self.tokens)).argmax(-1)
+        self.tokens.tolist()
+        self.length += 1
+
+    def timed(self) -> float:
+        started = time.perf_counter()
+        self()
+        return time.perf_counter() - started
+
+
+def table(recorded: profile, step_us: float, rows: int, *, on_cuda: bool) -> str:
+    """Calls, microseconds and share of a step of each operation by itself."""
+    times = {}
+    for event in recorded.key_averages():
+        us = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        times[event.key] = (event.count / STEPS, us / STEPS)
+    ranked = sorted(times.items(), key=lambda item: -item[1][1])
+    shown = [(name[:60], calls, us) for name, (calls, us) in ranked[:rows] if us > 0]
+    others = [numbers for _, numbers in ranked[rows:]]
+    shown.append(("all others", sum(calls for calls, _ in others), sum(us for _, us in others)))
+    shown.append(("between them", 0, step_us - sum(us for _, us in times.values())))
+    lines = [f"{'operation':60}  {'calls':>7}  {'us':>9}  {'share':>6}"]
+    lines += [f"{name:60}  {calls:7.0f}  {us:9.0f}  {us / step_us:6.1%}" for name, calls, us in shown]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
