@@ -91,10 +91,11 @@ def _sample_row(probs: Tensor, p: float, numbers: Tensor) -> Tensor:
     outside = probs <= (1 - p) / (2 * len(probs))  # all of these together weigh half of 1 - p at most
     likely = outside.logical_not_().nonzero().squeeze(-1)
     probs_sort, order = probs[likely].sort(descending=True)
-    weights = _truncate(probs_sort, p)
-    if (probs_sort.diff() == 0)[weights[:-1] > 0].any():  # the order of equals is what a sort of all of them gives
+    winner = (_truncate(probs_sort, p) / _race(numbers[: len(likely)])).argmax()
+    if (
+        probs_sort == probs_sort[winner]
+    ).sum() > 1:  # a sort of all of them says which of the equals it is
         return sample_top_p(probs, p, race=_race(numbers)).squeeze(-1)
-    winner = (weights / _race(numbers[: len(likely)])).argmax()
     return likely[order[winner]]
 
 
