@@ -92,9 +92,7 @@ def _sample_row(probs: Tensor, p: float, numbers: Tensor) -> Tensor:
     likely = outside.logical_not_().nonzero().squeeze(-1)
     probs_sort, order = probs[likely].sort(descending=True)
     winner = (_truncate(probs_sort, p) / _race(numbers[: len(likely)])).argmax()
-    if (
-        probs_sort == probs_sort[winner]
-    ).sum() > 1:  # a sort of all of them says which of the equals it is
+    if (probs_sort == probs_sort[winner]).sum() > 1:  # a sort of all of them says which of the equals it is
         return sample_top_p(probs, p, race=_race(numbers)).squeeze(-1)
     return likely[order[winner]]
 
