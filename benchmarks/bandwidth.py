@@ -9,6 +9,7 @@ which reads and writes it.
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -27,8 +28,16 @@ COLUMNS = 4096  # of the buffer seen as a matrix
 
 
 def read_bandwidth(device: str) -> float:
-    """Bytes a second."""
+    """Bytes a second: the most that any reader sees now."""
     return cuda_copy_bandwidth(device) if device.startswith("cuda") else max(map(fastest, cpu_readers().values()))
+
+
+def typical_bandwidth(device: str) -> float:
+    """Bytes a second in the median pass of the reader whose median is best: what to hold a median against."""
+    if device.startswith("cuda"):
+        return cuda_copy_bandwidth(device)
+    readers = cpu_readers().values()
+    return BUFFER_BYTES / min(statistics.median(_seconds(read) for _ in range(PASSES + 1)) for read in readers)
 
 
 def fastest(read: Callable[[], object]) -> float:

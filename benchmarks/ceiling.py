@@ -16,7 +16,7 @@ from llama.checkpoint import tensor_shapes
 from llama.memory import MemoryPlan, plan_memory
 
 
-def bytes_per_step(args: ModelArgs, job: Job) -> float:
+def bytes_per_decode_step(args: ModelArgs, job: Job) -> float:
     """Bytes that one decode step has to read at batch 1.
 
     Every weight but the embedding table, of which it reads one row, and the keys and values that are there in the

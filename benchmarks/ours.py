@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from benchmarks.bandwidth import typical_bandwidth
+from benchmarks.ceiling import bytes_per_decode_step
 from benchmarks.job import Job
 from benchmarks.measure import decode_rate
 from llama import Llama
@@ -21,6 +23,7 @@ _NO_TOKEN = -1  # in place of EOS: random weights may choose any token, and ever
 # Random weights give flat probabilities. Those of trained ones fall off: in a spread of logits like this, the set that
 # top_p=0.9 leaves at temperature 0.6 has some tens of tokens.
 _SPREAD = 3.0
+_TURNS = 5
 
 
 class Ours:
@@ -53,9 +56,22 @@ class Ours:
         yield from ((f"load_{name.replace(' ', '_')}", seconds) for name, seconds in self.load_parts.items())
         yield from ((f"sampling_{batch}", self._sampling(batch)) for batch in self.batches)
         if 1 in self.batches:
+            yield "share_of_bandwidth_decode_1", self._share_of_bandwidth(job)
             del self.llama
             self.llama = _build(job, max_batch_size=1)
             yield "decode_alone", decode_rate(self, job.prompts([job.decode_prompt]), job.decode_steps)
+            yield "share_of_bandwidth_decode_alone", self._share_of_bandwidth(job)
+
+    def _share_of_bandwidth(self, job: Job) -> float:
+        """The median rate of reading in steps at batch 1, over that of plain reading right before each of them: what a
+        machine shared with others gives changes from one minute to the next."""
+        bytes_per_step = bytes_per_decode_step(self.llama.model.params, job)
+        prompts = job.prompts([job.decode_prompt])
+        shares = []
+        for _ in range(_TURNS):
+            bandwidth = typical_bandwidth(job.device)
+            shares.append(bytes_per_step * decode_rate(self, prompts, job.decode_steps // 2) / bandwidth)
+        return statistics.median(shares)
 
     def _sampling(self, batch: int) -> float:
         """The median seconds of a draw for that many rows, at the default temperature and top_p."""

@@ -93,10 +93,6 @@ def _derived(one_round: Round, plan: Plan) -> dict[str, float]:
         "memory_over_plan_ratio": own / memory.total,
         "first_token_over_reading_and_packing_ratio": ours["first_token"] / loading,
     }
-    for figure in ("decode_1", "decode_alone"):
-        if figure in ours:
-            read = ours[figure] * ceiling.bytes_per_step(plan.args, plan.job)
-            derived |= {f"share_of_bandwidth_{figure}": read / machine["read_bandwidth"]}
     for batch in plan.job.decode_batches:
         if f"sampling_{batch}" in ours:
             steps_per_second = ours[f"decode_{batch}"] / batch

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -44,8 +45,7 @@ class Sampler:
         probs = torch.softmax(logits / self.temperature, dim=-1)
         numbers = self._numbers(logits.size(-1))
         if logits.device.type == "cpu":
-            rows = zip(probs, lanes.tolist(), strict=True)
-            return torch.stack([_sample_row(row, self.top_p, numbers[lane]) for row, lane in rows])
+            return _sample_rows(probs, self.top_p, numbers[lanes])
         return sample_top_p(probs, self.top_p, race=_race(numbers[lanes])).squeeze(-1)
 
     def skip_to(self, steps: int, vocab_size: int) -> None:
@@ -86,15 +86,24 @@ def _exponentials_are_logarithms() -> bool:
     return torch.equal(_race(uniform), torch.empty(256).exponential_(generator=torch.Generator().manual_seed(0)))
 
 
-def _sample_row(probs: Tensor, p: float, numbers: Tensor) -> Tensor:
-    """`sample_top_p` of one row (vocab,), mostly with no more of it sorted than can be in the set."""
+def _sample_rows(probs: Tensor, p: float, numbers: Tensor) -> Tensor:
+    """`sample_top_p` (bsz,), mostly with no more of a row sorted than can be in the set."""
+    tokens = [_sample_row(row, p, mine) for row, mine in zip(probs, numbers, strict=True)]
+    rest = [i for i, token in enumerate(tokens) if token is None]
+    if rest:
+        whole = sample_top_p(probs[rest], p, race=_race(numbers[rest])).squeeze(-1)
+        for i, token in zip(rest, whole, strict=True):
+            tokens[i] = token
+    return torch.stack(cast(list[Tensor], tokens))
+
+
+def _sample_row(probs: Tensor, p: float, numbers: Tensor) -> Tensor | None:
+    """The token of one row (vocab,); None if others are as likely: a sort of the whole row says which of them it is."""
     outside = probs <= (1 - p) / (2 * len(probs))  # all of these together weigh half of 1 - p at most
     likely = outside.logical_not_().nonzero().squeeze(-1)
     probs_sort, order = probs[likely].sort(descending=True)
     winner = (_truncate(probs_sort, p) / _race(numbers[: len(likely)])).argmax()
-    if (probs_sort == probs_sort[winner]).sum() > 1:  # a sort of all of them says which of the equals it is
-        return sample_top_p(probs, p, race=_race(numbers)).squeeze(-1)
-    return likely[order[winner]]
+    return likely[order[winner]] if (probs_sort == probs_sort[winner]).sum() == 1 else None
 
 
 def sample_top_p(probs: Tensor, p: float, *, race: Tensor | None = None) -> Tensor:

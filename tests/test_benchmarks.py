@@ -83,7 +83,7 @@ def test_lines_of_other_programs_are_no_figures() -> None:
 def test_a_decode_step_reads_all_but_the_embedding(job: Job) -> None:
     args = ModelArgs(**SHAPES["1b"])
     sized = Job(**asdict(job) | {"dtype": "bfloat16", "decode_prompt": 128, "decode_steps": 32})
-    assert ceiling.bytes_per_step(args, sized) == 2 * (1_034_512_384 + 2 * 22 * 4 * 64 * 144)
+    assert ceiling.bytes_per_decode_step(args, sized) == 2 * (1_034_512_384 + 2 * 22 * 4 * 64 * 144)
 
 
 @pytest.fixture(scope="module")
