@@ -56,7 +56,6 @@ class Ours:
         yield from ((f"load_{name.replace(' ', '_')}", seconds) for name, seconds in self.load_parts.items())
         yield from ((f"sampling_{batch}", self._sampling(batch)) for batch in self.batches)
         if 1 in self.batches:
-            yield "share_of_bandwidth_decode_1", self._share_of_bandwidth(job)
             del self.llama
             self.llama = _build(job, max_batch_size=1)
             yield "decode_alone", decode_rate(self, job.prompts([job.decode_prompt]), job.decode_steps)

@@ -22,7 +22,7 @@ from llama.checkpoint import read_shard
 
 OURS = {
     *("load", "first_token", "prefill_16", "prefill_128", "prefill_512", "decode_1", "decode_4", "ragged_first_token"),
-    *("peak_memory", "memory_planned", "share_of_bandwidth_decode_1", "memory_over_plan_ratio"),
+    *("peak_memory", "memory_planned", "memory_over_plan_ratio"),
     *("decode_alone", "share_of_bandwidth_decode_alone"),
     *("load_weights", "sampling_1", "share_of_step_sampling_4", "share_of_matmul_prefill_128"),
     "first_token_over_reading_and_packing_ratio",
