@@ -31,7 +31,7 @@ def measure(name: str, job: Job) -> None:
     """Loads the engine and emits all its figures."""
     module = importlib.import_module(ENGINES[name])
     emit("version", module.version(job))
-    emit("memory_before", peak_memory())
+    emit("memory_before", _peak_memory(job))
     started = time.perf_counter()
     engine = module.load(job)
     emit("load", time.perf_counter() - started)
@@ -39,9 +39,18 @@ def measure(name: str, job: Job) -> None:
     emit("first_token", time.perf_counter() - started)
     for figure, value in figures(engine, job):
         emit(figure, value)
-    emit("peak_memory", peak_memory())
+    emit("peak_memory", _peak_memory(job))
     for figure, value in engine.extras(job) if hasattr(engine, "extras") else ():
         emit(figure, value)
+
+
+def _peak_memory(job: Job) -> float:
+    """Of this process; on CUDA, of what torch took from the card."""
+    if not job.device.startswith("cuda"):
+        return peak_memory()
+    import torch
+
+    return float(torch.cuda.max_memory_reserved())
 
 
 def main(name: str, action: str, job_file: str) -> None:
