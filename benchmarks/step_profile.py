@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.machine import cpu_model
 from benchmarks.shapes import SHAPES, write_checkpoint, write_tokenizer
 from llama import Llama
+from llama.stepping import PlainStepper
 
 STEPS = 10
 
@@ -78,6 +79,7 @@ class _Steps:
     def __init__(self, llama: Llama, batch: int, context: int) -> None:
         self.llama = llama
         self.length = context
+        self.stepper = llama.stepper or PlainStepper(llama.model)
         device = llama.model.norm.weight.device
         prompts = torch.randint(3, llama.model.vocab_size, (batch, context), device=device)
         with torch.inference_mode():
@@ -85,7 +87,7 @@ class _Steps:
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        self.tokens = self.llama.stepper(self.tokens, [self.length] * len(self.tokens)).argmax(-1)
+        self.tokens = self.stepper(self.tokens, [self.length] * len(self.tokens)).argmax(-1)
         self.tokens.tolist()
         self.length += 1
 

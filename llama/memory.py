@@ -65,7 +65,7 @@ def _activation_bytes(args: ModelArgs, model_parallel_size: int, size: int) -> i
     )  # rotary: float32
     feed_forward = 3 * args.hidden_dim // model_parallel_size * size  # w1 x, silu of it, w3 x
     prefill = args.prefill_tokens * (residual_and_norm + max(attention, feed_forward))
-    sampling = 10 * args.max_batch_size * args.vocab_size * 4  # logits, probabilities, their order, the race
+    sampling = 15 * args.max_batch_size * args.vocab_size * 4  # logits, probabilities, order, random numbers
     return prefill + sampling
 
 

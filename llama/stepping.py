@@ -126,11 +126,9 @@ class StaticStepper:
         return replay
 
 
-def choose_stepper(model: Transformer, *, cuda_graphs: bool) -> Stepper:
-    """The stepper that serves the model's device best."""
-    if model.norm.weight.device.type == "cuda":
-        return StaticStepper(model, graphs=cuda_graphs)
-    return PlainStepper(model)
+def choose_stepper(model: Transformer, *, cuda_graphs: bool) -> Stepper | None:
+    """The stepper that serves the model's device best; None where that is a plain one."""
+    return StaticStepper(model, graphs=cuda_graphs) if model.norm.weight.device.type == "cuda" else None
 
 
 def _power_of_two(n: int) -> int:

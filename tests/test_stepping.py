@@ -218,4 +218,4 @@ def test_two_ranks_step_ahead_together() -> None:
 
 
 def test_a_cpu_takes_plain_steps(llama: Llama) -> None:
-    assert isinstance(choose_stepper(llama.model, cuda_graphs=True), PlainStepper)
+    assert choose_stepper(llama.model, cuda_graphs=True) is None
