@@ -70,10 +70,8 @@ def main(
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_model()
     where = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{shape}, {dtype}, batch {batch} of {llama.model.params.max_batch_size}, context {context}: {where}")
-    print(
     rate = f"{batch / seconds:.1f} tokens a second"
     print(f"a step takes {1e3 * seconds:.2f} ms ({1e3 * profiled:.2f} profiled): {rate}\n")
-    )
     print(table(recorded, 1e6 * profiled, rows, on_cuda=device.startswith("cuda")))
 
 
