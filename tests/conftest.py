@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from tests import oracle
 
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = 512
+# A shell's background job starts with Ctrl-C ignored, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the networks are so small that a second thread only waits for the first
 # Grouped-query attention, a scaled hidden size, and counts that 1, 2 and 4 ranks can share.
 PARAMS: dict[str, Any] = {
