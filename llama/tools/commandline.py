@@ -5,7 +5,9 @@ Knows nothing of what the commands do.
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import inspect
 import signal
 import sys
@@ -47,6 +49,7 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threa
     if not isinstance(call, _Call):
         return
     signal.signal(signal.SIGTERM, _terminate)
+    atexit.register(gc.freeze)  # or the interpreter's end looks through all of torch for garbage, for 0.4 s
     if n_threads is not None:
         torch.set_num_threads(n_threads)
     try:

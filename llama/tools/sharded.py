@@ -1,6 +1,6 @@
 """A checkpoint folder read as whole tensors, one at a time, whatever the number of its files.
 
-The files are memory-mapped to look at them; values are read into one piece of memory, again and again. Knows nothing of
+The files are memory-mapped, and what was read of one tensor leaves memory before the next one is read. Knows nothing of
 what becomes of the tensors.
 """
 
@@ -22,10 +22,8 @@ from llama.checkpoint import (
     read_params,
     read_shard,
     shard_dim,
-    split_tensor,
     tensor_shapes,
 )
-from llama.tools.tensor_file import mapped_offsets, read_values
 
 
 class ShardedCheckpoint:
@@ -48,6 +46,7 @@ class ShardedCheckpoint:
         self.n_files = len(self._shards)
         self._states = [read_shard(path) for path in self._shards]
         self._page_release = [page_release(path) for path in self._shards]
+        self._last: str | None = None  # the tensor read last
         self.args = network_args(ckpt_dir, self._states[0])
         try:
             self.args.check_shards(self.n_files)
@@ -61,25 +60,18 @@ class ShardedCheckpoint:
             self._check_agreement(name)
         parts = {name: [state[name].to("meta") for state in self._states] for name in self.names}
         self.layout = {name: join_tensor(name, tensors) for name, tensors in parts.items()}
-        self._offsets = [mapped_offsets(path, state) for path, state in zip(self._shards, self._states, strict=True)]
-        self._memory = torch.empty(max(tensor.nbytes for tensor in self.layout.values()), dtype=torch.uint8)
 
     def whole(self, name: str) -> Tensor:
-        """The tensor `name`, joined from all files. Its memory is that of the next one read, too."""
-        layout = self.layout[name]
-        whole = self._memory[: layout.nbytes].view(layout.dtype).view(layout.shape)
-        for i, part in enumerate(split_tensor(name, whole, self.n_files)):
-            self._read(i, name, part)
-        return whole
+        """The tensor `name`, joined from all files; one file's is a view of the mapped file."""
+        self._release_last()
+        self._last = name
+        return join_tensor(name, [state[name] for state in self._states])
 
-    def _read(self, i: int, name: str, out: Tensor) -> None:
-        """Fills `out` with what file `i` holds of a tensor."""
-        mapped = self._states[i][name]
-        if name in self._offsets[i] and mapped.is_contiguous() and out.is_contiguous():
-            read_values(self._shards[i], self._offsets[i][name], out)
-        else:
-            out.copy_(mapped)
-            self._page_release[i](mapped)
+    def _release_last(self) -> None:
+        """Gives back the memory of the tensor read last; it is read from its file again if it is still in use."""
+        if self._last is not None:
+            for release, state in zip(self._page_release, self._states, strict=True):
+                release(state[self._last])
 
     def _check_files(self) -> None:
         shapes = tensor_shapes(self.args, self.n_files)
