@@ -43,6 +43,7 @@ def main(
     decode_prompt: int = 128,
     decode_steps: int = 48,
     published_rounds: int = 1,
+    one_at_a_time: bool = False,
     peer_python: str | Sequence[str] = "",
     work_dir: str | None = None,
     plot: str | None = None,
@@ -65,6 +66,8 @@ def main(
         decode_steps: number of timed steps of a decode figure.
         published_rounds: number of rounds in which the ragged batch also goes the published code's way (more than a
             minute at 1b); 0 leaves it out.
+        one_at_a_time: have an engine take all its figures before the next one is loaded, where memory cannot hold all
+            of them (1b in bfloat16 with all peers: 16 GB). Otherwise they take turns at each figure.
         peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
         work_dir: keeps the weights in every engine's format there for the next run (1b in bfloat16: 11 GB with all
             peers); None for a temporary folder.
@@ -78,10 +81,13 @@ def main(
         job = replace(job, device=device, threads=threads or available_cores())
         job = replace(job, decode_batches=_numbers(batches), decode_prompt=decode_prompt, decode_steps=decode_steps)
         job = replace(job, prefill_lengths=_numbers(prefills))
-        pythons = {"ours": sys.executable, **_installed(_names(peers), _names(peer_python), device)}
+        pythons = {"ours": sys.executable}
+        if device == "cpu" and 1 in job.decode_batches:
+            pythons["alone"] = sys.executable
+        pythons |= _installed(_names(peers), _names(peer_python), device)
         if published_rounds:
             pythons["published"] = sys.executable
-        rounds, versions = run_rounds(Plan(args, job, pythons, repeats, published_rounds))
+        rounds, versions = run_rounds(Plan(args, job, pythons, repeats, published_rounds, one_at_a_time))
     machine = describe_machine(device)
     title = f"{job.shape}, {dtype}, {device}, {job.threads} threads, {repeats} rounds: {machine['cpu']}"
     lines, ratios = report.engine_lines(rounds), report.ratio_lines(rounds)

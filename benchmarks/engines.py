@@ -1,18 +1,20 @@
-"""Starts an engine's process, in the Python environment it lives in, and collects what it says.
+"""Starts an engine's process, in the Python environment it lives in, and has it take its turns.
 
 Knows which packages an engine needs, nothing of what it does with them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from benchmarks.job import Job
-from benchmarks.lines import parse
+from benchmarks.lines import is_over, parse
 
 ROOT = Path(__file__).parent.parent
 # What a peer's environment has to hold: what is imported, and what to install for it. torch comes first everywhere.
@@ -56,11 +58,43 @@ def prepare(engine: str, python: str, job: Job, job_file: Path) -> None:
         done.touch()
 
 
-def measure(
-    engine: str, python: str, job: Job, job_file: Path, on_figure: Callable[[str, float | str], None]
-) -> Figures:
-    """One round of an engine: all its figures, each also told to `on_figure` when it is known."""
-    return _run([python, "-m", "benchmarks.worker", engine, "measure", str(job_file)], job, on_figure)
+class Running:
+    """The process of an engine; it sleeps between its turns. Used by `with`, which ends it."""
+
+    def __init__(self, engine: str, python: str, job: Job, job_file: Path) -> None:
+        command = [python, "-m", "benchmarks.worker", engine, "measure", str(job_file)]
+        self._log = (Path(job.folder) / f"{engine}.log").open("w+", encoding="utf-8", errors="replace")
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=_environment(job),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # it has nothing to keep
+        self._process.communicate()
+        self._log.close()
+
+    def take_turn(self, turn: str, on_figure: OnFigure) -> Figures:
+        """The figures of a turn, each also told to `on_figure` when it is known; RuntimeError if the process ends."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        figures: Figures = {}
+        with contextlib.suppress(BrokenPipeError):
+            print(turn, file=self._process.stdin, flush=True)
+        for line in self._process.stdout:
+            if is_over(line):
+                return figures
+            if parsed := parse(line):
+                figures[parsed[0]] = parsed[1]
+                on_figure(*parsed)
+        raise RuntimeError(_last_words(self._process.wait(), self._log))
 
 
 def measure_bandwidth(job: Job, job_file: Path, on_figure: OnFigure) -> Figures:
@@ -81,9 +115,13 @@ def _run(command: list[str], job: Job, on_figure: OnFigure) -> Figures:
                     figures[parsed[0]] = parsed[1]
                     on_figure(*parsed)
         if process.returncode:
-            errors.seek(0)
-            raise RuntimeError(f"exit status {process.returncode}: {' | '.join(errors.read().splitlines()[-4:])}")
+            raise RuntimeError(_last_words(process.returncode, errors))
     return figures
+
+
+def _last_words(status: int, log: TextIO) -> str:
+    log.seek(0)
+    return f"exit status {status}: {' | '.join(log.read().splitlines()[-4:])}"
 
 
 def _environment(job: Job) -> dict[str, str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from benchmarks.job import Job
 
+LOAD, END = "load", "end"  # the turns around those of the figures
 MIN_SAMPLES, MIN_SECONDS = 2, 1.0  # a pass is timed until both are reached
 MAX_SAMPLES = 15
 LONG_SECONDS = 10.0  # of a pass that is timed once, since warming up is lost in it
@@ -70,15 +71,22 @@ def decode_rate(engine: Engine, prompts: list[list[int]], steps: int) -> float:
     return len(prompts) * steps / (ticks[-1] - ticks[1])
 
 
-def figures(engine: Engine, job: Job) -> Iterator[tuple[str, float]]:
-    """The names and values of all figures that the engine takes part in."""
-    for length in job.prefill_lengths if engine.batches else ():
-        yield f"prefill_{length}", prefill_rate(engine, job.prompts([length])[0])
-    for batch in job.decode_batches:
-        if batch in engine.batches:
-            yield f"decode_{batch}", decode_rate(engine, job.prompts([job.decode_prompt] * batch), job.decode_steps)
-    if engine.ragged:
-        yield "ragged_first_token", first_token_seconds(engine, job.prompts(list(job.ragged_lengths)))
+def turns(job: Job) -> list[str]:
+    """What every engine is asked, in order; those between the first and the last are figures."""
+    prefills = [f"prefill_{length}" for length in job.prefill_lengths]
+    return [LOAD, *prefills, *(f"decode_{batch}" for batch in job.decode_batches), "ragged_first_token", END]
+
+
+def figure(engine: Engine, name: str, job: Job) -> float | None:
+    """The value of a figure; None if the engine takes no part in it."""
+    kind, _, size = name.partition("_")
+    if kind == "prefill":
+        return prefill_rate(engine, job.prompts([int(size)])[0]) if engine.batches else None
+    if kind == "ragged":
+        return first_token_seconds(engine, job.prompts(list(job.ragged_lengths))) if engine.ragged else None
+    if int(size) not in engine.batches:
+        return None
+    return decode_rate(engine, job.prompts([job.decode_prompt] * int(size)), job.decode_steps)
 
 
 def peak_memory() -> float:

@@ -9,10 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.bandwidth import typical_bandwidth
-from benchmarks.ceiling import bytes_per_decode_step
 from benchmarks.job import Job
-from benchmarks.measure import decode_rate
 from llama import Llama
 from llama.decoding import decode
 from llama.sampling import Sampler
@@ -23,7 +20,6 @@ _NO_TOKEN = -1  # in place of EOS: random weights may choose any token, and ever
 # Random weights give flat probabilities. Those of trained ones fall off: in a spread of logits like this, the set that
 # top_p=0.9 leaves at temperature 0.6 has some tens of tokens.
 _SPREAD = 3.0
-_TURNS = 5
 
 
 class Ours:
@@ -51,26 +47,9 @@ class Ours:
                 tick()
 
     def extras(self, job: Job) -> Iterator[tuple[str, float]]:
-        """What only this library is asked: the parts of loading, how long choosing a step's tokens takes, and batch 1
-        in a build for no more, in which the weights stay as they are. Takes the network with it."""
+        """What only this library is asked: the parts of loading, and how long choosing a step's tokens takes."""
         yield from ((f"load_{name.replace(' ', '_')}", seconds) for name, seconds in self.load_parts.items())
         yield from ((f"sampling_{batch}", self._sampling(batch)) for batch in self.batches)
-        if 1 in self.batches:
-            del self.llama
-            self.llama = _build(job, max_batch_size=1)
-            yield "decode_alone", decode_rate(self, job.prompts([job.decode_prompt]), job.decode_steps)
-            yield "share_of_bandwidth_decode_alone", self._share_of_bandwidth(job)
-
-    def _share_of_bandwidth(self, job: Job) -> float:
-        """The median rate of reading in steps at batch 1, over that of plain reading right before each of them: what a
-        machine shared with others gives changes from one minute to the next."""
-        bytes_per_step = bytes_per_decode_step(self.llama.model.params, job)
-        prompts = job.prompts([job.decode_prompt])
-        shares = []
-        for _ in range(_TURNS):
-            bandwidth = typical_bandwidth(job.device)
-            shares.append(bytes_per_step * decode_rate(self, prompts, job.decode_steps // 2) / bandwidth)
-        return statistics.median(shares)
 
     def _sampling(self, batch: int) -> float:
         """The median seconds of a draw for that many rows, at the default temperature and top_p."""
@@ -109,12 +88,12 @@ def load(job: Job) -> Ours:
     logger = logging.getLogger("llama")
     logger.addHandler(parts)
     logger.setLevel(logging.INFO)
-    engine = Ours(_build(job, job.max_batch_size), job.decode_batches)
+    engine = Ours(build(job, job.max_batch_size), job.decode_batches)
     engine.load_parts = parts.seconds
     return engine
 
 
-def _build(job: Job, max_batch_size: int) -> Llama:
+def build(job: Job, max_batch_size: int) -> Llama:
     return Llama.build(
         job.ckpt_dir,
         job.tokenizer_path,

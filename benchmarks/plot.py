@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.report import Line
+from benchmarks.report import OURS, Line
 
 TITLES = {
     "decode_1": "decode, batch 1",
@@ -40,7 +40,7 @@ def _panel(axes: Axes, lines: Sequence[Line], title: str, labels: dict[str, str]
     medians = [line.median for line in lines]
     below = [line.median - min(line.values) for line in lines]
     above = [max(line.values) - line.median for line in lines]
-    colors = ["tab:blue" if name == "ours" else "tab:gray" for name in names]
+    colors = ["tab:blue" if name in OURS else "tab:gray" for name in names]
     bars = axes.bar(names, medians, width=0.7, yerr=(below, above), color=colors, capsize=3)
     axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
     axes.set_title(title, fontsize=9)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 Rounds = Sequence[dict[str, dict[str, float]]]  # [round][engine][figure]
+OURS = ("ours", "alone")  # this library, and this library in a build for one row
 _LESS_IS_BETTER = ("load", "first_token", "ragged_first_token", "peak_memory", "sampling")
 _SCALES = {"GiB": 2.0**30, "GB/s": 1e9, "GFLOP/s": 1e9, "ms": 1e-3, "%": 0.01}
 _UNITS = {  # by the first word of a figure's name
@@ -31,7 +32,7 @@ class Line:
 
     Attributes:
         figure: its name, such as "decode_8".
-        engine: whose it is; for a ratio "ours/PEER".
+        engine: whose it is; for a ratio "ours/PEER" or "alone/PEER".
         unit: of values; "x" for a ratio.
         values: one a round, in that unit.
     """
@@ -64,12 +65,13 @@ def ratio_lines(rounds: Rounds) -> list[Line]:
     """How many times as good ours is, for every figure that a peer has too."""
     lines = []
     for peer, figure, _ in _collect(rounds):
-        pairs = [
-            (r["ours"][figure], r[peer][figure]) for r in rounds if _has(r, "ours", figure) and _has(r, peer, figure)
-        ]
-        if peer != "ours" and pairs and figure != "memory_before":
+        for ours in OURS if peer not in OURS and figure != "memory_before" else ():
+            pairs = [
+                (r[ours][figure], r[peer][figure]) for r in rounds if _has(r, ours, figure) and _has(r, peer, figure)
+            ]
             less = figure.startswith(_LESS_IS_BETTER)
-            lines.append(Line(figure, f"ours/{peer}", "x", [b / a if less else a / b for a, b in pairs]))
+            if pairs:
+                lines.append(Line(figure, f"{ours}/{peer}", "x", [b / a if less else a / b for a, b in pairs]))
     return lines
 
 

@@ -1,19 +1,21 @@
-"""The rounds: every engine in turn, each in a fresh process, again and again.
+"""The rounds: every engine in a process of its own, all of them in turn at each figure, again and again.
 
-Whatever the machine does while a round lasts, it does to all of them. Knows nothing of how figures are shown.
+Whatever the machine does while a figure is measured, it does to all of them. Knows nothing of how figures are shown.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from benchmarks import ceiling, engines
 from benchmarks.job import Job
-from benchmarks.report import shown
+from benchmarks.measure import LOAD, turns
+from benchmarks.report import OURS, shown
 from llama import ModelArgs
 
 Result = TypeVar("Result")
@@ -29,9 +31,17 @@ class Plan:
     pythons: dict[str, str]  # of each engine, in the order of a round
     repeats: int
     published_rounds: int
+    one_at_a_time: bool
 
-    def takes_part(self, engine: str, round_: int) -> bool:
-        return engine != "published" or round_ < self.published_rounds
+    def groups(self, found: Iterable[str], round_: int) -> list[list[str]]:
+        """The engines of a round, of those found to work: whose processes are there at the same time.
+
+        Each round another one is the first at every figure.
+        """
+        names = [name for name in found if name != "published" or round_ < self.published_rounds]
+        first = round_ % len(names)
+        names = names[first:] + names[:first]
+        return [[name] for name in names] if self.one_at_a_time else [names]
 
 
 def run_rounds(plan: Plan) -> tuple[list[Round], dict[str, str]]:
@@ -49,20 +59,31 @@ def run_rounds(plan: Plan) -> tuple[list[Round], dict[str, str]]:
         say(f"{engine}: writing its files")
         _guard(pythons, engine, engines.prepare, engine, python, plan.job, job_file)
     for i in range(plan.repeats):
-        machine = engines.measure_bandwidth(plan.job, job_file, _progress(f"round {i + 1}/{plan.repeats}  machine"))
-        rounds.append({"ours": {}, "machine": _numeric(machine)})
-        for engine, python in list(pythons.items()):
-            if plan.takes_part(engine, i):
-                show = _progress(f"round {i + 1}/{plan.repeats}  {engine}")
-                measured = _guard(pythons, engine, engines.measure, engine, python, plan.job, job_file, show)
-                if measured is not None:
-                    versions[engine] = str(measured["version"])
-                    rounds[i][engine] = _numeric(measured)
+        prefix = f"round {i + 1}/{plan.repeats}"
+        machine = engines.measure_bandwidth(plan.job, job_file, _progress(f"{prefix}  machine"))
+        measured: dict[str, engines.Figures] = {"ours": {}, "machine": machine}
+        for group in plan.groups(pythons, i):
+            measured |= _take_turns(group, pythons, plan.job, job_file, prefix)
+        versions |= {name: str(figures["version"]) for name, figures in measured.items() if "version" in figures}
+        rounds.append({name: _numeric(figures) for name, figures in measured.items()})
         rounds[i]["ours"] |= _derived(rounds[i], plan)
-        for name, figures in rounds[i].items():  # what ours does in a build for one row is held against theirs too
-            if name != "ours" and "decode_1" in figures:
-                figures.setdefault("decode_alone", figures["decode_1"])
     return rounds, versions
+
+
+def _take_turns(
+    group: Sequence[str], pythons: dict[str, str], job: Job, job_file: Path, prefix: str
+) -> dict[str, engines.Figures]:
+    """Every figure of engines that stay loaded until the last of them is through."""
+    found: dict[str, engines.Figures] = {engine: {} for engine in group}
+    running: dict[str, engines.Running] = {}
+    with ExitStack() as stack:
+        for turn in turns(job):
+            for engine in filter(pythons.__contains__, group):
+                if turn == LOAD:
+                    running[engine] = stack.enter_context(engines.Running(engine, pythons[engine], job, job_file))
+                show = _progress(f"{prefix}  {engine}")
+                found[engine] |= _guard(pythons, engine, running[engine].take_turn, turn, show) or {}
+    return found
 
 
 def _guard(pythons: dict[str, str], engine: str, work: Callable[..., Result], *args: object) -> Result | None:
@@ -70,7 +91,7 @@ def _guard(pythons: dict[str, str], engine: str, work: Callable[..., Result], *a
     try:
         return work(*args)
     except RuntimeError as error:
-        if engine == "ours":
+        if engine in OURS:
             raise
         say(f"{engine}: left out, it failed with {error}")
         del pythons[engine]

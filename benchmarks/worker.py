@@ -8,14 +8,17 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from benchmarks.job import Job
-from benchmarks.lines import emit
-from benchmarks.measure import figures, peak_memory, ticks_of
+from benchmarks.lines import emit, emit_over
+from benchmarks.measure import END, LOAD, Engine, figure, peak_memory, ticks_of
 
 ENGINES = {
     "ours": "benchmarks.ours",
+    "alone": "benchmarks.alone",
     "eager": "benchmarks.peers.eager",
     "published": "benchmarks.published_way",
     "hf": "benchmarks.peers.hf",
@@ -27,9 +30,9 @@ ENGINES = {
 FIRST_PROMPT = 16  # tokens of the prompt that the first token after loading comes from
 
 
-def measure(name: str, job: Job) -> None:
-    """Loads the engine and emits all its figures."""
-    module = importlib.import_module(ENGINES[name])
+def measure(module: ModuleType, job: Job) -> None:
+    """Takes the turns that stdin names, a line each, and emits their figures; loading comes first."""
+    assert sys.stdin.readline().strip() == LOAD
     emit("version", module.version(job))
     emit("memory_before", _peak_memory(job))
     started = time.perf_counter()
@@ -37,11 +40,19 @@ def measure(name: str, job: Job) -> None:
     emit("load", time.perf_counter() - started)
     ticks_of(engine, job.prompts([FIRST_PROMPT]), 1)
     emit("first_token", time.perf_counter() - started)
-    for figure, value in figures(engine, job):
-        emit(figure, value)
-    emit("peak_memory", _peak_memory(job))
-    for figure, value in engine.extras(job) if hasattr(engine, "extras") else ():
-        emit(figure, value)
+    emit_over()
+    for line in sys.stdin:
+        for name, value in _take_turn(engine, line.strip(), job):
+            emit(name, value)
+        emit_over()
+
+
+def _take_turn(engine: Engine, turn: str, job: Job) -> Iterator[tuple[str, float]]:
+    if turn == END:
+        yield "peak_memory", _peak_memory(job)
+        yield from engine.extras(job) if hasattr(engine, "extras") else ()
+    elif (value := figure(engine, turn, job)) is not None:
+        yield turn, value
 
 
 def _peak_memory(job: Job) -> float:
@@ -55,10 +66,11 @@ def _peak_memory(job: Job) -> float:
 
 def main(name: str, action: str, job_file: str) -> None:
     job = Job.read(Path(job_file))
+    module = importlib.import_module(ENGINES[name])
     if action == "prepare":
-        importlib.import_module(ENGINES[name]).prepare(job)
+        module.prepare(job)
     else:
-        measure(name, job)
+        measure(module, job)
 
 
 if __name__ == "__main__":

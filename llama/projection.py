@@ -40,7 +40,8 @@ class Projection:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         if self._product is not None:
-            parts = self._product(x).split(self._sizes, dim=-1)
+            product = self._product(x)
+            parts = tuple(product.split_with_sizes(self._sizes, -1)) if len(self._sizes) > 1 else (product,)
         elif _is_one_row(x):
             parts = _products_of_one_row(x, [layer.weight for layer in self.layers])
         else:
@@ -123,8 +124,9 @@ def pack(weight: Tensor) -> Tensor:
 
 def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
     """x (..., in) times the packed weight, transposed: (..., out)."""
-    rows = x.flatten(0, -2)
-    padding = _FEWEST_ROWS - len(rows)
-    padded = F.pad(rows, (0, 0, 0, padding)) if padding > 0 else rows
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(padded, packed, None, "none", [], "")
-    return out[: len(rows)].view(*x.shape[:-1], -1)
+    n_rows = x.numel() // x.size(-1)
+    if n_rows >= _FEWEST_ROWS:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        return out
+    padded = F.pad(x.flatten(0, -2), (0, 0, 0, _FEWEST_ROWS - n_rows))
+    return packed_linear(padded, packed)[:n_rows].view(*x.shape[:-1], -1)
