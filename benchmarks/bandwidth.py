@@ -79,20 +79,19 @@ def cuda_copy_bandwidth(device: str) -> float:
     return 2 * fastest(copy)
 
 
-def matmul_rate(job: Job) -> float:
-    """Floating-point operations a second of the feed-forward's own product, at the longest prefill's length.
+def matmul_rate(dim: int, hidden_dim: int, n_rows: int, device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of the feed-forward's own product, for as many rows.
 
     The most that a prefill could reach; of plain `F.linear`, and on a CPU of oneDNN's packed weights too.
     """
-    dtype = getattr(torch, job.dtype)
-    rows = torch.randn(max(job.prefill_lengths), job.dim, device=job.device).to(dtype)
-    weight = torch.randn(job.hidden_dim, job.dim, device=job.device).to(dtype)
+    rows = torch.randn(n_rows, dim, device=device).to(dtype)
+    weight = torch.randn(hidden_dim, dim, device=device).to(dtype)
     products = [lambda: F.linear(rows, weight)]
-    if can_pack(torch.device(job.device), dtype):
+    if can_pack(torch.device(device), dtype):
         packed = pack(weight)
         products.append(lambda: packed_linear(rows, packed))
-    operations = 2.0 * rows.numel() * job.hidden_dim
-    return operations / min(_seconds_of_product(product, job.device) for product in products)
+    operations = 2.0 * rows.numel() * hidden_dim
+    return operations / min(_seconds_of_product(product, device) for product in products)
 
 
 def _seconds_of_product(product: Callable[[], object], device: str, repeats: int = 20) -> float:
@@ -131,7 +130,8 @@ def main(job_file: str) -> None:
     emit("read_file", read_file(Path(job.ckpt_dir)))
     with torch.inference_mode():
         emit("read_bandwidth", read_bandwidth(job.device))
-        emit("matmul_rate", matmul_rate(job))
+        rows, dtype = max(job.prefill_lengths), getattr(torch, job.dtype)
+        emit("matmul_rate", matmul_rate(job.dim, job.hidden_dim, rows, job.device, dtype))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """`python benchmarks/step_profile.py --shape 1b --batch 8`: where the time of a decode step goes, as a table.
 
-A row an operation (on CUDA: a kernel), most expensive first; then what is left: the time of a profiled step in which
-none of them runs. Nothing is fetched.
+First what bounds a step: its products alone, reading their weights, multiplying with them. Then a row an operation (on
+CUDA: a kernel), most expensive first, and what is left: the time of a profiled step in which none of them runs.
+Nothing is fetched.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
@@ -19,12 +22,14 @@ import fire
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.bandwidth import matmul_rate, typical_bandwidth
 from benchmarks.machine import cpu_model
 from benchmarks.shapes import SHAPES, write_checkpoint, write_tokenizer
 from llama import Llama
 from llama.stepping import PlainStepper
 
-STEPS = 10
+STEPS = 10  # that are profiled
+TURNS = 10  # of a step, its products and plain reading
 
 
 def main(
@@ -58,20 +63,29 @@ def main(
             write_checkpoint(checkpoint, shape, getattr(torch, dtype))
         tokenizer = Path(folder) / "tokenizer.model"
         write_tokenizer(tokenizer, SHAPES[shape]["vocab_size"])
-        length = context + 3 * STEPS
+        length = context + 2 * STEPS + TURNS + 1
         llama = Llama.build(checkpoint, tokenizer, length, max_batch_size or batch, device=device, dtype=dtype)
     step = _Steps(llama, batch, context)
+    products = _Products(llama, batch)
     for _ in range(STEPS):
         step()
-    seconds = statistics.median(step.timed() for _ in range(STEPS))
+        products()
+    turns = [(_seconds(step), _seconds(products), typical_bandwidth(device)) for _ in range(TURNS)]
+    seconds, in_products, bandwidth = (statistics.median(values) for values in zip(*turns, strict=True))
     activities = [ProfilerActivity.CUDA if device.startswith("cuda") else ProfilerActivity.CPU]
     with profile(activities=activities) as recorded:
-        profiled = statistics.mean(step.timed() for _ in range(STEPS))
+        profiled = statistics.mean(_seconds(step) for _ in range(STEPS))
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_model()
     where = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{shape}, {dtype}, batch {batch} of {llama.model.params.max_batch_size}, context {context}: {where}")
     rate = f"{batch / seconds:.1f} tokens a second"
-    print(f"a step takes {1e3 * seconds:.2f} ms ({1e3 * profiled:.2f} profiled): {rate}\n")
+    print(f"a step takes {1e3 * seconds:.1f} ms ({1e3 * profiled:.1f} profiled): {rate}")
+    print(f"its {len(products)} products alone take {1e3 * in_products:.1f} ms")
+    rate = f"at the {bandwidth / 1e9:.1f} GB/s of plain reading"
+    print(f"they read {products.n_bytes / 1e9:.2f} GB: {1e3 * products.n_bytes / bandwidth:.1f} ms {rate}")
+    matmul = products.best_rate()
+    rate = f"at the {matmul / 1e9:.0f} GFLOP/s of the best product"
+    print(f"they multiply for {1e3 * products.operations / matmul:.1f} ms {rate}\n")
     print(table(recorded, 1e6 * profiled, rows, on_cuda=device.startswith("cuda")))
 
 
@@ -91,10 +105,38 @@ class _Steps:
         self.tokens.tolist()
         self.length += 1
 
-    def timed(self) -> float:
-        started = time.perf_counter()
-        self()
-        return time.perf_counter() - started
+
+class _Products:
+    """The products of a step, one after the other, on inputs that are there: what no step can do without."""
+
+    def __init__(self, llama: Llama, batch: int) -> None:
+        weights = llama.model.norm.weight
+        self._args, self._device, self._dtype = llama.model.params, weights.device, weights.dtype
+        sizes = {p: p.layers[0].weight.size(1) for p in llama.model.projections}
+        inputs = {size: weights.new_ones(batch, 1, size) for size in sizes.values()}
+        self._calls = [(projection, inputs[size]) for projection, size in sizes.items()]
+        shapes = [layer.weight.shape for projection in sizes for layer in projection.layers]
+        self.n_bytes = self._dtype.itemsize * sum(map(math.prod, shapes))
+        self.operations = 2.0 * batch * sum(map(math.prod, shapes))
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        for projection, x in self._calls:
+            out = projection(x)
+        out[0].flatten()[:1].tolist()  # waits for a GPU
+
+    def best_rate(self) -> float:
+        """Operations a second of a large product."""
+        return matmul_rate(self._args.dim, self._args.hidden_dim, 512, str(self._device), self._dtype)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def table(recorded: profile, step_us: float, rows: int, *, on_cuda: bool) -> str:

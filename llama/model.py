@@ -235,8 +235,9 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, (RMSNorm, ParallelEmbedding)):
                 module.to(dtype)
+        scratch = torch.empty(max(projection.n_weights for projection in self.projections), dtype=dtype)
         for projection in self.projections:
-            projection.pack(dtype, release)
+            projection.pack(scratch, release)
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int | Tensor) -> Tensor:

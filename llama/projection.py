@@ -37,6 +37,7 @@ class Projection:
         self.layers = layers
         self._product: Callable[[Tensor], Tensor] | None = None  # of all layers at once
         self._sizes = [layer.weight.size(0) for layer in layers]
+        self._is_split = get_model_parallel_world_size() > 1
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         if self._product is not None:
@@ -46,7 +47,7 @@ class Projection:
             parts = _products_of_one_row(x, [layer.weight for layer in self.layers])
         else:
             return tuple(layer(x) for layer in self.layers)
-        return parts if get_model_parallel_world_size() == 1 else tuple(map(self._over_ranks, parts))
+        return tuple(map(self._over_ranks, parts)) if self._is_split else parts
 
     def join(self) -> None:
         """Makes the weights parts of one matrix, in memory of its own, so that the product is one kernel on a GPU."""
@@ -57,16 +58,24 @@ class Projection:
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         self._product = partial(F.linear, weight=joined)
 
-    def pack(self, dtype: torch.dtype, release: Release) -> None:
-        """Makes the packed form in `dtype`, and uses it from now on; later changes of the weights have no effect.
+    @property
+    def n_weights(self) -> int:
+        """Elements of all layers' weights together."""
+        return sum(layer.weight.numel() for layer in self.layers)
+
+    def pack(self, scratch: Tensor, release: Release) -> None:
+        """Makes the packed form, of scratch's dtype, and uses it from now on: later changes of the weights have no effect.
 
         Args:
+            scratch: memory to join or convert the weights in, (at least `n_weights`,): new memory for each projection
+                would take longer to get than to fill.
             release: called with each weight when it is not needed any more, to give back its memory.
         """
         weights = [layer.weight.detach() for layer in self.layers]
-        converted = [weight.to(dtype) for weight in weights]
-        packed = pack(torch.cat(converted) if len(converted) > 1 else converted[0])
-        self._product = partial(packed_linear, packed=packed)
+        whole = weights[0]
+        if len(weights) > 1 or whole.dtype != scratch.dtype:
+            whole = torch.cat(weights, out=scratch[: self.n_weights].view(-1, whole.size(1)))
+        self._product = partial(packed_linear, packed=pack(whole))
         for weight in weights:
             release(weight)
 
