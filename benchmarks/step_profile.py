@@ -29,7 +29,7 @@ from llama import Llama
 from llama.stepping import PlainStepper
 
 STEPS = 10  # that are profiled
-TURNS = 10  # of a step, its products and plain reading
+TURNS, REPEATS = 5, 5  # of steps, their products and plain reading; how often each in its turn
 
 
 def main(
@@ -63,14 +63,14 @@ def main(
             write_checkpoint(checkpoint, shape, getattr(torch, dtype))
         tokenizer = Path(folder) / "tokenizer.model"
         write_tokenizer(tokenizer, SHAPES[shape]["vocab_size"])
-        length = context + 2 * STEPS + TURNS + 1
+        length = context + 2 * STEPS + TURNS * (REPEATS + 1) + 1
         llama = Llama.build(checkpoint, tokenizer, length, max_batch_size or batch, device=device, dtype=dtype)
     step = _Steps(llama, batch, context)
     products = _Products(llama, batch)
     for _ in range(STEPS):
         step()
         products()
-    turns = [(_seconds(step), _seconds(products), typical_bandwidth(device)) for _ in range(TURNS)]
+    turns = [(_warm_seconds(step), _warm_seconds(products), typical_bandwidth(device)) for _ in range(TURNS)]
     seconds, in_products, bandwidth = (statistics.median(values) for values in zip(*turns, strict=True))
     activities = [ProfilerActivity.CUDA if device.startswith("cuda") else ProfilerActivity.CPU]
     with profile(activities=activities) as recorded:
@@ -131,6 +131,12 @@ class _Products:
     def best_rate(self) -> float:
         """Operations a second of a large product."""
         return matmul_rate(self._args.dim, self._args.hidden_dim, 512, str(self._device), self._dtype)
+
+
+def _warm_seconds(work: Callable[[], None]) -> float:
+    """The median of a few, after one that brings Python's own memory back into the caches."""
+    work()
+    return statistics.median(_seconds(work) for _ in range(REPEATS))
 
 
 def _seconds(work: Callable[[], None]) -> float:

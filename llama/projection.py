@@ -64,7 +64,7 @@ class Projection:
         return sum(layer.weight.numel() for layer in self.layers)
 
     def pack(self, scratch: Tensor, release: Release) -> None:
-        """Makes the packed form, of scratch's dtype, and uses it from now on: later changes of the weights have no effect.
+        """Makes the packed form, of scratch's dtype, and uses it from now on; later changes of the weights don't count.
 
         Args:
             scratch: memory to join or convert the weights in, (at least `n_weights`,): new memory for each projection
