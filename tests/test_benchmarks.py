@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from benchmarks import bench, ceiling, report
+from benchmarks import bench, ceiling, engines, report, rounds
 from benchmarks.job import Job
 from benchmarks.lines import parse
-from benchmarks.measure import figure, turns
+from benchmarks.measure import LOAD, figure, turns
 from benchmarks.ours import Ours
 from benchmarks.published_way import PublishedWay
+from benchmarks.rounds import Plan
 from benchmarks.shapes import SHAPES
 from llama import Llama, ModelArgs
 from llama.checkpoint import read_shard
@@ -65,6 +67,62 @@ def test_ratios_say_how_many_times_as_good_ours_is() -> None:
 def test_a_peer_that_is_not_installed_is_left_out_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     installed = bench._installed(["llama_cpp"], ["llama_cpp=/usr/bin/env"], "cuda")
     assert installed == {} and "llama_cpp" in capsys.readouterr().err
+
+
+def test_each_engine_is_the_first_in_some_round(job: Job, llama: Llama) -> None:
+    plan = Plan(llama.model.params, job, {}, repeats=2, published_rounds=1, one_at_a_time=False)
+    engines_ = ["ours", "hf", "published"]
+    assert [plan.groups(engines_, i) for i in range(3)] == [[engines_], [["hf", "ours"]], [["ours", "hf"]]]
+    alone = replace(plan, one_at_a_time=True)
+    assert alone.groups(engines_, 1) == [["hf"], ["ours"]]
+
+
+class _FakeProcess:
+    """Says the turns that it took; hf fails at decoding."""
+
+    running: ClassVar[list[str]] = []
+    taken: ClassVar[list[tuple[str, str]]] = []
+
+    def __init__(self, engine: str, python: str, job: Job, job_file: Path) -> None:
+        self.engine = engine
+
+    def __enter__(self) -> _FakeProcess:
+        self.running.append(self.engine)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.running.remove(self.engine)
+
+    def take_turn(self, turn: str, on_figure: engines.OnFigure) -> engines.Figures:
+        self.taken.append((turn, self.engine))
+        if (turn, self.engine) == ("decode_1", "hf"):
+            raise RuntimeError("exit status 1: no room")
+        return {turn: float(len(self.running))}
+
+
+def test_a_peer_that_fails_is_left_out_from_there_on(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engines, "Running", _FakeProcess)
+    pythons = {"ours": sys.executable, "hf": sys.executable}
+    found = rounds._take_turns(["ours", "hf"], pythons, job, Path("job.json"), "round 1/1")
+    assert found == {
+        "ours": {LOAD: 1.0, "prefill_4": 2.0, "decode_1": 2.0, "decode_2": 2.0, "ragged_first_token": 2.0, "end": 2.0},
+        "hf": {LOAD: 2.0, "prefill_4": 2.0},
+    }
+    assert _FakeProcess.taken[:6] == [(turn, who) for turn in turns(job)[:3] for who in ("ours", "hf")]
+    assert (
+        pythons.keys() == {"ours"} and "hf: left out, it failed with exit status 1: no room" in capsys.readouterr().err
+    )
+    assert not _FakeProcess.running
+
+
+def test_a_process_that_ends_in_its_turn_leaves_its_last_words(job: Job, tmp_path: Path) -> None:
+    job.write(tmp_path / "job.json")
+    there = replace(job, folder=str(tmp_path))
+    ends = pytest.raises(RuntimeError, match=r"exit status 1: .*KeyError: 'nonsense'")
+    with engines.Running("nonsense", sys.executable, there, tmp_path / "job.json") as process, ends:
+        process.take_turn(LOAD, lambda *_: None)
 
 
 def test_unknown_peers_and_shapes_are_errors() -> None:
