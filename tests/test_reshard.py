@@ -351,6 +351,12 @@ def test_the_command(source: Path, folders: dict[int, Path], tmp_path: Path, mon
     assert os.listdir(tmp_path) == ["1e3"]
 
 
+def test_the_usage_text_lists_flags_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "--ckpt_dir", "x") == 2
+    shown = capsys.readouterr().err
+    assert "CKPT_DIR OUTPUT_DIR MODEL_PARALLEL_SIZE" in shown and "group" not in shown.lower()
+
+
 @pytest.mark.usefixtures("interrupted_write")
 def test_the_command_ends_cleanly_at_ctrl_c(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import fire
 import torch
-from fire.decorators import SetParseFns
+from fire import decorators
 
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError)
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -41,6 +41,7 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threa
     Args:
         n_threads: that torch uses; None leaves it. Commands that copy take 1: more only get in the way of the disk.
     """
+    decorators.FIRE_METADATA = "_fire_metadata"  # its note on a function, which its help would list as a command
     if isinstance(commands, dict):
         component: Any = {name: _deferred(function) for name, function in commands.items()}
     else:
@@ -72,7 +73,7 @@ def _deferred(function: Callable[..., Any]) -> Callable[..., _Call]:
         return _Call(lambda: function(*args, **kwargs))
 
     texts = [name for name, p in inspect.signature(function).parameters.items() if "str" in str(p.annotation)]
-    deferred: Callable[..., _Call] = SetParseFns(**dict.fromkeys(texts, str))(defer)
+    deferred: Callable[..., _Call] = decorators.SetParseFns(**dict.fromkeys(texts, str))(defer)
     return deferred
 
 
