@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import fire
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -30,6 +29,7 @@ from llama.decoding import decode
 from llama.model import Transformer
 from llama.projection import can_pack
 from llama.sampling import Sampler
+from llama.tools.commandline import run
 
 NO_EOS = -1
 
@@ -130,4 +130,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

@@ -14,7 +14,6 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
     sys.path[0] = str(Path(__file__).parent.parent)
 
-import fire
 import torch
 
 from benchmarks import engines, report
@@ -24,6 +23,7 @@ from benchmarks.rounds import Plan, run_rounds, say
 from benchmarks.shapes import SHAPES, vocab_size_of, write_checkpoint, write_tokenizer
 from llama import ModelArgs
 from llama.checkpoint import find_shards, read_params
+from llama.tools.commandline import run
 
 DTYPES = ("bfloat16", "float16", "float32")
 SIZES = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "norm_eps", "rope_theta")
@@ -57,7 +57,7 @@ def main(
         peers: of hf, hf_compiled, llama_cpp, openvino and ctranslate2, those to run beside, and "eager", this library
             without CUDA graphs; who is not installed is left out.
         device: "cpu" or "cuda".
-        dtype: of weights and arithmetic, for all engines.
+        dtype: of weights and arithmetic; an engine that lacks it on this processor says what it takes instead.
         repeats: number of rounds.
         threads: of every engine; None for as many as there are cores.
         batches: sizes of the decode figures; the peers take part in 1 and 8.
@@ -66,14 +66,19 @@ def main(
         decode_steps: number of timed steps of a decode figure.
         published_rounds: number of rounds in which the ragged batch also goes the published code's way (more than a
             minute at 1b); 0 leaves it out.
-        one_at_a_time: have an engine take all its figures before the next one is loaded, where memory cannot hold all
-            of them (1b in bfloat16 with all peers: 16 GB). Otherwise they take turns at each figure.
+        one_at_a_time: have an engine take all its figures before the next one is loaded. Without it they take turns at
+            each figure, which needs memory for all of them at the same time, 16 GB at 1b in bfloat16 with all peers.
         peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
         work_dir: keeps the weights in every engine's format there for the next run (1b in bfloat16: 11 GB with all
             peers); None for a temporary folder.
         plot: file to draw bars to.
         json: file to write a JSON line a figure to.
     """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; it takes 1 or more")
+    for file in (plot, json):
+        if file and not Path(file).resolve().parent.is_dir():
+            raise ValueError(f"{file} cannot be written, its folder is not there")
     draw = _plotter() if plot else None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(work_dir or temporary).resolve() / f"{Path(ckpt_dir).name if ckpt_dir else shape}-{dtype}"
@@ -89,7 +94,9 @@ def main(
             pythons["published"] = sys.executable
         rounds, versions = run_rounds(Plan(args, job, pythons, repeats, published_rounds, one_at_a_time))
     machine = describe_machine(device)
-    title = f"{job.shape}, {dtype}, {device}, {job.threads} threads, {repeats} rounds: {machine['cpu']}"
+    title = (
+        f"{job.shape}, {dtype}, {device}, {job.threads} threads, {repeats} round{'s' * (repeats > 1)}: {machine['cpu']}"
+    )
     lines, ratios = report.engine_lines(rounds), report.ratio_lines(rounds)
     print(report.page(title, versions, lines, ratios))
     if json:
@@ -131,6 +138,8 @@ def _make_job(shape: str, ckpt_dir: str | None, folder: Path, dtype: str) -> tup
 
 def _installed(peers: Sequence[str], peer_pythons: Sequence[str], device: str) -> dict[str, str]:
     """The peers that can run here and their interpreters; says of the others what they lack."""
+    if wrong := [pair for pair in peer_pythons if "=" not in pair]:
+        raise ValueError(f"peer_python has {', '.join(wrong)}; it takes NAME=PYTHON,...")
     pythons = dict(pair.split("=", 1) for pair in peer_pythons)
     if unknown := [peer for peer in (*peers, *pythons) if peer not in engines.PEERS]:
         raise ValueError(f"peers has {', '.join(unknown)}; it takes {', '.join(engines.PEERS)}")
@@ -140,17 +149,22 @@ def _installed(peers: Sequence[str], peer_pythons: Sequence[str], device: str) -
         if device != "cpu" and peer in engines.CPU_ONLY:
             say(f"{peer}: measured on the CPU only, left out")
         elif missing := engines.missing_packages(peer, python):
-            say(f"{peer}: left out, {python} has no {', '.join(missing)}; pip install {engines.PEERS[peer][1]}")
+            say(f"{peer}: left out, {python} has no {', '.join(missing)}; {_how_to_install(peer)}")
         else:
             found[peer] = python
     return found
+
+
+def _how_to_install(peer: str) -> str:
+    """The constraints keep pip from fetching another torch, with gigabytes of CUDA."""
+    return f"pip install -c constraints.txt torch {engines.PEERS[peer][1]}"
 
 
 def _plotter() -> Callable[[Sequence[report.Line], dict[str, str], str, Path], None]:
     try:
         from benchmarks.plot import plot
     except ImportError as error:
-        raise SystemExit(f"--plot needs matplotlib ({error}); pip install -e '.[bench]'") from error
+        raise SystemExit(f"--plot needs matplotlib ({error}); pip install -c constraints.txt -e '.[bench]'") from error
     return plot
 
 
@@ -164,4 +178,4 @@ def _numbers(value: int | Sequence[int]) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

@@ -17,14 +17,14 @@ from benchmarks.job import Job
 from benchmarks.lines import is_over, parse
 
 ROOT = Path(__file__).parent.parent
-# What a peer's environment has to hold: what is imported, and what to install for it. torch comes first everywhere.
+# What a peer's environment has to hold: what is imported, and what to install for it besides torch.
 PEERS: dict[str, tuple[tuple[str, ...], str]] = {
-    "eager": (("torch", "fairscale"), "torch fairscale"),
-    "hf_compiled": (("torch", "transformers", "safetensors"), "torch transformers safetensors"),
-    "hf": (("torch", "transformers", "safetensors"), "torch transformers safetensors"),
-    "llama_cpp": (("torch", "llama_cpp", "gguf"), "torch gguf llama-cpp-python"),
-    "openvino": (("torch", "openvino", "optimum.intel", "safetensors"), "torch openvino optimum-intel"),
-    "ctranslate2": (("torch", "ctranslate2", "transformers", "safetensors"), "torch ctranslate2 transformers"),
+    "eager": (("torch", "fairscale"), "fairscale"),
+    "hf_compiled": (("torch", "transformers", "safetensors"), "transformers safetensors"),
+    "hf": (("torch", "transformers", "safetensors"), "transformers safetensors"),
+    "llama_cpp": (("torch", "llama_cpp", "gguf"), "gguf llama-cpp-python"),
+    "openvino": (("torch", "openvino", "optimum.intel", "safetensors"), "openvino optimum-intel"),
+    "ctranslate2": (("torch", "ctranslate2", "transformers", "safetensors"), "ctranslate2 transformers safetensors"),
 }
 CPU_ONLY = ("llama_cpp", "openvino", "ctranslate2")  # as they are measured here
 
@@ -110,10 +110,14 @@ def _run(command: list[str], job: Job, on_figure: OnFigure) -> Figures:
             command, cwd=ROOT, env=_environment(job), stdout=subprocess.PIPE, stderr=errors, text=True
         ) as process:
             assert process.stdout is not None
-            for line in process.stdout:
-                if parsed := parse(line):
-                    figures[parsed[0]] = parsed[1]
-                    on_figure(*parsed)
+            try:
+                for line in process.stdout:
+                    if parsed := parse(line):
+                        figures[parsed[0]] = parsed[1]
+                        on_figure(*parsed)
+            except BaseException:
+                process.kill()
+                raise
         if process.returncode:
             raise RuntimeError(_last_words(process.returncode, errors))
     return figures

@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.report import OURS, Line
+from benchmarks.report import OURS, Line, number
 
 TITLES = {
     "decode_1": "decode, batch 1",
@@ -42,7 +42,7 @@ def _panel(axes: Axes, lines: Sequence[Line], title: str, labels: dict[str, str]
     above = [max(line.values) - line.median for line in lines]
     colors = ["tab:blue" if name in OURS else "tab:gray" for name in names]
     bars = axes.bar(names, medians, width=0.7, yerr=(below, above), color=colors, capsize=3)
-    axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
+    axes.bar_label(bars, labels=[number(median) for median in medians], fontsize=8, padding=2)
     axes.set_title(title, fontsize=9)
     axes.set_ylabel(lines[0].unit, fontsize=8)
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)

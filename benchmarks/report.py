@@ -26,6 +26,18 @@ _UNITS = {  # by the first word of a figure's name
 }
 
 
+_LEGEND = """\
+ours, alone   this library in a build for the largest batch, and in one for a single row; published: a ragged batch as
+              Meta's published code steps it, with plain layers; machine: its memory and arithmetic
+load          from the start of building or opening the network; imports are not counted
+first_token   from there to the first token of a prompt of 16
+ragged_...    first tokens of 8 prompts of 8 to 256 tokens
+memory_...    before: resident with everything imported; planned: what Llama.build counts on
+peak_memory   resident, with libraries and mapped files
+share_of_...  of the median step, of plain reading in turn with it, of the best matrix product\
+"""
+
+
 @dataclass(frozen=True)
 class Line:
     """One figure over the rounds.
@@ -96,7 +108,15 @@ def json_lines(lines: Sequence[Line], context: dict[str, Any]) -> str:
 
 def page(title: str, versions: dict[str, str], lines: Sequence[Line], ratios: Sequence[Line]) -> str:
     """The whole report, to be read."""
-    return "\n".join([title, *(f"{e}: {v}" for e, v in versions.items()), "", table(lines), "", ratio_table(ratios)])
+    head = [title, *(f"{engine}: {version}" for engine, version in versions.items())]
+    return "\n".join([*head, "", table(lines), "", ratio_table(ratios), "", _unsteady(lines), _LEGEND])
+
+
+def _unsteady(lines: Sequence[Line]) -> str:
+    """The figures that differed most between the rounds: medians hide it."""
+    moved = [line for line in lines if max(line.values) > 1.5 * min(line.values)]
+    ranges = [f"{line.engine} {line.figure} {number(min(line.values))} to {number(max(line.values))}" for line in moved]
+    return "\n".join(["differed by half or more between rounds: " + ("none" if not ranges else ""), *ranges, ""])
 
 
 def table(lines: Sequence[Line]) -> str:
@@ -106,20 +126,20 @@ def table(lines: Sequence[Line]) -> str:
     rows = [["median", "unit", *engines]]
     for figure in dict.fromkeys(line.figure for line in lines):
         cells = [found.get((figure, engine)) for engine in engines]
-        rows.append([figure, unit_of(figure), *("" if cell is None else _number(cell.median) for cell in cells)])
+        rows.append([figure, unit_of(figure), *("" if cell is None else number(cell.median) for cell in cells)])
     return _aligned(rows)
 
 
 def ratio_table(lines: Sequence[Line]) -> str:
     """A row a ratio: min, median and max over the rounds."""
-    rows = [["times as good", "", "min", "median", "max"]]
+    rows = [["times as good, in each round", "", "min", "median", "max"]]
     rows += [
-        [line.engine, line.figure, *map(_number, (min(line.values), line.median, max(line.values)))] for line in lines
+        [line.engine, line.figure, *map(number, (min(line.values), line.median, max(line.values)))] for line in lines
     ]
     return _aligned(rows)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
@@ -137,4 +157,4 @@ def _aligned(rows: list[list[str]]) -> str:
 def shown(figure: str, value: float) -> str:
     """A single value as the tables would show it."""
     unit = unit_of(figure)
-    return f"{_number(value / _SCALES.get(unit, 1))} {unit}"
+    return f"{number(value / _SCALES.get(unit, 1))} {unit}"

@@ -18,7 +18,6 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
     sys.path[0] = str(Path(__file__).parent.parent)
 
-import fire
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -27,6 +26,7 @@ from benchmarks.machine import cpu_model
 from benchmarks.shapes import SHAPES, write_checkpoint, write_tokenizer
 from llama import Llama
 from llama.stepping import PlainStepper
+from llama.tools.commandline import run
 
 STEPS = 10  # that are profiled
 TURNS, REPEATS = 5, 5  # of steps, their products and plain reading; how often each in its turn
@@ -50,11 +50,15 @@ def main(
         shape: tiny, 1b, 7b or 13b.
         batch: rows of a step.
         context: tokens in the cache before the first of the steps.
+        device: "cpu" or "cuda".
+        dtype: "bfloat16", "float16" or "float32".
         max_batch_size: of the build; None for `batch`.
         threads: None for torch's choice.
         rows: of the table.
         ckpt_dir: a checkpoint of that shape in one file, if there is one already.
     """
+    if shape not in SHAPES:
+        raise ValueError(f"shape is {shape!r}; it takes {', '.join(SHAPES)}")
     if threads:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +84,7 @@ def main(
     print(f"{shape}, {dtype}, batch {batch} of {llama.model.params.max_batch_size}, context {context}: {where}")
     rate = f"{batch / seconds:.1f} tokens a second"
     print(f"a step takes {1e3 * seconds:.1f} ms ({1e3 * profiled:.1f} profiled): {rate}")
-    print(f"its {len(products)} products alone take {1e3 * in_products:.1f} ms")
+    print(f"its products alone take {1e3 * in_products:.1f} ms")
     rate = f"at the {bandwidth / 1e9:.1f} GB/s of plain reading"
     print(f"they read {products.n_bytes / 1e9:.2f} GB: {1e3 * products.n_bytes / bandwidth:.1f} ms {rate}")
     matmul = products.best_rate()
@@ -118,9 +122,6 @@ class _Products:
         shapes = [layer.weight.shape for projection in sizes for layer in projection.layers]
         self.n_bytes = self._dtype.itemsize * sum(map(math.prod, shapes))
         self.operations = 2.0 * batch * sum(map(math.prod, shapes))
-
-    def __len__(self) -> int:
-        return len(self._calls)
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -162,4 +163,4 @@ def table(recorded: profile, step_us: float, rows: int, *, on_cuda: bool) -> str
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

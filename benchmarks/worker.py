@@ -5,6 +5,7 @@ Knows the order of events, nothing of any engine.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 import time
@@ -41,6 +42,8 @@ def measure(module: ModuleType, job: Job) -> None:
     ticks_of(engine, job.prompts([FIRST_PROMPT]), 1)
     emit("first_token", time.perf_counter() - started)
     emit_over()
+    gc.collect()
+    gc.freeze()  # a search for garbage through all of torch takes 60 ms: in a timed step it would look like a slow one
     for line in sys.stdin:
         for name, value in _take_turn(engine, line.strip(), job):
             emit(name, value)

@@ -34,7 +34,7 @@ def memory_table(
     """A table of the memory that each rank needs and, for a device, the largest sizes that fit.
 
     Args:
-        ckpt_dir: folder of params.json and consolidated.NN.pth; or else
+        ckpt_dir: folder of params.json and consolidated.NN.pth.
         model: one of the published sizes, 7B, 13B or 70B.
         max_seq_len: as for `Llama.build`.
         max_batch_size: as for `Llama.build`.
