@@ -169,7 +169,7 @@ def _plotter() -> Callable[[Sequence[report.Line], dict[str, str], str, Path], N
 
 
 def _names(value: str | Sequence[str]) -> list[str]:
-    """Fire makes a tuple of "a,b", a str of "a" and of "a=/b,c=/d"."""
+    """A command line gives one str, other callers may give a list."""
     return [name for name in (value.split(",") if isinstance(value, str) else value) if name]
 
 

@@ -7,7 +7,6 @@ Nothing is fetched.
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import tempfile
@@ -119,9 +118,9 @@ class _Products:
         sizes = {p: p.layers[0].weight.size(1) for p in llama.model.projections}
         inputs = {size: weights.new_ones(batch, 1, size) for size in sizes.values()}
         self._calls = [(projection, inputs[size]) for projection, size in sizes.items()]
-        shapes = [layer.weight.shape for projection in sizes for layer in projection.layers]
-        self.n_bytes = self._dtype.itemsize * sum(map(math.prod, shapes))
-        self.operations = 2.0 * batch * sum(map(math.prod, shapes))
+        n_weights = sum(projection.n_weights for projection in sizes)
+        self.n_bytes = self._dtype.itemsize * n_weights
+        self.operations = 2.0 * batch * n_weights
 
     @torch.inference_mode()
     def __call__(self) -> None:

@@ -40,6 +40,10 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_every_figure_is_there_and_positive(lines: list[dict[str, Any]]) -> None:
     assert {line["figure"] for line in lines if line["engine"] == "ours"} >= OURS
+    assert {line["figure"] for line in lines if line["engine"] == "alone"} >= {
+        "decode_1",
+        "share_of_bandwidth_decode_1",
+    }
     assert {line["figure"] for line in lines if line["engine"] == "machine"} == {
         *("read_bandwidth", "read_file", "matmul_rate")
     }
