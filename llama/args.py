@@ -1,7 +1,4 @@
-"""The hyper-parameters of a Llama 2 network, validated, and every size that follows from them.
-
-Knows nothing of tensors, files or processes.
-"""
+"""The hyperparameters of a Llama 2 network, and every size that follows from them."""
 
 from __future__ import annotations
 
@@ -11,15 +8,16 @@ from dataclasses import dataclass, fields
 PREFILL_TOKENS = 1024  # enough to keep the arithmetic units busy; more cost memory
 
 
-@dataclass(frozen=True)
+@dataclass
 class ModelArgs:
-    """What `params.json` says of a network, with the two sizes that a run adds.
+    """The hyperparameters in `params.json`, and the two sizes of the KV cache.
 
-    Field names are those of the released `params.json`. `vocab_size=-1` stands for "the tokenizer's" and has to be
-    replaced before a network is built. `max_batch_size` and `max_seq_len` size the KV cache.
+    Field names and defaults are those of Meta's package. The fields may be assigned, and a subclass may add fields of
+    its own; `validate` is called when a network is made of them.
 
-    Raises:
-        ValueError: a field has the wrong type or range, or the head counts do not divide each other.
+    Attributes:
+        vocab_size: -1 stands for the tokenizer's number of pieces, and must be replaced before a network is made.
+        max_batch_size, max_seq_len: rows and positions of the KV cache.
     """
 
     dim: int = 4096
@@ -35,18 +33,37 @@ class ModelArgs:
     max_batch_size: int = 32
     max_seq_len: int = 2048
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
+    @classmethod
+    def of(cls, params: object) -> ModelArgs:
+        """`params` itself, or a `ModelArgs` of the fields that another project's arguments have by the same names.
+
+        Raises:
+            ValueError: a field has the wrong type or range, or the head counts do not divide each other.
+        """
+        if isinstance(params, ModelArgs):
+            args = params
+        else:
+            args = cls(**{f.name: getattr(params, f.name) for f in fields(cls) if hasattr(params, f.name)})
+        args.validate()
+        return args
+
+    def validate(self) -> None:
+        """Checks each field's type and range, and that they go together.
+
+        Raises:
+            ValueError: they do not; the message names the field and its value.
+        """
+        for field in fields(ModelArgs):
             _check_field(field.name, field.type, getattr(self, field.name))
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(
-                f"dim={self.dim} over n_heads={self.n_heads} does not give heads of a whole, even size, "
-                "which rotary embedding needs"
+                f"dim={self.dim} divided by n_heads={self.n_heads} must be a whole, even head size, "
+                "as rotary embedding needs"
             )
         if self.hidden_dim < 1:
-            raise ValueError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} leaves the feed-forward no hidden size")
+            raise ValueError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} leaves the feed-forward no hidden units")
         if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+            raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
 
     @property
     def head_dim(self) -> int:
@@ -59,11 +76,8 @@ class ModelArgs:
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward: 2/3 of 4 `dim`, scaled, rounded up to `multiple_of` (the released recipe)."""
-        hidden = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
-        return self.multiple_of * math.ceil(hidden / self.multiple_of)
+        """Width of the feed-forward."""
+        return feed_forward_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
     @property
     def prefill_tokens(self) -> int:
@@ -71,7 +85,7 @@ class ModelArgs:
         return min(self.max_batch_size * self.max_seq_len, max(self.max_seq_len, PREFILL_TOKENS))
 
     def check_shards(self, model_parallel_size: int) -> None:
-        """Raises ValueError, with the numbers, unless each of `model_parallel_size` ranks gets an equal whole part."""
+        """Raises ValueError, with the numbers, unless the network can be sharded evenly over that many ranks."""
         sizes = {
             "n_heads": self.n_heads,
             "n_kv_heads": self.kv_heads,
@@ -82,9 +96,20 @@ class ModelArgs:
         for name, size in sizes.items():
             if size % model_parallel_size:
                 raise ValueError(
-                    f"{name} ({size}) is not a multiple of the model-parallel size ({model_parallel_size}), "
-                    "so this network cannot be split over that many ranks"
+                    f"{name} ({size}) must be a multiple of the model-parallel size ({model_parallel_size}) "
+                    "for this network to be sharded over that many ranks"
                 )
+
+
+def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """2/3 of `hidden_dim`, times `ffn_dim_multiplier` if given, rounded up to a multiple of `multiple_of`.
+
+    SwiGLU has three matrices where a plain feed-forward has two: 2/3 of the width keeps the number of weights.
+    """
+    width = int(2 * hidden_dim / 3)
+    if ffn_dim_multiplier is not None:
+        width = int(ffn_dim_multiplier * width)
+    return multiple_of * math.ceil(width / multiple_of)
 
 
 def _check_field(name: str, annotation: object, value: object) -> None:
@@ -94,9 +119,9 @@ def _check_field(name: str, annotation: object, value: object) -> None:
     takes_float = "float" in str(annotation)
     number = isinstance(value, (int, float) if takes_float else int) and not isinstance(value, bool)
     if not number:
-        raise ValueError(f"{name} is {value!r}; it takes {'a number' if takes_float else 'a whole number'}")
+        raise ValueError(f"{name} must be {'a number' if takes_float else 'an integer'}, got {value!r:.80}")
     assert isinstance(value, (int, float))
     if name == "vocab_size" and value == -1:
         return
     if not 0 < value < 2**63:
-        raise ValueError(f"{name} is {value!r}; it takes a number above zero, below 2**63")
+        raise ValueError(f"{name} must be above 0 and below 2**63, got {value!r:.80}")

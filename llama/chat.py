@@ -1,14 +1,11 @@
-"""The Llama 2 chat template: from a dialog to the token ids that the chat models were tuned on.
-
-Knows nothing of the network or of generation.
-"""
+"""The Llama 2 chat template: from a dialog to the token ids that the chat models were tuned on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import PromptError, Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 
@@ -52,15 +49,15 @@ def _turns(dialog: Dialog) -> list[str]:
 
 
 def check_dialog(dialog: Dialog, name: str) -> None:
-    """Raises ValueError unless the turns are an optional system message, then user, assistant, ..., user.
+    """Raises PromptError unless the turns are an optional system message, then user, assistant, ..., user.
 
     Args:
         name: what the error calls the dialog, such as "dialogs[3]".
     """
-    if isinstance(dialog, (str, dict)) or not isinstance(dialog, Sequence):
-        raise ValueError(f"{name} is a {type(dialog).__name__}; a dialog is a list of messages")
+    if not isinstance(dialog, Sequence) or isinstance(dialog, str):
+        raise PromptError(f"{name} must be a list of messages, got a {type(dialog).__name__}")
     if not dialog:
-        raise ValueError(f"{name} is empty; a dialog takes at least one message of the user's")
+        raise PromptError(f"{name} is empty; a dialog takes at least one message of the user's")
     dialog = list(dialog)
     for i, message in enumerate(dialog):
         _check_message(message, f"{name}[{i}]")
@@ -68,12 +65,12 @@ def check_dialog(dialog: Dialog, name: str) -> None:
     for i, message in enumerate(dialog[with_system:]):
         takes = "assistant" if i % 2 else "user"
         if message["role"] != takes:
-            raise ValueError(
+            raise PromptError(
                 f"{name}[{i + with_system}] has role {message['role']!r} where {takes!r} is due; a dialog takes an "
                 "optional system message, then user and assistant in turn"
             )
     if dialog[-1]["role"] != "user":
-        raise ValueError(
+        raise PromptError(
             f"{name}[{len(dialog) - 1}], the last message, has role {dialog[-1]['role']!r}; the last one has to be "
             "the user's, which is what the model answers"
         )
@@ -81,8 +78,8 @@ def check_dialog(dialog: Dialog, name: str) -> None:
 
 def _check_message(message: object, name: str) -> None:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise ValueError(f"{name} is {message!r}; a message takes the keys 'role' and 'content'")
+        raise PromptError(f"{name} is {message!r}; a message takes the keys 'role' and 'content'")
     if message["role"] not in ("system", "user", "assistant"):
-        raise ValueError(f"{name} has role {message['role']!r}; it takes 'system', 'user' or 'assistant'")
+        raise PromptError(f"{name} has role {message['role']!r}; it takes 'system', 'user' or 'assistant'")
     if not isinstance(message["content"], str):
-        raise ValueError(f"{name} has content of type {type(message['content']).__name__}; it takes a str")
+        raise PromptError(f"{name} has content of type {type(message['content']).__name__}; it takes a str")

@@ -162,7 +162,7 @@ def model_args(ckpt_dir: str | Path, n_words: int, *, max_batch_size: int, max_s
     if params.get("vocab_size", -1) == -1:
         params["vocab_size"] = n_words
     try:
-        args = ModelArgs(**params)
+        args = ModelArgs.of(ModelArgs(**params))
     except ValueError as error:
         raise ValueError(f"{Path(ckpt_dir) / 'params.json'}: {error}") from error
     if args.vocab_size != n_words:
@@ -170,7 +170,7 @@ def model_args(ckpt_dir: str | Path, n_words: int, *, max_batch_size: int, max_s
             f"{Path(ckpt_dir) / 'params.json'} has vocab_size={args.vocab_size}, but the tokenizer has {n_words} "
             "pieces; give the tokenizer.model that this checkpoint was trained with"
         )
-    return replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    return ModelArgs.of(replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len))
 
 
 def load_shard(path: Path, args: ModelArgs, model_parallel_size: int) -> dict[str, Tensor]:

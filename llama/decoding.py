@@ -1,7 +1,7 @@
 """The one loop that generates: prompts go into rows of the KV cache, each step adds a token to every row.
 
-The prompts at work are the first rows of the cache, without gaps: where one ends, the last moves into its place, and
-the next waiting prompt is prefilled behind it while the others stand. Knows nothing of text.
+The running prompts are the first rows of the cache, without gaps: where one ends, the last moves into its place, and
+the next waiting prompt is prefilled behind it while the others stand. This is continuous batching.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from llama.model import Transformer
+from llama.runner import ModelRunner
 from llama.runtime import agree, broadcast_from_first, is_first_of_group, to_device, to_host
 from llama.sampling import Sampler
-from llama.stepping import PlainStepper, Stepper
+from llama.stepping import Stepper
 
 FinishReason = Literal["stop", "length"]
-# What a prefill pass costs whatever its size, in positions: reading the weights, and on a GPU launching the kernels.
-PASS_COST = {"cpu": 32}
 _LOGPROB_POSITIONS = 512  # positions whose logits are held at a time when whole prompts are scored
 
 
@@ -49,9 +47,9 @@ class _Row:
 
     prompt: int
     lane: int  # which numbers of the random stream are its own
-    length: int  # number of its tokens in the cache
+    tokens: list[int]  # of the prompt and the completion so far
+    length: int  # number of its tokens in the cache, from the first one on
     left: int  # number of tokens that it may still bring
-    token: int = -1  # the newest one, which is not in the cache yet
     ended: bool = False
 
 
@@ -86,7 +84,7 @@ class _Tokens:
 
 @torch.inference_mode()
 def decode(
-    model: Transformer,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     sampler: Sampler,
     *,
@@ -99,43 +97,47 @@ def decode(
 ) -> Iterator[Step]:
     """Generates for any number of prompts, as many at a time as the cache has rows.
 
+    Between two steps others may use the model: what they overwrote in the cache is computed anew.
+
     Args:
         prompts: token ids, checked by the caller; each at most `max_seq_len` long.
         lanes: those of the sampler's lanes that this replica's rows draw from, one a row of the cache that is used.
         max_gen_len: most tokens a prompt brings; the end of the cache's row may come first.
         ends: asked with a prompt's place and its newest token whether the prompt shall end there.
-        stepper: takes the steps; None for a `PlainStepper`.
+        stepper: takes the steps of an unmodified network; None for plain calls.
 
     Yields:
         The steps of each prompt in order, those of different prompts interleaved.
     """
-    stepper = stepper or PlainStepper(model)
+    runner = ModelRunner(model, stepper)
     waiting = deque(enumerate(prompts))
     free_lanes = list(lanes)
     heapq.heapify(free_lanes)
     rows: list[_Row] = []
-    under_way: _Tokens | None = None  # a step that started before the one in front of it was booked
+    in_flight: _Tokens | None = None  # a step that started before the tokens in front of it were known to the host
     try:
         while waiting or rows:
-            if tokens := under_way:
-                under_way = None
-            elif new := _admit(model, waiting, rows, free_lanes, max_gen_len):
-                logits = model.logits(_prefill(model, prompts, new, len(rows) - len(new)))
+            if tokens := in_flight:
+                in_flight = None
+            elif new := _admit(runner, waiting, rows, free_lanes, max_gen_len):
+                _restore(runner, rows[: len(rows) - len(new)])
+                first = len(rows) - len(new)
+                logits = runner.prefill([row.tokens for row in new], range(first, len(rows)))
                 tokens = _Tokens.choose(logits, new, sampler, logprobs)
             else:
-                newest = to_device([row.token for row in rows], model.norm.weight.device)
-                tokens = _Tokens.choose(_step(stepper, rows, newest), rows, sampler, logprobs)
-            if stepper.looks_ahead and not waiting and len(tokens.rows) == len(rows) and _all_go_on(rows):
-                logits = _step(stepper, rows, tokens.chosen)
-                under_way = _Tokens.choose(logits, rows, sampler, logprobs)
+                newest = to_device([row.tokens[-1] for row in rows], runner.device)
+                tokens = _Tokens.choose(_step(runner, rows, newest), rows, sampler, logprobs)
+            if runner.looks_ahead and not waiting and len(tokens.rows) == len(rows) and _all_go_on(rows):
+                logits = _step(runner, rows, tokens.chosen)
+                in_flight = _Tokens.choose(logits, rows, sampler, logprobs)
             for row, token, score in tokens.on_host():
                 if not row.ended:
                     yield _advance(row, token, score, eos_id, ends)
-            if not under_way or all(row.ended for row in rows):
-                for row in _compact(model, rows):
+            if not in_flight or all(row.ended for row in rows):
+                for row in _compact(runner, rows):
                     heapq.heappush(free_lanes, row.lane)
     finally:
-        if under_way:
+        if in_flight:
             sampler.step_back()
 
 
@@ -152,8 +154,12 @@ class StepsInStep:
         self._over = False
 
     def __iter__(self) -> Iterator[Step]:
-        while not self._over and (step := self._advance()):
+        while step := self.take():
             yield step
+
+    def take(self) -> Step | None:
+        """The next step; None once there are no more."""
+        return None if self._over else self._advance()
 
     def close(self) -> None:
         if self._first and not self._over:
@@ -169,84 +175,45 @@ class StepsInStep:
 
 
 def _admit(
-    model: Transformer,
+    runner: ModelRunner,
     waiting: deque[tuple[int, Sequence[int]]],
     rows: list[_Row],
     free_lanes: list[int],
     max_gen_len: int,
 ) -> list[_Row]:
-    """Takes waiting prompts into free rows of the cache, behind those at work; returns the new rows."""
-    new = []
+    """Takes waiting prompts into free rows of the cache, behind the running ones; returns the new rows.
+
+    Where the network takes one position for all rows, only prompts of one length go together.
+    """
+    if runner.one_position and rows:
+        return []
+    new: list[_Row] = []
+    passed_over: list[tuple[int, Sequence[int]]] = []
     while waiting and free_lanes:
-        index, prompt = waiting.popleft()
-        room = model.params.max_seq_len - len(prompt)
-        new.append(_Row(index, heapq.heappop(free_lanes), len(prompt), left=min(max_gen_len, room)))
+        place, prompt = waiting.popleft()
+        if runner.one_position and new and len(prompt) != new[0].length:
+            passed_over.append((place, prompt))
+            continue
+        left = min(max_gen_len, runner.max_seq_len - len(prompt))
+        new.append(_Row(place, heapq.heappop(free_lanes), list(prompt), len(prompt), left))
+    waiting.extendleft(reversed(passed_over))
     rows += new
     return new
 
 
-def _prefill(model: Transformer, prompts: Sequence[Sequence[int]], new: list[_Row], first_row: int) -> Tensor:
-    """Puts the new rows' prompts into the cache, from `first_row` on; returns their last hidden states (bsz, dim)."""
-    last: dict[int, Tensor] = {}
-    for group in _groups(model, [prompts[row.prompt] for row in new]):
-        h = prefill(model, [prompts[new[i].prompt] for i in group], rows=[first_row + i for i in group])
-        for i, states in zip(group, h, strict=True):
-            last[i] = states[new[i].length - 1].clone()  # a view would keep the whole pass alive
-    return torch.stack([last[i] for i in range(len(new))])
-
-
-def prefill(model: Transformer, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
-    """One pass over right-padded prompts into those rows of the cache: hidden states (bsz, longest, dim).
-
-    Padding stands behind a row's tokens, where causal attention keeps it from them; what it leaves in the cache is
-    overwritten before any later token attends there.
-    """
-    device = model.norm.weight.device
-    width = max(map(len, prompts))
-    tokens = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
-    return model.hidden_states(tokens, 0, kv_len=width, rows=torch.tensor(rows, device=device))
-
-
-def prefill_groups(lengths: Sequence[int], most_positions: int, pass_cost: int) -> list[list[int]]:
-    """Splits prompts into passes of like lengths, such that padding and passes together cost least.
-
-    Args:
-        lengths: of the prompts.
-        most_positions: that a pass may have, padding counted, unless it is of one prompt.
-        pass_cost: what each pass costs besides its positions, in positions.
-
-    Returns:
-        The places of each pass's prompts.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    best: list[tuple[int, int]] = [(0, 0)]  # for the first n prompts in order: the least cost, the last pass's start
-    for end in range(1, len(order) + 1):
-        costs = []
-        for start in range(end):
-            positions = lengths[order[start]] * (end - start)
-            if positions <= most_positions or end - start == 1:
-                costs.append((best[start][0] + positions + pass_cost, start))
-        best.append(min(costs))
-    groups: list[list[int]] = []
-    end = len(order)
-    while end:
-        start = best[end][1]
-        groups.append(order[start:end])
-        end = start
-    return groups[::-1]
-
-
-def _groups(model: Transformer, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    device = model.norm.weight.device.type
-    return prefill_groups([len(prompt) for prompt in prompts], model.params.prefill_tokens, PASS_COST.get(device, 512))
-
-
-def _step(stepper: Stepper, rows: list[_Row], newest: Tensor) -> Tensor:
+def _step(runner: ModelRunner, rows: list[_Row], newest: Tensor) -> Tensor:
     """Feeds each row's newest token (bsz,); returns the logits (bsz, vocab) that choose the next ones."""
+    _restore(runner, rows)
     lengths = [row.length for row in rows]
     for row in rows:
         row.length += 1
-    return stepper(newest, lengths)
+    return runner.step(newest, lengths)
+
+
+def _restore(runner: ModelRunner, rows: list[_Row]) -> None:
+    """Computes the rows' keys and values anew if another use of the model has overwritten them."""
+    if rows and runner.has_lost_cache():
+        runner.prefill([row.tokens[: row.length] for row in rows], range(len(rows)))
 
 
 def _all_go_on(rows: list[_Row]) -> bool:
@@ -255,27 +222,31 @@ def _all_go_on(rows: list[_Row]) -> bool:
 
 
 def _advance(row: _Row, token: int, logprob: float | None, eos_id: int, ends: Callable[[int, int], bool]) -> Step:
-    """Books the token to its row."""
+    """Records the token in its row."""
+    row.tokens.append(token)
     if row.left == 0 or token == eos_id:
         row.ended = True
         return Step(row.prompt, None, None, "stop" if row.left else "length")
-    row.token = token
     row.left -= 1
     stopped = ends(row.prompt, token)
     row.ended = stopped or row.left == 0
     return Step(row.prompt, token, logprob, "stop" if stopped else "length" if row.ended else None)
 
 
-def _compact(model: Transformer, rows: list[_Row]) -> list[_Row]:
-    """Removes the ended rows, moving rows from the end into the gaps; returns those removed."""
+def _compact(runner: ModelRunner, rows: list[_Row]) -> list[_Row]:
+    """Removes the ended rows, moving rows from the end into the gaps; returns those removed.
+
+    Where the network takes one position for all rows, they stay until all have ended.
+    """
+    if runner.one_position and not all(row.ended for row in rows):
+        return []
     removed = [row for row in rows if row.ended]
     for i in reversed(range(len(rows))):
         if rows[i].ended:
             last = rows.pop()
             if i < len(rows):
                 rows[i] = last
-                for cache in model.caches:
-                    cache.move_row(len(rows), i, last.length)
+                runner.move_row(len(rows), i, last.length)
     return removed
 
 
@@ -285,24 +256,29 @@ def _logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def score(model: Transformer, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+def score(model: Any, texts: Sequence[Sequence[int]]) -> list[list[float]]:
     """The log-probability of each token given those before it; 0.0 for the first of each text, which has none.
 
     Uses the cache from its first row on, as many texts at a time as it has rows.
     """
+    runner = ModelRunner(model)
     scores: list[list[float]] = [[] for _ in texts]
-    n_rows = model.params.max_batch_size
-    for start in range(0, len(texts), n_rows):
-        chunk = texts[start : start + n_rows]
-        for group in _groups(model, chunk):
-            h = prefill(model, [chunk[i] for i in group], rows=range(len(group)))
-            for i, states in zip(group, h, strict=True):
-                scores[start + i] = [0.0, *_score_text(model, states, chunk[i])]
+    for start in range(0, len(texts), runner.max_batch_size):
+        chunk = texts[start : start + runner.max_batch_size]
+        for group in runner.groups([len(text) for text in chunk]):
+            for i, logprobs in zip(group, _score_group(runner, [chunk[i] for i in group]), strict=True):
+                scores[start + i] = logprobs
     return scores
 
 
-def _score_text(model: Transformer, states: Tensor, text: Sequence[int]) -> list[float]:
-    """Log-probabilities of text[1:], from hidden states (at least len(text), dim)."""
-    targets = torch.tensor(text[1:], device=states.device)
-    parts = zip(states[: len(targets)].split(_LOGPROB_POSITIONS), targets.split(_LOGPROB_POSITIONS), strict=True)
-    return [score for h, target in parts for score in _logprobs_of(model.logits(h), target).tolist()]
+def _score_group(runner: ModelRunner, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """`score` of texts in one batch, right-padded: causal attention keeps padding from the tokens in front of it."""
+    scores = [[0.0] for _ in texts]
+    tokens = runner.pad(texts)
+    n_positions = max(1, _LOGPROB_POSITIONS // len(texts))
+    for start in range(0, tokens.size(1) - 1, n_positions):
+        targets = tokens[:, start + 1 : start + 1 + n_positions]
+        logits = runner.run(tokens[:, start : start + targets.size(1)], start)
+        for text, row, logprobs in zip(texts, scores, _logprobs_of(logits, targets).tolist(), strict=True):
+            row += logprobs[: max(0, len(text) - 1 - start)]
+    return scores

@@ -1,28 +1,36 @@
 """Llama: a network and its tokenizer, driven to complete prompts and dialogs.
 
-Every public call drains one generator of steps, `decoding.decode`. Knows nothing of shard axes or the cache's layout.
+Every public call drains one generator of steps, `decoding.decode`.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from llama import runtime
 from llama.args import ModelArgs
-from llama.chat import UNSAFE_ERROR, Dialog
-from llama.checkpoint import find_shards, load_shard, model_args, move, page_release
+from llama.chat import (
+    B_INST,
+    B_SYS,
+    E_INST,
+    E_SYS,
+    SPECIAL_TAGS,
+    UNSAFE_ERROR,
+    Dialog,
+    Message,
+    Role,
+)
+from llama.checkpoint import find_shards, model_args
 from llama.decoding import Step, StepsInStep, decode, score
+from llama.loading import Timings, load_model
 from llama.memory import available_memory, check_memory, out_of_memory_explained
-from llama.model import Transformer
-from llama.projection import can_pack
 from llama.prompts import (
     check_prompts,
     encode_checked_dialog,
@@ -41,35 +49,63 @@ from llama.request import (
     check_seed,
     completion_prediction,
 )
-from llama.sampling import Sampler
-from llama.stepping import choose_stepper
+from llama.runner import device_of, dtype_of, use_of
+from llama.sampling import Sampler, sample_top_p
+from llama.stepping import Stepper, choose_stepper
 from llama.text import GrowingText
 from llama.tokenizer import Tokenizer
+
+__all__ = [
+    "B_INST",
+    "B_SYS",
+    "E_INST",
+    "E_SYS",
+    "SPECIAL_TAGS",
+    "UNSAFE_ERROR",
+    "ChatPrediction",
+    "CompletionPrediction",
+    "Dialog",
+    "Llama",
+    "Message",
+    "Role",
+    "sample_top_p",
+]
 
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
+_built_in_sample_top_p = sample_top_p
 
 
 class Llama:
     """Completes prompts and dialogs. `Llama.build` makes one from a checkpoint.
 
-    Under torchrun every rank makes the same calls with the same arguments, and gets the same results.
+    Calls from several threads are served one after another, and each gets what it would get alone. Streams and other
+    calls go side by side: a stream whose part of the KV cache was overwritten computes it anew. Several objects that
+    share a model take turns too. Training, edits and direct calls of the model in another thread need a lock of the
+    caller's.
+
+    Under torchrun every rank makes the same calls with the same arguments, from one thread, and gets the same results.
+    Ranks whose calls differ all raise RuntimeError.
 
     Args:
-        model: the network, loaded.
+        model: a loaded `Transformer`, or any object with `forward(tokens, start_pos)`, which returns logits (bsz,
+            seqlen, vocab), and `params` with `max_batch_size`, `max_seq_len` and `vocab_size`.
         tokenizer: the one that it was trained with.
-        seed: starts the stream of random numbers that calls without a seed of their own draw from.
+        seed: for torch's default generators, as in `build`; None leaves them as they are.
         cuda_graphs: as in `build`.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1, cuda_graphs: bool = True) -> None:
-        check_seed(seed)
+    model: Any
+    tokenizer: Tokenizer
+    stepper: Stepper | None = None  # here for subclasses that do not call `__init__`
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, *, seed: int | None = None, cuda_graphs: bool = True) -> None:
+        if seed is not None:
+            torch.manual_seed(check_seed(seed))
         self.model = model
         self.tokenizer = tokenizer
         self.stepper = choose_stepper(model, cuda_graphs=cuda_graphs)
-        self._generator = self._new_generator(seed)
-        self._calls = 0  # a call takes the cache over; a stream from before it cannot go on
 
     @staticmethod
     def build(
@@ -78,7 +114,7 @@ class Llama:
         max_seq_len: int,
         max_batch_size: int,
         model_parallel_size: int | None = None,
-        seed: int = 1,
+        seed: int | None = 1,
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -92,7 +128,8 @@ class Llama:
             max_seq_len: most tokens of a prompt and its completion; with `max_batch_size` it sizes the KV cache.
             max_batch_size: most prompts that are worked on at a time.
             model_parallel_size: number of ranks that share the network; None: all processes (`WORLD_SIZE`, else 1).
-            seed: of sampling.
+            seed: for torch's default generators, which calls without a seed of their own draw from; None leaves
+                them as they are.
             device: "cpu", "cuda", "cuda:N" or "mps"; None: the fastest there is, by `LOCAL_RANK` among several.
             dtype: "float16", "bfloat16" or "float32", of weights and cache; None: bfloat16 on CPU, else float16.
             cuda_graphs: whether steps on CUDA are captured once and replayed; elsewhere it makes no difference.
@@ -103,8 +140,9 @@ class Llama:
             ValueError: an argument, `params.json` or a tensor is not what it should be.
             MemoryError: weights, cache and activations do not fit on the device.
         """
-        laps = _Laps()
-        check_seed(seed)
+        timings = Timings()
+        if seed is not None:
+            check_seed(seed)
         mp = runtime.resolve_model_parallel_size(model_parallel_size)
         shards = find_shards(ckpt_dir, mp)
         tokenizer = Tokenizer(tokenizer_path)
@@ -113,22 +151,22 @@ class Llama:
         device = runtime.select_device(device)
         dtype = runtime.select_dtype(dtype, device)
         check_memory(args, mp, dtype, available_memory(device) // runtime.processes_on(device), str(device))
-        laps("checks")
+        timings("checks")
         runtime.share_cores()
         runtime.init_process_groups(mp, device)
-        laps("process group")
+        timings("process group")
         with out_of_memory_explained(args, mp, dtype, str(device)):
-            model = _load_model(shards[runtime.model_parallel_rank()], args, mp, device, dtype, laps)
+            model = load_model(shards[runtime.model_parallel_rank()], args, mp, device, dtype, timings)
         generator = Llama(model, tokenizer, seed=seed, cuda_graphs=cuda_graphs)
         if runtime.is_first_rank():
-            parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in laps.seconds.items())
-            total = sum(laps.seconds.values())
-            logger.info("Loaded in %.2f seconds (%s)", total, parts, extra={"parts": laps.seconds})
+            parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in timings.seconds.items())
+            total = sum(timings.seconds.values())
+            logger.info("Loaded in %.2f seconds (%s)", total, parts, extra={"parts": timings.seconds})
         return generator
 
     def generate(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: Iterable[Iterable[int]],
         max_gen_len: int,
         temperature: float = 0.6,
         top_p: float = 0.9,
@@ -140,30 +178,38 @@ class Llama:
         """Completes prompts of token ids.
 
         Args:
-            prompt_tokens: any number of prompts, each of 1 to `max_seq_len` ids; `max_batch_size` of them are worked
-                on at a time.
-            max_gen_len: most tokens a prompt brings; `max_seq_len` less its own may be fewer.
-            temperature: 0 takes the likeliest token; otherwise the logits are divided by it before the softmax.
-            top_p: draws from the smallest set of tokens whose mass exceeds it.
+            prompt_tokens: any number of prompts, each of 1 to `max_seq_len` ids; lists, arrays or tensors.
+                `max_batch_size` of them run at a time (continuous batching).
+            max_gen_len: maximum number of new tokens per prompt; a row of the cache may have room for fewer. With 0,
+                nothing is generated, and `echo` and `logprobs` together score the prompts.
+            temperature: 0 for greedy decoding; otherwise the logits are divided by it before the softmax.
+            top_p: draws from the smallest set of tokens whose probabilities exceed it in sum (nucleus sampling).
             logprobs: whether to return log-probabilities too: log-softmax of the raw logits of each returned token
                 given what precedes it; 0.0 for the first token of an echoed prompt.
             echo: whether the prompt is returned in front.
-            seed: of this call alone; None goes on in the stream that `build` seeded.
+            seed: of this call alone; None draws from torch's default generator of the device, which `build` and
+                `torch.manual_seed` seed.
 
         Returns:
             The ids of each row, up to its first generated EOS, and their log-probabilities or None.
 
         Raises:
-            ValueError: an argument is out of its range, said with what was got; nothing was computed.
+            PromptError: an argument is out of its range; nothing was computed. It is a ValueError, and an
+                AssertionError as Meta's package raises.
         """
-        request = Request(temperature, top_p, max_gen_len, logprobs, echo, seed=seed)
         args = self.model.params
-        rows = self._complete(check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len), request)
+
+        def check() -> tuple[list[list[int]], Request]:
+            request = Request(temperature, top_p, max_gen_len, logprobs, echo, seed=seed)
+            return check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len), request
+
+        prompts, request = self._same_on_all_ranks("generate", check)
+        rows = self._complete(prompts, request)
         return [row.tokens for row in rows], [row.logprobs for row in rows] if logprobs else None
 
     def text_completion(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -183,13 +229,18 @@ class Llama:
             For each prompt `{"generation": text, "finish_reason": "stop" or "length"}`; with logprobs also "tokens",
             strings that joined give the text, and their "logprobs".
         """
-        request = Request(temperature, top_p, self._max_gen_len(max_gen_len), logprobs, echo, stop, seed)
-        rows = self._complete(self._encode(prompts, "prompts"), request)
+
+        def check() -> tuple[list[list[int]], Request]:
+            request = Request(temperature, top_p, self._max_gen_len(max_gen_len), logprobs, echo, stop, seed)
+            return self._encode(prompts, "prompts"), request
+
+        ids, request = self._same_on_all_ranks("text_completion", check)
+        rows = self._complete_texts(ids, request)
         return [completion_prediction(row, request) for row in rows]
 
     def chat_completion(
         self,
-        dialogs: Sequence[Dialog],
+        dialogs: Iterable[Dialog],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -210,9 +261,13 @@ class Llama:
             For each dialog `{"generation": {"role": "assistant", "content": text}, "finish_reason": ...}`; with
             logprobs also "tokens" and "logprobs".
         """
-        request = Request(temperature, top_p, self._max_gen_len(max_gen_len), logprobs, stop=stop, seed=seed)
-        prompts = encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len)
-        rows = iter(self._complete([prompt for prompt in prompts if prompt is not None], request))
+
+        def check() -> tuple[list[list[int] | None], Request]:
+            request = Request(temperature, top_p, self._max_gen_len(max_gen_len), logprobs, stop=stop, seed=seed)
+            return encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len), request
+
+        prompts, request = self._same_on_all_ranks("chat_completion", check)
+        rows = iter(self._complete_texts([prompt for prompt in prompts if prompt is not None], request))
         return [chat_prediction(None if prompt is None else next(rows), request) for prompt in prompts]
 
     def stream_text_completion(
@@ -228,10 +283,16 @@ class Llama:
     ) -> Generator[str, None, None]:
         """Completes one text, yielding it as it settles; the pieces joined are what `text_completion` returns.
 
-        The iterator may be closed early. A later call on this object ends it: its next piece is a RuntimeError.
+        The iterator may be closed early. Other calls may come between its pieces, also from other threads; computing
+        its place in the KV cache anew then costs a prefill, and outside of float32 may round differently.
         """
-        request = Request(temperature, top_p, self._max_gen_len(max_gen_len), echo=echo, stop=stop, seed=seed)
-        return self._stream(encode_text(prompt, "prompt", self.tokenizer, self.model.params.max_seq_len), request)
+
+        def check() -> tuple[list[int], Request]:
+            request = Request(temperature, top_p, self._max_gen_len(max_gen_len), echo=echo, stop=stop, seed=seed)
+            return encode_text(prompt, "prompt", self.tokenizer, self.model.params.max_seq_len), request
+
+        ids, request = self._same_on_all_ranks("stream_text_completion", check)
+        return self._stream(ids, request)
 
     def stream_chat_completion(
         self,
@@ -244,11 +305,16 @@ class Llama:
         seed: int | None = None,
     ) -> Generator[str, None, None]:
         """Answers one dialog, yielding the answer as it settles; otherwise as `stream_text_completion`."""
-        request = Request(temperature, top_p, self._max_gen_len(max_gen_len), stop=stop, seed=seed)
-        prompt = encode_checked_dialog(dialog, "dialog", self.tokenizer, self.model.params.max_seq_len)
+
+        def check() -> tuple[list[int] | None, Request]:
+            request = Request(temperature, top_p, self._max_gen_len(max_gen_len), stop=stop, seed=seed)
+            max_seq_len = self.model.params.max_seq_len
+            return encode_checked_dialog(dialog, "dialog", self.tokenizer, max_seq_len), request
+
+        prompt, request = self._same_on_all_ranks("stream_chat_completion", check)
         return _refusal() if prompt is None else self._stream(prompt, request)
 
-    def score(self, texts: Sequence[str], contexts: Sequence[str] | None = None) -> list[Score]:
+    def score(self, texts: Iterable[str], contexts: Iterable[str] | None = None) -> list[Score]:
         """The log-probability of texts, or of completions given their contexts, without generating.
 
         Args:
@@ -259,40 +325,74 @@ class Llama:
             For each text `{"logprob": the sum, "tokens": strings, "logprobs": floats}` over its scored tokens. BOS
             stands before the first token and is not scored.
         """
-        if contexts is None:
-            whole = self._encode(texts, "texts")
-            known = [1] * len(whole)  # BOS
-        else:
-            whole, known = encode_continuations(contexts, texts, self.tokenizer, self.model.params.max_seq_len)
-        scores = self.score_tokens(whole)
+
+        def check() -> tuple[list[list[int]], list[int]]:
+            if contexts is not None:
+                return encode_continuations(contexts, texts, self.tokenizer, self.model.params.max_seq_len)
+            ids = self._encode(texts, "texts")
+            return ids, [1] * len(ids)  # BOS is known
+
+        whole, known = self._same_on_all_ranks("score", check)
+        scores = self._score_all(whole)
         scored = [
             (self.tokenizer.pieces(tokens)[n:], logprobs[n:])
             for tokens, logprobs, n in zip(whole, scores, known, strict=True)
         ]
         return [Score(logprob=sum(logprobs, 0.0), tokens=tokens, logprobs=logprobs) for tokens, logprobs in scored]
 
-    def score_tokens(self, prompt_tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+    def score_tokens(self, prompt_tokens: Iterable[Iterable[int]]) -> list[list[float]]:
         """The log-probability of each id given those before it; 0.0 for the first of each row, which has none before.
 
         Args:
             prompt_tokens: any number of rows, each of 1 to `max_seq_len` ids.
         """
         args = self.model.params
-        rows = check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len)
-        self._calls += 1
-        return self._spread(rows, self._score)
+        rows = self._same_on_all_ranks(
+            "score_tokens", lambda: check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len)
+        )
+        return self._score_all(rows)
+
+    def _score_all(self, rows: list[list[int]]) -> list[list[float]]:
+        with self._turn():
+            return self._spread(rows, self._score)
+
+    def _complete_texts(self, prompts: list[list[int]], request: Request) -> list[Completion]:
+        """`_complete`, by way of `generate` where a subclass or an assignment replaced that."""
+        if prompts and (type(self).generate is not Llama.generate or "generate" in vars(self)):
+            return self._complete_by_generate(prompts, request)
+        return self._complete(prompts, request)
+
+    def _complete_by_generate(self, prompts: list[list[int]], request: Request) -> list[Completion]:
+        """What a replaced `generate`, called with the arguments that Meta's code passes, makes of the prompts."""
+        asked = {name: getattr(request, name) for name in ("max_gen_len", "temperature", "top_p", "logprobs", "echo")}
+        if request.seed is not None:
+            asked["seed"] = request.seed
+        tokens, logprobs = self.generate(prompt_tokens=prompts, **asked)
+        rows = []
+        for i, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
+            n_echoed = len(prompt) if request.echo else 0
+            text = GrowingText(self.tokenizer, request.stop, ids[:n_echoed])
+            for n_new, token in enumerate(ids[n_echoed:], start=1):
+                text.push(token)
+                if text.stopped:
+                    ids = ids[: n_echoed + n_new]
+            row = Completion(tokens=list(ids), logprobs=list(logprobs[i]) if logprobs else [])
+            limit = min(request.max_gen_len, self.model.params.max_seq_len - len(prompt))
+            row.finish_reason = "stop" if len(ids) - n_echoed < limit else "length"
+            rows.append(_with_text(row, text))
+        return rows
 
     def _complete(self, prompts: list[list[int]], request: Request) -> list[Completion]:
         """Completions of checked prompts, in their order; each replica works on its share."""
-        self._calls += 1
-        replica, n_replicas = runtime.replica()
-        n_lanes = min(len(prompts), self.model.params.max_batch_size * n_replicas)
-        sampler = Sampler(request.temperature, request.top_p, n_lanes, self._generator_for(request))
-        lanes = range(replica, n_lanes, n_replicas)
-        rows = self._spread(prompts, lambda mine: self._complete_share(mine, request, sampler, lanes))
-        most_steps = max(runtime.gather_replicas(sampler.steps))
-        sampler.skip_to(most_steps, self.model.params.vocab_size)  # all replicas go on at the same place
-        return rows
+        with self._turn():
+            replica, n_replicas = runtime.replica()
+            n_lanes = min(len(prompts), self.model.params.max_batch_size * n_replicas)
+            sampler = self._sampler(request, n_lanes)
+            lanes = range(replica, n_lanes, n_replicas)
+            rows = self._spread(prompts, lambda mine: self._complete_share(mine, request, sampler, lanes))
+            most_steps = max(runtime.gather_replicas(sampler.steps))
+            sampler.skip_to(most_steps, self.model.params.vocab_size)  # all replicas go on at the same place
+            return rows
 
     def _complete_share(
         self, prompts: list[list[int]], request: Request, sampler: Sampler, lanes: Sequence[int]
@@ -314,13 +414,7 @@ class Llama:
             if step.logprob is not None:
                 row.logprobs.append(step.logprob)
             row.finish_reason = step.finish_reason or row.finish_reason
-        for row, text in zip(rows, texts, strict=True):
-            text.finish()
-            if text.stopped:
-                row.finish_reason = "stop"
-            row.pieces = text.prefix_pieces + text.pieces
-            row.logprobs = row.logprobs[: len(row.pieces)]
-        return rows
+        return [_with_text(row, text) for row, text in zip(rows, texts, strict=True)]
 
     def _stream(self, prompt: list[int], request: Request) -> Generator[str, None, None]:
         pieces = self._pieces(prompt, request)
@@ -328,8 +422,6 @@ class Llama:
         return pieces
 
     def _pieces(self, prompt: list[int], request: Request) -> Generator[str, None, None]:
-        self._calls += 1
-        call = self._calls
         text = GrowingText(self.tokenizer, request.stop, prompt if request.echo else ())
         settled = deque(text.prefix_pieces)
 
@@ -337,22 +429,46 @@ class Llama:
             settled.append(text.push(token))
             return text.stopped
 
-        sampler = Sampler(request.temperature, request.top_p, 1, self._generator_for(request))
-        steps = self._decode([prompt], request, sampler, [0], ends)
+        steps = self._decode([prompt], request, self._sampler(request, 1), [0], ends)
         with closing(StepsInStep(steps)) as steps_in_step:
             yield ""
-            self._check_current(call)
-            for _ in steps_in_step:
+            while self._take_step(steps_in_step):
                 while settled:
                     if piece := settled.popleft():
                         yield piece
-                    self._check_current(call)
         if rest := text.finish():
             yield rest
 
-    def _check_current(self, call: int) -> None:
-        if call != self._calls:
-            raise RuntimeError("this stream ended when another call was made on the same Llama")
+    def _take_step(self, steps: StepsInStep) -> Step | None:
+        with self._turn():
+            return steps.take()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Has the model to itself: waits for the calls of other threads."""
+        use = use_of(self.model)
+        use.check_thread(several_ranks=runtime.model_parallel_size() > 1)
+        with use:
+            yield
+
+    def _same_on_all_ranks(self, name: str, check: Callable[[], Result]) -> Result:
+        """What `check` makes of a call's arguments; RuntimeError on all ranks if they differ, before any work."""
+        try:
+            checked = check()
+        except Exception:
+            runtime.compare_calls(None)
+            raise
+        runtime.compare_calls((name, checked))
+        return checked
+
+    def _sampler(self, request: Request, n_lanes: int) -> Sampler:
+        device = device_of(self.model)
+        if request.seed is None:
+            generator = runtime.default_generator(device)
+        else:
+            generator = torch.Generator(device).manual_seed(request.seed)
+        draw = None if sample_top_p is _built_in_sample_top_p else sample_top_p
+        return Sampler(request.temperature, request.top_p, n_lanes, generator, draw)
 
     def _decode(
         self,
@@ -362,6 +478,8 @@ class Llama:
         lanes: Sequence[int],
         ends: Callable[[int, int], bool],
     ) -> Iterator[Step]:
+        if request.max_gen_len == 0:
+            return
         with self._out_of_memory_explained():
             yield from decode(
                 self.model,
@@ -372,17 +490,20 @@ class Llama:
                 eos_id=self.tokenizer.eos_id,
                 logprobs=request.logprobs,
                 ends=ends,
-                stepper=self.stepper,
+                stepper=self._usable_stepper(),
             )
+
+    def _usable_stepper(self) -> Stepper | None:
+        usable = self.stepper is not None and self.stepper.serves(self.model)
+        return self.stepper if usable else None
 
     def _score(self, prompts: Sequence[list[int]]) -> list[list[float]]:
         with self._out_of_memory_explained():
             return score(self.model, prompts)
 
     def _out_of_memory_explained(self) -> AbstractContextManager[None]:
-        cached = self.model.caches[0].k
-        mp = runtime.model_parallel_size()
-        return out_of_memory_explained(self.model.params, mp, cached.dtype, str(cached.device))
+        args, mp = ModelArgs.of(self.model.params), runtime.model_parallel_size()
+        return out_of_memory_explained(args, mp, dtype_of(self.model), str(device_of(self.model)))
 
     def _spread(self, prompts: list[list[int]], work: Callable[[list[list[int]]], list[Result]]) -> list[Result]:
         """Has each replica do its share of the prompts; all get the results of all, in the prompts' order."""
@@ -390,48 +511,21 @@ class Llama:
         shares = runtime.gather_replicas(work(prompts[replica::n_replicas]))
         return [shares[i % n_replicas][i // n_replicas] for i in range(len(prompts))]
 
-    def _encode(self, texts: Sequence[str], name: str) -> list[list[int]]:
+    def _encode(self, texts: Iterable[str], name: str) -> list[list[int]]:
         return encode_texts(texts, name, self.tokenizer, self.model.params.max_seq_len)
 
     def _max_gen_len(self, requested: int | None) -> int:
         return max(1, self.model.params.max_seq_len - 1) if requested is None else requested
 
-    def _generator_for(self, request: Request) -> torch.Generator:
-        return self._generator if request.seed is None else self._new_generator(request.seed)
 
-    def _new_generator(self, seed: int) -> torch.Generator:
-        return torch.Generator(self.model.norm.weight.device).manual_seed(seed)
-
-
-class _Laps:
-    """Seconds of each part of a job, by the name given at its end."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    def __call__(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self._since = now - self._since, now
-
-
-def _load_model(
-    path: Path, args: ModelArgs, mp: int, device: torch.device, dtype: torch.dtype, laps: _Laps
-) -> Transformer:
-    """The network with one file's weights, held once: packed, with the file left mapped behind them, or moved."""
-    state = load_shard(path, args, mp)
-    packs = args.max_batch_size > 1 and can_pack(device, dtype)
-    if not packs:
-        move(state, path, device=device, dtype=dtype)
-    model = Transformer.from_state(args, state, cache_dtype=dtype)
-    laps("weights")
-    if packs:
-        model.pack(dtype, page_release(path))
-        laps("packing")
-    elif device.type == "cuda":
-        model.join()
-        laps("joining")
-    return model
+def _with_text(row: Completion, text: GrowingText) -> Completion:
+    """The row with the pieces of its finished text, cut at a stop string."""
+    text.finish()
+    if text.stopped:
+        row.finish_reason = "stop"
+    row.pieces = text.prefix_pieces + text.pieces
+    row.logprobs = row.logprobs[: len(row.pieces)]
+    return row
 
 
 def _refusal() -> Generator[str, None, None]:

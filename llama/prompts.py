@@ -1,84 +1,92 @@
 """From what callers pass, texts, dialogs or ids, to checked prompts: lists of token ids that the cache has room for.
 
-Errors call each prompt by the argument that it came in. Knows nothing of generation.
+Errors call each prompt by the argument that it came in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import index
+from typing import Any
 
-from llama.chat import Dialog, check_dialog, encode_dialog, is_unsafe
-from llama.tokenizer import Tokenizer
+from llama.chat import Dialog, Message, check_dialog, encode_dialog, is_unsafe
+from llama.tokenizer import PromptError, Tokenizer
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, max_seq_len: int) -> list[list[int]]:
-    """Prompts of ids, as lists of int.
+def check_prompts(prompts: Iterable[Iterable[int]], vocab_size: int, max_seq_len: int) -> list[list[int]]:
+    """Prompts of ids, as lists of int. Tensors, arrays and other iterables are taken, of prompts and of ids.
 
     Raises:
-        ValueError: there are none, or one is empty, too long, or has an id outside the vocabulary.
+        PromptError: there are none, or one is empty, too long, or has an id outside the vocabulary.
     """
-    _check_list(prompts, "prompt_tokens", "prompts")
-    checked = []
-    for i, prompt in enumerate(prompts):
-        name = f"prompt_tokens[{i}]"
-        try:
-            ids = [index(token) for token in prompt]
-        except TypeError as error:
-            raise ValueError(f"{name} is {prompt!r:.80}; it takes a list of token ids") from error
-        _check_length(ids, name, max_seq_len)
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
-            wrong = next(token for token in ids if not 0 <= token < vocab_size)
-            raise ValueError(f"{name} has the id {wrong}; it takes ids from 0 to {vocab_size - 1}")
-        checked.append(ids)
-    return checked
+    return [
+        _check_ids(prompt, f"prompt_tokens[{i}]", vocab_size, max_seq_len)
+        for i, prompt in enumerate(_as_list(prompts, "prompt_tokens", "prompts"))
+    ]
+
+
+def _check_ids(prompt: Iterable[int], name: str, vocab_size: int, max_seq_len: int) -> list[int]:
+    try:
+        ids = [index(token) for token in _as_list(prompt, name, "token ids", may_be_empty=True)]
+    except TypeError as error:
+        raise PromptError(f"{name} must be a list of token ids, got {prompt!r:.80}") from error
+    _check_length(ids, name, max_seq_len)
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise PromptError(f"{name} must have ids from 0 to {vocab_size - 1}, got {wrong!r:.80}")
+    return ids
 
 
 def encode_text(text: str, name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[int]:
     """The ids of a text, with BOS in front."""
     if not isinstance(text, str):
-        raise ValueError(f"{name} is a {type(text).__name__}; it takes a str")
+        raise PromptError(f"{name} must be a str, got a {type(text).__name__}")
     try:
         ids = tokenizer.encode(text, bos=True, eos=False)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise PromptError(f"{name}: {error}") from error
     _check_length(ids, name, max_seq_len)
     return ids
 
 
-def encode_texts(texts: Sequence[str], name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[list[int]]:
+def encode_texts(texts: Iterable[str], name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[list[int]]:
     """The ids of texts, each with BOS in front."""
-    _check_list(texts, name, "str")
-    return [encode_text(text, f"{name}[{i}]", tokenizer, max_seq_len) for i, text in enumerate(texts)]
+    return [
+        encode_text(text, f"{name}[{i}]", tokenizer, max_seq_len) for i, text in enumerate(_as_list(texts, name, "str"))
+    ]
 
 
-def encode_checked_dialog(dialog: Dialog, name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[int] | None:
+def encode_checked_dialog(
+    dialog: Iterable[Message], name: str, tokenizer: Tokenizer, max_seq_len: int
+) -> list[int] | None:
     """The ids of a dialog; None for one that must not be run, since it holds the template's own tags."""
+    dialog = _as_list(dialog, name, "messages")
     check_dialog(dialog, name)
     if is_unsafe(dialog):
         return None
     try:
-        ids = encode_dialog(list(dialog), tokenizer)
+        ids = encode_dialog(dialog, tokenizer)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise PromptError(f"{name}: {error}") from error
     _check_length(ids, name, max_seq_len)
     return ids
 
 
-def encode_dialogs(dialogs: Sequence[Dialog], tokenizer: Tokenizer, max_seq_len: int) -> list[list[int] | None]:
+def encode_dialogs(dialogs: Iterable[Dialog], tokenizer: Tokenizer, max_seq_len: int) -> list[list[int] | None]:
     """The ids of dialogs, None for those that must not be run."""
-    _check_list(dialogs, "dialogs", "dialogs")
-    return [encode_checked_dialog(dialog, f"dialogs[{i}]", tokenizer, max_seq_len) for i, dialog in enumerate(dialogs)]
+    return [
+        encode_checked_dialog(dialog, f"dialogs[{i}]", tokenizer, max_seq_len)
+        for i, dialog in enumerate(_as_list(dialogs, "dialogs", "dialogs"))
+    ]
 
 
 def encode_continuations(
-    contexts: Sequence[str], texts: Sequence[str], tokenizer: Tokenizer, max_seq_len: int
+    contexts: Iterable[str], texts: Iterable[str], tokenizer: Tokenizer, max_seq_len: int
 ) -> tuple[list[list[int]], list[int]]:
     """The ids of each context and its text as one string, and how many of them are the context's own."""
-    _check_list(contexts, "contexts", "str")
-    _check_list(texts, "texts", "str")
+    contexts, texts = _as_list(contexts, "contexts", "str"), _as_list(texts, "texts", "str")
     if len(contexts) != len(texts):
-        raise ValueError(f"there are {len(texts)} texts and {len(contexts)} contexts; it takes as many")
+        raise PromptError(f"contexts must be as many as texts, got {len(contexts)} contexts and {len(texts)} texts")
     heads = encode_texts(contexts, "contexts", tokenizer, max_seq_len)
     encode_texts(texts, "texts", tokenizer, max_seq_len)
     joined = [context + text for context, text in zip(contexts, texts, strict=True)]
@@ -92,15 +100,20 @@ def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
-def _check_list(values: object, name: str, of: str) -> None:
-    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Sequence):
-        raise ValueError(f"{name} is a {type(values).__name__}; it takes a list of {of}")
-    if not values:
-        raise ValueError(f"{name} is empty; it takes a list of at least one")
+def _as_list(values: Any, name: str, of: str, *, may_be_empty: bool = False) -> list[Any]:
+    """Any iterable but a text or a mapping as a list; tensors and arrays as lists of numbers."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise PromptError(f"{name} must be a list of {of}, got a {type(values).__name__}")
+    listed = list(values)
+    if not listed and not may_be_empty:
+        raise PromptError(f"{name} must have at least one element, got none")
+    return listed
 
 
 def _check_length(ids: Sequence[int], name: str, max_seq_len: int) -> None:
     if not ids:
-        raise ValueError(f"{name} is empty; it takes at least one token, such as BOS")
+        raise PromptError(f"{name} must have at least one token, such as BOS, got none")
     if len(ids) > max_seq_len:
-        raise ValueError(f"{name} has {len(ids)} tokens; it takes up to max_seq_len={max_seq_len}")
+        raise PromptError(f"{name} must have at most max_seq_len={max_seq_len} tokens, got {len(ids)}")

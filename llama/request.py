@@ -1,17 +1,17 @@
-"""What a call asks for and what it gives back.
-
-Knows nothing of how it comes about.
-"""
+"""What a call asks for and what it gives back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from operator import index
+from typing import Any, TypedDict
 
 from llama.chat import UNSAFE_ERROR, Message
 from llama.decoding import FinishReason
+from llama.tokenizer import PromptError
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -36,7 +36,11 @@ class Score(TypedDict):
 
 @dataclass(frozen=True)
 class Request:
-    """What a call asks for, besides its prompts; checked when made."""
+    """What a call asks for, besides its prompts; checked when made. Numbers of numpy and torch are taken.
+
+    Raises:
+        PromptError: a value is not what it must be; the message gives both.
+    """
 
     temperature: float
     top_p: float
@@ -47,20 +51,18 @@ class Request:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not (is_number(self.temperature) and 0 <= self.temperature < math.inf):
-            raise ValueError(f"temperature is {self.temperature!r}; it takes 0 (the likeliest token) or a number above")
-        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p is {self.top_p!r}; it takes a number above 0, up to 1")
-        if not is_count(self.max_gen_len):
-            raise ValueError(f"max_gen_len is {self.max_gen_len!r}; it takes a whole number above zero")
-        if (
-            not isinstance(self.stop, Sequence)
-            or isinstance(self.stop, str)
-            or not all(isinstance(stop, str) and stop for stop in self.stop)
-        ):
-            raise ValueError(f"stop is {self.stop!r}; it takes a list of strings that are not empty")
-        if self.seed is not None:
-            check_seed(self.seed)
+        temperature, top_p = _number(self.temperature), _number(self.top_p)
+        if temperature is None or not 0 <= temperature < math.inf:
+            raise PromptError(f"temperature must be 0 (greedy) or a number above, got {self.temperature!r:.80}")
+        if top_p is None or not 0 <= top_p <= 1:
+            raise PromptError(f"top_p must be a number from 0 to 1, got {self.top_p!r:.80}")
+        max_gen_len = _integer(self.max_gen_len)
+        if max_gen_len is None or max_gen_len < 0:
+            raise PromptError(f"max_gen_len must be an integer of 0 or above, got {self.max_gen_len!r:.80}")
+        seed = None if self.seed is None else check_seed(self.seed)
+        checked = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "seed": seed}
+        for name, value in (checked | {"stop": _check_stop(self.stop)}).items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass
@@ -91,16 +93,34 @@ def chat_prediction(row: Completion | None, request: Request) -> ChatPrediction:
     return result
 
 
-def check_seed(seed: object) -> None:
-    """Raises ValueError unless a random generator takes it."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed!r}; it takes a whole number, or None; of 64 bits")
+def _check_stop(stop: Any) -> tuple[str, ...]:
+    texts = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, (str, bytes)) else (None,)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise PromptError(f"stop must be a list of strings that are not empty, got {stop!r:.80}")
+    return texts
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def check_seed(seed: object) -> int:
+    """The seed as an int; raises PromptError unless a random generator takes it."""
+    value = _integer(seed)
+    if value is None or not -(2**63) <= value < 2**64:
+        raise PromptError(f"seed must be an integer of 64 bits, or None, got {seed!r:.80}")
+    return value
 
 
-def is_count(value: object) -> bool:
-    """Whether it is a whole number above zero."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _number(value: Any) -> float | None:
+    """A number of Python's, numpy's or torch's as a float; None for anything else, and for one that is too large."""
+    if isinstance(value, (bool, str, bytes)) or not (isinstance(value, numbers.Real) or hasattr(value, "item")):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def _integer(value: Any) -> int | None:
+    """An integer of Python's, numpy's or torch's as an int; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any, TypeVar, cast
 
 import torch
@@ -100,8 +101,8 @@ def is_first_rank() -> bool:
 
 
 def model_parallel_size() -> int:
-    size: int = get_model_parallel_world_size()
-    return size
+    """Number of ranks that share a network; 1 where no model-parallel group was made."""
+    return get_model_parallel_world_size() if model_parallel_is_initialized() else 1
 
 
 def model_parallel_rank() -> int:
@@ -111,19 +112,19 @@ def model_parallel_rank() -> int:
 
 def broadcast_from_first(tensor: Tensor) -> Tensor:
     """Overwrites `tensor`, in place, with that of the model-parallel group's first rank; returns it."""
-    if get_model_parallel_world_size() > 1:
+    if model_parallel_size() > 1:
         dist.broadcast(tensor, get_model_parallel_src_rank(), group=get_model_parallel_group())
     return tensor
 
 
 def is_first_of_group() -> bool:
     """Whether this process is its model-parallel group's first rank."""
-    return model_parallel_rank() == 0
+    return model_parallel_size() == 1 or model_parallel_rank() == 0
 
 
 def agree(go_on: bool) -> bool:
     """What the first rank of the model-parallel group says; every rank has to ask at the same point."""
-    if get_model_parallel_world_size() == 1:
+    if model_parallel_size() == 1:
         return go_on
     return bool(broadcast_from_first(torch.tensor([go_on])).item())
 
@@ -138,16 +139,56 @@ def share_from_first(value: T | None = None) -> T:
 
 def replica() -> tuple[int, int]:
     """Which replica of the network this process is part of, and how many there are (world size over MP)."""
+    if not model_parallel_is_initialized():
+        return 0, 1
     return get_data_parallel_rank(), get_data_parallel_world_size()
 
 
 def gather_replicas(mine: T) -> list[T]:
     """Every replica's object, in order, on all of them."""
-    if get_data_parallel_world_size() == 1:
+    _, n_replicas = replica()
+    if n_replicas == 1:
         return [mine]
-    gathered: list[T | None] = [None] * get_data_parallel_world_size()
+    gathered: list[T | None] = [None] * n_replicas
     dist.all_gather_object(gathered, mine, group=get_data_parallel_group())
     return cast(list[T], gathered)
+
+
+def compare_calls(call: object) -> None:
+    """Raises RuntimeError on all ranks unless all of them make the same call; each has to ask, before it works.
+
+    Args:
+        call: the name of the call and its checked arguments, alike on all ranks by their `repr`; None if this rank
+            refused them.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    digest = 0 if call is None else int.from_bytes(blake2b(repr(call).encode(), digest_size=7).digest(), "big") | 1
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    digests = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(digests, torch.tensor([digest], device=device))
+    values = [int(value) for value in digests]
+    if call is not None and (refused := [rank for rank, value in enumerate(values) if not value]):
+        raise RuntimeError(
+            f"all ranks must make the same calls; rank {', '.join(map(str, refused))} refused the arguments of this one"
+        )
+    if call is not None and len(set(values)) > 1:
+        odd = next(rank for rank, value in enumerate(values) if value != values[0])
+        raise RuntimeError(
+            f"all ranks must make the same calls with the same arguments; those of rank {odd} and rank 0 differ "
+            f"(this is rank {dist.get_rank()}, which called {call[0] if isinstance(call, tuple) else call})"
+        )
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """torch's own generator of a device, which `torch.manual_seed` seeds."""
+    if device.type == "cuda":
+        torch.cuda.init()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    return torch.default_generator
 
 
 def select_device(requested: str | torch.device | None) -> torch.device:

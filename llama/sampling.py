@@ -1,10 +1,8 @@
-"""From logits to the next token id.
-
-Knows nothing of prompts, positions or stopping: it sees one step's logits.
-"""
+"""From one step's logits to the next token ids."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import cast
@@ -28,6 +26,7 @@ class Sampler:
             sampling; Holtzman et al., 2020).
         n_lanes: number of rows that a full step has.
         generator: the stream, on the logits' device.
+        draw: replaces `sample_top_p`, and is called as `draw(probs, top_p)`; None for the built-in sampling.
         steps: how often the stream was drawn from.
     """
 
@@ -35,14 +34,18 @@ class Sampler:
     top_p: float
     n_lanes: int
     generator: torch.Generator
+    draw: Callable[[Tensor, float], Tensor] | None = None
     steps: int = 0
-    _before: Tensor | None = field(default=None, init=False, repr=False)  # the stream's state before the last step
+    # The stream's state before and after the last step.
+    _states: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __call__(self, logits: Tensor, lanes: Tensor) -> Tensor:
         """The next token of each row: (bsz,) int64, from logits (bsz, vocab) float32 and each row's lane (bsz,)."""
         if self.temperature < GREEDY_BELOW:
             return logits.argmax(-1)
         probs = torch.softmax(logits / self.temperature, dim=-1)
+        if self.draw is not None:
+            return self.draw(probs, self.top_p).reshape(-1)
         numbers = self._numbers(logits.size(-1))
         if logits.device.type == "cpu":
             return _sample_rows(probs, self.top_p, numbers[lanes])
@@ -54,20 +57,25 @@ class Sampler:
             self._numbers(vocab_size)
 
     def step_back(self) -> None:
-        """Gives back what the last step took from the stream."""
-        if self._before is not None:
-            self.generator.set_state(self._before)
-            self.steps -= 1
-            self._before = None
+        """Gives back what the last step took from the stream, unless others have drawn from it since."""
+        if self._states is not None:
+            before, after = self._states
+            if torch.equal(self.generator.get_state(), after):
+                self.generator.set_state(before)
+                self.steps -= 1
+            self._states = None
 
     def _numbers(self, vocab_size: int) -> Tensor:
         """What one step takes from the stream, (n_lanes, vocab_size): see `_race`."""
         self.steps += 1
-        self._before = self.generator.get_state()
+        before = self.generator.get_state()
         shape, device = (self.n_lanes, vocab_size), self.generator.device
         if device.type == "cpu" and _exponentials_are_logarithms():
-            return torch.empty(shape, dtype=torch.float64).uniform_(generator=self.generator)
-        return torch.empty(shape, device=device).exponential_(generator=self.generator)
+            numbers = torch.empty(shape, dtype=torch.float64).uniform_(generator=self.generator)
+        else:
+            numbers = torch.empty(shape, device=device).exponential_(generator=self.generator)
+        self._states = before, self.generator.get_state()
+        return numbers
 
 
 def _race(numbers: Tensor) -> Tensor:

@@ -1,19 +1,20 @@
 """One decode step of the network: each row's newest token in, the logits of its next one out.
 
 Two ways that give the same logits: the plain one, and a static one, in which neither shapes nor addresses nor the
-control flow change from token to token, so that a GPU can replay it. Knows nothing of prompts or sampling.
+control flow change from token to token, so that a GPU can replay it as a CUDA graph.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-from llama.model import Transformer
+from llama.model import CachePositions, Transformer, takes_cache_positions
 from llama.runtime import to_device
 
 KV_BUCKET = 256  # positions; a static step attends to a whole number of these, past the rows' ends by a mask
@@ -30,6 +31,9 @@ class Stepper(Protocol):
 
     looks_ahead: bool
 
+    def serves(self, model: object) -> bool:
+        """Whether its steps are those that `model` would take now; asked before each call."""
+
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Feeds tokens to the cache's first rows.
 
@@ -38,23 +42,27 @@ class Stepper(Protocol):
             lengths: the number of tokens that each row's cache holds already.
 
         Returns:
-            (bsz, vocab_size) float32; the next call may overwrite it.
+            (bsz, vocab_size); the next call may overwrite it.
         """
 
 
 class PlainStepper:
-    """Attends to just the positions that are there: the cheapest where a call costs nothing to prepare."""
+    """Calls the network with just the positions that are there: an int `start_pos` where all rows have the same one."""
 
     looks_ahead = False
 
-    def __init__(self, model: Transformer) -> None:
-        self._model = model
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        self._call = call
+
+    def serves(self, model: object) -> bool:
+        return True
 
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         longest = max(lengths)
-        start_pos = longest if longest == min(lengths) else to_device(lengths, tokens.device)
-        h = self._model.hidden_states(tokens.unsqueeze(1), start_pos, kv_len=longest + 1)
-        return self._model.logits(h[:, -1])
+        start_pos: int | CachePositions = longest
+        if longest != min(lengths):
+            start_pos = CachePositions(to_device(lengths, tokens.device), kv_len=longest + 1)
+        return self._call(tokens.unsqueeze(1), start_pos)[:, -1]
 
 
 class StaticStepper:
@@ -77,6 +85,21 @@ class StaticStepper:
         self._graphs = graphs
         self._pool = torch.cuda.graph_pool_handle() if graphs else None  # the graphs never run at the same time
         self._steps: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        self._captured: tuple[list[Any], list[int]] = ([], [])  # what the graphs hold for good: see `_fixed_parts`
+
+    def serves(self, model: object) -> bool:
+        """Hooks need Python, so they rule graphs out. Graphs of modules or memory replaced since are dropped."""
+        if model is not self._model or not self._graphs:
+            return model is self._model
+        if _has_hooks(self._model):
+            return False
+        objects, addresses = _fixed_parts(self._model)
+        known, known_addresses = self._captured
+        same = len(objects) == len(known) and all(a is b for a, b in zip(objects, known, strict=True))
+        if not same or addresses != known_addresses:
+            self._steps.clear()
+            self._captured = objects, addresses
+        return True
 
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         n_rows, params = len(lengths), self._model.params
@@ -93,8 +116,9 @@ class StaticStepper:
         """The step for these sizes, with the buffers as its input."""
 
         def step() -> Tensor:
-            h = self._model.hidden_states(self._tokens[:bsz], self._positions[:bsz], kv_len=kv_len)
-            return self._model.logits(h[:, -1])
+            positions = CachePositions(self._positions[:bsz], kv_len=kv_len)
+            logits: Tensor = self._model(self._tokens[:bsz], positions)
+            return logits[:, -1]
 
         if not self._graphs:
             return step
@@ -126,9 +150,23 @@ class StaticStepper:
         return replay
 
 
-def choose_stepper(model: Transformer, *, cuda_graphs: bool) -> Stepper | None:
-    """The stepper that serves the model's device best; None where that is a plain one."""
-    return StaticStepper(model, graphs=cuda_graphs) if model.norm.weight.device.type == "cuda" else None
+def choose_stepper(model: Any, *, cuda_graphs: bool) -> Stepper | None:
+    """The stepper that serves the model's device best; None for plain calls."""
+    on_cuda = takes_cache_positions(model) and model.norm.weight.device.type == "cuda"
+    return StaticStepper(model, graphs=cuda_graphs) if on_cuda else None
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether hooks run when the model is called."""
+    global_hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+    return any(global_hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _fixed_parts(model: nn.Module) -> tuple[list[Any], list[int]]:
+    """What a captured graph holds for good: modules, parameters and buffers, and the memory of the latter two."""
+    modules = list(model.modules())
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    return [*modules, *tensors], [t.data_ptr() for t in tensors]
 
 
 def _power_of_two(n: int) -> int:

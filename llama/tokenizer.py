@@ -14,6 +14,10 @@ _SPACE = "\u2581"  # SentencePiece writes a space as LOWER ONE EIGHTH BLOCK
 _REPLACEMENT = "\ufffd"
 
 
+class PromptError(ValueError, AssertionError):
+    """A prompt or an argument that a call does not take. Where Meta's package raises, it is an AssertionError."""
+
+
 class Tokenizer:
     """SentencePiece with byte fallback, as Llama 2 uses it.
 

@@ -120,6 +120,7 @@ def config_to_args(config: Mapping[str, Any]) -> ModelArgs:
     args = ModelArgs(
         **sizes, n_kv_heads=kv_heads, norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=_rope_theta(config)
     )
+    args.validate()
     if config.get("head_dim") not in (None, args.head_dim):
         raise ValueError(f"head_dim is {config['head_dim']!r}; by hidden_size and heads it takes {args.head_dim}")
     return with_hidden_dim(args, hidden_dim)

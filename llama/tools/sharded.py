@@ -104,7 +104,7 @@ def network_args(ckpt_dir: str | Path, state: dict[str, Tensor]) -> ModelArgs:
     """
     path = Path(ckpt_dir) / "params.json"
     try:
-        args = ModelArgs(**read_params(ckpt_dir))
+        args = ModelArgs.of(ModelArgs(**read_params(ckpt_dir)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if args.n_layers > len(state):

@@ -1,0 +1,344 @@
+"""The sharded linear layers: fairscale's, each the owner of a faster form of its weight.
+
+On a CPU that multiplies bfloat16, a weight in oneDNN's blocked layout (packed) is read faster than a plain one. The
+packed form is derived from the layer's own parameter and stands aside for good when that parameter changes, whichever
+way; the layer then computes with the parameter itself. Nothing outside a layer knows which form served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel import layers as fairscale_layers
+from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
+from fairscale.nn.model_parallel.mappings import (
+    copy_to_model_parallel_region,
+    gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
+    scatter_to_model_parallel_region,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+MiB = 1024**2
+_FEW_ROWS = 4  # products of up to that many rows are timed, padded to one more and unpadded
+_PROBE_BYTES = 96 * MiB  # weights that are read for a timing: more than most caches hold
+
+logger = logging.getLogger(__name__)
+_onednn_switch = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which of several equal products is the fastest on this processor. See `measure_kernels`.
+
+    Attributes:
+        pads: for 0, 1, ... rows, whether the packed product takes them padded to `_FEW_ROWS + 1`.
+        native_row: whether ATen's own matrix-vector product reads an unpacked bfloat16 weight faster than oneDNN's.
+        packs_one_row: whether the packed product of one row is faster than the best unpacked one.
+    """
+
+    pads: tuple[bool, ...] = (False,) * (_FEW_ROWS + 1)
+    native_row: bool = False
+    packs_one_row: bool = False
+
+
+class PackedParameter(nn.Parameter):
+    """A parameter that a packed form was made from.
+
+    It turns into a plain `nn.Parameter` where its memory is handed out, or replaced, in a way that its version counter
+    does not see. `_version` and this type together therefore tell whether it can have changed.
+    """
+
+    @property
+    def data(self) -> Tensor:
+        return self._plain().data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value is not self:  # `module.to()` assigns a parameter to itself where it has nothing to convert
+            self._plain().data = value
+
+    def _plain(self) -> nn.Parameter:
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        copied = nn.Parameter(self.detach().clone(), self.requires_grad)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+def _handing_out(name: str) -> Callable[..., Any]:
+    def hand_out(self: PackedParameter, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._plain(), name)(*args, **kwargs)
+
+    return hand_out
+
+
+for _name in ("numpy", "__array__", "__dlpack__", "storage", "untyped_storage", "share_memory_"):
+    setattr(PackedParameter, _name, _handing_out(_name))
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A weight in oneDNN's blocked layout, and what it was made from."""
+
+    weight: nn.Parameter
+    version: int
+    blocked: Tensor  # opaque: no operation but the packed product takes it
+
+    def is_current(self, weight: Tensor) -> bool:
+        """Whether `weight` still is what this was made from."""
+        return weight is self.weight and type(weight) is PackedParameter and weight._version == self.version
+
+
+class _OwnsPackedForm(nn.Module):
+    """`linear(x)`: the local product of a sharded layer, in its fastest form that is true to the weight."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    kernels = Kernels()
+    _packed: _Packed | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_parallel_size: int = get_model_parallel_world_size()
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., in) times the weight, transposed, plus the bias: (..., out), in the dtype of x."""
+        weight = self.weight
+        if not torch.compiler.is_compiling() and _is_cpu_inference(x, weight):
+            if packed := self._packed_form(weight):
+                out = _packed_linear(x, packed.blocked, self.kernels)
+                return out if bias is None else out + bias
+            if self.kernels.native_row and x.numel() == x.size(-1) and weight.dtype == x.dtype:
+                with _without_onednn():
+                    return F.linear(x, weight, bias)
+        return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), bias)
+
+    def _packed_form(self, weight: Tensor) -> _Packed | None:
+        """The packed form if there is one that is true to the weight; drops one that is not."""
+        packed = self._packed
+        if packed is None or packed.is_current(weight):
+            return packed
+        self._packed = None
+        logger.info("a packed weight was changed, or its memory handed out; its layer computes unpacked from now on")
+        return None
+
+    def pack(self, dtype: torch.dtype, scratch: Tensor | None = None) -> None:
+        """Makes the packed form of the weight as it is now; without effect where a parametrization makes the weight.
+
+        Args:
+            dtype: of the products. The weight itself stays as it is, also where it has another dtype.
+            scratch: memory of that dtype to convert the weight in, at least as large: getting new memory for each
+                layer takes longer than filling it.
+        """
+        weight = self._parameters.get("weight")
+        if weight is None:
+            return
+        values = weight.detach()
+        if values.dtype != dtype:
+            values = values.to(dtype) if scratch is None else scratch[: values.numel()].view(values.shape).copy_(values)
+        blocked = _reorder(values)
+        if type(weight) is nn.Parameter:
+            weight.__class__ = PackedParameter
+        self._packed = _Packed(weight, weight._version, blocked)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles go without: the packed form is tied to this very parameter, and nothing can copy it.
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+class ColumnParallelLinear(_OwnsPackedForm, fairscale_layers.ColumnParallelLinear):  # type: ignore[misc]
+    """A linear layer whose outputs are split over the ranks; fairscale's, with a packed form of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.model_parallel_size == 1:
+            return self.linear(x, self.bias)
+        out = self.linear(copy_to_model_parallel_region(x), self.bias)
+        return cast(Tensor, gather_from_model_parallel_region(out)) if self.gather_output else out
+
+
+class RowParallelLinear(_OwnsPackedForm, fairscale_layers.RowParallelLinear):  # type: ignore[misc]
+    """A linear layer whose inputs are split over the ranks, and its outputs summed; fairscale's, with a packed form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.model_parallel_size == 1:
+            return self.linear(x, self.bias)
+        part = x if self.input_is_parallel else scatter_to_model_parallel_region(x)
+        out: Tensor = reduce_from_model_parallel_region(self.linear(part))
+        return out if self.bias is None else out + self.bias
+
+
+def column_parallel(in_features: int, out_features: int, *, gather_output: bool = False) -> ColumnParallelLinear:
+    """A layer without bias whose outputs stay split unless gathered; its weight is undefined until it is loaded."""
+    return ColumnParallelLinear(
+        in_features, out_features, bias=False, gather_output=gather_output, init_method=leave_undefined
+    )
+
+
+def row_parallel(in_features: int, out_features: int) -> RowParallelLinear:
+    """A layer without bias whose inputs come split already; its weight is undefined until it is loaded."""
+    return RowParallelLinear(in_features, out_features, bias=False, input_is_parallel=True, init_method=leave_undefined)
+
+
+def leave_undefined(weight: Tensor) -> Tensor:
+    """An initializer for fairscale's layers that does nothing."""
+    return weight
+
+
+def packable_layers(module: nn.Module) -> list[_OwnsPackedForm]:
+    """The layers in a module's tree that can own a packed form."""
+    return [layer for layer in module.modules() if isinstance(layer, _OwnsPackedForm)]
+
+
+def _is_cpu_inference(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's bfloat16 operators, which have no gradients, may stand in for F.linear."""
+    return (
+        x.dtype == torch.bfloat16
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    )
+
+
+def _packed_linear(x: Tensor, blocked: Tensor, kernels: Kernels) -> Tensor:
+    n_rows = x.numel() // x.size(-1)
+    padded = _FEW_ROWS + 1 if n_rows <= _FEW_ROWS and kernels.pads[n_rows] else _row_bucket(n_rows)
+    if padded == n_rows:
+        return _onednn_linear(x, blocked)
+    rows = F.pad(x.flatten(0, -2), (0, 0, 0, padded - n_rows))
+    return _onednn_linear(rows, blocked)[:n_rows].view(*x.shape[:-1], -1)
+
+
+def _onednn_linear(x: Tensor, blocked: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, blocked, None, "none", [], "")
+    return out
+
+
+def _row_bucket(n_rows: int) -> int:
+    """The least number of rows, from `n_rows` on, that products are made for.
+
+    oneDNN keeps code and buffers for each number of rows that it has met. With eight sizes between a power of two and
+    the next, at most an eighth is padding, and what it keeps is bounded.
+    """
+    unit = 1 << max(0, n_rows.bit_length() - 4)
+    return -(-n_rows // unit) * unit
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Has ATen take its own kernels. The switch is the process's: one thread at a time turns it, and puts it back."""
+    with _onednn_switch:
+        enabled = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(enabled)
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN's operators, which torch does not promise to keep, are there: tried on a small product."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    weight = torch.linspace(-1, 1, 64 * 32, device=device).view(64, 32).to(dtype)
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        blocked = _reorder(weight)
+        products = [(x, _packed_linear(x, blocked, Kernels())) for x in (weight[:1], weight[:8])]
+    except (AttributeError, RuntimeError):
+        return False
+    return all(torch.allclose(y, x @ weight.T, rtol=0.02, atol=0.02) for x, y in products)
+
+
+@torch.inference_mode()
+def measure_kernels(weights: Iterable[Tensor], dtype: torch.dtype, *, packed_only: bool) -> Kernels:
+    """Times the forms of a product with some of the weights; takes some tens of milliseconds.
+
+    All forms give the same values, except that single rows may be rounded differently.
+
+    Args:
+        weights: of a network on a CPU for which `can_pack` holds.
+        dtype: of the products.
+        packed_only: leaves out unpacked products, for a network that is packed in any case.
+    """
+    sample = [weight.detach().to(dtype) for weight in _sample(weights)]
+    if sum(weight.nbytes for weight in sample) < _PROBE_BYTES // 4:
+        return Kernels()  # they stay in the processor's caches, where the forms differ too little to be told apart
+    blocked = [_reorder(weight) for weight in sample]
+    rows = torch.zeros((_FEW_ROWS, sample[0].size(1)), dtype=dtype)
+    pads, best = [False], 0.0
+    for n_rows in range(_FEW_ROWS, 0, -1):
+        unpadded, padded = (
+            _least_time(partial(_packed_linear, rows[:n_rows], kernels=Kernels(pads=(pad,) * (_FEW_ROWS + 1))), blocked)
+            for pad in (False, True)
+        )
+        pads.insert(1, padded < 0.97 * unpadded)
+        best = min(padded, unpadded)  # of one row, after the last round
+    if packed_only:
+        return Kernels(pads=tuple(pads))
+    plain, native = (_least_time(partial(product, rows[:1]), sample) for product in (F.linear, _native_linear))
+    return Kernels(pads=tuple(pads), native_row=native < plain, packs_one_row=best < 0.95 * min(plain, native))
+
+
+def _sample(weights: Iterable[Tensor]) -> list[Tensor]:
+    """Matrices of the shape that has the most values, of `_PROBE_BYTES` together."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for weight in weights:
+        if weight.dim() == 2:
+            by_shape.setdefault(weight.shape, []).append(weight)
+    shape, most = max(by_shape.items(), key=lambda item: item[0].numel() * len(item[1]))
+    return most[: max(1, _PROBE_BYTES // (2 * shape.numel()))]
+
+
+def _least_time(product: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> float:
+    """Seconds that the products with all the weights take, at best."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for weight in weights:
+            product(weight)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _native_linear(x: Tensor, weight: Tensor) -> Tensor:
+    with _without_onednn():
+        return F.linear(x, weight)
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    blocked: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return blocked
+
+
+class EmptyOnMeta(TorchDispatchMode):
+    """Sends new tensors to the meta device: fairscale's layers allocate in a way that `torch.device("meta")` misses."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise torch imports its whole compiler here, which takes longer than loading a model
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.aten.empty.memory_format:
+            kwargs["device"] = torch.device("meta")
+        return func(*args, **kwargs)

@@ -1,0 +1,209 @@
+"""Calls of the network: a prefill, a decode step, and who has written to the KV cache last.
+
+An unmodified network gets rows at places of their own. One whose `forward`, blocks or attention were replaced is called
+as Meta's code calls it: `model(tokens, start_pos)` with an int, for rows of one length.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+from llama.model import CachePositions, takes_cache_positions
+from llama.stepping import PlainStepper, Stepper
+
+# What a prefill pass costs whatever its size, in positions: reading the weights, and on a GPU launching the kernels.
+PASS_COST = {"cpu": 32}
+
+
+class ModelUse:
+    """What all users of one network share: whose turn it is, and who wrote to its KV cache last.
+
+    Attributes:
+        lock: held by a call while it computes.
+        holder: the thread that holds it.
+        last_writer: the `ModelRunner` that ran last.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.holder: int | None = None
+        self.last_writer: object = None
+        self._first_thread: int | None = None
+
+    def check_thread(self, *, several_ranks: bool) -> None:
+        """Raises RuntimeError in a second thread where ranks would have to agree on the order of their calls."""
+        self._first_thread = self._first_thread or threading.get_ident()
+        if several_ranks and self._first_thread != threading.get_ident():
+            raise RuntimeError(
+                "under model parallelism all calls must come from one thread, so that the ranks make them in the same "
+                "order; got a call from a second one"
+            )
+
+    def __enter__(self) -> None:
+        if self.holder == threading.get_ident():
+            raise RuntimeError("this call was made from inside of another one, such as by a hook; wait for that to end")
+        self.lock.acquire()
+        self.holder = threading.get_ident()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.holder = None
+        self.lock.release()
+
+
+_uses: WeakKeyDictionary[Any, ModelUse] = WeakKeyDictionary()
+_uses_lock = threading.Lock()
+
+
+def use_of(model: Any) -> ModelUse:
+    """The one `ModelUse` of a network."""
+    with _uses_lock:
+        try:
+            return _uses.setdefault(model, ModelUse())
+        except TypeError:  # an object of a class that cannot be a key, as one that compares by value
+            use: ModelUse = vars(model).setdefault("_use", ModelUse())
+            return use
+
+
+class ModelRunner:
+    """Runs passes of a network for one call.
+
+    Args:
+        model: a `Transformer`, or any object with `forward(tokens, start_pos)` and `params`.
+        stepper: takes the decode steps of an unmodified network; None for plain calls.
+
+    Attributes:
+        one_position: whether all rows of a pass have to stand at the same position.
+        looks_ahead: whether the next step shall start before the tokens of this one have reached the host.
+    """
+
+    def __init__(self, model: Any, stepper: Stepper | None = None) -> None:
+        self._model = model
+        self._call = model if callable(model) else model.forward
+        self.one_position = not takes_cache_positions(model)
+        self._stepper = stepper if stepper and not self.one_position else PlainStepper(self._call)
+        self.looks_ahead = self._stepper.looks_ahead
+        self.device = device_of(model)
+        self._args = ModelArgs.of(model.params)
+        self.max_batch_size = self._args.max_batch_size
+        self.max_seq_len = self._args.max_seq_len
+        self._use = use_of(model)
+        self._seen: list[object] = []  # the cache as this runner left it
+
+    def run(self, tokens: Tensor, start_pos: int | CachePositions) -> Tensor:
+        """The logits (bsz, seqlen or 1, vocab) float32 of one pass."""
+        logits: Tensor = self._call(tokens, start_pos)
+        self._note_cache()
+        return logits.float()
+
+    def prefill(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
+        """Puts prompts into those rows of the cache; returns the logits after their last tokens, (bsz, vocab)."""
+        if self.one_position:  # the rows are the first ones, and of one length
+            return self.run(self.pad(prompts), 0)[:, -1]
+        logits: dict[int, Tensor] = {}
+        for group in self.groups([len(prompt) for prompt in prompts]):
+            tokens = self.pad([prompts[i] for i in group])
+            positions = CachePositions(
+                start=torch.zeros(len(group), dtype=torch.int64, device=self.device),
+                kv_len=tokens.size(1),
+                rows=torch.tensor([rows[i] for i in group], device=self.device),
+                from_zero=True,
+                last=torch.tensor([len(prompts[i]) - 1 for i in group], device=self.device),
+            )
+            logits |= zip(group, self.run(tokens, positions)[:, 0], strict=True)
+        return torch.stack([logits[i] for i in range(len(prompts))])
+
+    def step(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Feeds tokens (bsz,) to the first rows, which hold `lengths` tokens; returns the logits (bsz, vocab)."""
+        logits = self._stepper(tokens, lengths)
+        self._note_cache()
+        return logits.float()
+
+    def pad(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The prompts right-padded, (bsz, longest) int64.
+
+        Causal attention keeps the tokens from the padding behind them; what it leaves in the cache is overwritten
+        before any later token attends there.
+        """
+        width = max(map(len, prompts))
+        return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self.device)
+
+    def groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The places of the prompts that go through each pass of a prefill."""
+        return prefill_groups(lengths, self._args.prefill_tokens, PASS_COST.get(self.device.type, 512))
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` positions of one cache row over those of another, in every layer."""
+        if self.has_lost_cache():
+            return  # it will be computed anew where the row stands then
+        for cache in _caches(self._model):
+            cache[target, :length] = cache[source, :length]
+        self._note_cache()
+
+    def has_lost_cache(self) -> bool:
+        """Whether the cache has been written to by anybody else since this runner's last pass."""
+        return self._use.last_writer is not self or self._seen != self._cache_state()
+
+    def _note_cache(self) -> None:
+        self._use.last_writer = self
+        self._seen = self._cache_state()
+
+    def _cache_state(self) -> list[object]:
+        """Changes whenever something is written to the cache of an unmodified network."""
+        if self.one_position:
+            return []
+        keys = [layer.attention.keys for layer in self._model.layers]
+        return [(id(k), None if k.is_inference() else k._version) for k in keys]
+
+
+def device_of(model: Any) -> torch.device:
+    """That of a network's parameters; the CPU for one without."""
+    parameters: Iterable[Tensor] = model.parameters() if hasattr(model, "parameters") else ()
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """That of a network's parameters; float32 for one without."""
+    parameters: Iterable[Tensor] = model.parameters() if hasattr(model, "parameters") else ()
+    return next((parameter.dtype for parameter in parameters), torch.float32)
+
+
+def _caches(model: Any) -> list[Tensor]:
+    """The KV cache of every layer, with Meta's axes."""
+    modules = [m for m in model.modules() if isinstance(getattr(m, "cache_k", None), Tensor)]
+    return [cache for module in modules for cache in (module.cache_k, module.cache_v)]
+
+
+def prefill_groups(lengths: Sequence[int], most_positions: int, pass_cost: int) -> list[list[int]]:
+    """Splits prompts into passes of like lengths, such that padding and passes together cost least.
+
+    Args:
+        lengths: of the prompts.
+        most_positions: that a pass may have, padding counted, unless it is of one prompt.
+        pass_cost: what each pass costs besides its positions, in positions.
+
+    Returns:
+        The places of each pass's prompts, in ascending order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    best: list[tuple[int, int]] = [(0, 0)]  # for the first n prompts in order: the least cost, the last pass's start
+    for end in range(1, len(order) + 1):
+        costs = []
+        for start in range(end):
+            positions = lengths[order[start]] * (end - start)
+            if positions <= most_positions or end - start == 1:
+                costs.append((best[start][0] + positions + pass_cost, start))
+        best.append(min(costs))
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        start = best[end][1]
+        groups.append(sorted(order[start:end]))
+        end = start
+    return groups[::-1]
