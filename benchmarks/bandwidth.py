@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from benchmarks.job import Job
 from benchmarks.lines import emit
-from llama.projection import can_pack, pack, packed_linear
+from llama.layers import can_pack, pack_weight, packed_linear
 
 BUFFER_BYTES = 1 << 30
 PASSES = 4
@@ -88,7 +88,7 @@ def matmul_rate(dim: int, hidden_dim: int, n_rows: int, device: str, dtype: torc
     weight = torch.randn(hidden_dim, dim, device=device).to(dtype)
     products = [lambda: F.linear(rows, weight)]
     if can_pack(torch.device(device), dtype):
-        packed = pack(weight)
+        packed = pack_weight(weight)
         products.append(lambda: packed_linear(rows, packed))
     operations = 2.0 * rows.numel() * hidden_dim
     return operations / min(_seconds_of_product(product, device) for product in products)

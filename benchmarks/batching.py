@@ -26,8 +26,8 @@ from llama import runtime
 from llama.args import ModelArgs
 from llama.checkpoint import tensor_shapes
 from llama.decoding import decode
+from llama.layers import can_pack
 from llama.model import Transformer
-from llama.projection import can_pack
 from llama.sampling import Sampler
 from llama.tools.commandline import run
 
@@ -45,7 +45,7 @@ def random_model(args: ModelArgs, dtype: torch.dtype) -> Transformer:
     }
     model = Transformer.from_state(args, state)
     if can_pack(device, dtype):
-        model.pack(dtype, lambda weight: None)
+        model.pack()
     return model
 
 

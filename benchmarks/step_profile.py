@@ -24,6 +24,7 @@ from benchmarks.bandwidth import matmul_rate, typical_bandwidth
 from benchmarks.machine import cpu_model
 from benchmarks.shapes import SHAPES, write_checkpoint, write_tokenizer
 from llama import Llama
+from llama.layers import packable_layers
 from llama.stepping import PlainStepper
 from llama.tools.commandline import run
 
@@ -100,7 +101,7 @@ class _Steps:
         device = llama.model.norm.weight.device
         prompts = torch.randint(3, llama.model.vocab_size, (batch, context), device=device)
         with torch.inference_mode():
-            self.tokens = llama.model.logits(llama.model.hidden_states(prompts, 0, kv_len=context)[:, -1]).argmax(-1)
+            self.tokens = llama.model(prompts, 0)[:, -1].argmax(-1)
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -115,18 +116,18 @@ class _Products:
     def __init__(self, llama: Llama, batch: int) -> None:
         weights = llama.model.norm.weight
         self._args, self._device, self._dtype = llama.model.params, weights.device, weights.dtype
-        sizes = {p: p.layers[0].weight.size(1) for p in llama.model.projections}
-        inputs = {size: weights.new_ones(batch, 1, size) for size in sizes.values()}
-        self._calls = [(projection, inputs[size]) for projection, size in sizes.items()]
-        n_weights = sum(projection.n_weights for projection in sizes)
+        layers = packable_layers(llama.model)
+        inputs = {layer.weight.size(1): weights.new_ones(batch, 1, layer.weight.size(1)) for layer in layers}
+        self._calls = [(layer, inputs[layer.weight.size(1)]) for layer in layers]
+        n_weights = sum(layer.weight.numel() for layer in layers)
         self.n_bytes = self._dtype.itemsize * n_weights
         self.operations = 2.0 * batch * n_weights
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        for projection, x in self._calls:
-            out = projection(x)
-        out[0].flatten()[:1].tolist()  # waits for a GPU
+        for layer, x in self._calls:
+            out = layer(x)
+        out.flatten()[:1].tolist()  # waits for a GPU
 
     def best_rate(self) -> float:
         """Operations a second of a large product."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -30,8 +31,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MiB = 1024**2
-_FEW_ROWS = 4  # products of up to that many rows are timed, padded to one more and unpadded
+_PADDED_ROWS = 5  # what fewer rows are padded to where that pays
 _PROBE_BYTES = 96 * MiB  # weights that are read for a timing: more than most caches hold
+_CLEARLY = 0.97  # of another time, to be preferred to it
 
 logger = logging.getLogger(__name__)
 _onednn_switch = threading.Lock()
@@ -42,14 +44,20 @@ class Kernels:
     """Which of several equal products is the fastest on this processor. See `measure_kernels`.
 
     Attributes:
-        pads: for 0, 1, ... rows, whether the packed product takes them padded to `_FEW_ROWS + 1`.
+        pads_one: whether the packed product takes one row as `_PADDED_ROWS`, on processors where it reads weights
+            faster for several rows.
+        pads_few: likewise two or three rows.
         native_row: whether ATen's own matrix-vector product reads an unpacked bfloat16 weight faster than oneDNN's.
         packs_one_row: whether the packed product of one row is faster than the best unpacked one.
     """
 
-    pads: tuple[bool, ...] = (False,) * (_FEW_ROWS + 1)
+    pads_one: bool = False
+    pads_few: bool = False
     native_row: bool = False
     packs_one_row: bool = False
+
+
+_DEFAULT_KERNELS = Kernels()
 
 
 class PackedParameter(nn.Parameter):
@@ -110,7 +118,7 @@ class _OwnsPackedForm(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    kernels = Kernels()
+    kernels = _DEFAULT_KERNELS
     _packed: _Packed | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -122,7 +130,7 @@ class _OwnsPackedForm(nn.Module):
         weight = self.weight
         if not torch.compiler.is_compiling() and _is_cpu_inference(x, weight):
             if packed := self._packed_form(weight):
-                out = _packed_linear(x, packed.blocked, self.kernels)
+                out = packed_linear(x, packed.blocked, self.kernels)
                 return out if bias is None else out + bias
             if self.kernels.native_row and x.numel() == x.size(-1) and weight.dtype == x.dtype:
                 with _without_onednn():
@@ -152,7 +160,7 @@ class _OwnsPackedForm(nn.Module):
         values = weight.detach()
         if values.dtype != dtype:
             values = values.to(dtype) if scratch is None else scratch[: values.numel()].view(values.shape).copy_(values)
-        blocked = _reorder(values)
+        blocked = pack_weight(values)
         if type(weight) is nn.Parameter:
             weight.__class__ = PackedParameter
         self._packed = _Packed(weight, weight._version, blocked)
@@ -216,9 +224,12 @@ def _is_cpu_inference(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _packed_linear(x: Tensor, blocked: Tensor, kernels: Kernels) -> Tensor:
+def packed_linear(x: Tensor, blocked: Tensor, kernels: Kernels = _DEFAULT_KERNELS) -> Tensor:
+    """x (..., in) times a weight of `pack_weight`, transposed: (..., out)."""
     n_rows = x.numel() // x.size(-1)
-    padded = _FEW_ROWS + 1 if n_rows <= _FEW_ROWS and kernels.pads[n_rows] else _row_bucket(n_rows)
+    if n_rows == 1 and kernels.pads_one:  # a stride of 0 costs less than other ways to pad
+        return _onednn_linear(x.reshape(1, -1).expand(_PADDED_ROWS, -1), blocked)[:1].view(*x.shape[:-1], -1)
+    padded = _PADDED_ROWS if 1 < n_rows < 4 and kernels.pads_few else _row_bucket(n_rows)
     if padded == n_rows:
         return _onednn_linear(x, blocked)
     rows = F.pad(x.flatten(0, -2), (0, 0, 0, padded - n_rows))
@@ -260,8 +271,8 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
-        blocked = _reorder(weight)
-        products = [(x, _packed_linear(x, blocked, Kernels())) for x in (weight[:1], weight[:8])]
+        blocked = pack_weight(weight)
+        products = [(x, packed_linear(x, blocked, Kernels())) for x in (weight[:1], weight[:8])]
     except (AttributeError, RuntimeError):
         return False
     return all(torch.allclose(y, x @ weight.T, rtol=0.02, atol=0.02) for x, y in products)
@@ -271,7 +282,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 def measure_kernels(weights: Iterable[Tensor], dtype: torch.dtype, *, packed_only: bool) -> Kernels:
     """Times the forms of a product with some of the weights; takes some tens of milliseconds.
 
-    All forms give the same values, except that single rows may be rounded differently.
+    All forms give the same values, except that a single row may be rounded differently.
 
     Args:
         weights: of a network on a CPU for which `can_pack` holds.
@@ -281,20 +292,22 @@ def measure_kernels(weights: Iterable[Tensor], dtype: torch.dtype, *, packed_onl
     sample = [weight.detach().to(dtype) for weight in _sample(weights)]
     if sum(weight.nbytes for weight in sample) < _PROBE_BYTES // 4:
         return Kernels()  # they stay in the processor's caches, where the forms differ too little to be told apart
-    blocked = [_reorder(weight) for weight in sample]
-    rows = torch.zeros((_FEW_ROWS, sample[0].size(1)), dtype=dtype)
-    pads, best = [False], 0.0
-    for n_rows in range(_FEW_ROWS, 0, -1):
-        unpadded, padded = (
-            _least_time(partial(_packed_linear, rows[:n_rows], kernels=Kernels(pads=(pad,) * (_FEW_ROWS + 1))), blocked)
-            for pad in (False, True)
-        )
-        pads.insert(1, padded < 0.97 * unpadded)
-        best = min(padded, unpadded)  # of one row, after the last round
+    blocked = [pack_weight(weight) for weight in sample]
+    rows = torch.zeros((2, sample[0].size(1)), dtype=dtype)
+
+    def packed(n_rows: int, pads: bool) -> Callable[[], None]:
+        kernels = Kernels(pads_one=pads, pads_few=pads)
+        return partial(_for_each, blocked, partial(packed_linear, rows[:n_rows], kernels=kernels))
+
+    kernels = Kernels(
+        pads_one=_is_faster(packed(1, True), packed(1, False)), pads_few=_is_faster(packed(2, True), packed(2, False))
+    )
     if packed_only:
-        return Kernels(pads=tuple(pads))
-    plain, native = (_least_time(partial(product, rows[:1]), sample) for product in (F.linear, _native_linear))
-    return Kernels(pads=tuple(pads), native_row=native < plain, packs_one_row=best < 0.95 * min(plain, native))
+        return kernels
+    native, plain = (partial(_for_each, sample, partial(f, rows[:1])) for f in (_native_linear, F.linear))
+    native_row = _is_faster(native, plain)
+    packs_one_row = _is_faster(packed(1, kernels.pads_one), native if native_row else plain)
+    return replace(kernels, native_row=native_row, packs_one_row=packs_one_row)
 
 
 def _sample(weights: Iterable[Tensor]) -> list[Tensor]:
@@ -307,15 +320,21 @@ def _sample(weights: Iterable[Tensor]) -> list[Tensor]:
     return most[: max(1, _PROBE_BYTES // (2 * shape.numel()))]
 
 
-def _least_time(product: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> float:
-    """Seconds that the products with all the weights take, at best."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for weight in weights:
-            product(weight)
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _for_each(weights: Iterable[Tensor], product: Callable[[Tensor], Tensor]) -> None:
+    for weight in weights:
+        product(weight)
+
+
+def _is_faster(work: Callable[[], None], other: Callable[[], None]) -> bool:
+    """Whether it takes clearly less time than the other: by the median of ratios of neighbouring runs."""
+    ratios = []
+    for _ in range(5):
+        times = [time.perf_counter()]
+        for each in (work, other):
+            each()
+            times.append(time.perf_counter())
+        ratios.append((times[1] - times[0]) / (times[2] - times[1]))
+    return statistics.median(ratios) < _CLEARLY
 
 
 def _native_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -323,7 +342,8 @@ def _native_linear(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
 
-def _reorder(weight: Tensor) -> Tensor:
+def pack_weight(weight: Tensor) -> Tensor:
+    """A bfloat16 weight (out, in) in oneDNN's blocked layout: opaque, for `packed_linear` alone."""
     blocked: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     return blocked
 
