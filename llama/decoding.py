@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama.runner import ModelRunner
-from llama.runtime import agree, broadcast_from_first, is_first_of_group, to_device, to_host
+from llama.runtime import broadcast_flag, broadcast_from_first, is_first_of_group, to_device, to_host
 from llama.sampling import Sampler
 from llama.stepping import Stepper
 
@@ -163,13 +163,13 @@ class StepsInStep:
 
     def close(self) -> None:
         if self._first and not self._over:
-            self._over = not agree(False)
+            self._over = not broadcast_flag(False)
         while not self._over:
             self._advance()
 
     def _advance(self) -> Step | None:
         self._over = True  # should the step fail, this rank leaves and waits for no other
-        step = next(self._steps, None) if agree(True) else None
+        step = next(self._steps, None) if broadcast_flag(True) else None
         self._over = step is None or step.finish_reason is not None
         return step
 

@@ -122,14 +122,14 @@ def is_first_of_group() -> bool:
     return model_parallel_size() == 1 or model_parallel_rank() == 0
 
 
-def agree(go_on: bool) -> bool:
+def broadcast_flag(go_on: bool) -> bool:
     """What the first rank of the model-parallel group says; every rank has to ask at the same point."""
     if model_parallel_size() == 1:
         return go_on
     return bool(broadcast_from_first(torch.tensor([go_on])).item())
 
 
-def share_from_first(value: T | None = None) -> T:
+def broadcast_object(value: T | None = None) -> T:
     """The object that the first rank of all processes passes; the others pass none, and wait."""
     box = [value]
     if dist.get_world_size() > 1:

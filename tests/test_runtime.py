@@ -177,7 +177,7 @@ def test_one_process_is_its_own_first_rank_group_and_replica(llama: Llama) -> No
     assert runtime.model_parallel_rank() == 0
     assert runtime.replica() == (0, 1)
     assert runtime.gather_replicas("mine") == ["mine"]
-    assert runtime.agree(True) and not runtime.agree(False)
+    assert runtime.broadcast_flag(True) and not runtime.broadcast_flag(False)
     tensor = torch.tensor([3, 4])
     assert runtime.broadcast_from_first(tensor) is tensor
     assert dist.get_backend() == "gloo" or torch.cuda.is_available()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llama import Dialog, Llama, Message
 from llama.chat import encode_dialog, is_unsafe
-from llama.runtime import is_first_rank, share_from_first
+from llama.runtime import broadcast_object, is_first_rank
 from llama.tools import commandline
 
 try:
@@ -125,7 +125,7 @@ def _ask(terminal: Terminal, history: History) -> Dialog | None:
     while True:
         print(PROMPT, end="", flush=True)
         while not terminal.wait(_KEEP_ALIVE_S):
-            share_from_first("wait")
+            broadcast_object("wait")
         line = terminal.line()
         if line is None:
             return None
@@ -144,7 +144,7 @@ def _ask(terminal: Terminal, history: History) -> Dialog | None:
 def _lead(llama: Llama, history: History, terminal: Terminal, temperature: float, top_p: float) -> None:
     """The first rank's part."""
     while dialog := _ask(terminal, history):
-        share_from_first(dialog)
+        broadcast_object(dialog)
         print("Llama: ", end="", flush=True)
         answer = ""
         with closing(llama.stream_chat_completion(dialog, temperature, top_p)) as pieces:
@@ -158,13 +158,13 @@ def _lead(llama: Llama, history: History, terminal: Terminal, temperature: float
         if answer:
             history.add(dialog[-1]["content"], answer)
     print()
-    share_from_first("leave")
+    broadcast_object("leave")
 
 
 def _follow(llama: Llama, temperature: float, top_p: float) -> None:
     """The other ranks' part: the same calls as the first one's."""
     news: Dialog | str
-    while (news := share_from_first()) != "leave":
+    while (news := broadcast_object()) != "leave":
         if not isinstance(news, str):
             for _ in llama.stream_chat_completion(news, temperature, top_p):
                 pass
