@@ -28,6 +28,7 @@ from fairscale.nn.model_parallel.mappings import (
     scatter_to_model_parallel_region,
 )
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MiB = 1024**2
@@ -64,7 +65,8 @@ class PackedParameter(nn.Parameter):
     """A parameter that a packed form was made from.
 
     It turns into a plain `nn.Parameter` where its memory is handed out, or replaced, in a way that its version counter
-    does not see. `_version` and this type together therefore tell whether it can have changed.
+    does not see, and where training begins: fused optimizers do not count versions. `_version` and this type together
+    therefore tell whether it can have changed.
     """
 
     @property
@@ -75,6 +77,15 @@ class PackedParameter(nn.Parameter):
     def data(self, value: Tensor) -> None:
         if value is not self:  # `module.to()` assigns a parameter to itself where it has nothing to convert
             self._plain().data = value
+
+    def requires_grad_(self, requires_grad: bool = True) -> PackedParameter:
+        self.requires_grad = requires_grad
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if (name == "requires_grad" and value) or (name == "grad" and value is not None):
+            self._plain()
+        nn.Parameter.__setattr__(self, name, value)
 
     def _plain(self) -> nn.Parameter:
         self.__class__ = nn.Parameter  # type: ignore[assignment]
@@ -147,7 +158,9 @@ class _OwnsPackedForm(nn.Module):
         return None
 
     def pack(self, dtype: torch.dtype, scratch: Tensor | None = None) -> None:
-        """Makes the packed form of the weight as it is now; without effect where a parametrization makes the weight.
+        """Makes the packed form of the weight as it is now.
+
+        Without effect where a parametrization makes the weight, or where it requires gradients: it will be trained.
 
         Args:
             dtype: of the products. The weight itself stays as it is, also where it has another dtype.
@@ -155,7 +168,7 @@ class _OwnsPackedForm(nn.Module):
                 layer takes longer than filling it.
         """
         weight = self._parameters.get("weight")
-        if weight is None:
+        if weight is None or weight.requires_grad:
             return
         values = weight.detach()
         if values.dtype != dtype:
@@ -220,6 +233,8 @@ def _is_cpu_inference(x: Tensor, weight: Tensor) -> bool:
         and type(x) is Tensor
         and x.device.type == "cpu"
         and x.numel() > 0
+        and x.size(-1) == weight.size(-1)  # if not, F.linear says so
+        and forward_ad._current_level < 0
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
 

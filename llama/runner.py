@@ -28,7 +28,7 @@ class ModelUse:
     Attributes:
         lock: held by a call while it computes.
         holder: the thread that holds it.
-        last_writer: the `ModelRunner` that ran last.
+        last_writer: the mark of the `ModelRunner` that ran last; not the runner, which would keep the network alive.
     """
 
     def __init__(self) -> None:
@@ -94,6 +94,7 @@ class ModelRunner:
         self.max_batch_size = self._args.max_batch_size
         self.max_seq_len = self._args.max_seq_len
         self._use = use_of(model)
+        self._mark = object()
         self._seen: list[object] = []  # the cache as this runner left it
 
     def run(self, tokens: Tensor, start_pos: int | CachePositions) -> Tensor:
@@ -148,16 +149,17 @@ class ModelRunner:
 
     def has_lost_cache(self) -> bool:
         """Whether the cache has been written to by anybody else since this runner's last pass."""
-        return self._use.last_writer is not self or self._seen != self._cache_state()
+        return self._use.last_writer is not self._mark or self._seen != self._cache_state()
 
     def _note_cache(self) -> None:
-        self._use.last_writer = self
+        self._use.last_writer = self._mark
         self._seen = self._cache_state()
 
     def _cache_state(self) -> list[object]:
-        """Changes whenever something is written to the cache of an unmodified network."""
-        if self.one_position:
-            return []
+        """Changes whenever something is written to the cache of `Attention` layers, or of others that are like them."""
+        if self.one_position:  # any network: whatever of its modules has a cache
+            caches = _caches(self._model)
+            return [(k.data_ptr(), None if k.is_inference() else k._version) for k in caches]
         keys = [layer.attention.keys for layer in self._model.layers]
         return [(id(k), None if k.is_inference() else k._version) for k in keys]
 
@@ -176,8 +178,9 @@ def dtype_of(model: Any) -> torch.dtype:
 
 def _caches(model: Any) -> list[Tensor]:
     """The KV cache of every layer, with Meta's axes."""
-    modules = [m for m in model.modules() if isinstance(getattr(m, "cache_k", None), Tensor)]
-    return [cache for module in modules for cache in (module.cache_k, module.cache_v)]
+    modules: Iterable[Any] = model.modules() if hasattr(model, "modules") else ()
+    owners = [module for module in modules if isinstance(getattr(module, "cache_k", None), Tensor)]
+    return [cache for owner in owners for cache in (owner.cache_k, owner.cache_v)]
 
 
 def prefill_groups(lengths: Sequence[int], most_positions: int, pass_cost: int) -> list[list[int]]:
