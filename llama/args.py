@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
+
+from llama.quoting import quote
 
 PREFILL_TOKENS = 1024  # enough to keep the arithmetic units busy; more cost memory
 
@@ -61,7 +62,9 @@ class ModelArgs:
                 "as rotary embedding needs"
             )
         if self.hidden_dim < 1:
-            raise ValueError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} leaves the feed-forward no hidden units")
+            raise ValueError(
+                f"ffn_dim_multiplier={self.ffn_dim_multiplier} must give the feed-forward at least one hidden unit"
+            )
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
 
@@ -109,7 +112,7 @@ def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: fl
     width = int(2 * hidden_dim / 3)
     if ffn_dim_multiplier is not None:
         width = int(ffn_dim_multiplier * width)
-    return multiple_of * math.ceil(width / multiple_of)
+    return multiple_of * -(-width // multiple_of)  # rounded up in integers: exact at any size
 
 
 def _check_field(name: str, annotation: object, value: object) -> None:
@@ -119,9 +122,9 @@ def _check_field(name: str, annotation: object, value: object) -> None:
     takes_float = "float" in str(annotation)
     number = isinstance(value, (int, float) if takes_float else int) and not isinstance(value, bool)
     if not number:
-        raise ValueError(f"{name} must be {'a number' if takes_float else 'an integer'}, got {value!r:.80}")
+        raise ValueError(f"{name} must be {'a number' if takes_float else 'an integer'}, got {quote(value)}")
     assert isinstance(value, (int, float))
     if name == "vocab_size" and value == -1:
         return
     if not 0 < value < 2**63:
-        raise ValueError(f"{name} must be above 0 and below 2**63, got {value!r:.80}")
+        raise ValueError(f"{name} must be above 0 and below 2**63, got {quote(value)}")

@@ -1,7 +1,6 @@
-"""The released checkpoint format: `params.json` and one `consolidated.NN.pth` a model-parallel rank.
+"""The released checkpoint format: `params.json` and one `consolidated.NN.pth` per model-parallel rank.
 
-The one place that knows how tensors are named on disk and split over files. Knows nothing of the network's maths, of
-processes or of text.
+The one place that knows how tensors are named on disk and split over files.
 """
 
 from __future__ import annotations
@@ -21,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.archive import ArchiveError, check_pickles, count_records, is_archive
 from llama.args import ModelArgs
+from llama.quoting import printable, quote
 
 # The axis along which each tensor is split over the files; None: every file has the whole of it.
 _LAYER_SHARD_DIMS: dict[str, int | None] = {
@@ -44,6 +45,11 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KNOWN_EXTRA = "rope.freqs"  # released files carry it; it follows from params.json
 _RUN_SIZES = {"max_batch_size", "max_seq_len"}  # fields of ModelArgs that are a run's, not a checkpoint's
 _PARAM_NAMES = {field.name for field in fields(ModelArgs)} - _RUN_SIZES
+_MAX_JSON_BYTES = 4 * 1024**2  # some 60 times the index of a published 70B model's tensors
+
+
+class VocabularyError(ValueError):
+    """A checkpoint's embedding is not of the network's vocabulary, which may be the tokenizer's."""
 
 
 def shard_dim(name: str) -> int | None:
@@ -101,12 +107,17 @@ def list_shards(ckpt_dir: str | Path) -> list[Path]:
 
     Raises:
         AssertionError: there are none (see `find_shards`).
+        ValueError: `ckpt_dir` is not a path.
     """
-    shards = sorted(path for path in Path(ckpt_dir).glob("*.pth") if not path.name.startswith("."))
+    if not isinstance(ckpt_dir, (str, os.PathLike)):
+        raise ValueError(f"ckpt_dir must be the path of a folder, got {quote(ckpt_dir)}")
+    found = Path(ckpt_dir).glob("*.pth")
+    shards = sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
     if not shards:
         raise AssertionError(
             f"no checkpoint files found in {ckpt_dir}\n"
-            "ckpt_dir takes the folder that holds params.json and consolidated.00.pth"
+            "ckpt_dir must be the folder that holds params.json and consolidated.00.pth"
+            + (", got a path where there is none" if not Path(ckpt_dir).is_dir() else "")
         )
     return shards
 
@@ -122,7 +133,7 @@ def find_shards(ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
     if len(shards) != model_parallel_size:
         raise AssertionError(
             f"Loading a checkpoint for MP={len(shards)} but world size is {model_parallel_size}\n"
-            f"start the program with torchrun --nproc_per_node {len(shards)}, one process a file"
+            f"start the program with torchrun --nproc_per_node {len(shards)}, one process per file"
         )
     return shards
 
@@ -132,31 +143,63 @@ def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON object, or has a key that this library does not know.
+        ValueError: it is not a JSON object, or has a key that this library does not know.
     """
     path = Path(ckpt_dir) / "params.json"
     if not path.is_file():
         raise FileNotFoundError(f"no params.json in {ckpt_dir}; it is released beside the .pth files")
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(params, dict):
-        raise ValueError(f"{path} holds a {type(params).__name__}; it takes a JSON object")
+    params = read_json_object(path)
     unknown = sorted(params.keys() - _PARAM_NAMES)
     if unknown:
         raise ValueError(
-            f"{path} has the unknown key{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}; "
-            f"it takes {', '.join(sorted(_PARAM_NAMES))}"
+            f"{path}: keys must be among {', '.join(sorted(_PARAM_NAMES))}, "
+            f"got {_some([quote(key) for key in unknown])}; remove what Llama 2 does not have"
         )
     return params
 
 
-def model_args(ckpt_dir: str | Path, n_words: int, *, max_batch_size: int, max_seq_len: int) -> ModelArgs:
-    """The network that `params.json` describes, with a tokenizer of `n_words` pieces and a run's cache sizes.
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object.
 
     Raises:
-        ValueError: a value of the file is wrong, or its `vocab_size` is not the tokenizer's.
+        ValueError: it does not, or has more bytes than any such file of a model; the message names the file.
+    """
+    if (n_bytes := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} must have at most {_MAX_JSON_BYTES} bytes, got {n_bytes}; download it again")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON, got an error: {_first_line(error)}; download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}; download it again")
+    return content
+
+
+def find_tokenizer(ckpt_dir: str | Path) -> Path:
+    """Where a checkpoint's `tokenizer.model` is: in its folder or, where `download.sh` puts it, in the parent folder.
+
+    If there is none, the path in the folder itself, for the error of whoever opens it.
+    """
+    own, above = Path(ckpt_dir) / "tokenizer.model", Path(ckpt_dir).resolve().parent / "tokenizer.model"
+    return above if above.is_file() and not own.is_file() else own
+
+
+def model_args(
+    ckpt_dir: str | Path,
+    n_words: int,
+    *,
+    max_batch_size: int,
+    max_seq_len: int,
+    tokenizer_path: str | Path | None = None,
+) -> ModelArgs:
+    """The network that `params.json` describes, with a tokenizer of `n_words` pieces and a run's cache sizes.
+
+    Args:
+        tokenizer_path: names the tokenizer in an error.
+
+    Raises:
+        ValueError: a value of the file is wrong, or its `vocab_size` is not the tokenizer's, or it describes more
+            layers than a checkpoint file has tensors.
     """
     params = read_params(ckpt_dir)
     if params.get("vocab_size", -1) == -1:
@@ -166,29 +209,58 @@ def model_args(ckpt_dir: str | Path, n_words: int, *, max_batch_size: int, max_s
     except ValueError as error:
         raise ValueError(f"{Path(ckpt_dir) / 'params.json'}: {error}") from error
     if args.vocab_size != n_words:
+        tokenizer = "the tokenizer" if tokenizer_path is None else f"the tokenizer {tokenizer_path}"
         raise ValueError(
-            f"{Path(ckpt_dir) / 'params.json'} has vocab_size={args.vocab_size}, but the tokenizer has {n_words} "
-            "pieces; give the tokenizer.model that this checkpoint was trained with"
+            f"{Path(ckpt_dir) / 'params.json'}: vocab_size must be the number of pieces of {tokenizer}, {n_words}, "
+            f"got {args.vocab_size}; give the tokenizer.model that this checkpoint was trained with"
         )
+    for path in sorted(Path(ckpt_dir).glob("*.pth")):
+        _check_records(path, args)
     return ModelArgs.of(replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len))
 
 
+def _check_records(path: Path, args: ModelArgs) -> None:
+    """Checks a file's end, so that one cut short is an error on all ranks, and that there are tensors for the layers.
+
+    It comes before anything is planned or made for a number of layers that a damaged `params.json` may state.
+    """
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as file:
+            archive = is_archive(file)
+        n_records = count_records(path) if archive else args.n_layers
+    except ArchiveError as error:
+        raise _unreadable(path, error) from error
+    check_layer_count(path, args, n_records)
+
+
+def check_layer_count(path: Path, args: ModelArgs, n_tensors: int) -> None:
+    """Raises ValueError if the checkpoint file `path`, of `n_tensors` tensors, cannot have `args.n_layers` layers."""
+    if args.n_layers > n_tensors:
+        raise ValueError(
+            f"{path.parent / 'params.json'}: n_layers must be the number of the checkpoint's layers, got "
+            f"{args.n_layers}, but {path.name} has no more than {n_tensors} tensors in all"
+        )
+
+
 def load_shard(path: Path, args: ModelArgs, model_parallel_size: int) -> dict[str, Tensor]:
-    """The tensors of one file, checked to be exactly those that `args` asks for.
+    """The tensors of one file, checked to be exactly those that `args` describes.
 
     The file is memory-mapped: the tensors are views of the page cache, in the file's dtype, read when first used.
 
     Raises:
-        ValueError: the file is damaged or holds other things than tensors; a tensor is missing, unknown or mis-shaped.
+        ValueError: the file is damaged or holds other objects than tensors; a tensor is missing, unknown or mis-shaped.
     """
     state = read_shard(path)
     state.pop(KNOWN_EXTRA, None)
+    check_layer_count(path, args, len(state))
     check_tensors(path, state, tensor_shapes(args, model_parallel_size))
     return state
 
 
 def move(state: dict[str, Tensor], path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Replaces the tensors read from `path` by ones on `device` in `dtype`, never holding two copies of the whole."""
+    """Replaces the tensors read from `path` by copies on `device` in `dtype`; never holds two copies of the whole."""
     release = page_release(path)
     copy = _PinnedCopy(device) if device.type == "cuda" else partial(torch.Tensor.to, device=device)
     for name, tensor in state.items():
@@ -247,48 +319,61 @@ def page_release(path: Path) -> Callable[[Tensor], None]:
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """The flat name -> tensor dict of one file, memory-mapped on the CPU. Nothing but tensors is unpickled."""
+    """The flat name -> tensor dict of one file, memory-mapped on the CPU. Nothing but tensors is unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds other objects than tensors.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a regular file, got a folder, pipe or device")
     mappable = _is_mappable(path)
     try:
+        check_pickles(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
         raise ValueError(  # torch's own words advise to load without `weights_only`, which runs code of the file
-            f"{path} holds other things than tensors, which are not loaded, or is damaged; compare its checksum"
+            f"{path} must hold tensors alone, got other objects, which are not loaded, or damage; compare its checksum"
         ) from error
     except Exception as error:  # torch raises errors of many kinds over a damaged file
-        raise ValueError(
-            f"{path} cannot be read ({_first_line(error)}); is it cut short? Compare its checksum"
-        ) from error
+        raise _unreadable(path, error) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is not a flat dict of tensors, which is what a released checkpoint file holds")
+        raise ValueError(f"{path} must hold a flat dict of tensors, as released checkpoint files do")
     return state
 
 
 def _is_mappable(path: Path) -> bool:
-    """Whether it has torch.save's format since 1.6, a zip file; the one before cannot be mapped."""
     with path.open("rb") as file:
-        return file.read(2) == b"PK"
+        return is_archive(file)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read ({_first_line(error)}); is it cut short? Compare its checksum")
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0]
+    return printable(lines[0], limit=200)
 
 
 def check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises ValueError, naming what is wrong, unless `state`, read from `path`, holds exactly these tensors."""
     if missing := [name for name in shapes if name not in state]:
-        raise ValueError(f"{path} lacks {_some(missing)}, which params.json asks for")
-    if extra := [str(name) for name in state if name not in shapes]:
-        raise ValueError(f"{path} has {_some(extra)}, which the network does not have")
+        raise ValueError(f"{path} must hold the tensors that params.json describes, but lacks {_some(missing)}")
+    if extra := [printable(name) for name in state if name not in shapes]:
+        raise ValueError(f"{path} must hold no other tensors than the network's, but has {_some(extra)}")
     for name, shape in shapes.items():
         tensor = state[name]
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}; by params.json it takes {shape}")
+            of_vocabulary = name == "tok_embeddings.weight" and tuple(tensor.shape[1:]) == shape[1:]
+            error = VocabularyError if of_vocabulary else ValueError
+            raise error(
+                f"{path}: {name} must have shape {shape} by params.json, got shape {quote(tuple(tensor.shape))}"
+            )
         if tensor.layout != torch.strided or tensor.device.type == "meta":
-            raise ValueError(f"{path}: {name} has no values of its own; it takes a dense tensor")
+            raise ValueError(f"{path}: {name} must be a dense tensor, got one without values of its own")
         if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {tensor.dtype}; it takes float16, bfloat16 or float32")
+            raise ValueError(f"{path}: {name} must have dtype float16, bfloat16 or float32, got {tensor.dtype}")
 
 
 def _some(names: list[str]) -> str:

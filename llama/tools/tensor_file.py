@@ -1,15 +1,14 @@
 """Files of tensors that are written one tensor at a time, in any order.
 
-A file is laid out in full before the first value is there; then each tensor's bytes go to their place. Knows the two
-formats' layouts, and nothing of names or networks.
+A file is laid out in full before the first value is there; then each tensor's bytes go to their place.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import struct
-import zipfile
+import zlib
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +16,10 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-_CHUNK = 1024**2  # bytes a system call writes; with 64 MiB from a mapped file, Linux 6.18 takes twice the time in all
+from llama.archive import read_records
+
+_CHUNK = 1024**2  # bytes per system call; with 64 MiB from a mapped file, Linux 6.18 takes twice the time in all
 _FLUSH = 64 * 1024**2  # bytes after which the disk is set to work
-_ZIP_HEADER = struct.Struct("<26xHH")  # a zip entry's local header: at its end the lengths of name and extra field
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -32,10 +32,14 @@ class TensorFile:
     Args:
         path: the file.
         offsets: where each tensor's bytes start.
+        checksum_offsets: where the CRC-32 of a tensor's bytes goes, in formats that have one.
     """
 
-    def __init__(self, path: Path, offsets: dict[str, int]) -> None:
+    def __init__(
+        self, path: Path, offsets: dict[str, int], checksum_offsets: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
         self._offsets = offsets
+        self._checksum_offsets = checksum_offsets or {}
         self._unwritten = set(offsets)
         self._descriptor = os.open(path, os.O_WRONLY)
         self._flusher = ThreadPoolExecutor(max_workers=1)
@@ -57,10 +61,16 @@ class TensorFile:
     def write(self, name: str, tensor: Tensor) -> int:
         """Puts a tensor, of the dtype and shape that were laid out, in its place; returns its bytes."""
         values = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-        done = 0
+        stated = self._checksum_offsets.get(name, ())
+        done = checksum = 0
         while done < len(values):
             chunk = values[done : done + _CHUNK]
-            done += os.pwrite(self._descriptor, chunk, self._offsets[name] + done)
+            written = os.pwrite(self._descriptor, chunk, self._offsets[name] + done)
+            if stated:
+                checksum = zlib.crc32(chunk[:written], checksum)
+            done += written
+        for offset in stated:
+            os.pwrite(self._descriptor, checksum.to_bytes(4, "little"), offset)
         self._unwritten.discard(name)
         self._unflushed += done
         if self._unflushed >= _FLUSH:
@@ -78,24 +88,23 @@ class TensorFile:
 def lay_out_pth(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
     """A file as `torch.save` writes it, of tensors that need no values, such as those on the meta device.
 
-    Its checksums (CRC-32), which torch does not look at, are left zero: `unzip -t` complains of them.
+    Raises:
+        OSError: the file cannot be written.
     """
-    with torch.serialization.skip_data():
-        # Memory that is never touched takes no room.
-        torch.save({name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}, path)
-    return TensorFile(path, _offsets_in_pth(path, tensors))
-
-
-def _offsets_in_pth(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Where the zip entries' contents start; torch numbers them in the order of the dict."""
-    offsets = {}
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        for i, (name, tensor) in enumerate(tensors.items()):
-            entry = archive.getinfo(f"{path.stem}/data/{i}")
-            assert entry.file_size == tensor.nbytes
-            file.seek(entry.header_offset)
-            offsets[name] = entry.header_offset + 30 + sum(_ZIP_HEADER.unpack(file.read(_ZIP_HEADER.size)))
-    return offsets
+    blank = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}  # never touched
+    try:
+        with torch.serialization.skip_data():
+            torch.save(blank, path)
+    except RuntimeError as error:  # torch's file writer does not tell why
+        raise OSError(
+            f"{path} cannot be written; is the disk full, or the size of files limited (ulimit -f)?"
+        ) from error
+    # torch numbers the tensors in the order of the dict; what it calls the archive depends on the path
+    records = {record.name.partition("/")[2]: record for record in read_records(path)}
+    ours = {name: records[f"data/{i}"] for i, name in enumerate(tensors)}
+    assert all(ours[name].size == tensor.nbytes for name, tensor in tensors.items())
+    offsets = {name: record.offset for name, record in ours.items()}
+    return TensorFile(path, offsets, {name: record.checksum_offsets for name, record in ours.items()})
 
 
 def lay_out_safetensors(path: Path, tensors: dict[str, Tensor]) -> TensorFile:

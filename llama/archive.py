@@ -1,0 +1,210 @@
+"""The zip archive that a `.pth` file is, listed without trusting the file.
+
+`torch.save` writes its records uncompressed, so that tensors can be memory-mapped: `NAME/data.pkl`, a pickle that
+describes the tensors; `NAME/data/N`, the values; and a few records of some bytes. Compressed records, which a few
+kilobytes let grow to gigabytes, and oversized ones are refused before torch reads them.
+
+The format is that of PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3, in the one form that torch writes: nothing after
+the end record, and the directory right before it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from llama.quoting import quote
+
+MAX_PICKLE_BYTES = 4 * 1024**2  # 20 times that of the released 70B
+_MAX_SMALL_BYTES = 64 * 1024  # of every other record that holds no tensor
+_MAX_DIRECTORY_BYTES = 4 * 1024**2
+_LEGACY_PICKLES = 5  # before torch 1.6: magic number, version, system, the dict, names of the storages
+
+_END = struct.Struct("<4s4H2LH")  # signature, disks, entries on disk and in all, directory size and offset, comment
+_END_64_LOCATOR = struct.Struct("<4sLQL")  # signature, disk, offset of the 64-bit end record, disks
+_END_64 = struct.Struct("<4sQ2H2L4Q")  # as _END, with 64 bits
+_ENTRY = struct.Struct("<4s6H3L5H2L")  # of the directory
+_LOCAL = struct.Struct("<4s5H3L2H")  # before a record's bytes
+_DESCRIPTOR = b"PK\x07\x08"  # after them: the checksum, where it was not known before
+_IN_EXTRA_FIELD = 0xFFFFFFFF  # the value does not fit, and is in the 64-bit extra field
+_ENCRYPTED, _HAS_DESCRIPTOR = 1, 8  # bits of an entry's flags
+
+
+class ArchiveError(ValueError):
+    """The file is no archive as `torch.save` writes it."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record of the archive.
+
+    Attributes:
+        name: with the archive's own name in front.
+        size: of its content, in bytes.
+        offset: of its content in the file.
+        checksum_offsets: where the file states the CRC-32 of the content.
+    """
+
+    name: str
+    size: int
+    offset: int
+    checksum_offsets: tuple[int, ...]
+
+
+def is_archive(file: BinaryIO) -> bool:
+    """Whether the file has torch.save's format since 1.6, a zip archive; the one before cannot be memory-mapped."""
+    file.seek(0)
+    return file.read(2) == b"PK"
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of an archive, checked to be stored uncompressed, inside the file, and no larger than they may be.
+
+    Raises:
+        ArchiveError: they are not, or the file is damaged; the message names the record and not the file.
+    """
+    with path.open("rb") as file:
+        start, end, n_entries = _directory(file)
+        file.seek(start)
+        directory = file.read(end - start)
+        records: dict[str, Record] = {}
+        at = 0
+        for _ in range(n_entries):
+            record, at = _read_entry(file, directory, at, start)
+            if record.name in records:
+                raise ArchiveError(f"two records are named {quote(record.name)}")
+            records[record.name] = record
+    if at != len(directory) or not records:
+        raise ArchiveError("its directory has another size than it states")
+    _check_sizes(list(records.values()))
+    return list(records.values())
+
+
+def count_records(path: Path) -> int:
+    """The number of records that an archive's directory lists, from the end of the file alone.
+
+    Raises:
+        ArchiveError: the file is damaged or cut short.
+    """
+    with path.open("rb") as file:
+        return _directory(file)[2]
+
+
+def check_pickles(path: Path) -> None:
+    """Raises ArchiveError if unpickling the file's description of its tensors could take memory without bound.
+
+    torch's restricted unpickler runs no code of the file, but makes byte arrays of any size that it asks for.
+    """
+    with path.open("rb") as file:
+        for pickle_stream in _pickles(path, file):
+            for opcode, argument, _ in pickletools.genops(pickle_stream):
+                if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
+                    raise ArchiveError("it holds a byte array")
+
+
+def _pickles(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
+    if not is_archive(file):
+        file.seek(0)
+        head = io.BytesIO(file.read(_LEGACY_PICKLES * MAX_PICKLE_BYTES))
+        for _ in range(_LEGACY_PICKLES):
+            yield head  # each ends where the next one starts
+        return
+    for record in read_records(path):
+        if _is_pickle(record.name):
+            file.seek(record.offset)
+            yield io.BytesIO(file.read(record.size))
+
+
+def _is_pickle(name: str) -> bool:
+    return name.lower().endswith("/data.pkl")  # torch's reader takes no account of case
+
+
+def _directory(file: BinaryIO) -> tuple[int, int, int]:
+    """Where the archive's directory starts and ends, and the number of its entries."""
+    size = file.seek(0, io.SEEK_END)
+    end_at = size - _END.size
+    end = _unpack(_END, file, end_at, b"PK\x05\x06")
+    n_entries, directory_size, start, comment_size = end[4:]
+    directory_end = end_at
+    locator_at = end_at - _END_64_LOCATOR.size
+    if locator_at >= 0 and _peek(file, locator_at) == b"PK\x06\x07":
+        directory_end = _unpack(_END_64_LOCATOR, file, locator_at, b"PK\x06\x07")[2]
+        if directory_end != locator_at - _END_64.size:
+            raise ArchiveError("its end record is out of place")
+        n_entries, directory_size, start = _unpack(_END_64, file, directory_end, b"PK\x06\x06")[7:]
+    if comment_size or start + directory_size != directory_end:
+        raise ArchiveError("its directory is out of place")
+    if directory_size > _MAX_DIRECTORY_BYTES or n_entries * _ENTRY.size > directory_size:
+        raise ArchiveError(f"its directory of {n_entries} records in {directory_size} bytes cannot be")
+    return start, directory_end, n_entries
+
+
+def _read_entry(file: BinaryIO, directory: bytes, at: int, directory_start: int) -> tuple[Record, int]:
+    """The record that an entry of the directory describes, and where the next entry starts."""
+    if len(directory) < at + _ENTRY.size or directory[at : at + 4] != b"PK\x01\x02":
+        raise ArchiveError("an entry of its directory is damaged")
+    fields = _ENTRY.unpack_from(directory, at)
+    flags, method, packed, size, header = (fields[i] for i in (3, 4, 8, 9, 16))
+    name_at = at + _ENTRY.size
+    extra_at = name_at + fields[10]
+    comment_at = extra_at + fields[11]
+    following = comment_at + fields[12]
+    if following > len(directory):
+        raise ArchiveError("an entry of its directory is damaged")
+    name = directory[name_at:extra_at].decode("utf-8", "replace")
+    size, packed, header = _widened(directory[extra_at:comment_at], size, packed, header)
+    if method or packed != size or flags & _ENCRYPTED:
+        raise ArchiveError(f"record {quote(name)} must be stored uncompressed")
+    local = _unpack(_LOCAL, file, header, b"PK\x03\x04")
+    offset = header + _LOCAL.size + local[-2] + local[-1]
+    if offset + size > directory_start:
+        raise ArchiveError(f"record {quote(name)} of {size} bytes ends beyond the records")
+    stated = [directory_start + at + 16]  # where the CRC is among an entry's fields
+    if flags & _HAS_DESCRIPTOR:
+        stated += [offset + size + 4] * (_peek(file, offset + size) == _DESCRIPTOR)
+    else:
+        stated.append(header + 14)
+    return Record(name, size, offset, tuple(stated)), following
+
+
+def _widened(extra: bytes, *values: int) -> Iterator[int]:
+    """Sizes and offset of an entry; those too large for 32 bits stand in its extra field 1, in this order."""
+    wide = b""
+    while len(extra) >= 4 and not wide:
+        kind, size = struct.unpack_from("<2H", extra)
+        wide, extra = (extra[4 : 4 + size] if kind == 1 else b""), extra[4 + size :]
+    for value in values:
+        if value == _IN_EXTRA_FIELD and len(wide) >= 8:
+            yield int.from_bytes(wide[:8], "little")
+            wide = wide[8:]
+        else:
+            yield value
+
+
+def _check_sizes(records: list[Record]) -> None:
+    values = records[0].name.partition("/")[0] + "/data/"
+    for record in records:
+        limit = MAX_PICKLE_BYTES if _is_pickle(record.name) else _MAX_SMALL_BYTES
+        if not record.name.startswith(values) and record.size > limit:
+            raise ArchiveError(f"record {quote(record.name)} must have at most {limit} bytes, got {record.size}")
+
+
+def _unpack(layout: struct.Struct, file: BinaryIO, offset: int, signature: bytes) -> tuple[int, ...]:
+    """The fields at `offset`; the first is the signature, which is checked."""
+    content = b""
+    if 0 <= offset < 2**63 - layout.size:
+        file.seek(offset)
+        content = file.read(layout.size)
+    if len(content) < layout.size or content[:4] != signature:
+        raise ArchiveError("a part of the zip archive is not in its place")
+    return layout.unpack(content)
+
+
+def _peek(file: BinaryIO, offset: int) -> bytes:
+    file.seek(offset)
+    return file.read(4)
