@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import re
+import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+import example_chat_completion
+import example_text_completion
 from llama.checkpoint import read_params
 from tests.conftest import ROOT
 
@@ -61,6 +67,7 @@ def cut_in_two(write_checkpoint: Callable[..., Path]) -> tuple[str, ...]:
     """Flags for the checkpoint that ships, cut for two ranks."""
     state: dict[str, Any] = torch.load(TINY_LLAMA / "consolidated.00.pth", weights_only=True)
     folder = write_checkpoint(read_params(TINY_LLAMA), state, 2)
+    shutil.copy(TINY_LLAMA / "tokenizer.model", folder)
     return ("--ckpt_dir", str(folder), "--temperature", "0")
 
 
@@ -111,9 +118,105 @@ def test_two_machines_answer_as_one(chat_answers: str, cut_in_two: tuple[str, ..
     assert [out for out, _ in printed] == [chat_answers, ""]
 
 
-def test_the_wrong_number_of_processes_is_said_with_what_to_do(cut_in_two: tuple[str, ...]) -> None:
-    process = start(CHAT, *cut_in_two, launcher=("--nproc_per_node", "1", "--master_port", str(free_port())))
+def test_two_replicas_share_the_prompts_and_print_what_one_prints() -> None:
+    flags = ("--temperature", "0", "--dtype", "float32", "--device", "cpu", "--seed", "3")
+    alone, _ = torchrun(TEXT, *flags)
+    shared, _ = torchrun(TEXT, *flags, "--model_parallel_size", "1", processes=2)
+    assert shared == alone
+
+
+def test_an_error_is_one_line_ahead_of_torchruns_report(cut_in_two: tuple[str, ...]) -> None:
+    """Also where the folder is given by position, as Meta's scripts take it."""
+    folder = cut_in_two[1]
+    process = start(CHAT, folder, launcher=("--nproc_per_node", "1", "--master_port", str(free_port())))
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "AssertionError: Loading a checkpoint for MP=2 but world size is 1" in err
-    assert "--nproc_per_node 2" in err
+    first, *report = err.splitlines()
+    assert first.startswith("error: Loading a checkpoint for MP=2 but world size is 1; ")
+    assert "--nproc_per_node 2" in first
+    assert "error: " not in "".join(report) and f'File "{ROOT / CHAT}"' not in "".join(report)
+
+
+@pytest.mark.parametrize("script", [CHAT, TEXT])
+def test_an_unknown_flag_is_refused_before_anything_runs(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--ckpt_dir", "no-such-folder", "--max_seq_length", "64"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert "--max_seq_length" in err
+    assert "no checkpoint files" not in err  # what a run would have said first
+
+
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [
+        (example_chat_completion, ["temperature", "top_p", "max_seq_len", "max_batch_size", "max_gen_len"]),
+        (example_text_completion, ["temperature", "top_p", "max_seq_len", "max_gen_len", "max_batch_size"]),
+    ],
+)
+def test_flags_come_in_the_order_of_metas_scripts_and_ours_after_them(script: Any, names: list[str]) -> None:
+    ours = ["seed", "dtype", "device", "model_parallel_size"]
+    assert list(inspect.signature(script.main).parameters) == ["ckpt_dir", "tokenizer_path", *names, *ours]
+
+
+def completions(capsys: pytest.CaptureFixture[str], **flags: Any) -> list[str]:
+    """What the text example prints, run in this process for a few tokens."""
+    capsys.readouterr()
+    example_text_completion.main(**{"max_gen_len": 12, "device": "cpu", "dtype": "float32"} | flags)
+    return answers(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "."], ids=["in the folder", "in its parent"])
+def test_the_tokenizer_is_the_checkpoints_own(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the checkpoint's folder, or above it, where the download puts it; here neither is the toy's folder."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("params.json", "consolidated.00.pth"):
+        (folder / name).symlink_to(TINY_LLAMA / name)
+    shutil.copy(TINY_LLAMA / "tokenizer.model", tmp_path / place)
+    assert completions(capsys, ckpt_dir=str(folder), temperature=0) == completions(capsys, temperature=0)
+
+
+def test_the_tokenizer_in_the_folder_goes_before_the_one_above(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(TINY_LLAMA, tmp_path / "checkpoint")
+    shutil.copy(tokenizer_path, tmp_path / "tokenizer.model")  # of another size, which would be refused
+    assert completions(capsys, ckpt_dir=str(folder))
+
+
+def test_a_folder_without_checkpoint_is_said_before_its_missing_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="no checkpoint files found in"):
+        example_chat_completion.main(ckpt_dir=str(tmp_path))
+
+
+def test_a_missing_tokenizer_is_named(checkpoint: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape(str(checkpoint / "tokenizer.model"))):
+        example_chat_completion.main(ckpt_dir=str(checkpoint))
+
+
+@pytest.mark.parametrize("vocab_size", [-1, 1536], ids=["by the tensors", "by params.json"])
+def test_a_tokenizer_of_another_vocabulary_is_named_with_both_sizes(
+    vocab_size: int, tmp_path: Path, tokenizer_path: Path
+) -> None:
+    """As when one checkpoint's folder is given and another one's tokenizer. Released files say -1."""
+    folder = shutil.copytree(TINY_LLAMA, tmp_path / "checkpoint")
+    (folder / "params.json").write_text(json.dumps(read_params(TINY_LLAMA) | {"vocab_size": vocab_size}))
+    with pytest.raises(ValueError, match=rf"1536.* the tokenizer {re.escape(str(tokenizer_path))} has \d+ pieces"):
+        example_text_completion.main(ckpt_dir=str(folder), tokenizer_path=str(tokenizer_path))
+
+
+def test_a_seed_decides_what_is_sampled(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [completions(capsys, temperature=1.0, top_p=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("dtype", "float64"), ("device", "abacus"), ("model_parallel_size", 0), ("seed", 2**64)]
+)
+def test_a_flag_that_the_build_refuses_is_named(flag: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=flag):
+        example_chat_completion.main(**{flag: value})
