@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
+from llama.quoting import quote
 from llama.tokenizer import PromptError, Tokenizer
 
 Role = Literal["system", "user", "assistant"]
@@ -24,14 +25,19 @@ UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
 def is_unsafe(dialog: Dialog) -> bool:
-    """Whether some message holds one of the template's own tags, which would let it pose as another turn."""
-    return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
+    """Whether a message contains one of the template's own tags, which would let it pose as another turn."""
+    return any(has_special_tags(message["content"]) for message in dialog)
+
+
+def has_special_tags(text: str) -> bool:
+    """Whether a text contains one of the template's own tags."""
+    return any(tag in text for tag in SPECIAL_TAGS)
 
 
 def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
-    """The prompt for a checked dialog's next answer.
+    """The ids of a checked dialog, after which the model writes its next answer.
 
-    Each finished pair of turns is encoded on its own, between BOS and EOS; the last user turn has BOS and stays open.
+    Each finished pair of turns is encoded on its own, between BOS and EOS; the last user turn has BOS alone.
     """
     texts = _turns(dialog)
     tokens: list[int] = []
@@ -41,7 +47,7 @@ def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
 
 
 def _turns(dialog: Dialog) -> list[str]:
-    """The stripped texts of user, assistant, ..., user, a system message folded into the first."""
+    """The stripped texts of user, assistant, ..., user, with a system message folded into the first."""
     texts = [message["content"] for message in dialog]
     if dialog[0]["role"] == "system":
         texts = [B_SYS + texts[0] + E_SYS + texts[1], *texts[2:]]
@@ -49,37 +55,41 @@ def _turns(dialog: Dialog) -> list[str]:
 
 
 def check_dialog(dialog: Dialog, name: str) -> None:
-    """Raises PromptError unless the turns are an optional system message, then user, assistant, ..., user.
+    """Checks that the turns are an optional system message, then user, assistant, ..., user.
 
     Args:
-        name: what the error calls the dialog, such as "dialogs[3]".
+        name: what errors call the dialog, such as "dialogs[3]".
+
+    Raises:
+        PromptError: they are not; the message names the first wrong one.
     """
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
-        raise PromptError(f"{name} must be a list of messages, got a {type(dialog).__name__}")
+        raise PromptError(f"{name} must be a list of messages, got {type(dialog).__name__}")
     if not dialog:
-        raise PromptError(f"{name} is empty; a dialog takes at least one message of the user's")
+        raise PromptError(f"{name} must have at least one message, the user's, got none")
     dialog = list(dialog)
     for i, message in enumerate(dialog):
         _check_message(message, f"{name}[{i}]")
     with_system = dialog[0]["role"] == "system"
     for i, message in enumerate(dialog[with_system:]):
-        takes = "assistant" if i % 2 else "user"
-        if message["role"] != takes:
+        role = "assistant" if i % 2 else "user"
+        if message["role"] != role:
             raise PromptError(
-                f"{name}[{i + with_system}] has role {message['role']!r} where {takes!r} is due; a dialog takes an "
-                "optional system message, then user and assistant in turn"
+                f"{name}[{i + with_system}] must have role {role!r}, got {message['role']!r}; a dialog is an optional "
+                "system message, then messages of the user and the assistant in turn"
             )
     if dialog[-1]["role"] != "user":
         raise PromptError(
-            f"{name}[{len(dialog) - 1}], the last message, has role {dialog[-1]['role']!r}; the last one has to be "
-            "the user's, which is what the model answers"
+            f"{name}[{len(dialog) - 1}], the last message, must have role 'user', got {dialog[-1]['role']!r}; it is "
+            "what the model answers"
         )
 
 
 def _check_message(message: object, name: str) -> None:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise PromptError(f"{name} is {message!r}; a message takes the keys 'role' and 'content'")
-    if message["role"] not in ("system", "user", "assistant"):
-        raise PromptError(f"{name} has role {message['role']!r}; it takes 'system', 'user' or 'assistant'")
-    if not isinstance(message["content"], str):
-        raise PromptError(f"{name} has content of type {type(message['content']).__name__}; it takes a str")
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise PromptError(f"{name} must be a dict with the keys 'role' and 'content', got {quote(message)}")
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str) or role not in ("system", "user", "assistant"):
+        raise PromptError(f"{name} must have role 'system', 'user' or 'assistant', got {quote(role)}")
+    if not isinstance(content, str):
+        raise PromptError(f"{name} must have content of type str, got {type(content).__name__}")

@@ -1,6 +1,6 @@
-"""Llama: a network and its tokenizer, driven to complete prompts and dialogs.
+"""Llama: a network and its tokenizer, and the calls that complete prompts and dialogs with them.
 
-Every public call drains one generator of steps, `decoding.decode`.
+All of these calls run the steps of one generator, `decoding.decode`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llama.chat import (
     Message,
     Role,
 )
-from llama.checkpoint import find_shards, model_args
+from llama.checkpoint import VocabularyError, find_shards, model_args
 from llama.decoding import Step, StepsInStep, decode, score
 from llama.loading import Timings, load_model
 from llama.memory import available_memory, check_memory, out_of_memory_explained
@@ -80,10 +80,10 @@ _built_in_sample_top_p = sample_top_p
 class Llama:
     """Completes prompts and dialogs. `Llama.build` makes one from a checkpoint.
 
-    Calls from several threads are served one after another, and each gets what it would get alone. Streams and other
-    calls go side by side: a stream whose part of the KV cache was overwritten computes it anew. Several objects that
-    share a model take turns too. Training, edits and direct calls of the model in another thread need a lock of the
-    caller's.
+    Calls from several threads are served one after another, and each returns what it would return alone. Other calls
+    may be made between the pieces of a stream, which then recomputes its part of the KV cache if that was overwritten.
+    Several objects that share a model take turns too. Training, edits and direct calls of the model in another thread
+    must hold a lock of the caller's.
 
     Under torchrun every rank makes the same calls with the same arguments, from one thread, and gets the same results.
     Ranks whose calls differ all raise RuntimeError.
@@ -123,21 +123,22 @@ class Llama:
         """Sets up the processes, under torchrun or without, and loads this rank's shard of a checkpoint.
 
         Args:
-            ckpt_dir: folder of `params.json` and `consolidated.NN.pth`, one file a model-parallel rank.
+            ckpt_dir: folder of `params.json` and `consolidated.NN.pth`, one file per model-parallel rank.
             tokenizer_path: the `tokenizer.model` file.
-            max_seq_len: most tokens of a prompt and its completion; with `max_batch_size` it sizes the KV cache.
-            max_batch_size: most prompts that are worked on at a time.
+            max_seq_len: maximum number of tokens of a prompt and its completion; the KV cache has room for
+                `max_batch_size` times as many.
+            max_batch_size: maximum number of prompts that run at a time.
             model_parallel_size: number of ranks that share the network; None: all processes (`WORLD_SIZE`, else 1).
             seed: for torch's default generators, which calls without a seed of their own draw from; None leaves
                 them as they are.
-            device: "cpu", "cuda", "cuda:N" or "mps"; None: the fastest there is, by `LOCAL_RANK` among several.
+            device: "cpu", "cuda", "cuda:N" or "mps"; None: the fastest available, by `LOCAL_RANK` among several.
             dtype: "float16", "bfloat16" or "float32", of weights and cache; None: bfloat16 on CPU, else float16.
-            cuda_graphs: whether steps on CUDA are captured once and replayed; elsewhere it makes no difference.
+            cuda_graphs: whether steps on CUDA are captured once and replayed; without effect elsewhere.
 
         Raises:
             AssertionError: `ckpt_dir` holds no `*.pth` file, or not `model_parallel_size` of them.
             FileNotFoundError: `params.json` or the tokenizer is missing.
-            ValueError: an argument, `params.json` or a tensor is not what it should be.
+            ValueError: an argument, the tokenizer, `params.json` or a tensor is wrong; the message says which.
             MemoryError: weights, cache and activations do not fit on the device.
         """
         timings = Timings()
@@ -146,7 +147,13 @@ class Llama:
         mp = runtime.resolve_model_parallel_size(model_parallel_size)
         shards = find_shards(ckpt_dir, mp)
         tokenizer = Tokenizer(tokenizer_path)
-        args = model_args(ckpt_dir, tokenizer.n_words, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+        args = model_args(
+            ckpt_dir,
+            tokenizer.n_words,
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            tokenizer_path=tokenizer_path,
+        )
         args.check_shards(mp)
         device = runtime.select_device(device)
         dtype = runtime.select_dtype(dtype, device)
@@ -155,8 +162,14 @@ class Llama:
         runtime.share_cores()
         runtime.init_process_groups(mp, device)
         timings("process group")
-        with out_of_memory_explained(args, mp, dtype, str(device)):
-            model = load_model(shards[runtime.model_parallel_rank()], args, mp, device, dtype, timings)
+        try:
+            with out_of_memory_explained(args, mp, dtype, str(device)):
+                model = load_model(shards[runtime.model_parallel_rank()], args, mp, device, dtype, timings)
+        except VocabularyError as error:
+            raise ValueError(
+                f"{error}; the tokenizer {tokenizer_path} has {tokenizer.n_words} pieces: "
+                "give the tokenizer.model that this checkpoint was trained with"
+            ) from error
         generator = Llama(model, tokenizer, seed=seed, cuda_graphs=cuda_graphs)
         if runtime.is_first_rank():
             parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in timings.seconds.items())
@@ -175,7 +188,7 @@ class Llama:
         *,
         seed: int | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Completes prompts of token ids.
+        """Completes prompts, given and returned as token ids.
 
         Args:
             prompt_tokens: any number of prompts, each of 1 to `max_seq_len` ids; lists, arrays or tensors.
@@ -183,7 +196,7 @@ class Llama:
             max_gen_len: maximum number of new tokens per prompt; a row of the cache may have room for fewer. With 0,
                 nothing is generated, and `echo` and `logprobs` together score the prompts.
             temperature: 0 for greedy decoding; otherwise the logits are divided by it before the softmax.
-            top_p: draws from the smallest set of tokens whose probabilities exceed it in sum (nucleus sampling).
+            top_p: tokens are drawn from the smallest set whose probabilities exceed it in sum (nucleus sampling).
             logprobs: whether to return log-probabilities too: log-softmax of the raw logits of each returned token
                 given what precedes it; 0.0 for the first token of an echoed prompt.
             echo: whether the prompt is returned in front.
@@ -223,11 +236,11 @@ class Llama:
 
         Args:
             max_gen_len: None for as many as `max_seq_len` has room for.
-            stop: strings at the first of which a completion ends; it is not part of the text.
+            stop: strings; a completion ends before the first of them in its text.
 
         Returns:
             For each prompt `{"generation": text, "finish_reason": "stop" or "length"}`; with logprobs also "tokens",
-            strings that joined give the text, and their "logprobs".
+            the strings that joined give the text, and their "logprobs".
         """
 
         def check() -> tuple[list[list[int]], Request]:
@@ -251,7 +264,7 @@ class Llama:
     ) -> list[ChatPrediction]:
         """Answers dialogs; arguments as in `text_completion`.
 
-        A dialog with one of the template's own tags in it is not run; its answer says so.
+        A dialog that contains one of the template's own tags, such as `[INST]`, is not run; its answer says so.
 
         Args:
             dialogs: each a list of messages `{"role": ..., "content": ...}`: an optional "system" message, then
@@ -281,10 +294,11 @@ class Llama:
         stop: Sequence[str] = (),
         seed: int | None = None,
     ) -> Generator[str, None, None]:
-        """Completes one text, yielding it as it settles; the pieces joined are what `text_completion` returns.
+        """Completes one text, yielding pieces as they become final; joined, they are what `text_completion` returns.
 
-        The iterator may be closed early. Other calls may come between its pieces, also from other threads; computing
-        its place in the KV cache anew then costs a prefill, and outside of float32 may round differently.
+        The iterator may be closed early. Other calls may be made between its pieces, also from other threads; the
+        stream then recomputes its part of the KV cache, which costs a prefill and may round differently outside of
+        float32.
         """
 
         def check() -> tuple[list[int], Request]:
@@ -304,7 +318,7 @@ class Llama:
         stop: Sequence[str] = (),
         seed: int | None = None,
     ) -> Generator[str, None, None]:
-        """Answers one dialog, yielding the answer as it settles; otherwise as `stream_text_completion`."""
+        """Answers one dialog, yielding the answer's pieces; otherwise as `stream_text_completion`."""
 
         def check() -> tuple[list[int] | None, Request]:
             request = Request(temperature, top_p, self._max_gen_len(max_gen_len), stop=stop, seed=seed)
@@ -318,12 +332,12 @@ class Llama:
         """The log-probability of texts, or of completions given their contexts, without generating.
 
         Args:
-            contexts: one a text, which the text continues; they are not scored themselves. A context and its text are
-                encoded as one string, and the tokens after the context's own are scored.
+            contexts: one per text, which the text continues; they are not scored themselves. A context and its text
+                are encoded as one string, and the tokens after the context's own are scored.
 
         Returns:
-            For each text `{"logprob": the sum, "tokens": strings, "logprobs": floats}` over its scored tokens. BOS
-            stands before the first token and is not scored.
+            For each text `{"logprob": the sum, "tokens": strings, "logprobs": floats}` of its scored tokens. BOS
+            precedes the first token and is not scored.
         """
 
         def check() -> tuple[list[list[int]], list[int]]:
@@ -341,7 +355,7 @@ class Llama:
         return [Score(logprob=sum(logprobs, 0.0), tokens=tokens, logprobs=logprobs) for tokens, logprobs in scored]
 
     def score_tokens(self, prompt_tokens: Iterable[Iterable[int]]) -> list[list[float]]:
-        """The log-probability of each id given those before it; 0.0 for the first of each row, which has none before.
+        """The log-probability of each id given those before it; 0.0 for the first of each row.
 
         Args:
             prompt_tokens: any number of rows, each of 1 to `max_seq_len` ids.
@@ -357,13 +371,13 @@ class Llama:
             return self._spread(rows, self._score)
 
     def _complete_texts(self, prompts: list[list[int]], request: Request) -> list[Completion]:
-        """`_complete`, by way of `generate` where a subclass or an assignment replaced that."""
+        """`_complete`, through `generate` if a subclass or an assignment replaced that."""
         if prompts and (type(self).generate is not Llama.generate or "generate" in vars(self)):
             return self._complete_by_generate(prompts, request)
         return self._complete(prompts, request)
 
     def _complete_by_generate(self, prompts: list[list[int]], request: Request) -> list[Completion]:
-        """What a replaced `generate`, called with the arguments that Meta's code passes, makes of the prompts."""
+        """The completions by a replaced `generate`, called with the arguments that Meta's code passes."""
         asked = {name: getattr(request, name) for name in ("max_gen_len", "temperature", "top_p", "logprobs", "echo")}
         if request.seed is not None:
             asked["seed"] = request.seed
@@ -383,7 +397,7 @@ class Llama:
         return rows
 
     def _complete(self, prompts: list[list[int]], request: Request) -> list[Completion]:
-        """Completions of checked prompts, in their order; each replica works on its share."""
+        """Completions of checked prompts, in their order; each replica computes its share."""
         with self._turn():
             replica, n_replicas = runtime.replica()
             n_lanes = min(len(prompts), self.model.params.max_batch_size * n_replicas)
@@ -391,7 +405,7 @@ class Llama:
             lanes = range(replica, n_lanes, n_replicas)
             rows = self._spread(prompts, lambda mine: self._complete_share(mine, request, sampler, lanes))
             most_steps = max(runtime.gather_replicas(sampler.steps))
-            sampler.skip_to(most_steps, self.model.params.vocab_size)  # all replicas go on at the same place
+            sampler.skip_to(most_steps, self.model.params.vocab_size)  # all replicas' generators are then in one state
             return rows
 
     def _complete_share(
@@ -418,7 +432,7 @@ class Llama:
 
     def _stream(self, prompt: list[int], request: Request) -> Generator[str, None, None]:
         pieces = self._pieces(prompt, request)
-        next(pieces)  # into its `with`: closed before the first piece, it still tells the other ranks
+        next(pieces)  # enters its `with`, so that a stream closed before its first piece ends on the other ranks too
         return pieces
 
     def _pieces(self, prompt: list[int], request: Request) -> Generator[str, None, None]:
@@ -445,14 +459,14 @@ class Llama:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Has the model to itself: waits for the calls of other threads."""
+        """Holds the model's lock, for which it waits."""
         use = use_of(self.model)
         use.check_thread(several_ranks=runtime.model_parallel_size() > 1)
         with use:
             yield
 
     def _same_on_all_ranks(self, name: str, check: Callable[[], Result]) -> Result:
-        """What `check` makes of a call's arguments; RuntimeError on all ranks if they differ, before any work."""
+        """A call's checked arguments; raises RuntimeError on all ranks if they differ, before any compute."""
         try:
             checked = check()
         except Exception:
@@ -506,7 +520,7 @@ class Llama:
         return out_of_memory_explained(args, mp, dtype_of(self.model), str(device_of(self.model)))
 
     def _spread(self, prompts: list[list[int]], work: Callable[[list[list[int]]], list[Result]]) -> list[Result]:
-        """Has each replica do its share of the prompts; all get the results of all, in the prompts' order."""
+        """Has each replica do its share of the prompts; returns the results for all, in the prompts' order."""
         replica, n_replicas = runtime.replica()
         shares = runtime.gather_replicas(work(prompts[replica::n_replicas]))
         return [shares[i % n_replicas][i // n_replicas] for i in range(len(prompts))]

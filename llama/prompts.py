@@ -1,6 +1,6 @@
-"""From what callers pass, texts, dialogs or ids, to checked prompts: lists of token ids that the cache has room for.
+"""Turns what callers pass (texts, dialogs or ids) into checked prompts: lists of token ids that the cache has room for.
 
-Errors call each prompt by the argument that it came in.
+Errors name each prompt by its argument and index.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from operator import index
 from typing import Any
 
 from llama.chat import Dialog, Message, check_dialog, encode_dialog, is_unsafe
+from llama.quoting import quote
 from llama.tokenizer import PromptError, Tokenizer
 
 
 def check_prompts(prompts: Iterable[Iterable[int]], vocab_size: int, max_seq_len: int) -> list[list[int]]:
-    """Prompts of ids, as lists of int. Tensors, arrays and other iterables are taken, of prompts and of ids.
+    """Prompts of ids, as lists of int. The prompts, and each one's ids, may come as tensors, arrays or any iterable.
 
     Raises:
         PromptError: there are none, or one is empty, too long, or has an id outside the vocabulary.
@@ -28,19 +29,19 @@ def check_prompts(prompts: Iterable[Iterable[int]], vocab_size: int, max_seq_len
 def _check_ids(prompt: Iterable[int], name: str, vocab_size: int, max_seq_len: int) -> list[int]:
     try:
         ids = [index(token) for token in _as_list(prompt, name, "token ids", may_be_empty=True)]
-    except TypeError as error:
-        raise PromptError(f"{name} must be a list of token ids, got {prompt!r:.80}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PromptError(f"{name} must be a list of token ids, got {quote(prompt)}") from error
     _check_length(ids, name, max_seq_len)
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise PromptError(f"{name} must have ids from 0 to {vocab_size - 1}, got {wrong!r:.80}")
+        raise PromptError(f"{name} must have ids from 0 to {vocab_size - 1}, got {quote(wrong)}")
     return ids
 
 
 def encode_text(text: str, name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[int]:
     """The ids of a text, with BOS in front."""
     if not isinstance(text, str):
-        raise PromptError(f"{name} must be a str, got a {type(text).__name__}")
+        raise PromptError(f"{name} must be a str, got {type(text).__name__}")
     try:
         ids = tokenizer.encode(text, bos=True, eos=False)
     except ValueError as error:
@@ -59,7 +60,7 @@ def encode_texts(texts: Iterable[str], name: str, tokenizer: Tokenizer, max_seq_
 def encode_checked_dialog(
     dialog: Iterable[Message], name: str, tokenizer: Tokenizer, max_seq_len: int
 ) -> list[int] | None:
-    """The ids of a dialog; None for one that must not be run, since it holds the template's own tags."""
+    """The ids of a dialog; None for one that must not be run, since it contains the template's own tags."""
     dialog = _as_list(dialog, name, "messages")
     check_dialog(dialog, name)
     if is_unsafe(dialog):
@@ -83,10 +84,12 @@ def encode_dialogs(dialogs: Iterable[Dialog], tokenizer: Tokenizer, max_seq_len:
 def encode_continuations(
     contexts: Iterable[str], texts: Iterable[str], tokenizer: Tokenizer, max_seq_len: int
 ) -> tuple[list[list[int]], list[int]]:
-    """The ids of each context and its text as one string, and how many of them are the context's own."""
+    """The ids of each context and its text as one string, and how many of these ids are the context's own."""
     contexts, texts = _as_list(contexts, "contexts", "str"), _as_list(texts, "texts", "str")
     if len(contexts) != len(texts):
-        raise PromptError(f"contexts must be as many as texts, got {len(contexts)} contexts and {len(texts)} texts")
+        raise PromptError(
+            f"contexts must have one element per text, got {len(contexts)} contexts and {len(texts)} texts"
+        )
     heads = encode_texts(contexts, "contexts", tokenizer, max_seq_len)
     encode_texts(texts, "texts", tokenizer, max_seq_len)
     joined = [context + text for context, text in zip(contexts, texts, strict=True)]
@@ -101,11 +104,14 @@ def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _as_list(values: Any, name: str, of: str, *, may_be_empty: bool = False) -> list[Any]:
-    """Any iterable but a text or a mapping as a list; tensors and arrays as lists of numbers."""
+    """Any iterable except texts and mappings as a list; tensors and arrays as lists of numbers."""
     if hasattr(values, "tolist"):
-        values = values.tolist()
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise PromptError(f"{name} must be a list of {of}, got a {type(values).__name__}")
+        try:
+            values = values.tolist()
+        except (TypeError, RuntimeError) as error:  # such as a tensor on the meta device
+            raise PromptError(f"{name} must be a list of {of}, got {quote(values)}, which has no values") from error
+    if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
+        raise PromptError(f"{name} must be a list of {of}, got {type(values).__name__}")
     listed = list(values)
     if not listed and not may_be_empty:
         raise PromptError(f"{name} must have at least one element, got none")

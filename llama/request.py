@@ -1,4 +1,4 @@
-"""What a call asks for and what it gives back."""
+"""The parameters of a call, checked, and the results that it returns."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from llama.chat import UNSAFE_ERROR, Message
 from llama.decoding import FinishReason
+from llama.quoting import quote
 from llama.tokenizer import PromptError
 
 
@@ -36,10 +37,10 @@ class Score(TypedDict):
 
 @dataclass(frozen=True)
 class Request:
-    """What a call asks for, besides its prompts; checked when made. Numbers of numpy and torch are taken.
+    """The parameters of a call, besides its prompts; checked when made. Numbers may be those of numpy and torch.
 
     Raises:
-        PromptError: a value is not what it must be; the message gives both.
+        PromptError: a value is of the wrong type or out of range; the message names it and says what it must be.
     """
 
     temperature: float
@@ -53,21 +54,22 @@ class Request:
     def __post_init__(self) -> None:
         temperature, top_p = _number(self.temperature), _number(self.top_p)
         if temperature is None or not 0 <= temperature < math.inf:
-            raise PromptError(f"temperature must be 0 (greedy) or a number above, got {self.temperature!r:.80}")
+            raise PromptError(f"temperature must be 0 (greedy) or a finite number above, got {quote(self.temperature)}")
         if top_p is None or not 0 <= top_p <= 1:
-            raise PromptError(f"top_p must be a number from 0 to 1, got {self.top_p!r:.80}")
+            raise PromptError(f"top_p must be a number from 0 to 1, got {quote(self.top_p)}")
         max_gen_len = _integer(self.max_gen_len)
         if max_gen_len is None or max_gen_len < 0:
-            raise PromptError(f"max_gen_len must be an integer of 0 or above, got {self.max_gen_len!r:.80}")
+            raise PromptError(f"max_gen_len must be an integer of 0 or above, got {quote(self.max_gen_len)}")
         seed = None if self.seed is None else check_seed(self.seed)
         checked = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "seed": seed}
-        for name, value in (checked | {"stop": _check_stop(self.stop)}).items():
+        flags = {name: _check_flag(getattr(self, name), name) for name in ("logprobs", "echo")}
+        for name, value in (checked | flags | {"stop": _check_stop(self.stop)}).items():
             object.__setattr__(self, name, value)
 
 
 @dataclass
 class Completion:
-    """What came of one prompt: ids, their texts, and log-probabilities if asked for; under echo the prompt's too."""
+    """The result for one prompt: ids, their texts, and log-probabilities if asked for; with echo the prompt's too."""
 
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -84,7 +86,7 @@ def completion_prediction(row: Completion, request: Request) -> CompletionPredic
 
 
 def chat_prediction(row: Completion | None, request: Request) -> ChatPrediction:
-    """`chat_completion`'s result for one dialog; None stands for one that was not run."""
+    """`chat_completion`'s result for one dialog; `row` is None for a dialog that was not run."""
     text = UNSAFE_ERROR if row is None else "".join(row.pieces)
     answer = Message(role="assistant", content=text)
     result = ChatPrediction(generation=answer, finish_reason="stop" if row is None else row.finish_reason)
@@ -96,24 +98,30 @@ def chat_prediction(row: Completion | None, request: Request) -> ChatPrediction:
 def _check_stop(stop: Any) -> tuple[str, ...]:
     texts = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, (str, bytes)) else (None,)
     if not all(isinstance(text, str) and text for text in texts):
-        raise PromptError(f"stop must be a list of strings that are not empty, got {stop!r:.80}")
+        raise PromptError(f"stop must be a list of strings that are not empty, got {quote(stop)}")
     return texts
 
 
+def _check_flag(value: Any, name: str) -> bool:
+    try:
+        return bool(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # such as an array of several values
+        raise PromptError(f"{name} must be True or False, got {quote(value)}") from error
+
+
 def check_seed(seed: object) -> int:
-    """The seed as an int; raises PromptError unless a random generator takes it."""
+    """The seed as an int; raises PromptError if it is not an integer that a torch.Generator takes."""
     value = _integer(seed)
     if value is None or not -(2**63) <= value < 2**64:
-        raise PromptError(f"seed must be an integer of 64 bits, or None, got {seed!r:.80}")
+        raise PromptError(f"seed must be None or an integer from -2**63 to 2**64 - 1, got {quote(seed)}")
     return value
 
 
 def _number(value: Any) -> float | None:
     """A number of Python's, numpy's or torch's as a float; None for anything else, and for one that is too large."""
-    if isinstance(value, (bool, str, bytes)) or not (isinstance(value, numbers.Real) or hasattr(value, "item")):
-        return None
     try:
-        return float(value)
+        value = value.item() if hasattr(value, "item") else value
+        return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
 

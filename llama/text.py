@@ -1,7 +1,4 @@
-"""The text of a completion while it grows: characters as they settle, and stop strings.
-
-Knows nothing of how the tokens come about.
-"""
+"""Incremental detokenizing: the text of a completion while its tokens arrive, and stop strings in it."""
 
 from __future__ import annotations
 
@@ -11,22 +8,22 @@ from llama.tokenizer import StreamDecoder, Tokenizer
 
 
 class GrowingText:
-    """Token ids in, settled text out; ends before the first stop string.
+    """An incremental detokenizer: takes token ids, returns the text that is final, and ends before a stop string.
 
-    What `push` and the final `finish` return, joined, is the completion's text. No part of a stop string comes out:
-    text that could still become one waits.
+    What `push` and the final `finish` return, joined, is the completion's text. It never contains a part of a stop
+    string: text that could still become one is held back.
 
     Attributes:
         prefix_pieces: the text of each prefix token.
-        pieces: the text of each pushed token, cut at a stop string; tokens that lie behind the cut have none.
-        stopped: whether a stop string was met.
+        pieces: the text of each pushed token, cut at a stop string; tokens after the cut have none.
+        stopped: whether a stop string was found.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prefix: Sequence[int] = ()) -> None:
         """
         Args:
-            prefix: ids that stand before the completion, without being searched for stop strings. They decide whether
-                the completion's first space is kept.
+            prefix: ids before the completion, which are not searched for stop strings. After them, the leading space
+                of the completion's first piece is kept.
         """
         self._decoder = StreamDecoder(tokenizer)
         self._stop = tuple(stop)
@@ -36,13 +33,13 @@ class GrowingText:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that this id settles."""
+        """The text that this id makes final."""
         piece = self._decoder.push(token)
         self.pieces.append(piece)
         return self._settle(piece, final=False)
 
     def finish(self) -> str:
-        """The text still held back, once no id follows."""
+        """The text still held back, to be called when no id follows."""
         if self.stopped:
             return ""
         rest = self._decoder.flush()
@@ -65,13 +62,13 @@ class GrowingText:
         return settled
 
     def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop string could begin."""
+        """Length of the longest suffix of `text` that is a prefix of a stop string."""
         longest = min(len(text), max(map(len, self._stop), default=0))
         ends = (n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stop))
         return next(ends, 0)
 
     def _cut(self, n_chars: int) -> None:
-        """Takes characters off the end of the pieces, and the tokens of their first bytes, which have no text."""
+        """Removes characters from the end of the pieces, and the tokens of their first bytes, which have no text."""
         while n_chars or (self.pieces and not self.pieces[-1]):
             piece = self.pieces.pop()
             kept = max(0, len(piece) - n_chars)

@@ -1,21 +1,26 @@
-"""Text to token ids and back, by the SentencePiece model that is released beside the weights.
-
-Knows nothing of chats, batches or tensors.
-"""
+"""Text to token ids and back, with the SentencePiece model that is released beside the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from llama.quoting import printable, quote
+
 _SPACE = "\u2581"  # SentencePiece writes a space as LOWER ONE EIGHTH BLOCK
 _REPLACEMENT = "\ufffd"
+_MAX_FILE_SIZE = 2**28  # bytes; the released model has half a million
 
 
 class PromptError(ValueError, AssertionError):
     """A prompt or an argument that a call does not take. Where Meta's package raises, it is an AssertionError."""
+
+
+class TokenizerNotFoundError(FileNotFoundError, AssertionError):
+    """There is no tokenizer model at the path. Meta's package raises AssertionError."""
 
 
 class Tokenizer:
@@ -27,42 +32,47 @@ class Tokenizer:
         pad_id: -1 in the released model, which has no padding piece.
 
     Raises:
-        FileNotFoundError: there is no file at `model_path`.
-        ValueError: the file is not a SentencePiece model.
+        FileNotFoundError: there is no file at `model_path`. It is an AssertionError too, as in Meta's package.
+        OSError: the file cannot be read.
+        ValueError: the file is not a SentencePiece model, is damaged, or has no BOS or no EOS piece.
     """
 
     def __init__(self, model_path: str | Path) -> None:
-        if not Path(model_path).is_file():
-            raise FileNotFoundError(f"no tokenizer model at {model_path}; give the path of a tokenizer.model file")
-        try:
-            self.sp_model = SentencePieceProcessor(model_file=str(model_path))
-        except RuntimeError as error:
-            raise ValueError(f"{model_path} is not a SentencePiece model ({error}); is it cut short?") from error
+        self.sp_model = _load(Path(model_path))
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(
+                f"{model_path} must have a BOS and an EOS piece, as Llama's tokenizers have, got bos_id={self.bos_id} "
+                f"and eos_id={self.eos_id}"
+            )
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of `s`, with BOS in front and EOS behind where asked. Control pieces in `s` stay plain text."""
+        """The ids of `s`, with BOS in front and EOS behind if asked for. Control pieces in `s` stay plain text."""
         if not isinstance(s, str):
-            raise ValueError(f"text to encode is a {type(s).__name__}; it takes a str")
+            raise PromptError(f"text must be a str, got {type(s).__name__}")
         try:
             s.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"text to encode is not Unicode: it has half of a surrogate pair ({error})") from error
+            found = f"{quote(s[error.start])} at position {error.start}"
+            raise PromptError(f"text must be without halves of surrogate pairs, got {found}") from error
         ids: list[int] = self.sp_model.encode(s)
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        return [self.bos_id] * bool(bos) + ids + [self.eos_id] * bool(eos)
 
-    def decode(self, t: Sequence[int]) -> str:
-        """The text of the ids; control pieces give none, and the first piece's leading space is dropped."""
-        text: str = self.sp_model.decode(list(t))
-        return text
+    def decode(self, t: Any) -> Any:
+        """The text of ids; control pieces give none, and the first piece's leading space is dropped.
+
+        Args:
+            t: a sequence or a tensor of ids, or one id. A sequence of sequences gives a list of texts.
+        """
+        return self.sp_model.decode(t.tolist() if hasattr(t, "tolist") else t)
 
     def pieces(self, t: Sequence[int]) -> list[str]:
-        """Each id's own share of `decode(t)`: as many strings as ids, which joined give that text.
+        """The part of `decode(t)` that each id brings: as many strings as ids, which joined give that text.
 
-        A character spread over several byte pieces belongs to the last of them; the others get "".
+        A character made of several byte pieces belongs to the last of them; the others get "".
         """
         decoder = StreamDecoder(self)
         texts = [decoder.push(token) for token in t]
@@ -71,10 +81,27 @@ class Tokenizer:
         return texts
 
 
+def _load(path: Path) -> SentencePieceProcessor:
+    """The SentencePiece model in a file, with every piece's text checked."""
+    if not path.is_file():
+        raise TokenizerNotFoundError(f"tokenizer_path must be a tokenizer.model file, got {path}, where there is none")
+    if (size := path.stat().st_size) > _MAX_FILE_SIZE:
+        raise ValueError(f"{path} must be a SentencePiece model, got a file of {size} bytes; is it a checkpoint?")
+    try:
+        sp_model = SentencePieceProcessor(model_proto=path.read_bytes())
+        sp_model.id_to_piece(list(range(sp_model.vocab_size())))
+    except (RuntimeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} must be a SentencePiece model, got a file that is damaged, cut short or something else "
+            f"({printable(error)})"
+        ) from error
+    return sp_model
+
+
 class StreamDecoder:
     """Decodes ids one by one: what `push` and the final `flush` return, joined, is `Tokenizer.decode` of all ids.
 
-    Text comes out as soon as it is settled: bytes that could still become a character wait for the next ones.
+    Text is returned as soon as it is final: bytes that could still become a character wait for the next ones.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -83,7 +110,7 @@ class StreamDecoder:
         self._at_start = True
 
     def push(self, token: int) -> str:
-        """The text that this id settles; often a word, sometimes nothing."""
+        """The text that this id makes final; often a word, sometimes nothing."""
         if self._sp.is_byte(token):
             self._at_start = False
             self._bytes += bytes([int(self._sp.id_to_piece(token)[3:5], 16)])  # a piece such as <0xE2>
@@ -95,7 +122,7 @@ class StreamDecoder:
         return text
 
     def flush(self) -> str:
-        """What is still held back, with U+FFFD for each byte that no character came of."""
+        """What is still held back, with U+FFFD for each byte that is part of no character."""
         return self._settle(final=True)
 
     def _text(self, token: int) -> str:
@@ -105,7 +132,7 @@ class StreamDecoder:
         return text[1:] if self._at_start and text.startswith(" ") else text
 
     def _settle(self, *, final: bool) -> str:
-        """Takes whole characters, and bytes that cannot begin one, off the held bytes (one U+FFFD a bad byte)."""
+        """Takes whole characters off the held bytes, and U+FFFD for each byte that cannot begin one."""
         text = ""
         while self._bytes:
             try:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llama import Tokenizer
 from llama.chat import UNSAFE_ERROR, check_dialog, encode_dialog, is_unsafe
+from llama.tokenizer import PromptError
 
 BOS, EOS = 1, 2
 TAGS = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
@@ -121,14 +125,14 @@ def test_turns_are_refused_unless_in_order() -> None:
         wrong = [i for i, (got, takes) in enumerate(zip(body, due, strict=True)) if got != takes]
         offset = len(roles) - len(body)
         if wrong:
-            (at, message) = wrong[0], f"has role {names[body[wrong[0]]]!r} where {names[due[wrong[0]]]!r} is due"
+            (at, message) = wrong[0], f"must have role {names[due[wrong[0]]]!r}, got {names[body[wrong[0]]]!r}"
             with pytest.raises(ValueError) as caught:  # noqa: PT011
                 check_dialog(dialog, "dialogs[7]")
             assert str(caught.value).startswith(f"dialogs[7][{at + offset}] {message}")
         elif roles[-1] == "u":
             check_dialog(dialog, "dialogs[7]")
         else:
-            with pytest.raises(ValueError, match=r"the last message, has role .* has to be the user's") as caught:
+            with pytest.raises(ValueError, match=r"the last message, must have role 'user', got") as caught:
                 check_dialog(dialog, "dialogs[7]")
             assert str(caught.value).startswith(f"dialogs[7][{len(roles) - 1}], ")
             assert repr(names[roles[-1]]) in str(caught.value)
@@ -137,25 +141,43 @@ def test_turns_are_refused_unless_in_order() -> None:
 @pytest.mark.parametrize(
     ("dialog", "message"),
     [
-        ([], r"^dialogs\[3\] is empty; "),
-        ((), r"^dialogs\[3\] is empty; "),
-        ("hello", r"^dialogs\[3\] is a str; a dialog is a list of messages"),
-        (user("hello"), r"^dialogs\[3\] is a dict; a dialog is a list of messages"),
-        (None, r"^dialogs\[3\] is a NoneType; "),
-        (5, r"^dialogs\[3\] is a int; "),
-        (["hello"], r"^dialogs\[3\]\[0\] is 'hello'; a message takes the keys 'role' and 'content'"),
-        ([user("a"), {"role": "user"}], r"^dialogs\[3\]\[1\] is {'role': 'user'}; a message takes the keys"),
-        ([{"content": "a"}], r"^dialogs\[3\]\[0\] is {'content': 'a'}; "),
-        ([{"role": "tool", "content": "a"}], r"^dialogs\[3\]\[0\] has role 'tool'; it takes 'system', 'user' or"),
-        ([{"role": ["user"], "content": "a"}], r"^dialogs\[3\]\[0\] has role \['user'\]; "),
-        ([user("a"), {"role": "assistant", "content": None}], r"^dialogs\[3\]\[1\] has content of type NoneType; "),
-        ([{"role": "user", "content": b"a"}], r"^dialogs\[3\]\[0\] has content of type bytes; it takes a str"),
-        ([system("a")], r"^dialogs\[3\]\[0\], the last message, has role 'system'; "),
+        ([], " must have at least one message, the user's, got none"),
+        ((), " must have at least one message, the user's, got none"),
+        ("hello", " must be a list of messages, got str"),
+        (user("hello"), " must be a list of messages, got dict"),
+        (None, " must be a list of messages, got NoneType"),
+        (5, " must be a list of messages, got int"),
+        (["hello"], "[0] must be a dict with the keys 'role' and 'content', got 'hello'"),
+        ([user("a"), {"role": "user"}], "[1] must be a dict with the keys 'role' and 'content', got {'role': 'user'}"),
+        ([{"content": "a"}], "[0] must be a dict with the keys 'role' and 'content', got {'content': 'a'}"),
+        ([{"role": "tool", "content": "a"}], "[0] must have role 'system', 'user' or 'assistant', got 'tool'"),
+        ([{"role": ["user"], "content": "a"}], "[0] must have role 'system', 'user' or 'assistant', got ['user']"),
+        ([{"role": np.array(["user", "x"]), "content": "a"}], "[0] must have role 'system', 'user' or 'assistant', "),
+        ([user("a"), {"role": "assistant", "content": None}], "[1] must have content of type str, got NoneType"),
+        ([{"role": "user", "content": b"a"}], "[0] must have content of type str, got bytes"),
+        ([system("a")], "[0], the last message, must have role 'user', got 'system'"),
     ],
 )
 def test_what_is_no_dialog_is_refused(dialog: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(PromptError, match="^" + re.escape(f"dialogs[3]{message}")):
         check_dialog(dialog, "dialogs[3]")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["\x1b]0;title\x07" + 10**6 * "a", {"\x1b[2J": "\u202e"}, [10**6 * "a"] * 1000, 10**5000],
+    ids=lambda wrong: type(wrong).__name__,
+)
+def test_what_a_message_quotes_is_short_and_printable(wrong: Any) -> None:
+    for dialog in ([wrong], [{"role": wrong, "content": "a"}]):
+        with pytest.raises(PromptError, match="got ") as caught:
+            check_dialog(dialog, "dialogs[0]")
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 250
+
+
+def test_a_message_may_be_any_mapping() -> None:
+    check_dialog([MappingProxyType(user("a"))], "dialogs[0]")  # type: ignore[list-item]
 
 
 def test_further_keys_of_a_message_are_no_matter(tokenizer: Tokenizer) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import deque
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from llama import Tokenizer
 from llama.prompts import check_prompts, encode_continuations, encode_dialogs, encode_texts
+from llama.tokenizer import PromptError
 
 VOCAB_SIZE, MAX_SEQ_LEN = 100, 8
 
@@ -29,6 +32,10 @@ def dialog(*contents: str) -> Any:
         [torch.tensor([1, 2]), torch.tensor([5], dtype=torch.int32)],
         [range(3)],
         [deque([4, 5])],
+        torch.tensor([[1, 2], [3, 4]]),
+        np.array([[1, 2], [3, 4]], dtype=np.uint16),
+        [[np.int64(7)], [torch.tensor(8)], np.arange(3, dtype=np.uint64)],
+        deque([[1], [2]]),
     ],
     ids=repr,
 )
@@ -36,6 +43,10 @@ def test_ids_come_as_lists_of_int(prompts: Any) -> None:
     checked = check_prompts(prompts, VOCAB_SIZE, MAX_SEQ_LEN)
     assert checked == [[int(token) for token in prompt] for prompt in prompts]
     assert {type(token) for prompt in checked for token in prompt} == {int}
+
+
+def test_prompts_may_be_read_only_once() -> None:
+    assert check_prompts((iter(prompt) for prompt in ([1, 2], [3])), VOCAB_SIZE, MAX_SEQ_LEN) == [[1, 2], [3]]
 
 
 def test_checked_ids_are_a_copy() -> None:
@@ -47,32 +58,40 @@ def test_checked_ids_are_a_copy() -> None:
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([], r"^prompt_tokens is empty; it takes a list of at least one"),
-        ((), r"^prompt_tokens is empty"),
-        (None, r"^prompt_tokens is a NoneType; it takes a list of prompts"),
-        ("text", r"^prompt_tokens is a str; it takes a list of prompts"),
-        (b"text", r"^prompt_tokens is a bytes; "),
-        (7, r"^prompt_tokens is a int; "),
-        ([1, 2, 3], r"^prompt_tokens\[0\] is 1; it takes a list of token ids"),
-        ([[1], "text"], r"^prompt_tokens\[1\] is 'text'; it takes a list of token ids"),
-        ([[1], None], r"^prompt_tokens\[1\] is None; "),
-        ([[1], [2, 3.0]], r"^prompt_tokens\[1\] is \[2, 3\.0\]; "),
-        ([[1], [[2]]], r"^prompt_tokens\[1\] is \[\[2\]\]; "),
-        ([[1], []], r"^prompt_tokens\[1\] is empty; it takes at least one token"),
-        ([[1], [2] * 9], r"^prompt_tokens\[1\] has 9 tokens; it takes up to max_seq_len=8$"),
-        ([[1], [2, -1]], r"^prompt_tokens\[1\] has the id -1; it takes ids from 0 to 99$"),
-        ([[1], [2, 100]], r"^prompt_tokens\[1\] has the id 100; it takes ids from 0 to 99$"),
-        ([[1], [2, 100, 101]], r"^prompt_tokens\[1\] has the id 100; it takes ids from 0 to 99$"),
-        ([[1], [10**30]], r"^prompt_tokens\[1\] has the id 1000000000000000000000000000000; "),
+        ([], " must have at least one element, got none"),
+        ((), " must have at least one element, got none"),
+        (None, " must be a list of prompts, got NoneType"),
+        ("text", " must be a list of prompts, got str"),
+        (b"text", " must be a list of prompts, got bytes"),
+        (bytearray(b"text"), " must be a list of prompts, got bytearray"),
+        (7, " must be a list of prompts, got int"),
+        ([1, 2, 3], "[0] must be a list of token ids, got 1"),
+        (torch.tensor([1, 2, 3]), "[0] must be a list of token ids, got 1"),
+        (torch.tensor(1), " must be a list of prompts, got int"),
+        (torch.empty((2, 3), device="meta"), " must be a list of prompts, got tensor("),
+        ([[1], torch.empty(3, device="meta")], "[1] must be a list of token ids, got tensor("),
+        ([[1], "text"], "[1] must be a list of token ids, got 'text'"),
+        ([[1], None], "[1] must be a list of token ids, got None"),
+        ([[1], [2, 3.0]], "[1] must be a list of token ids, got [2, 3.0]"),
+        ([[1], torch.tensor([2.0])], "[1] must be a list of token ids, got tensor([2.])"),
+        ([[1], [[2]]], "[1] must be a list of token ids, got [[2]]"),
+        ([[1], ["2"]], "[1] must be a list of token ids, got ['2']"),
+        ([[1], []], "[1] must have at least one token, such as BOS, got none"),
+        ([[1], [2] * 9], "[1] must have at most max_seq_len=8 tokens, got 9"),
+        ([[1], [2, -1]], "[1] must have ids from 0 to 99, got -1"),
+        ([[1], [2, 100]], "[1] must have ids from 0 to 99, got 100"),
+        ([[1], [2, 100, 101]], "[1] must have ids from 0 to 99, got 100"),
+        ([[1], [10**30]], "[1] must have ids from 0 to 99, got 1000000000000000000000000000000"),
+        ([[1], [10**5000]], "[1] must have ids from 0 to 99, got "),
     ],
 )
 def test_wrong_ids_are_refused(prompts: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(PromptError, match="^" + re.escape(f"prompt_tokens{message}")):
         check_prompts(prompts, VOCAB_SIZE, MAX_SEQ_LEN)
 
 
 def test_a_long_wrong_prompt_makes_no_long_message() -> None:
-    with pytest.raises(ValueError, match="it takes a list of token ids") as caught:
+    with pytest.raises(ValueError, match="must be a list of token ids") as caught:
         check_prompts([["word"] * 10000], VOCAB_SIZE, MAX_SEQ_LEN)  # type: ignore[list-item]
     assert len(str(caught.value)) < 200
 
@@ -86,13 +105,13 @@ def test_texts_are_encoded_with_bos_and_without_eos(tokenizer: Tokenizer) -> Non
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ([], r"^prompts is empty; "),
-        ("one text", r"^prompts is a str; it takes a list of str"),
-        (None, r"^prompts is a NoneType; "),
-        ({"a": 1}, r"^prompts is a dict; "),
-        (["a", 5], r"^prompts\[1\] is a int; it takes a str"),
-        (["a", None], r"^prompts\[1\] is a NoneType; it takes a str"),
-        (["a", b"b"], r"^prompts\[1\] is a bytes; it takes a str"),
+        ([], r"^prompts must have at least one element, got none$"),
+        ("one text", r"^prompts must be a list of str, got str$"),
+        (None, r"^prompts must be a list of str, got NoneType$"),
+        ({"a": 1}, r"^prompts must be a list of str, got dict$"),
+        (["a", 5], r"^prompts\[1\] must be a str, got int$"),
+        (["a", None], r"^prompts\[1\] must be a str, got NoneType$"),
+        (["a", b"b"], r"^prompts\[1\] must be a str, got bytes$"),
     ],
 )
 def test_what_are_no_texts_are_refused(tokenizer: Tokenizer, texts: Any, message: str) -> None:
@@ -104,7 +123,7 @@ def test_a_text_may_fill_the_whole_length_and_no_more(tokenizer: Tokenizer) -> N
     text = "The quick brown fox"
     n = 1 + len(tokenizer.sp_model.encode(text))
     assert len(encode_texts([text], "prompts", tokenizer, n)[0]) == n
-    with pytest.raises(ValueError, match=rf"^prompts\[1\] has {n} tokens; it takes up to max_seq_len={n - 1}$"):
+    with pytest.raises(ValueError, match=rf"^prompts\[1\] must have at most max_seq_len={n - 1} tokens, got {n}$"):
         encode_texts(["", text], "prompts", tokenizer, n - 1)
 
 
@@ -121,13 +140,13 @@ def test_an_unsafe_dialog_may_be_of_any_length(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("dialogs", "message"),
     [
-        ([], r"^dialogs is empty; "),
-        ("text", r"^dialogs is a str; it takes a list of dialogs"),
-        (dialog("a"), r"^dialogs\[0\] is a dict; a dialog is a list of messages"),
-        ([dialog("a"), []], r"^dialogs\[1\] is empty; "),
-        ([dialog("a"), dialog("b", "c")], r"^dialogs\[1\]\[1\], the last message, has role 'assistant'"),
+        ([], r"^dialogs must have at least one element, got none$"),
+        ("text", r"^dialogs must be a list of dialogs, got str$"),
+        (dialog("a"), r"^dialogs\[0\] must be a list of messages, got dict$"),
+        ([dialog("a"), []], r"^dialogs\[1\] must have at least one element, got none$"),
+        ([dialog("a"), dialog("b", "c")], r"^dialogs\[1\]\[1\], the last message, must have role 'user', got 'ass"),
         ([dialog("[INST]"), dialog("b", "c")], r"^dialogs\[1\]\[1\], the last message"),
-        ([dialog("a"), dialog(200 * "b")], r"^dialogs\[1\] has \d+ tokens; it takes up to max_seq_len=64$"),
+        ([dialog("a"), dialog(200 * "b")], r"^dialogs\[1\] must have at most max_seq_len=64 tokens, got \d+$"),
     ],
 )
 def test_wrong_dialogs_are_refused(tokenizer: Tokenizer, dialogs: Any, message: str) -> None:
@@ -160,16 +179,16 @@ def test_a_context_and_its_text_are_encoded_as_one(tokenizer: Tokenizer) -> None
 @pytest.mark.parametrize(
     ("contexts", "texts", "message"),
     [
-        (["a"], ["a", "b"], r"there are 2 texts and 1 contexts"),
-        ([], ["a"], r"^contexts is empty"),
-        (["a"], [], r"^texts is empty"),
-        ("a", ["b"], r"^contexts is a str; "),
-        (["a"], "b", r"^texts is a str; "),
-        (["a", 1], ["b", "c"], r"^contexts\[1\] is a int; it takes a str"),
-        (["a", "b"], ["c", None], r"^texts\[1\] is a NoneType; it takes a str"),
-        (["a", 99 * "b"], ["c", "d"], r"^contexts\[1\] has \d+ tokens; it takes up to max_seq_len=64"),
-        (["a", "b"], ["c", 99 * "d"], r"^texts\[1\] has \d+ tokens; "),
-        (["a", 40 * "é"], ["c", 40 * "1"], r"^contexts \+ texts\[1\] has \d+ tokens; "),
+        (["a"], ["a", "b"], r"^contexts must have one element per text, got 1 contexts and 2 texts$"),
+        ([], ["a"], r"^contexts must have at least one element, got none$"),
+        (["a"], [], r"^texts must have at least one element, got none$"),
+        ("a", ["b"], r"^contexts must be a list of str, got str$"),
+        (["a"], "b", r"^texts must be a list of str, got str$"),
+        (["a", 1], ["b", "c"], r"^contexts\[1\] must be a str, got int$"),
+        (["a", "b"], ["c", None], r"^texts\[1\] must be a str, got NoneType$"),
+        (["a", 99 * "b"], ["c", "d"], r"^contexts\[1\] must have at most max_seq_len=64 tokens, got \d+$"),
+        (["a", "b"], ["c", 99 * "d"], r"^texts\[1\] must have at most max_seq_len=64 tokens, got \d+$"),
+        (["a", 40 * "é"], ["c", 40 * "1"], r"^contexts \+ texts\[1\] must have at most max_seq_len=64 tokens, got \d"),
     ],
 )
 def test_wrong_continuations_are_refused(tokenizer: Tokenizer, contexts: Any, texts: Any, message: str) -> None:

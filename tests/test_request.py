@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from llama.quoting import quote
 from llama.request import Completion, Request, chat_prediction, completion_prediction
+from llama.tokenizer import PromptError
 
 GOOD: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": 8}
-TAKES = {
-    "temperature": "it takes 0 (the likeliest token) or a number above",
-    "top_p": "it takes a number above 0, up to 1",
-    "max_gen_len": "it takes a whole number above zero",
-    "stop": "it takes a list of strings that are not empty",
-    "seed": "it takes a whole number, or None",
+MUST_BE = {
+    "temperature": "0 (greedy) or a finite number above",
+    "top_p": "a number from 0 to 1",
+    "max_gen_len": "an integer of 0 or above",
+    "logprobs": "True or False",
+    "echo": "True or False",
+    "stop": "a list of strings that are not empty",
+    "seed": "None or an integer from -2**63 to 2**64 - 1",
 }
 UNSAFE = "Error: special tags are not allowed as part of the prompt."
 
@@ -29,13 +36,23 @@ UNSAFE = "Error: special tags are not allowed as part of the prompt."
         {"temperature": 2},
         {"temperature": 1e-3},
         {"temperature": 100.0},
+        {"temperature": 2**64},
+        {"temperature": Fraction(1, 2)},
+        {"temperature": np.float32(0.5)},
+        {"temperature": torch.tensor(0.5)},
+        {"top_p": 0},
         {"top_p": 1},
         {"top_p": 1.0},
         {"top_p": 1e-9},
+        {"max_gen_len": 0},
         {"max_gen_len": 1},
+        {"max_gen_len": np.int16(5)},
+        {"max_gen_len": torch.tensor(5)},
         {"max_gen_len": 10**6},
-        {"stop": []},
-        {"stop": ["a", "bc"]},
+        {"logprobs": np.True_},
+        {"echo": 1},
+        {"stop": ()},
+        {"stop": ("a", "bc")},
         {"stop": ("\n",)},
         {"seed": None},
         {"seed": 0},
@@ -45,42 +62,49 @@ UNSAFE = "Error: special tags are not allowed as part of the prompt."
     ],
     ids=repr,
 )
-def test_what_is_in_range_is_accepted(fields: dict[str, Any]) -> None:
+def test_what_is_in_range_is_accepted_and_becomes_pythons_own(fields: dict[str, Any]) -> None:
     request = Request(**(GOOD | fields))
     assert {name: getattr(request, name) for name in fields} == fields
+    assert type(request.temperature) is type(request.top_p) is float
+    assert type(request.max_gen_len) is int and type(request.stop) is tuple
+    assert type(request.logprobs) is type(request.echo) is bool
 
 
 WRONG = [
     *[("temperature", value) for value in (-1, -1e-9, math.nan, math.inf, None, "0.6", True, [0.5])],
-    *[("top_p", value) for value in (0, 0.0, -0.1, 1.0001, 2, math.nan, math.inf, None, "0.9", True)],
-    *[("max_gen_len", value) for value in (0, -1, 1.0, "8", None, True, math.inf)],
-    *[("stop", value) for value in ("text", "", [""], ["a", ""], ["a", None], [1], b"bytes")],
-    *[("seed", value) for value in (1.0, "1", True, [1])],
+    *[("temperature", value) for value in (10**400, -(10**5000), 1j, np.complex64(1), torch.tensor([1.0, 2.0]))],
+    *[("temperature", value) for value in (np.True_, np.str_("1"), torch.tensor(1.0, device="meta"))],
+    *[("top_p", value) for value in (-1e-30, -0.1, 1.0001, 2, math.nan, math.inf, None, "0.9", True)],
+    *[("max_gen_len", value) for value in (-1, 1.0, "8", None, True, math.inf, -(10**5000))],
+    *[("max_gen_len", value) for value in (torch.tensor([1, 2]), torch.tensor(1.0), torch.tensor(1, device="meta"))],
+    *[(name, np.zeros(2)) for name in ("logprobs", "echo")],
+    *[("stop", value) for value in ("text", "", [""], ["a", ""], ["a", None], [1], b"bytes", None, 5)],
+    *[("seed", value) for value in (1.0, "1", True, [1], 2**64, -(2**63) - 1, 10**5000)],
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG, ids=repr)
-def test_what_is_out_of_range_is_named_with_what_it_takes(name: str, value: object) -> None:
-    message = f"{name} is {value!r}; {TAKES[name]}"
-    with pytest.raises(ValueError, match=rf"^{re.escape(message)}"):
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: quote(value)[:20])
+def test_what_is_out_of_range_is_named_with_what_it_must_be(name: str, value: object) -> None:
+    with pytest.raises(PromptError, match=rf"^{name} must be {re.escape(MUST_BE[name])}, got ") as caught:
         Request(**(GOOD | {name: value}))
+    if isinstance(value, (int, float, str)) and abs(hash(value)) < 10**9:
+        assert str(caught.value).endswith(f", got {value!r}")
 
 
-@pytest.mark.parametrize("value", [None, 5], ids=repr)
-def test_stop_that_is_no_list_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=rf"^stop is {value!r}; it takes a list"):
-        Request(**(GOOD | {"stop": value}))
+@pytest.mark.parametrize(
+    "value", ["\x1b[31m" * 10**5, [10**5 * "a", "\x1b", ""], np.array(["\x1b[31m", "a\nb"])], ids=len
+)
+def test_what_an_error_quotes_is_short_and_printable(value: object) -> None:
+    for name in ("temperature", "top_p", "max_gen_len", "stop", "seed"):
+        if name != "stop" or not isinstance(value, np.ndarray):
+            with pytest.raises(PromptError, match=f"^{name} must be") as caught:
+                Request(**(GOOD | {name: value}))
+            assert str(caught.value).isprintable()
+            assert len(str(caught.value)) < 250
 
 
-def test_stop_that_can_be_read_only_once_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^stop is .*; it takes a list"):
-        Request(**(GOOD | {"stop": iter(["a"])}))
-
-
-@pytest.mark.parametrize("value", [2**64, -(2**63) - 1])
-def test_a_seed_beyond_64_bits_is_refused(value: int) -> None:
-    with pytest.raises(ValueError, match=rf"^seed is {value}; it takes"):
-        Request(**(GOOD | {"seed": value}))
+def test_stop_strings_may_be_read_only_once() -> None:
+    assert Request(**(GOOD | {"stop": iter(["a", "b"])})).stop == ("a", "b")
 
 
 def test_a_text_completion_has_logprobs_only_if_asked_for() -> None:

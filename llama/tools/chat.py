@@ -1,6 +1,6 @@
 """An interactive chat in the terminal: `torchrun --nproc_per_node N -m llama.tools.chat --ckpt_dir ...`.
 
-The first rank reads and prints; the others follow it. Knows nothing of the template or of decoding.
+The first rank reads and prints; the other ranks make the same calls.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import os
 import select
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llama import Dialog, Llama, Message
-from llama.chat import encode_dialog, is_unsafe
+from llama.chat import SPECIAL_TAGS, encode_dialog, has_special_tags
+from llama.checkpoint import find_tokenizer
+from llama.quoting import quote
 from llama.runtime import broadcast_object, is_first_rank
 from llama.tools import commandline
 
@@ -27,12 +29,21 @@ TINY_LLAMA = Path(__file__).parents[2] / "tiny-llama"
 PROMPT = "\nYou: "
 _CTRL_C = b"\x03"
 _KEEP_ALIVE_S = 60.0  # how often waiting ranks hear from the first one, well under any process group's timeout
+# Control characters but newline and tab, and those that reverse the direction of the text, which would let an answer
+# command the terminal or show other text than it has.
+_UNPRINTABLE = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {*b"\n\t"}
+_ESCAPES = {code: chr(code).encode("unicode_escape").decode() for code in _UNPRINTABLE}
+
+
+def for_terminal(text: str) -> str:
+    r"""The text with control characters other than newline and tab written out, such as ESC as \x1b."""
+    return text.translate(_ESCAPES)
 
 
 class Terminal:
-    """Lines from standard input, read such that Ctrl-C is input like any other and reaches the first rank alone.
+    """Lines from standard input, where Ctrl-C is read as a character, by the first rank alone.
 
-    As a signal it would go to torchrun too, which would end all ranks.
+    As a signal it would reach torchrun too, which would end all ranks.
     """
 
     def __init__(self, fd: int) -> None:
@@ -41,7 +52,7 @@ class Terminal:
         self.at_end = False
 
     def wait(self, seconds: float) -> bool:
-        """Waits at most that long; whether a line, Ctrl-C or the end has come."""
+        """Waits at most that long; returns whether a line, Ctrl-C or the end has come."""
         if not (self._has_line() or self.at_end):
             self._read(seconds)
         return self._has_line() or self.at_end
@@ -56,7 +67,7 @@ class Terminal:
         return "" if end == _CTRL_C else line.decode(errors="replace")
 
     def interrupted(self) -> bool:
-        """Whether Ctrl-C has come since; it also drops what was typed ahead of it."""
+        """Whether Ctrl-C has come since the last line; drops what was typed before it."""
         self._read(0)
         if _CTRL_C not in self._unread:
             return False
@@ -64,7 +75,7 @@ class Terminal:
         return True
 
     def _read(self, seconds: float) -> None:
-        """Takes up what there is, waiting at most that long for something to come."""
+        """Reads what there is, waiting at most that long for the first of it."""
         if not self.at_end and select.select([self._fd], [], [], seconds)[0]:
             chunk = os.read(self._fd, 65536)
             self._unread += chunk
@@ -76,7 +87,7 @@ class Terminal:
 
 @contextmanager
 def open_terminal() -> Iterator[Terminal]:
-    """Standard input; if it is a terminal, Ctrl-C ends a line there instead of raising a signal, until the exit."""
+    """Standard input. If it is a terminal, Ctrl-C ends a line instead of raising a signal, until the exit."""
     fd = sys.stdin.fileno()
     if termios is None or not os.isatty(fd):
         yield Terminal(fd)
@@ -89,7 +100,8 @@ def open_terminal() -> Iterator[Terminal]:
     try:
         yield Terminal(fd)
     finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        with suppress(termios.error):  # the terminal may have been closed
+            termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
 @dataclass
@@ -97,7 +109,7 @@ class History:
     """The turns so far, trimmed to what the context has room for.
 
     Attributes:
-        most_tokens: of the prompt that the turns make; what the context has beyond is for the answer.
+        most_tokens: maximum number of tokens of the prompt; the rest of the context is for the answer.
     """
 
     llama: Llama
@@ -106,7 +118,7 @@ class History:
     turns: list[Message] = field(default_factory=list)
 
     def with_question(self, text: str) -> Dialog | None:
-        """The dialog that asks `text`; whole turns are dropped, oldest first, to fit. None if it alone is too long."""
+        """The dialog that asks `text`, without the oldest turns if they do not fit; None if it alone is too long."""
         question: Message = {"role": "user", "content": text}
         head: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for start in range(0, len(self.turns) + 1, 2):
@@ -117,11 +129,14 @@ class History:
         return None
 
     def add(self, question: str, answer: str) -> None:
+        """Adds a turn. A tag of the chat template in the answer gets a space, so that further questions are allowed."""
+        for tag in SPECIAL_TAGS:
+            answer = answer.replace(tag, f"{tag[0]} {tag[1:]}")
         self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _ask(terminal: Terminal, history: History) -> Dialog | None:
-    """Prompts until there is a dialog to answer; None at the end. Meanwhile the other ranks are told to wait on."""
+    """Prompts until there is a dialog to answer; None at the end. Meanwhile the other ranks are told to wait."""
     while True:
         print(PROMPT, end="", flush=True)
         while not terminal.wait(_KEEP_ALIVE_S):
@@ -132,13 +147,12 @@ def _ask(terminal: Terminal, history: History) -> Dialog | None:
         text = line.strip()
         if not text:
             continue
-        dialog = history.with_question(text)
-        if dialog is None:
-            print(f"(too long: with the system prompt it takes up to {history.most_tokens} tokens)")
-        elif is_unsafe(dialog):
+        if has_special_tags(text):
             print("(the tags of the chat template, such as [INST], are not allowed)")
-        else:
+        elif dialog := history.with_question(text):
             return dialog
+        else:
+            print(f"(too long: question and system prompt must have at most {history.most_tokens} tokens)")
 
 
 def _lead(llama: Llama, history: History, terminal: Terminal, temperature: float, top_p: float) -> None:
@@ -150,7 +164,7 @@ def _lead(llama: Llama, history: History, terminal: Terminal, temperature: float
         with closing(llama.stream_chat_completion(dialog, temperature, top_p)) as pieces:
             for piece in pieces:
                 answer += piece
-                print(piece, end="", flush=True)
+                print(for_terminal(piece), end="", flush=True)
                 if terminal.interrupted():
                     print(" (stopped)", end="")
                     break
@@ -180,19 +194,25 @@ def main(
     answer_len: int | None = None,
     seed: int = 1,
 ) -> None:
-    """Chats in the terminal. Ctrl-C stops an answer, Ctrl-D leaves.
+    """Chat in the terminal. Ctrl-C stops an answer, Ctrl-D leaves.
 
     Args:
-        ckpt_dir: folder of params.json and consolidated.NN.pth of a chat model; the toy one by default.
-        tokenizer_path: its tokenizer.model; by default the one in ckpt_dir.
+        ckpt_dir: folder of params.json and consolidated.NN.pth of a chat model; by default the toy one.
+        tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         system: system prompt; it stays when older turns are dropped.
-        temperature: of sampling; 0 takes the likeliest token.
-        top_p: samples from the smallest set of tokens whose mass exceeds it.
-        max_seq_len: most tokens of the turns kept and the answer.
-        answer_len: tokens of it kept free for the answer; by default a quarter.
+        temperature: of sampling; 0 for greedy decoding.
+        top_p: samples from the smallest set of tokens whose probabilities exceed it in sum (nucleus sampling).
+        max_seq_len: maximum number of tokens of the remembered turns and the answer.
+        answer_len: number of these that are kept free for the answer; by default a quarter.
         seed: of sampling.
     """
-    llama = Llama.build(ckpt_dir, tokenizer_path or Path(ckpt_dir) / "tokenizer.model", max_seq_len, 1, seed=seed)
+    if sys.stdin is None:
+        raise ValueError("standard input must be a terminal, a file or a pipe, got a closed one")
+    if has_special_tags(system):
+        raise ValueError(
+            f"system must be without the chat template's tags, {' '.join(SPECIAL_TAGS)}, got {quote(system)}"
+        )
+    llama = Llama.build(ckpt_dir, tokenizer_path or find_tokenizer(ckpt_dir), max_seq_len, 1, seed=seed)
     if not is_first_rank():
         return _follow(llama, temperature, top_p)
     history = History(llama, system, max_seq_len - (answer_len or max_seq_len // 4))
