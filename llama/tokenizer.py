@@ -88,7 +88,8 @@ def _load(path: Path) -> SentencePieceProcessor:
     if (size := path.stat().st_size) > _MAX_FILE_SIZE:
         raise ValueError(f"{path} must be a SentencePiece model, got a file of {size} bytes; is it a checkpoint?")
     try:
-        sp_model = SentencePieceProcessor(model_proto=path.read_bytes())
+        sp_model = SentencePieceProcessor()
+        sp_model.LoadFromSerializedProto(path.read_bytes())
         sp_model.id_to_piece(list(range(sp_model.vocab_size())))
     except (RuntimeError, UnicodeDecodeError) as error:
         raise ValueError(

@@ -5,21 +5,26 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import random
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 from llama import Llama
-from llama.chat import encode_dialog
+from llama.chat import encode_dialog, is_unsafe
+from llama.tools import chat
 from llama.tools.chat import History, Terminal, _lead
 from tests.conftest import ROOT
 from tests.test_examples import clean_environment, free_port
@@ -70,6 +75,10 @@ class Session:
                 except OSError:
                     break
         return self.process.wait(timeout=30)
+
+    def control_characters(self) -> list[bytes]:
+        """What the terminal takes for Ctrl-C, Ctrl-D and so on."""
+        return termios.tcgetattr(self._master)[6]
 
     def close(self) -> None:
         self.process.kill()
@@ -123,6 +132,37 @@ def test_a_conversation(session: Session) -> None:
     assert session.end() == 0, session.shown
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminal_has_its_ctrl_c_again_after_a_signal(
+    signum: signal.Signals, checkpoint: Path, tokenizer_path: Path
+) -> None:
+    flags = ["--ckpt_dir", str(checkpoint), "--tokenizer_path", str(tokenizer_path)]
+    session = Session(sys.executable, "-m", "llama.tools.chat", *flags)
+    try:
+        before = session.control_characters()
+        session.read_until("You: ")
+        assert session.control_characters() != before
+        session.process.send_signal(signum)
+        assert session.end() == 128 + signum
+        assert session.control_characters() == before
+    finally:
+        session.close()
+
+
+def test_a_closed_standard_input_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llama.tools.chat", "--ckpt_dir", str(tmp_path)]
+    done = subprocess.run(
+        command, preexec_fn=lambda: os.close(0), capture_output=True, text=True, cwd=ROOT, env=clean_environment()
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: standard input must be a terminal, a file or a pipe, got a closed one\n"
+
+
+def test_a_system_prompt_with_a_tag_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^system must be without the chat template's tags, .*, got 'a \[INST\] b'$"):
+        chat.main(str(tmp_path), system="a [INST] b")
+
+
 def test_ctrl_c_stops_the_answer_also_when_a_line_was_typed_ahead() -> None:
     """What was typed ahead of it is dropped with it, as a terminal does."""
     read_end, write_end = os.pipe()
@@ -140,17 +180,71 @@ def test_ctrl_c_stops_the_answer_also_when_a_line_was_typed_ahead() -> None:
 
 def test_questions_from_a_pipe_are_all_answered_in_full(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     """The end of the input ends no answer."""
-    read_end, write_end = os.pipe()
-    os.write(write_end, b"one\ntwo\n")
-    os.close(write_end)
-    history = History(llama, "", most_tokens=60)
-    _lead(llama, history, Terminal(read_end), temperature=0.0, top_p=0.9)
-    os.close(read_end)
+    ask(llama, "one", "two")
     printed = capsys.readouterr().out
     assert printed.count("Llama: ") == 2 and "(stopped)" not in printed
     for question in ("one", "two"):  # an answer fills the context, so that the turn before is dropped
         answer = llama.chat_completion([[{"role": "user", "content": question}]], temperature=0)[0]["generation"]
-        assert f"Llama: {answer['content']}\n" in printed
+        assert f"Llama: {chat.for_terminal(answer['content'])}\n" in printed
+
+
+@contextmanager
+def dictated(llama: Llama, *answers: str) -> Iterator[None]:
+    """The network writes these answers, one after the other, byte by byte."""
+    sp, eos_id = llama.tokenizer.sp_model, llama.tokenizer.eos_id
+    script = iter([i for text in answers for i in (*(sp.piece_to_id(f"<0x{b:02X}>") for b in text.encode()), eos_id)])
+    handle = llama.model.output.register_forward_hook(
+        lambda _, args, out: 9.0 * one_hot(torch.full(out.shape[:-1], next(script)), out.shape[-1])
+    )
+    yield
+    handle.remove()
+
+
+def ask(llama: Llama, *questions: str, most_tokens: int = 60) -> None:
+    """Chats as if the questions came through a pipe."""
+    read_end, write_end = os.pipe()
+    os.write(write_end, "".join(f"{question}\n" for question in questions).encode())
+    os.close(write_end)
+    _lead(llama, History(llama, "", most_tokens), Terminal(read_end), temperature=0.0, top_p=0.9)
+    os.close(read_end)
+
+
+@pytest.fixture(scope="module")
+def roomy(checkpoint: Path, tokenizer_path: Path) -> Llama:
+    """With room for several turns."""
+    return Llama.build(checkpoint, tokenizer_path, 600, 1, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
+def test_a_tag_in_an_answer_stops_no_further_question(
+    roomy: Llama, capsys: pytest.CaptureFixture[str], tag: str
+) -> None:
+    with dictated(roomy, f"one {tag}{tag} two", "three", "four"):
+        ask(roomy, "first", f"typed {tag}", "second", "third", most_tokens=500)
+    printed = capsys.readouterr().out
+    answers = re.findall(r"Llama: (.*)\n", printed)
+    assert answers == [f"one {tag}{tag} two", "three", "four"]
+    assert printed.count("not allowed") == 1
+
+
+def test_a_kept_answer_has_no_tag_whatever_it_is_made_of(llama: Llama) -> None:
+    rng = random.Random(0)
+    parts = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[", "INST", "/", "]", "<", ">", "SYS", " "]
+    for _ in range(500):
+        history = History(llama, "", most_tokens=60)
+        answer = "".join(rng.choices(parts, k=6))
+        history.add("q", answer)
+        kept = history.turns[1]["content"]
+        assert not is_unsafe(history.turns)
+        assert kept.replace(" ", "") == answer.replace(" ", "")
+        assert kept == answer or is_unsafe([{"role": "assistant", "content": answer}])
+
+
+def test_an_answers_control_characters_are_written_out(roomy: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    """Newlines, tabs and text of any language stay; escape sequences do nothing, also where tokens split them."""
+    with dictated(roomy, "\x1b]0;title\x07 \x9b2J a\r\n\té 日 👩\u200d👧 \x00\x7f\u202ez"):
+        ask(roomy, "hello", most_tokens=500)
+    assert "Llama: \\x1b]0;title\\x07 \\x9b2J a\\r\n\té 日 👩\u200d👧 \\x00\\x7f\\u202ez\n" in capsys.readouterr().out
 
 
 def test_history_drops_whole_turns_oldest_first_and_keeps_the_system_prompt(llama: Llama) -> None:

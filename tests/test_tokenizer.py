@@ -8,10 +8,13 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from sentencepiece import SentencePieceTrainer
 
 from llama import Tokenizer
-from llama.tokenizer import StreamDecoder
+from llama.tokenizer import PromptError, StreamDecoder
 
 TEXTS = [
     "",
@@ -111,13 +114,13 @@ def test_control_pieces_written_out_are_plain_text(model: Tokenizer) -> None:
 
 @pytest.mark.parametrize("text", [b"bytes", None, 5, ["a"]], ids=repr)
 def test_what_is_no_text_is_refused(tokenizer: Tokenizer, text: object) -> None:
-    with pytest.raises(ValueError, match=f"is a {type(text).__name__}; it takes a str"):
+    with pytest.raises(PromptError, match=f"^text must be a str, got {type(text).__name__}$"):
         tokenizer.encode(text, bos=True, eos=False)  # type: ignore[arg-type]
 
 
 def test_half_of_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
     """Such text comes of files read with `errors="surrogateescape"` and of JSON."""
-    with pytest.raises(ValueError, match="surrogate"):
+    with pytest.raises(PromptError, match=r"surrogate pairs, got '\\ud83d' at position 2$"):
         tokenizer.encode("a \ud83d", bos=True, eos=False)
 
 
@@ -127,8 +130,15 @@ def test_decode_leaves_control_pieces_out(model: Tokenizer) -> None:
     assert model.decode([1, 2]) == model.decode([]) == ""
 
 
-def test_decode_takes_any_sequence(tokenizer: Tokenizer) -> None:
-    assert tokenizer.decode(tuple(tokenizer.encode("a fox", bos=False, eos=False))) == "a fox"
+def test_decode_takes_any_sequence_one_id_and_several_sequences(tokenizer: Tokenizer) -> None:
+    """As SentencePiece does, and tensors and arrays too."""
+    ids = tokenizer.encode("a fox", bos=False, eos=False)
+    for form in (tuple(ids), torch.tensor(ids), np.array(ids)):
+        assert tokenizer.decode(form) == "a fox"
+    for token in (ids[-1], np.int64(ids[-1]), torch.tensor(ids[-1])):
+        assert tokenizer.decode(token) == tokenizer.decode(ids[-1:]) != ""
+    assert tokenizer.decode([ids, ids[:1]]) == tokenizer.decode([ids, ids[:1]]) == ["a fox", "a"]
+    assert tokenizer.decode(torch.tensor([ids, ids])) == ["a fox", "a fox"]
 
 
 def test_pieces_joined_are_the_decoded_text(model: Tokenizer) -> None:
@@ -182,7 +192,9 @@ def test_decoders_do_not_share_state(tokenizer: Tokenizer) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "tokenizer.model", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"{path};"):
+        with pytest.raises(FileNotFoundError, match=f"got {path}, where there is none"):
+            Tokenizer(path)
+        with pytest.raises(AssertionError):  # which Meta's package raises
             Tokenizer(path)
 
 
@@ -191,8 +203,72 @@ def test_a_damaged_file_is_named(tmp_path: Path, tokenizer_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     for data in (b"", b"<html>not found</html>", whole[:10], whole[: len(whole) // 2], whole[:-3]):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=f"{path} is not a SentencePiece model"):
+        with pytest.raises(ValueError, match=f"^{path} must be a SentencePiece model, got "):
             Tokenizer(path)
+
+
+def test_a_damaged_file_is_named_or_reads_as_a_whole_tokenizer(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Whichever bits are flipped, those inside of a piece's text included: nothing fails later."""
+    whole, path, rng = tokenizer_path.read_bytes(), tmp_path / "tokenizer.model", random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            tokenizer = Tokenizer(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path} must be") and type(error) is ValueError  # noqa: PT017
+            refused += 1
+        else:
+            ids = range(tokenizer.n_words)
+            assert "".join(tokenizer.pieces(ids)) == tokenizer.decode(list(ids))
+    assert 30 < refused < 270
+
+
+def test_a_piece_that_is_no_text_is_refused_with_the_files_name(tmp_path: Path, tokenizer_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(tokenizer_path.read_bytes().replace("\u2581t".encode(), b"\xe2\xd6\x81t", 1))
+    with pytest.raises(ValueError, match=f"^{path} must be a SentencePiece model, got a file that is damaged"):
+        Tokenizer(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="needs /proc/self/mem, a file that nobody can read")
+def test_an_unreadable_file_is_an_error_of_the_system() -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        Tokenizer("/proc/self/mem")
+
+
+def test_a_checkpoint_in_place_of_a_tokenizer_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "consolidated.00.pth"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # without a block on the disk
+    with pytest.raises(ValueError, match=f"^{path} must be a SentencePiece model, got a file of {2**40} bytes"):
+        Tokenizer(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match=r"must be a tokenizer\.model file"):
+        Tokenizer(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("lacking", ["bos_id", "eos_id"])
+def test_a_tokenizer_without_bos_or_eos_is_refused(tmp_path: Path, lacking: str) -> None:
+    options: dict[str, int] = {"bos_id": 1, "eos_id": 2, "vocab_size": 30} | {lacking: -1}
+    if lacking == "bos_id":
+        options["eos_id"] = 1
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d e f g"] * 9),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    with pytest.raises(ValueError, match=f"must have a BOS and an EOS piece, .*{lacking}=-1"):
+        Tokenizer(tmp_path / "tokenizer.model")
 
 
 def test_the_path_may_be_a_string(tokenizer_path: Path) -> None:
