@@ -1,6 +1,6 @@
 """How much memory a network needs on each rank, and how much a device has.
 
-The one place that adds up bytes: `Llama.build` checks with it before it loads. Knows nothing of files.
+`Llama.build` compares the two before it loads.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def _activation_bytes(args: ModelArgs, model_parallel_size: int, size: int) -> i
 
 
 def check_memory(args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, available: int, where: str) -> None:
-    """Raises MemoryError, with each part and the sizes that would do, if the plan exceeds `available` bytes.
+    """Raises MemoryError, with each part and the sizes that would fit, if the plan exceeds `available` bytes.
 
     Args:
-        where: what the error calls the device, such as "cuda:0".
+        where: name of the device in the error, such as "cuda:0".
     """
     plan = plan_memory(args, model_parallel_size, dtype)
     if plan.total <= available:
@@ -87,13 +87,13 @@ def check_memory(args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, 
     ways = [f"max_batch_size to {batch}"] * (batch > 0) + [f"max_seq_len to {seq}"] * (seq > 0)
     advice = f"lower {' or '.join(ways)}" if ways else _advice_beyond_sizes(args, fits)
     raise MemoryError(
-        f"this model needs {plan.total / GIB:.2f} GiB on {where}, which has {available / GIB:.2f} GiB to give\n"
+        f"this model needs {plan.total / GIB:.2f} GiB on {where}, which has {available / GIB:.2f} GiB available\n"
         f"{_table(plan, args, model_parallel_size, dtype)}\n{advice}"
     )
 
 
 def _table(plan: MemoryPlan, args: ModelArgs, model_parallel_size: int, dtype: torch.dtype) -> str:
-    """A line a part, with the arguments that it comes from."""
+    """One line per part, with the arguments that it depends on."""
     dtype_name = str(dtype).removeprefix("torch.")
     return (
         f"  weights      {plan.weights / GIB:8.2f} GiB  ({dtype_name}, MP={model_parallel_size})\n"
@@ -107,23 +107,23 @@ def _table(plan: MemoryPlan, args: ModelArgs, model_parallel_size: int, dtype: t
 def out_of_memory_explained(
     args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, where: str
 ) -> Iterator[None]:
-    """Raises a GPU's out-of-memory error inside as a MemoryError with the plan, and frees what the work had taken.
+    """Raises a GPU's out-of-memory error inside as a MemoryError with the plan, and frees the memory of the work.
 
-    `build` checks the plan beforehand, so that this is met where other programs take of the same memory.
+    `build` checks the plan beforehand: this happens where other programs use the same memory.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # they would keep the work's tensors as long as the error lives
+        traceback.clear_frames(error.__traceback__)  # they hold the work's tensors
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         plan = plan_memory(args, model_parallel_size, dtype)
         raise MemoryError(
             f"{where} ran out of memory ({str(error).splitlines()[0]})\n"
-            f"this model was planned to take {plan.total / GIB:.2f} GiB\n"
+            f"the plan of this model is {plan.total / GIB:.2f} GiB\n"
             f"{_table(plan, args, model_parallel_size, dtype)}\n"
-            "fewer prompts or shorter ones may still fit; else build with a lower max_batch_size or max_seq_len, or "
-            "end the other programs on the device"
+            "use fewer or shorter prompts, or build with a lower max_batch_size or max_seq_len, or end the other "
+            "programs on the device"
         ) from None
 
 

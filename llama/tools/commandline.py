@@ -1,7 +1,4 @@
-"""From a function to a command: flags by fire, a user's mistake as one line on stderr with status 1.
-
-Knows nothing of what the commands do.
-"""
+"""From a function to a command: flags by fire, a user's mistake as one line on stderr with exit status 1."""
 
 from __future__ import annotations
 
@@ -19,8 +16,12 @@ import fire
 import torch
 from fire import decorators
 
+from llama.quoting import printable
+
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError)
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+_MAX_MESSAGE = 4000  # characters of an error that are printed
+_ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # SIGHUP: the terminal was closed
 
 
 class _Call:
@@ -35,11 +36,12 @@ class _Call:
 def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threads: int | None = None) -> None:
     """Runs the function that the command line asks for: the only one, or that of the dict which it names.
 
-    A text that it returns is printed; a number is the exit status. Ctrl-C and SIGTERM end it by an exception, so that
-    it can clean up.
+    A text that it returns is printed; a number is the exit status. Ctrl-C, SIGTERM and SIGHUP end it by an exception,
+    so that it can clean up; under nohup, SIGHUP stays ignored.
 
     Args:
-        n_threads: that torch uses; None leaves it. Commands that copy take 1: more only get in the way of the disk.
+        n_threads: number of threads for torch; None leaves it. Commands that copy files pass 1: more threads only
+            slow the disk down.
     """
     decorators.FIRE_METADATA = "_fire_metadata"  # its note on a function, which its help would list as a command
     if isinstance(commands, dict):
@@ -49,14 +51,17 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threa
     call = fire.Fire(component, serialize=lambda result: None if isinstance(result, _Call) else result)
     if not isinstance(call, _Call):
         return
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in _ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
     atexit.register(gc.freeze)  # or the interpreter's end looks through all of torch for garbage, for 0.4 s
     if n_threads is not None:
         torch.set_num_threads(n_threads)
     try:
         result = call._run()
     except MISTAKES as error:
-        sys.exit(f"error: {'; '.join(str(error).splitlines()) or type(error).__name__}")
+        message = "; ".join(str(error).splitlines()) or type(error).__name__
+        sys.exit(f"error: {printable(message, _MAX_MESSAGE)}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -66,16 +71,27 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threa
 
 
 def _deferred(function: Callable[..., Any]) -> Callable[..., _Call]:
-    """`function` with the same flags, which returns the call. Where it takes a str, fire parses no number."""
+    """`function` with the same flags, which returns the call. Parameters of type str get their text as it is."""
 
     @functools.wraps(function)
     def defer(*args: Any, **kwargs: Any) -> _Call:
-        return _Call(lambda: function(*args, **kwargs))
+        return _Call(lambda: function(*args, **_with_values(kwargs, texts)))
 
     texts = [name for name, p in inspect.signature(function).parameters.items() if "str" in str(p.annotation)]
     deferred: Callable[..., _Call] = decorators.SetParseFns(**dict.fromkeys(texts, str))(defer)
     return deferred
 
 
+def _with_values(flags: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+    """`flags`, checked that those which need a text have one: fire passes "True" for a flag without a value."""
+    typed = [argument.rpartition("=")[2] for argument in sys.argv[1:]]
+    for name in texts:
+        if flags.get(name) in ("True", "False") and flags[name] not in typed:
+            raise ValueError(f"--{name} must have a value, got none; write --{name} VALUE")
+    return flags
+
+
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    for number in _ENDING:  # a second signal must not interrupt the cleaning up
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + signum)

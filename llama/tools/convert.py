@@ -1,6 +1,6 @@
 """Between Hugging Face's folders and the released layout: `python -m llama.tools.convert from_hf|to_hf ...`.
 
-Reads and writes; see `llama.tools.huggingface` for what is renamed, reordered and derived.
+See `llama.tools.huggingface` for what is renamed, reordered and derived.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama.args import ModelArgs
 from llama.checkpoint import split_tensor, tensor_shapes
+from llama.quoting import printable, quote
 from llama.runtime import DTYPES
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run
@@ -57,17 +58,17 @@ def from_hf(
     Args:
         hf_dir: folder of config.json and *.safetensors (or pytorch_model*.bin); tokenizer.model is copied if it is
             there.
-        output_dir: folder to make; it appears when all of it is there.
-        model_parallel_size: number of files to write, one for each process (GPU) that will run the model.
+        output_dir: folder to make; it appears when it is complete.
+        model_parallel_size: number of files to write, one per process (GPU) that will run the model.
         dtype: float16, bfloat16 or float32; by default each tensor keeps its own.
         quiet: shows no progress.
 
     Raises:
         FileNotFoundError: a file is missing.
-        FileExistsError: `output_dir` is there and not empty.
+        FileExistsError: `output_dir` exists and is not empty.
         ValueError: a file is damaged, or the model is not of Llama 2's architecture; the message names the field.
         ImportError: the safetensors package is missing.
-        OSError: the disk has not enough space.
+        OSError: the disk does not have enough space.
     """
     check_places(hf_dir, output_dir)
     check_count(model_parallel_size)
@@ -112,17 +113,17 @@ def to_hf(
     Args:
         ckpt_dir: folder of params.json and consolidated.NN.pth, any number of them.
         tokenizer_path: its tokenizer.model.
-        output_dir: folder to make; it appears when all of it is there.
+        output_dir: folder to make; it appears when it is complete.
         dtype: float16, bfloat16 or float32; by default each tensor keeps its own.
-        max_position_embeddings: what config.json says of the context; params.json says nothing of it.
+        max_position_embeddings: length of the context in config.json; params.json has no such field.
         quiet: shows no progress.
 
     Raises:
         AssertionError: `ckpt_dir` holds no checkpoint files.
         FileNotFoundError: params.json or the tokenizer is missing.
-        FileExistsError: `output_dir` is there and not empty.
+        FileExistsError: `output_dir` exists and is not empty.
         ValueError: a file is damaged, or the tokenizer is not the checkpoint's.
-        OSError: the disk has not enough space.
+        OSError: the disk does not have enough space.
     """
     check_places(ckpt_dir, output_dir)
     target_dtype = _check_dtype(dtype)
@@ -152,7 +153,7 @@ def to_hf(
 
 def _check_dtype(dtype: str | None) -> torch.dtype | None:
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it takes {', '.join(DTYPES)}")
+        raise ValueError(f"dtype must be {', '.join(DTYPES)} or None, got {quote(dtype)}")
     return None if dtype is None else DTYPES[dtype]
 
 
@@ -160,7 +161,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The tensor in `dtype`, or in its own if that is None."""
     cast = tensor if dtype is None else tensor.to(dtype)
     if not cast.is_meta and dtype == torch.float16 and torch.isinf(cast).any() and not torch.isinf(tensor).any():
-        raise ValueError(f"{name} has values beyond float16's range; use dtype bfloat16")
+        raise ValueError(f"{name} must have values within float16's range, got larger ones; use dtype bfloat16")
     return cast
 
 
@@ -172,8 +173,8 @@ def _described_network(hf_dir: Path, source: HuggingFaceFolder) -> ModelArgs:
         raise ValueError(f"{hf_dir / 'config.json'}: {error}") from error
     if args.n_layers > len(source.layout):
         raise ValueError(
-            f"{hf_dir / 'config.json'} has num_hidden_layers={args.n_layers}, but there are "
-            f"{len(source.layout)} tensors in all"
+            f"{hf_dir / 'config.json'}: num_hidden_layers must be the number of the model's layers, got "
+            f"{args.n_layers}, but there are {len(source.layout)} tensors in all"
         )
     if (hf_dir / "tokenizer.model").exists():
         _check_vocabulary(args, Tokenizer(hf_dir / "tokenizer.model"))
@@ -183,8 +184,8 @@ def _described_network(hf_dir: Path, source: HuggingFaceFolder) -> ModelArgs:
 def _check_vocabulary(args: ModelArgs, tokenizer: Tokenizer) -> None:
     if args.vocab_size != tokenizer.n_words:
         raise ValueError(
-            f"the model has a vocabulary of {args.vocab_size}, but tokenizer.model has {tokenizer.n_words} pieces; "
-            "tokens that were added beside the SentencePiece model cannot be used"
+            f"the model's vocabulary must be tokenizer.model's {tokenizer.n_words} pieces, got {args.vocab_size}; "
+            "tokens that were added beside the SentencePiece model are not supported"
         )
 
 
@@ -195,20 +196,24 @@ def _source_names(hf_dir: Path, source: HuggingFaceFolder, args: ModelArgs) -> d
     if source.config.get("tie_word_embeddings"):
         names["output.weight"] = EMBEDDING
         if OUTPUT in source.layout and not same_bits(source.read(EMBEDDING), source.read(OUTPUT)):
-            raise ValueError(f"{hf_dir}: config.json says tie_word_embeddings, but {OUTPUT} differs from {EMBEDDING}")
+            raise ValueError(
+                f"{hf_dir}: {OUTPUT} must equal {EMBEDDING}, as config.json has tie_word_embeddings, got other values"
+            )
     for ours, theirs in names.items():
         if theirs not in source.layout:
-            raise ValueError(f"{hf_dir} lacks {theirs}, which config.json asks for")
+            raise ValueError(f"{hf_dir} must hold the tensors that config.json describes, but lacks {theirs}")
         if (shape := tuple(source.layout[theirs].shape)) != shapes[ours]:
-            raise ValueError(f"{hf_dir}: {theirs} has shape {shape}; by config.json it takes {shapes[ours]}")
+            raise ValueError(
+                f"{hf_dir}: {theirs} must have shape {shapes[ours]} by config.json, got shape {quote(shape)}"
+            )
     known = {*names.values(), OUTPUT}
     if extra := [name for name in source.layout if name not in known and not is_known_extra(name)]:
-        raise ValueError(f"{hf_dir} holds {extra[0]}, which Llama 2 does not have")
+        raise ValueError(f"{hf_dir} must hold no other tensors than Llama 2's, but has {printable(extra[0])}")
     return names
 
 
 def _params(args: ModelArgs) -> dict[str, Any]:
-    """The content of params.json. Meta's Llama 2 code knows no rope_theta: it is given only where it is needed."""
+    """The content of params.json; with rope_theta only where it is not the default: Meta's Llama 2 code rejects it."""
     params = {name: getattr(args, name) for name in _PARAMS if getattr(args, name) is not None}
     return params if args.rope_theta == ModelArgs.rope_theta else params | {"rope_theta": args.rope_theta}
 
@@ -217,7 +222,7 @@ def _copy_tokenizer(hf_dir: Path, folder: Path, *, quiet: bool) -> None:
     if (hf_dir / "tokenizer.model").exists():
         shutil.copyfile(hf_dir / "tokenizer.model", folder / "tokenizer.model")
     elif not quiet:
-        print(f"{hf_dir} has no tokenizer.model; a run needs the SentencePiece model from elsewhere", file=sys.stderr)
+        print(f"{hf_dir} has no tokenizer.model, which a run needs; get it from elsewhere", file=sys.stderr)
 
 
 def _write_descriptions(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 """Llama 2 as Hugging Face's transformers writes it: tensor names, the order of query and key rows, `config.json`.
 
-Each mapping can be turned round. Knows nothing of files.
+Each mapping has an inverse.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from llama.args import ModelArgs
+from llama.quoting import quote
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER_NAMES = {
@@ -33,7 +34,7 @@ _OTHER_NAMES = {
 }
 _KNOWN_EXTRA = "rotary_emb.inv_freq"  # older folders carry it, once or in each layer; it follows from config.json
 
-# What these fields of config.json may say; a field that is not there has its first value.
+# The values that these fields of config.json may have; the first is that of a missing field.
 _TAKEN: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish"),  # two names of one function
     "attention_bias": (False,),
@@ -51,6 +52,7 @@ _SIZES = {
 }
 _MULTIPLES = (256, 1024, 4096, 512, 2048, 128, 64, 32, 16, 8, 4, 2, 1)  # multiple_of: the released values first
 _RELEASED_MULTIPLIER = 1.3
+_MAX_SIZE = 2**31 - 1  # of a size in config.json
 
 
 def hf_name(name: str) -> str:
@@ -62,12 +64,12 @@ def hf_name(name: str) -> str:
 
 
 def is_known_extra(name: str) -> bool:
-    """Whether a folder may hold such a tensor beside those that the network needs."""
+    """Whether a folder may hold this tensor beside those that the network needs."""
     return name.endswith(_KNOWN_EXTRA)
 
 
 def rotated_heads(name: str, args: ModelArgs) -> int | None:
-    """Number of heads in the rows of the tensor `name`, a released name, if rotary embedding turns them; else None."""
+    """Number of heads in the rows of the tensor `name` (a released name) if rotary embedding applies; else None."""
     if name.endswith("attention.wq.weight"):
         return args.n_heads
     return args.kv_heads if name.endswith("attention.wk.weight") else None
@@ -76,8 +78,8 @@ def rotated_heads(name: str, args: ModelArgs) -> int | None:
 def to_half_split(weight: Tensor, n_heads: int) -> Tensor:
     """Rows of wq or wk, reordered for transformers' rotary embedding.
 
-    The released rows of a head are turned in pairs (0, 1), (2, 3), ...; transformers turns the first half of a head's
-    rows with the second: (0, n/2), (1, n/2 + 1), ...
+    In released weights the rotated pairs of a head's n rows are (0, 1), (2, 3), ...; in transformers' they are
+    (0, n/2), (1, n/2 + 1), ...
     """
     rows, width = weight.shape
     return weight.view(n_heads, rows // n_heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
@@ -110,7 +112,7 @@ def config_to_args(config: Mapping[str, Any]) -> ModelArgs:
     """The network that a `config.json` describes.
 
     Raises:
-        ValueError: it is none that this library runs; the message names the field.
+        ValueError: this library does not support it; the message names the field.
     """
     _check_architecture(config)
     sizes = {ours: _whole_number(config, theirs) for ours, theirs in _SIZES.items()}
@@ -122,14 +124,16 @@ def config_to_args(config: Mapping[str, Any]) -> ModelArgs:
     )
     args.validate()
     if config.get("head_dim") not in (None, args.head_dim):
-        raise ValueError(f"head_dim is {config['head_dim']!r}; by hidden_size and heads it takes {args.head_dim}")
+        raise ValueError(
+            f"head_dim must be hidden_size / num_attention_heads = {args.head_dim}, got {quote(config['head_dim'])}"
+        )
     return with_hidden_dim(args, hidden_dim)
 
 
 def with_hidden_dim(args: ModelArgs, hidden_dim: int) -> ModelArgs:
     """`args` with a multiple_of and, where needed, a ffn_dim_multiplier that give exactly this hidden size.
 
-    Tried in turn: no multiplier, that of the released 70B, the shortest decimal one.
+    Tries no multiplier, that of the released 70B, and decimal ones from the shortest on.
     """
     multiples = [multiple for multiple in _MULTIPLES if hidden_dim % multiple == 0]
     candidates = [(multiple, multiplier) for multiplier in (None, _RELEASED_MULTIPLIER) for multiple in multiples]
@@ -137,37 +141,40 @@ def with_hidden_dim(args: ModelArgs, hidden_dim: int) -> ModelArgs:
     for digits in range(1, 6):
         scale = 10**digits
         candidates += [(m, math.ceil((hidden_dim - m + 1) / unscaled * scale) / scale) for m in multiples]
-    candidates.append((1, (hidden_dim + 0.5) / unscaled))  # always exact: the recipe cuts off the half
+    candidates.append((1, (hidden_dim + 0.5) / unscaled))  # exact: the fraction is cut off
     found = (replace(args, multiple_of=m, ffn_dim_multiplier=x) for m, x in candidates if x is None or x > 0)
-    return next(candidate for candidate in found if candidate.hidden_dim == hidden_dim)
+    exact = next((candidate for candidate in found if candidate.hidden_dim == hidden_dim), None)
+    if exact is None:  # past what a float can express
+        raise ValueError(f"intermediate_size must follow from hidden_size={args.dim}, got {hidden_dim}")
+    return exact
 
 
 def _check_architecture(config: Mapping[str, Any]) -> None:
     if config.get("model_type") != "llama":
-        raise ValueError(f"model_type is {config.get('model_type')!r}; it takes 'llama'")
+        raise ValueError(f"model_type must be 'llama', got {quote(config.get('model_type'))}")
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     if architectures not in (["LlamaForCausalLM"], ["LLaMAForCausalLM"]):  # the second: of 2023's first conversions
-        raise ValueError(f"architectures is {architectures!r}; it takes ['LlamaForCausalLM']")
+        raise ValueError(f"architectures must be ['LlamaForCausalLM'], got {quote(architectures)}")
     for field, taken in _TAKEN.items():
         value = config.get(field, taken[0])
         if value not in taken:
-            raise ValueError(f"{field} is {value!r}; Llama 2 takes {' or '.join(map(repr, taken))}")
+            raise ValueError(f"{field} must be {' or '.join(map(repr, taken))} for Llama 2, got {quote(value)}")
 
 
 def _rope_theta(config: Mapping[str, Any]) -> Any:
-    """The base of the rotary frequencies. transformers 5 writes it into `rope_parameters`, those before beside it."""
+    """The base of the rotary frequencies. transformers 5 has it inside `rope_parameters`."""
     theta = config.get("rope_theta")
     for field in ("rope_scaling", "rope_parameters"):
         settings = config.get(field) or {}
         kind = settings.get("rope_type", settings.get("type", "default")) if isinstance(settings, dict) else settings
         if kind != "default":
-            raise ValueError(f"{field} asks for {kind!r}; Llama 2 takes no scaling of its rotary embedding")
+            raise ValueError(f"{field} must be 'default': Llama 2 does not scale rotary embeddings; got {quote(kind)}")
         theta = settings.get("rope_theta", theta)
     return 10000.0 if theta is None else theta
 
 
 def _whole_number(config: Mapping[str, Any], field: str) -> int:
     value = config.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field} is {value!r}; it takes a whole number above zero")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
+        raise ValueError(f"{field} must be an integer from 1 to {_MAX_SIZE}, got {quote(value)}")
     return value

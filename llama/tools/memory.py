@@ -1,6 +1,6 @@
 """How much memory a model needs: `python -m llama.tools.memory --model 70B --device_memory 24GiB`.
 
-Prints what `llama.memory` adds up, which is what `Llama.build` checks before it loads.
+Prints the plan of `llama.memory`, which `Llama.build` checks before it loads.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from pathlib import Path
 
 from llama.args import ModelArgs
 from llama.memory import GIB, MemoryPlan, largest, plan_memory
+from llama.quoting import quote
 from llama.runtime import DTYPES
 from llama.tools.commandline import run
 from llama.tools.released import RELEASES, TRAINED_SEQ_LEN
 from llama.tools.sharded import ShardedCheckpoint
 
 _UNITS = {"GiB": GIB, "G": GIB, "GB": 10**9, "MiB": 1024**2, "M": 1024**2, "MB": 10**6}
-_MOST = 2**20  # beyond it a batch or a sequence is not looked for
+_MOST = 2**20  # the largest batch or sequence that is tried
 
 
 def memory_table(
@@ -40,21 +41,22 @@ def memory_table(
         max_batch_size: as for `Llama.build`.
         model_parallel_size: number of processes that share the model; by default that of the checkpoint's files.
         dtype: float16, bfloat16 or float32, of weights and cache.
-        device_memory: what each process's device has, such as 24GiB or 80GB.
+        device_memory: memory of each process's device, such as 24GiB or 80GB.
 
     Raises:
-        ValueError: an argument is not what it should be, or the model cannot be split over so many processes.
+        ValueError: an argument is wrong, or the model cannot be split over so many processes.
     """
     if (ckpt_dir is None) == (model is None):
-        raise ValueError("give either ckpt_dir, a folder, or model, one of " + ", ".join(RELEASES))
+        raise ValueError(f"either ckpt_dir, a folder, or model ({', '.join(RELEASES)}) must be given, and not both")
     args, n_files = _of_checkpoint(ckpt_dir) if ckpt_dir is not None else _of_release(str(model))
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    args.validate()
     ranks = n_files if model_parallel_size is None else model_parallel_size
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
-        raise ValueError(f"model_parallel_size is {ranks!r}; it takes a whole number above zero")
+        raise ValueError(f"model_parallel_size must be an integer of at least 1, got {quote(ranks)}")
     args.check_shards(ranks)
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it takes {', '.join(DTYPES)}")
+        raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {quote(dtype)}")
 
     def plan(args: ModelArgs) -> MemoryPlan:
         return plan_memory(args, ranks, DTYPES[dtype])
@@ -71,7 +73,7 @@ def parse_memory(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     if found is None or found[2].lower() not in units:
-        raise ValueError(f"device_memory is {text!r}; it takes a number and a unit, such as 24GiB or 80GB")
+        raise ValueError(f"device_memory must be a number and a unit, such as 24GiB or 80GB, got {quote(text)}")
     return int(float(found[1]) * units[found[2].lower()])
 
 
@@ -82,7 +84,7 @@ def _of_checkpoint(ckpt_dir: str | Path) -> tuple[ModelArgs, int]:
 
 def _of_release(model: str) -> tuple[ModelArgs, int]:
     if model not in RELEASES:
-        raise ValueError(f"model is {model!r}; it takes {', '.join(RELEASES)}")
+        raise ValueError(f"model must be {', '.join(RELEASES)}, got {quote(model)}")
     return RELEASES[model].args, RELEASES[model].model_parallel_size
 
 
@@ -102,7 +104,7 @@ def _table(plan: MemoryPlan, ranks: int) -> list[str]:
 
 
 def _fit(args: ModelArgs, plan: Callable[[ModelArgs], MemoryPlan], available: int) -> list[str]:
-    """Whether it fits on a device, and the largest batch and the longest sequence that would, the other unchanged."""
+    """Whether it fits on a device, and the largest batch and the longest sequence that fit, the other unchanged."""
     spare = available - plan(args).total
     what = f"{spare / GIB:.2f} GiB to spare" if spare >= 0 else f"it lacks {-spare / GIB:.2f} GiB"
     lines = [f"{'fits' if spare >= 0 else 'does not fit'} in {available / GIB:.2f} GiB: {what}"]

@@ -1,7 +1,4 @@
-"""The perplexity of a text under a checkpoint: `torchrun --nproc_per_node N -m llama.tools.perplexity --text FILE`.
-
-Knows nothing of how tokens are scored; see `Llama.score_tokens`.
-"""
+"""The perplexity of a text under a checkpoint: `torchrun --nproc_per_node N -m llama.tools.perplexity --text FILE`."""
 
 from __future__ import annotations
 
@@ -12,8 +9,7 @@ from pathlib import Path
 from llama import Llama
 from llama.runtime import is_first_rank
 from llama.tools import commandline
-
-TINY_LLAMA = Path(__file__).parents[2] / "tiny-llama"
+from llama.tools.toy import toy_checkpoint
 
 
 def windows(tokens: Sequence[int], size: int, stride: int, bos_id: int) -> Iterator[tuple[list[int], int]]:
@@ -36,8 +32,8 @@ def perplexity(llama: Llama, text: str, *, stride: int | None = None) -> tuple[f
     """exp of the mean negative log-probability of a text's tokens, over windows of `max_seq_len`.
 
     Args:
-        stride: tokens by which a window moves on, up to `max_seq_len - 1`; None for half of `max_seq_len`. Smaller
-            gives each token more context, and takes longer.
+        stride: number of tokens from one window to the next, up to `max_seq_len - 1`; None: half of `max_seq_len`.
+            A smaller stride gives each token more context and takes longer.
 
     Returns:
         The perplexity, and the number of tokens.
@@ -45,10 +41,10 @@ def perplexity(llama: Llama, text: str, *, stride: int | None = None) -> tuple[f
     size = llama.model.params.max_seq_len
     stride = max(1, size // 2) if stride is None else stride
     if not 1 <= stride < size:
-        raise ValueError(f"stride is {stride}; it takes 1 to {size - 1}, one less than max_seq_len")
+        raise ValueError(f"stride must be from 1 to {size - 1}, one less than max_seq_len, got {stride}")
     tokens = llama.tokenizer.encode(text, bos=False, eos=False)
     if not tokens:
-        raise ValueError("the text is empty; it takes at least one token")
+        raise ValueError("the text must have at least one token, got an empty text")
     cut = list(windows(tokens, size, stride, llama.tokenizer.bos_id))
     scores = llama.score_tokens([window for window, _ in cut])
     total = math.fsum(logprob for row, (_, n) in zip(scores, cut, strict=True) for logprob in row[-n:])
@@ -57,7 +53,7 @@ def perplexity(llama: Llama, text: str, *, stride: int | None = None) -> tuple[f
 
 def main(
     text: str,
-    ckpt_dir: str = str(TINY_LLAMA),
+    ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     max_seq_len: int = 512,
     max_batch_size: int = 4,
@@ -68,14 +64,15 @@ def main(
 
     Args:
         text: path of a UTF-8 text.
-        ckpt_dir: folder of params.json and consolidated.NN.pth; the toy checkpoint by default.
+        ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy checkpoint of the repository.
         tokenizer_path: its tokenizer.model; by default the one in ckpt_dir.
         max_seq_len: size of the windows.
-        max_batch_size: windows that are scored at a time.
-        stride: tokens by which a window moves on; by default half of max_seq_len.
+        max_batch_size: number of windows that are scored at a time.
+        stride: number of tokens from one window to the next; by default half of max_seq_len.
         dtype: float16, bfloat16 or float32.
     """
     content = Path(text).read_text(encoding="utf-8")
+    ckpt_dir = ckpt_dir or toy_checkpoint()
     tokenizer_path = tokenizer_path or str(Path(ckpt_dir) / "tokenizer.model")
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, dtype=dtype)
     value, n_tokens = perplexity(llama, content, stride=stride)

@@ -1,7 +1,4 @@
-"""How far a long run over many bytes is, on stderr.
-
-Knows nothing of what the bytes are.
-"""
+"""The progress of a long run over many bytes, on stderr."""
 
 from __future__ import annotations
 
@@ -15,13 +12,13 @@ _PLAIN_S = 5.0  # between two lines elsewhere
 
 
 class Progress:
-    """Shows bytes done, speed and time left: one line that changes on a terminal, now and then a plain line elsewhere.
+    """Shows bytes done, speed and time left: one line that is updated on a terminal, a line every 5 s elsewhere.
 
-    Used by `with`, at whose end a last line sums up.
+    A context manager; at its end a last line gives the total.
 
     Args:
-        label: what the line starts with.
-        total: bytes of the whole run.
+        label: start of the line.
+        total: number of bytes of the whole run.
         quiet: shows nothing.
     """
 
@@ -44,7 +41,7 @@ class Progress:
             print(f"{self._label}: {self._done / GB:.2f} GB in {_duration(seconds)}", file=sys.stderr)
 
     def add(self, n_bytes: int) -> None:
-        """Counts bytes that are done."""
+        """Counts `n_bytes` as done."""
         self._done += n_bytes
         now = time.monotonic()
         if not self._quiet and now - self._shown >= (_TERMINAL_S if self._terminal else _PLAIN_S):

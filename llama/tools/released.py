@@ -1,4 +1,4 @@
-"""The published sizes of Llama 2. Knows nothing of any file."""
+"""The published sizes of Llama 2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _VOCAB_SIZE = 32000
 
 @dataclass(frozen=True)
 class Release:
-    """A published network, and the number of files, and so of processes, that it was published for."""
+    """A published network, and the number of files (and processes) that it was published for."""
 
     args: ModelArgs
     model_parallel_size: int

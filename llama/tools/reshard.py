@@ -1,15 +1,14 @@
-"""A checkpoint on another number of files: `python -m llama.tools.reshard --ckpt_dir IN --output_dir OUT ...`.
-
-Knows nothing of what the tensors mean; see `llama.checkpoint` for how they are split.
-"""
+"""A checkpoint on another number of files: `python -m llama.tools.reshard --ckpt_dir IN --output_dir OUT ...`."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
 from llama.checkpoint import split_tensor
+from llama.quoting import quote
 from llama.tools.commandline import run
 from llama.tools.progress import Progress
 from llama.tools.sharded import ShardedCheckpoint
@@ -18,23 +17,23 @@ from llama.tools.tensor_file import lay_out_pth
 
 
 def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: int, *, quiet: bool = False) -> None:
-    """Writes a checkpoint anew, split over another number of files; every value stays exact to the bit.
+    """Writes a checkpoint split over another number of files; every value stays exact to the bit.
 
-    It takes a few times the memory of the largest tensor. `output_dir` appears when all of it is there: a run that is
+    Needs a few times the memory of the largest tensor. `output_dir` appears when it is complete: a run that is
     interrupted leaves nothing.
 
     Args:
         ckpt_dir: folder of params.json and consolidated.NN.pth, any number of them.
-        output_dir: folder to make. params.json goes there too, and tokenizer.model if it lies in ckpt_dir.
-        model_parallel_size: number of files to write, one for each process (GPU) that will run the model.
+        output_dir: folder to make. params.json is copied there, and tokenizer.model if it is in ckpt_dir.
+        model_parallel_size: number of files to write, one per process (GPU) that will run the model.
         quiet: shows no progress.
 
     Raises:
         AssertionError: `ckpt_dir` holds no checkpoint files.
         FileNotFoundError: it holds no params.json.
-        FileExistsError: `output_dir` is there and not empty.
+        FileExistsError: `output_dir` exists and is not empty.
         ValueError: the checkpoint is damaged, or cannot be split that way.
-        OSError: the disk has not enough space.
+        OSError: the disk does not have enough space.
     """
     check_places(ckpt_dir, output_dir)
     check_count(model_parallel_size)
@@ -58,15 +57,18 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
 
 
 def check_places(source: str | Path, output_dir: str | Path) -> None:
-    """Raises unless `output_dir` can be made out of the folder `source`."""
+    """Raises unless `output_dir` is a place to write what is read from `source`."""
+    for name, path in (("the input folder", source), ("output_dir", output_dir)):
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"{name} must be a path, got {quote(path)}")
     if Path(source).resolve() == Path(output_dir).resolve():
-        raise ValueError(f"the output folder {output_dir} is the input folder; give the name of a new one")
+        raise ValueError(f"output_dir must not be the input folder, got {output_dir}; give the name of a new one")
     check_absent(output_dir)
 
 
 def check_count(model_parallel_size: int) -> None:
     if not isinstance(model_parallel_size, int) or isinstance(model_parallel_size, bool) or model_parallel_size < 1:
-        raise ValueError(f"model_parallel_size is {model_parallel_size!r}; it takes a whole number above zero")
+        raise ValueError(f"model_parallel_size must be an integer of at least 1, got {quote(model_parallel_size)}")
 
 
 if __name__ == "__main__":

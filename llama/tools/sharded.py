@@ -1,7 +1,6 @@
 """A checkpoint folder read as whole tensors, one at a time, whatever the number of its files.
 
-The files are memory-mapped, and what was read of one tensor leaves memory before the next one is read. Knows nothing of
-what becomes of the tensors.
+The files are memory-mapped, and the memory of one tensor is freed before the next one is read.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 from llama.args import ModelArgs
 from llama.checkpoint import (
     KNOWN_EXTRA,
+    check_layer_count,
     check_tensors,
     join_tensor,
     list_shards,
@@ -27,18 +27,18 @@ from llama.checkpoint import (
 
 
 class ShardedCheckpoint:
-    """The whole tensors of a checkpoint, all names and shapes checked before the first is read.
+    """The whole tensors of a checkpoint; all names and shapes are checked before the first is read.
 
     Attributes:
-        args: the network; its vocabulary is that of the embedding where params.json leaves it open.
-        n_files: number of its files.
-        names: of the tensors, in the released order; `rope.freqs` last, if it is there.
-        layout: every whole tensor's shape and dtype, as tensors without values.
+        args: the network; its vocabulary is that of the embedding where params.json has -1.
+        n_files: number of files.
+        names: names of the tensors, in the released order; `rope.freqs` last, if the files have it.
+        layout: every whole tensor's shape and dtype, as tensors on the meta device.
 
     Raises:
         AssertionError: the folder holds no `*.pth` file.
         FileNotFoundError: it holds no params.json.
-        ValueError: params.json or a file is not what it should be, or what every file should repeat differs.
+        ValueError: params.json or a file is wrong, or a tensor that every file repeats differs.
     """
 
     def __init__(self, ckpt_dir: str | Path) -> None:
@@ -51,7 +51,7 @@ class ShardedCheckpoint:
         try:
             self.args.check_shards(self.n_files)
         except ValueError as error:
-            raise ValueError(f"{ckpt_dir} holds {self.n_files} files, but {error}; is a file missing?") from error
+            raise ValueError(f"{ckpt_dir} has {self.n_files} files, but {error}; is a file missing?") from error
         self.names = list(tensor_shapes(self.args, 1))
         if all(KNOWN_EXTRA in state for state in self._states):
             self.names.append(KNOWN_EXTRA)
@@ -62,13 +62,13 @@ class ShardedCheckpoint:
         self.layout = {name: join_tensor(name, tensors) for name, tensors in parts.items()}
 
     def whole(self, name: str) -> Tensor:
-        """The tensor `name`, joined from all files; one file's is a view of the mapped file."""
+        """The tensor `name`, joined from all files; with a single file, a view of the mapped file."""
         self._release_last()
         self._last = name
         return join_tensor(name, [state[name] for state in self._states])
 
     def _release_last(self) -> None:
-        """Gives back the memory of the tensor read last; it is read from its file again if it is still in use."""
+        """Frees the memory of the tensor read last; it is read from its file again if it is still in use."""
         if self._last is not None:
             for release, state in zip(self._page_release, self._states, strict=True):
                 release(state[self._last])
@@ -80,24 +80,29 @@ class ShardedCheckpoint:
             check_tensors(path, state, shapes | (extra if KNOWN_EXTRA in state else {}))
 
     def _check_agreement(self, name: str) -> None:
-        """The files have to hold parts of one dtype, and what each holds in full has to be the same to the bit."""
+        """Checks that all files hold `name` in one dtype and, where each holds all of it, with the same bits."""
         first, others = self._states[0][name], [state[name] for state in self._states[1:]]
         for path, other in zip(self._shards[1:], others, strict=True):
             if other.dtype != first.dtype:
-                raise ValueError(f"{name} is {first.dtype} in {self._shards[0]}, but {other.dtype} in {path}")
+                raise ValueError(
+                    f"{name} must have one dtype in all files, got {first.dtype} in {self._shards[0]} and "
+                    f"{other.dtype} in {path}"
+                )
             if shard_dim(name) is None and not same_bits(first, other):
-                raise ValueError(f"{name} differs between {self._shards[0]} and {path}; every file should repeat it")
+                raise ValueError(
+                    f"{name} must be the same in all files, but differs between {self._shards[0]} and {path}"
+                )
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one dtype hold the same bytes; NaN is then equal to itself."""
+    """Whether two tensors of one dtype hold the same bytes; a NaN equals itself here."""
     if one.shape != other.shape:
         return False
     return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def network_args(ckpt_dir: str | Path, state: dict[str, Tensor]) -> ModelArgs:
-    """What params.json describes, with the embedding's number of rows where it says `vocab_size` -1.
+    """What params.json describes, with the embedding's number of rows where `vocab_size` is -1.
 
     Args:
         state: the tensors of one of the files.
@@ -107,11 +112,10 @@ def network_args(ckpt_dir: str | Path, state: dict[str, Tensor]) -> ModelArgs:
         args = ModelArgs.of(ModelArgs(**read_params(ckpt_dir)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if args.n_layers > len(state):
-        raise ValueError(f"{path} has n_layers={args.n_layers}, but a file holds {len(state)} tensors in all")
+    check_layer_count(list_shards(ckpt_dir)[0], args, len(state))
     if args.vocab_size != -1:
         return args
     embedding = state.get("tok_embeddings.weight")
     if embedding is None or embedding.dim() != 2:
-        raise ValueError(f"{path} leaves vocab_size open, and there is no tok_embeddings.weight of two axes to tell it")
+        raise ValueError(f"{path}: vocab_size must be given where there is no 2-D tok_embeddings.weight, got -1")
     return replace(args, vocab_size=embedding.size(0))

@@ -1,7 +1,4 @@
-"""A folder that is there whole or not at all: written beside its place under another name, then renamed.
-
-Knows nothing of what is written.
-"""
+"""A folder that is complete or absent: written beside its place under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -18,17 +15,17 @@ from llama.tools.progress import GB
 
 @contextmanager
 def staged_folder(output_dir: str | Path, n_bytes: int) -> Iterator[Path]:
-    """Gives a folder to write into, which becomes `output_dir` when the block ends, or is removed if it raises.
+    """Yields a folder to write into, which becomes `output_dir` when the block ends, or is removed if it raises.
 
-    The folder lies beside `output_dir`, so that the renaming copies nothing. A process that is killed leaves it
-    behind; the next run for the same `output_dir` replaces it.
+    The folder is beside `output_dir`, so that renaming it copies nothing. A process that is killed leaves it behind;
+    the next run for the same `output_dir` replaces it.
 
     Args:
-        n_bytes: what will be written; checked against the free disk space first.
+        n_bytes: number of bytes that will be written; compared with the free disk space first.
 
     Raises:
-        FileExistsError: `output_dir` is there and not an empty folder, or another run is writing it.
-        OSError: the disk has not enough space, or does not take what is written.
+        FileExistsError: `output_dir` exists and is not an empty folder, or another run is writing it.
+        OSError: the disk does not have enough space, or writing fails.
     """
     target = Path(output_dir).resolve()
     check_absent(target)
@@ -52,21 +49,21 @@ def check_absent(output_dir: str | Path) -> None:
     """Raises FileExistsError unless there is nothing, or an empty folder, at `output_dir`."""
     target = Path(output_dir).resolve()
     if target.is_dir() and os.path.ismount(target):
-        raise FileExistsError(f"{output_dir} is where a disk is mounted; give a folder on it, such as {target}/model")
+        raise FileExistsError(f"output_dir must not be a mount point, got {output_dir}; give {target}/model")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{output_dir} exists already; give the name of a new folder, or of an empty one")
+        raise FileExistsError(f"output_dir must be a new or an empty folder, got {output_dir}, which exists already")
 
 
 def check_space(folder: Path, n_bytes: int) -> None:
-    """Raises OSError if the disk of `folder`, which need not be there yet, has less than `n_bytes` free."""
+    """Raises OSError if the disk of `folder`, which need not exist yet, has less than `n_bytes` free."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < n_bytes:
-        raise OSError(f"{n_bytes / GB:.2f} GB are to be written to {folder}, whose disk has {free / GB:.2f} GB free")
+        raise OSError(f"the disk of {folder} must have {n_bytes / GB:.2f} GB free, got {free / GB:.2f} GB")
 
 
 def _claim(staged: Path) -> int:
-    """Makes the folder anew and locks it, until this process ends or closes the descriptor that is returned."""
+    """Makes an empty folder and locks it until this process ends or closes the returned descriptor."""
     if staged.is_dir() and not staged.is_symlink():
         leftover = _lock(staged)
         shutil.rmtree(staged)
@@ -82,7 +79,7 @@ def _lock(folder: Path) -> int:
     except OSError as error:
         os.close(descriptor)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise FileExistsError(f"another run is writing {folder}; wait for its end") from error
+            raise FileExistsError(f"another run is writing {folder}; wait until it ends") from error
         raise
     return descriptor
 
@@ -92,7 +89,7 @@ def _size(folder: Path) -> int:
 
 
 def _flush(folder: Path) -> None:
-    """Waits until everything in the folder is on the disk: a rename must not get there first."""
+    """Waits until everything in the folder is on the disk, which the rename must not precede."""
     for path in sorted(folder.rglob("*")):
         _flush_entry(path)
     _flush_entry(folder)

@@ -1,6 +1,6 @@
-"""Whether a checkpoint folder is whole and sound: `python -m llama.tools.verify --ckpt_dir llama-2-7b`.
+"""Whether a checkpoint folder is complete and sound: `python -m llama.tools.verify --ckpt_dir llama-2-7b`.
 
-Compares checksums with `checklist.chk`, and every tensor with what `params.json` describes. Changes nothing.
+Compares checksums with `checklist.chk`, and every tensor with what `params.json` describes. Only reads.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from llama.checkpoint import (
     shard_dim,
     tensor_shapes,
 )
+from llama.quoting import printable, quote
 from llama.runtime import DTYPES
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run
@@ -34,11 +35,12 @@ _LINE = re.compile(r"([0-9a-fA-F]{32})\s+\*?(?:\./)?(\S.*)")  # as md5sum writes
 _CHUNK = 16 * 1024**2  # bytes read at a time
 _BLOCK = 16 * 1024**2  # numbers counted at a time
 _SHOWN = 5  # tensors of one kind of problem that are named
+_MAX_LINE = 4000  # characters of a problem that are printed
 
 
 @dataclass
 class Findings:
-    """What was found: problems, a line each, and what could not be compared or is worth knowing."""
+    """The result: problems, one line each, and notes on what could not be compared."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -62,7 +64,7 @@ def verify(ckpt_dir: str | Path, *, tokenizer_path: str | Path | None = None, qu
     if (folder / CHECKLIST).is_file():
         listed |= _read_checklist(folder / CHECKLIST, found)
     else:
-        found.notes.append(f"there is no {CHECKLIST} in {folder}, so that checksums were not compared")
+        found.notes.append(f"checksums were not compared: there is no {CHECKLIST} in {folder}")
     if tokenizer is not None and (tokenizer.parent / TOKENIZER_CHECKLIST).is_file():
         listed |= _read_checklist(tokenizer.parent / TOKENIZER_CHECKLIST, found)
     n_bytes = sum(path.stat().st_size for path in [*listed, *shards])
@@ -82,11 +84,11 @@ def _read_checklist(path: Path, found: Findings) -> dict[Path, str]:
             continue
         matched = _LINE.fullmatch(line.strip())
         if matched is None:
-            found.problems.append(f"{path}: line {number} is no MD5 sum and file name")
+            found.problems.append(f"{path}: line {number} must be an MD5 sum and a file name")
         elif matched[2] == ".." or Path(matched[2]).name != matched[2]:
-            found.problems.append(f"{path}: line {number} names {matched[2]!r}, which is not a file beside it")
+            found.problems.append(f"{path}: line {number} must name a file beside it, got {quote(matched[2])}")
         elif not (path.parent / matched[2]).is_file():
-            found.problems.append(f"{path.parent / matched[2]} is missing, which {path.name} lists")
+            found.problems.append(f"{path.parent / printable(matched[2])} is missing, which {path.name} lists")
         else:
             listed[path.parent / matched[2]] = matched[1].lower()
     return listed
@@ -100,7 +102,7 @@ def _check_sum(path: Path, expected: str, found: Findings, progress: Progress) -
             progress.add(len(chunk))
     if digest.hexdigest() != expected:
         found.problems.append(
-            f"{path} has the MD5 sum {digest.hexdigest()}, but {expected} is listed; download it again"
+            f"{path} must have the listed MD5 sum {expected}, got {digest.hexdigest()}; download it again"
         )
 
 
@@ -114,7 +116,7 @@ def _find_tokenizer(folder: Path, tokenizer_path: str | Path | None) -> Path | N
 def _check_tokenizer(path: Path | None, found: Findings) -> int | None:
     """The tokenizer's number of pieces, if there is one."""
     if path is None:
-        found.notes.append("no tokenizer.model was found, so that the vocabulary was not compared; give tokenizer_path")
+        found.notes.append("the vocabulary was not compared: no tokenizer.model was found; give tokenizer_path")
         return None
     try:
         return Tokenizer(path).n_words
@@ -124,9 +126,9 @@ def _check_tokenizer(path: Path | None, found: Findings) -> int | None:
 
 
 def _check_shards(folder: Path, shards: list[Path], n_words: int | None, found: Findings, progress: Progress) -> None:
-    """Every file's tensors. The first file that can be read tells the number of parts, and what all repeat."""
+    """Checks every file's tensors. The first readable file gives the number of parts and what all files repeat."""
     if [path.name for path in shards] != (names := [f"consolidated.{rank:02d}.pth" for rank in range(len(shards))]):
-        found.problems.append(f"{folder} holds {_some([path.name for path in shards])}; it takes {_some(names)}")
+        found.problems.append(f"{folder} must hold {_some(names)}, got {_some([path.name for path in shards])}")
     shapes: dict[str, tuple[int, ...]] | None = None
     first: dict[str, Tensor] = {}
     for path in shards:
@@ -147,10 +149,10 @@ def _check_shards(folder: Path, shards: list[Path], n_words: int | None, found: 
 def _expected_shapes(
     folder: Path, state: dict[str, Tensor], n_files: int, n_words: int | None, found: Findings
 ) -> dict[str, tuple[int, ...]]:
-    """What params.json says of every file's tensors, `state` being one file's, which tells how many parts there are.
+    """The shapes of every file's tensors by params.json and the number of parts, which `state`, one file's, tells.
 
     Raises:
-        ValueError: that cannot be said; the file itself, too, is wrong then.
+        ValueError: params.json is wrong.
     """
     embedding = state.get("tok_embeddings.weight")
     columns = embedding.size(1) if embedding is not None and embedding.dim() == 2 else 0
@@ -158,7 +160,7 @@ def _expected_shapes(
     parts = args.dim // columns if columns and args.dim % columns == 0 else n_files
     args.check_shards(parts)
     if parts != n_files:
-        found.problems.append(f"{folder} holds {n_files} of the {parts} files that the tensors are split over")
+        found.problems.append(f"{folder} must hold the {parts} files that the tensors are split over, got {n_files}")
     release = find_release(args)
     if release is not None and release[1].model_parallel_size != parts:
         name, published = release
@@ -167,7 +169,7 @@ def _expected_shapes(
         )
     if n_words is not None and args.vocab_size != n_words:
         found.problems.append(
-            f"{folder} has a vocabulary of {args.vocab_size}, but tokenizer.model has {n_words} pieces"
+            f"{folder}: the vocabulary must be tokenizer.model's {n_words} pieces, got {args.vocab_size}"
         )
     return tensor_shapes(args, parts)
 
@@ -179,10 +181,10 @@ def _faults(
     first: dict[str, Tensor],
     progress: Progress,
 ) -> dict[str, list[str]]:
-    """What is wrong with one file's tensors: for each kind of fault, where it is.
+    """The faults of one file's tensors: for each kind, the tensors that have it.
 
     Args:
-        first: what the first file repeats or, of other tensors, shape and dtype; filled by the first call.
+        first: the first file's tensors, those that are split without values; filled by the first call.
     """
     faults: defaultdict[str, list[str]] = defaultdict(list)
     faults["missing"] = [name for name in shapes if name not in state]
@@ -195,15 +197,15 @@ def _faults(
             else:
                 faults[fault[0]].append(fault[1])
         elif name != KNOWN_EXTRA:
-            faults["not in the network"].append(str(name))
+            faults["not in the network"].append(printable(name))
         progress.add(tensor.numel() * tensor.element_size())
     return {kind: names for kind, names in faults.items() if names}
 
 
 def _fault(name: str, tensor: Tensor, shape: tuple[int, ...], first: dict[str, Tensor]) -> tuple[str, str] | None:
-    """The kind of the fault of a tensor, if it has one, and where it is."""
+    """The kind of the fault of a tensor and a description, or None."""
     if tuple(tensor.shape) != shape:
-        return "wrong shape", f"{name} is {tuple(tensor.shape)}, by params.json {shape}"
+        return "wrong shape", f"{name} must be {shape} by params.json, got {quote(tuple(tensor.shape))}"
     if tensor.dtype not in DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
         return f"not a dense tensor of {', '.join(DTYPES)}", name
     if n_bad := _count_not_finite(tensor):
@@ -212,7 +214,7 @@ def _fault(name: str, tensor: Tensor, shape: tuple[int, ...], first: dict[str, T
     if known.dtype != tensor.dtype:
         return "another dtype than in the first file", f"{name} is {tensor.dtype}, there {known.dtype}"
     if not known.is_meta and not same_bits(known, tensor):
-        return "other values than in the first file, which every file should repeat", name
+        return "not the values of the first file, which every file must repeat", name
     return None
 
 
@@ -231,7 +233,7 @@ def _some(names: list[str]) -> str:
 
 
 def main(ckpt_dir: str, *, tokenizer_path: str | None = None, quiet: bool = False) -> int:
-    """Checks a checkpoint folder and prints what is wrong, a line each; the exit status is then 1.
+    """Checks a checkpoint folder and prints the problems, one per line; the exit status is then 1.
 
     Args:
         ckpt_dir: folder of params.json and consolidated.NN.pth.
@@ -240,9 +242,9 @@ def main(ckpt_dir: str, *, tokenizer_path: str | None = None, quiet: bool = Fals
     """
     found = verify(ckpt_dir, tokenizer_path=tokenizer_path, quiet=quiet)
     for line in [*found.problems, *(f"note: {note}" for note in found.notes)]:
-        print(line)
+        print(printable(line, _MAX_LINE))
     if not found.problems:
-        print(f"ok: {ckpt_dir}, {len(list_shards(ckpt_dir))} files")
+        print(f"ok: {printable(ckpt_dir, _MAX_LINE)}, {len(list_shards(ckpt_dir))} files")
     return int(bool(found.problems))
 
 
