@@ -1,19 +1,33 @@
-"""The network against the oracle: without a cache, through the cache in every way, and number by number in bfloat16."""
+"""The network against the oracle: without a cache, through the cache in every way, gradients, and each part alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import ModelArgs, Transformer, runtime
-from llama.model import KVCache, RMSNorm, apply_rotary_emb, attend, precompute_freqs_cis
-from llama.projection import can_pack
+from llama.layers import can_pack, packable_layers
+from llama.model import (
+    Attention,
+    CachePositions,
+    FeedForward,
+    RMSNorm,
+    TransformerBlock,
+    apply_rotary_emb,
+    attend,
+    precompute_freqs_cis,
+    repeat_kv,
+    reshape_for_broadcast,
+    takes_cache_positions,
+)
 from tests import oracle
 
 MULTI_HEAD: dict[str, Any] = {
@@ -59,8 +73,16 @@ def random_tokens(bsz: int, seqlen: int, seed: int = 0) -> Tensor:
     return torch.randint(80, (bsz, seqlen), generator=torch.Generator().manual_seed(seed))
 
 
+def random_normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def close(got: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=0)
+
+
+def attentions(model: Transformer) -> list[Attention]:
+    return [layer.attention for layer in model.layers]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +94,9 @@ def state() -> oracle.State:
 def model(state: oracle.State) -> Transformer:
     """Its cache is full of what an earlier call left: noise that must never be attended to."""
     model = make(GROUPED, state)
-    for cache in model.caches:
-        cache.k.normal_(std=100.0)
-        cache.v.normal_(std=100.0)
+    for attention in attentions(model):
+        attention.keys.normal_(std=100.0)
+        attention.values.normal_(std=100.0)
     return model
 
 
@@ -118,9 +140,9 @@ def test_cached_logits_equal_uncached_ones(variant: str, chunks: list[int], as_t
     params = VARIANTS[variant]
     state, tokens = random_state(params), random_tokens(3, MAX_SEQ_LEN, seed=1)
     model = make(params, state)
-    for cache in model.caches:  # as an earlier call might leave it
-        cache.k.fill_(100.0)
-        cache.v.fill_(100.0)
+    for attention in attentions(model):  # as an earlier call might leave it
+        attention.keys.fill_(100.0)
+        attention.values.fill_(100.0)
     got, start = [], 0
     for length in chunks:
         start_pos = torch.full((3,), start) if as_tensor else start
@@ -150,70 +172,115 @@ def test_rows_go_on_from_their_own_positions(model: Transformer, state: oracle.S
 
 
 def test_a_smaller_batch_uses_the_first_rows_alone(model: Transformer, state: oracle.State) -> None:
-    before = [cache.k[2:].clone() for cache in model.caches]
+    before = [attention.keys[2:].clone() for attention in attentions(model)]
     tokens = random_tokens(2, 10)
     model.forward(tokens[:, :6], 0)
     close(model.forward(tokens[:, 6:], 6), oracle.logits(state, GROUPED, tokens)[:, 6:])
-    assert all(torch.equal(cache.k[2:], old) for cache, old in zip(model.caches, before, strict=True))
+    assert all(torch.equal(a.keys[2:], old) for a, old in zip(attentions(model), before, strict=True))
+
+
+def positions(start: int, seqlen: int, rows: list[int], **options: Any) -> CachePositions:
+    return CachePositions(
+        torch.full((len(rows),), start), kv_len=start + seqlen, rows=torch.tensor(rows), from_zero=start == 0, **options
+    )
 
 
 def test_a_pass_over_named_rows_leaves_the_others_as_they_are(model: Transformer, state: oracle.State) -> None:
     tokens = random_tokens(4, 8, seed=3)
     model.forward(tokens, 0)
-    kept = [(cache.k[[0, 2]].clone(), cache.v[[0, 2]].clone()) for cache in model.caches]
+    kept = [(a.keys[[0, 2]].clone(), a.values[[0, 2]].clone()) for a in attentions(model)]
     fresh = random_tokens(2, 8, seed=4)
-    h = model.hidden_states(fresh, 0, kv_len=8, rows=torch.tensor([3, 1]))
-    close(model.logits(h), oracle.logits(state, GROUPED, fresh))
-    for cache, (k, v) in zip(model.caches, kept, strict=True):
-        assert torch.equal(cache.k[[0, 2]], k) and torch.equal(cache.v[[0, 2]], v)
+    close(model.forward(fresh, positions(0, 8, [3, 1])), oracle.logits(state, GROUPED, fresh))
+    for attention, (k, v) in zip(attentions(model), kept, strict=True):
+        assert torch.equal(attention.keys[[0, 2]], k) and torch.equal(attention.values[[0, 2]], v)
     step = random_tokens(4, 2, seed=5)
     texts = torch.cat([torch.stack([tokens[0], fresh[1], tokens[2], fresh[0]]), step], dim=1)
     close(model.forward(step, 8), oracle.logits(state, GROUPED, texts)[:, 8:])
-    again = model.hidden_states(step[[3, 0]], 8, kv_len=10, rows=torch.tensor([3, 0]))
-    close(model.logits(again), oracle.logits(state, GROUPED, texts[[3, 0]])[:, 8:])
+    again = model.forward(step[[3, 0]], positions(8, 2, [3, 0]))
+    close(again, oracle.logits(state, GROUPED, texts[[3, 0]])[:, 8:])
 
 
-def test_a_moved_row_goes_on_in_its_new_place(model: Transformer, state: oracle.State) -> None:
-    tokens = random_tokens(3, 9, seed=6)
-    model.forward(tokens[:, :8], 0)
-    for cache in model.caches:
-        behind = cache.k[0, :, 8:].clone()
-        cache.move_row(2, 0, 8)
-        assert torch.equal(cache.k[0, :, 8:], behind)
-    got = model.forward(tokens[2:, 8:], 8)
-    close(got, oracle.logits(state, GROUPED, tokens[2:])[:, 8:])
+@pytest.mark.parametrize("kv_len", [10, 17, MAX_SEQ_LEN])
+def test_a_pass_may_look_at_more_positions_than_are_filled(
+    model: Transformer, state: oracle.State, kv_len: int
+) -> None:
+    """A mask hides those behind each row's end: what the cache holds there is noise."""
+    tokens = random_tokens(3, 10, seed=3)
+    model.forward(tokens[:, :7], 0)
+    model.forward(tokens[:1, 7:9], 7)
+    starts = torch.tensor([9, 7, 7])
+    step = tokens.gather(1, starts.unsqueeze(1))
+    got = model.forward(step, CachePositions(starts, kv_len=kv_len))
+    close(got[:, 0], oracle.logits(state, GROUPED, tokens)[torch.arange(3), starts])
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_only_the_wanted_position_of_each_row_is_projected(model: Transformer, state: oracle.State, start: int) -> None:
+    projected: list[torch.Size] = []
+    model.output.register_forward_pre_hook(lambda module, args: projected.append(args[0].shape))
+    tokens = random_tokens(3, start + 6)
+    if start:
+        model.forward(tokens[:, :start], 0)
+    last = torch.tensor([5, 0, 3])
+    got = model.forward(tokens[:, start:], positions(start, 6, [0, 1, 2], last=last))
+    assert got.shape == (3, 1, 80) and projected[-1] == (3, 1, 48)
+    close(got[:, 0], oracle.logits(state, GROUPED, tokens)[torch.arange(3), start + last])
 
 
 def test_the_cache_is_allocated_once_at_its_full_size(model: Transformer) -> None:
     def places() -> list[int]:
-        return [buffer.data_ptr() for cache in model.caches for buffer in (cache.k, cache.v)]
+        return [buffer.data_ptr() for a in attentions(model) for buffer in (a.keys, a.values)]
 
     before = places()
     model.forward(random_tokens(4, 9), 0)
     model.forward(random_tokens(4, 1), torch.tensor([9, 3, 9, 1]))
     assert places() == before
-    for cache in model.caches:
-        assert isinstance(cache, KVCache)
-        assert cache.k.shape == cache.v.shape == (MAX_BATCH_SIZE, 2, MAX_SEQ_LEN, 8)
+    for attention in attentions(model):
+        assert attention.keys.shape == attention.values.shape == (MAX_BATCH_SIZE, 2, MAX_SEQ_LEN, 8)
+
+
+def test_the_cache_with_metas_axes_is_a_view_that_can_be_written_to_and_assigned(
+    model: Transformer, state: oracle.State
+) -> None:
+    tokens = random_tokens(2, 10)
+    model.forward(tokens[:, :9], 0)
+    expected = oracle.logits(state, GROUPED, tokens)[:, 9:]
+    for attention in attentions(model):
+        assert attention.cache_k.shape == attention.cache_v.shape == (MAX_BATCH_SIZE, MAX_SEQ_LEN, 2, 8)
+        assert torch.equal(attention.cache_k[1, 4, 0], attention.keys[1, 0, 4])
+        held = attention.cache_k.clone(), attention.cache_v.clone()
+        attention.cache_k.zero_()
+        attention.cache_v = torch.zeros_like(held[1])
+        assert not attention.keys.any() and not attention.values.any()
+        attention.cache_k, attention.cache_v = held
+    close(model.forward(tokens[:, 9:], 9), expected)
 
 
 @pytest.mark.parametrize(
-    ("bsz", "seqlen", "start_pos"),
+    ("bsz", "seqlen", "start_pos", "first", "end"),
     [
-        (MAX_BATCH_SIZE + 1, 1, 0),
-        (1, MAX_SEQ_LEN + 1, 0),
-        (2, 1, MAX_SEQ_LEN),
-        (2, 3, torch.tensor([0, MAX_SEQ_LEN - 2])),
+        (MAX_BATCH_SIZE + 1, 1, 0, 0, 1),
+        (1, MAX_SEQ_LEN + 1, 0, 0, 25),
+        (2, 1, MAX_SEQ_LEN, 24, 25),
+        (2, 1, -1, -1, 0),
+        (2, 3, torch.tensor([0, MAX_SEQ_LEN - 2]), 0, 25),
+        (2, 1, torch.tensor([-2, 4]), -2, 5),
     ],
 )
 def test_a_pass_beyond_the_cache_is_an_error_and_leaves_it_usable(
-    model: Transformer, state: oracle.State, bsz: int, seqlen: int, start_pos: int | Tensor
+    model: Transformer, state: oracle.State, bsz: int, seqlen: int, start_pos: int | Tensor, first: int, end: int
 ) -> None:
     tokens = random_tokens(4, 10)
     model.forward(tokens[:, :9], 0)
-    with pytest.raises(ValueError, match=rf"batch of {bsz} .*max_batch_size=4 and max_seq_len=24"):
+    sizes = rf"max_batch_size=4 and max_seq_len=24, got {bsz} rows from position {first} to {end}"
+    with pytest.raises(ValueError, match=f"must fit into the cache of {sizes}"):
         model.forward(random_tokens(bsz, seqlen), start_pos)
     close(model.forward(tokens[:, 9:], 9), oracle.logits(state, GROUPED, tokens)[:, 9:])
+
+
+def test_a_start_pos_per_row_must_be_there_for_each_row(model: Transformer) -> None:
+    with pytest.raises(ValueError, match=r"start_pos must be an int or a tensor of 3 ints, one per row, got 2"):
+        model.forward(random_tokens(3, 1), torch.tensor([1, 2]))
 
 
 def test_the_whole_cache_can_be_filled(model: Transformer, state: oracle.State) -> None:
@@ -277,7 +344,12 @@ def test_from_state_makes_an_empty_cache_in_the_dtype_asked_for(state: oracle.St
     model = make(GROUPED, state, torch.bfloat16)
     assert {buffer.dtype for buffer in model.buffers()} == {torch.bfloat16}
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
-    assert all(not cache.k.any() and not cache.v.any() for cache in model.caches)
+    assert all(not attention.keys.any() and not attention.values.any() for attention in attentions(model))
+
+
+def test_weights_load_without_gradients_and_in_eval_mode(model: Transformer) -> None:
+    assert not any(weight.requires_grad for weight in model.parameters())
+    assert not any(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -302,7 +374,7 @@ def test_packed_weights_are_the_same_network_in_bfloat16(on_disk: torch.dtype) -
     args = ModelArgs(**GROUPED, max_batch_size=MAX_BATCH_SIZE, max_seq_len=MAX_SEQ_LEN)
     model = Transformer.from_state(args, state, cache_dtype=torch.bfloat16)
     released: list[int] = []
-    model.pack(torch.bfloat16, lambda weight: released.append(weight.data_ptr()))
+    model.pack(torch.bfloat16, release=lambda weight: released.append(weight.data_ptr()))
     assert sorted(released) == places
 
     tokens = random_tokens(4, MAX_SEQ_LEN)
@@ -313,12 +385,207 @@ def test_packed_weights_are_the_same_network_in_bfloat16(on_disk: torch.dtype) -
         assert got.dtype == torch.float32
         assert (got - exact).abs().max() < 20 * torch.finfo(torch.bfloat16).eps * exact.std()
     assert {tensor.dtype for tensor in state.values()} == {on_disk}
+    assert all(layer._packed for layer in packable_layers(model))  # they were what computed
+    held = model.state_dict()
+    assert all(torch.equal(held[name], tensor) for name, tensor in state.items() if "norm" not in name)
 
 
-def test_forward_records_no_gradient(model: Transformer) -> None:
+@pytest.mark.parametrize("file_dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="needs a CPU that multiplies bfloat16")
+def test_layers_of_a_packed_network_take_inputs_of_its_dtype(file_dtype: torch.dtype) -> None:
+    """The logit lens, `model.output(model.norm(h))`, whatever the file's dtype, with packed forms and without."""
+    state = {name: tensor.to(file_dtype) for name, tensor in oracle.random_state(GROUPED, seed=5).items()}
+    args = ModelArgs(**GROUPED, max_batch_size=MAX_BATCH_SIZE, max_seq_len=MAX_SEQ_LEN)
+    model = Transformer.from_state(args, state, cache_dtype=torch.bfloat16)
+    model.pack(torch.bfloat16)
+    h = random_normal(2, 3, 48).bfloat16()
+    expected = F.linear(model.norm(h), state["output.weight"].bfloat16())
+    for edit in (lambda: None, lambda: model.output.weight.data):
+        edit()
+        got = model.output(model.norm(h))
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)
+    assert model.output._packed is None
+
+
+def test_a_loaded_network_records_no_gradient_until_it_is_asked_to(model: Transformer) -> None:
     assert torch.is_grad_enabled()
-    assert not model.forward(random_tokens(1, 3), 0).requires_grad
-    assert torch.is_grad_enabled()
+    assert not model(random_tokens(1, 3), 0).requires_grad
+    model.requires_grad_()
+    assert model(random_tokens(1, 3), 0).requires_grad
+    with torch.no_grad():
+        assert not model(random_tokens(1, 3), 0).requires_grad
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("build", ["float32", "packed bfloat16"])
+def test_gradients_of_every_weight_equal_the_oracles(build: str, state: oracle.State) -> None:
+    tokens = random_tokens(3, MAX_SEQ_LEN)
+    weights = {name: tensor.clone().requires_grad_() for name, tensor in state.items()}
+    targets = tokens[:, 1:].flatten()
+    F.cross_entropy(oracle.logits(weights, GROUPED, tokens)[:, :-1].flatten(0, 1), targets).backward()
+    dtype = torch.float32 if build == "float32" else torch.bfloat16
+    model = make(GROUPED, state, dtype)
+    if dtype == torch.bfloat16:
+        if not can_pack(torch.device("cpu"), dtype):
+            pytest.skip("needs a CPU that multiplies bfloat16")
+        model.pack(dtype)
+    model.requires_grad_()
+    F.cross_entropy(model(tokens, 0)[:, :-1].flatten(0, 1), targets).backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None, name
+        expected = weights[name].grad
+        assert expected is not None
+        error = (weight.grad.float() - expected).norm() / expected.norm()
+        assert error < (1e-4 if dtype == torch.float32 else 0.1), name
+
+
+def test_gradients_flow_through_the_tokens_of_a_later_pass(state: oracle.State) -> None:
+    """What an earlier pass left in the cache is a constant: the gradient is that of a function of the new tokens."""
+    tokens = random_tokens(2, 10)
+    name = "layers.1.attention.wk.weight"
+
+    def loss(model: Transformer) -> Tensor:
+        return model(tokens[:, 6:], 6).square().mean()
+
+    model = make(GROUPED, state)
+    model(tokens[:, :6], 0)
+    model.requires_grad_()
+    loss(model).backward()
+    weight = model.get_parameter(name)
+    assert weight.grad is not None
+    direction = random_normal(*weight.shape)
+    numbers = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            weight.add_(direction, alpha=1e-2 * sign)
+            numbers.append(loss(model))
+            weight.sub_(direction, alpha=1e-2 * sign)
+    slope = (numbers[0] - numbers[1]) / 2e-2
+    assert (weight.grad * direction).sum().item() == pytest.approx(slope.item(), rel=0.02)
+
+
+def test_gradients_with_rows_at_places_of_their_own_are_refused(model: Transformer) -> None:
+    model.requires_grad_()
+    with pytest.raises(RuntimeError, match="gradients need an int start_pos"):
+        model(random_tokens(2, 1), torch.tensor([3, 5]))
+
+
+def test_training_can_follow_passes_in_inference_mode(state: oracle.State) -> None:
+    """No tensor that was made in it stays behind in the model."""
+    model = make(GROUPED, state, torch.bfloat16).float()
+    with torch.inference_mode():
+        model(random_tokens(2, 5), 0)
+    model.requires_grad_()
+    model(random_tokens(2, 5), 0).sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("seqlen", [0, 1])
+def test_an_empty_pass_gives_empty_logits(model: Transformer, seqlen: int) -> None:
+    bsz = 2 if seqlen == 0 else 0
+    assert model(torch.zeros((bsz, seqlen), dtype=torch.int64), 0).shape == (bsz, seqlen, 80)
+
+
+def test_parts_are_made_and_called_as_in_metas_code(state: oracle.State) -> None:
+    """A forward written out over the modules, with Meta's arguments, computes what the network does."""
+    args = ModelArgs(**GROUPED, max_batch_size=MAX_BATCH_SIZE, max_seq_len=MAX_SEQ_LEN)
+    model, tokens = make(GROUPED, state), random_tokens(3, 9)
+    blocks = [TransformerBlock(i, args) for i in range(2)]
+    for i, block in enumerate(blocks):
+        block.load_state_dict({k.removeprefix(f"layers.{i}."): w for k, w in state.items() if f"layers.{i}." in k})
+        assert block.layer_id == i and isinstance(block.feed_forward, FeedForward)
+    for start, end in ((0, 6), (6, 8), (8, 9)):
+        freqs_cis = model.freqs_cis[start:end]
+        mask = None
+        if end - start > 1:
+            mask = torch.full((end - start, end - start), -math.inf).triu(1)
+            mask = torch.hstack([torch.zeros(end - start, start), mask])
+        h = model.tok_embeddings(tokens[:, start:end])
+        for block in blocks:
+            h = block(h, start, freqs_cis, mask)
+        close(model.output(model.norm(h)), oracle.logits(state, GROUPED, tokens)[:, start:end])
+
+
+def test_sizes_have_metas_names(model: Transformer) -> None:
+    attention = attentions(model)[1]
+    assert (model.vocab_size, model.n_layers, len(model.layers)) == (80, 2, 2)
+    assert (attention.n_kv_heads, attention.n_local_heads, attention.n_local_kv_heads) == (2, 6, 2)
+    assert (attention.n_rep, attention.head_dim) == (3, 8)
+    block = model.layers[1]
+    assert (block.n_heads, block.dim, block.head_dim, block.layer_id) == (6, 48, 8, 1)
+    assert model.freqs_cis.shape == (2 * MAX_SEQ_LEN, 4)
+    feed_forward = FeedForward(48, 4 * 48, 16, 1.7)
+    assert feed_forward.w1.weight.shape == feed_forward.w3.weight.shape == (224, 48)  # 1.7 * 128 = 217, rounded up
+
+
+def test_arguments_of_other_classes_with_metas_fields_are_taken(state: oracle.State) -> None:
+    fields = GROUPED | {"max_batch_size": 2, "max_seq_len": 12}
+    others = make_dataclass("Others", [(name, Any) for name in fields])(**fields)
+
+    @dataclass
+    class More(ModelArgs):
+        lora_rank: int = 4
+
+    tokens = random_tokens(2, 12)
+    for params in (others, More(**fields)):
+        model = Transformer.from_state(params, dict(state))
+        assert model.params is params
+        close(model(tokens, 0), oracle.logits(state, GROUPED, tokens))
+
+
+def test_a_network_with_a_forward_of_anothers_is_known(state: oracle.State) -> None:
+    """Such code takes Meta's int `start_pos` only."""
+
+    class Block(TransformerBlock):
+        def forward(self, *args: Any) -> Tensor:
+            return super().forward(*args)
+
+    class Attending(Attention):
+        def forward(self, *args: Any) -> Tensor:
+            return super().forward(*args)
+
+    class Network(Transformer):
+        def forward(self, tokens: Tensor, start_pos: Any) -> Tensor:
+            return super().forward(tokens, start_pos)
+
+    def patched(model: Transformer) -> None:
+        model.forward = model.forward  # type: ignore[method-assign]
+
+    def patched_attention(model: Transformer) -> None:
+        model.layers[1].attention.forward = model.layers[1].attention.forward
+
+    def block(model: Transformer) -> None:
+        model.layers[0] = Block(0, model.params)
+
+    def attention(model: Transformer) -> None:
+        model.layers[1].attention = Attending(model.params)
+
+    def wrapped(model: Transformer) -> None:
+        model.layers[1] = nn.Sequential(model.layers[1])
+
+    def compiled(model: Transformer) -> None:
+        model.layers[1].compile(backend="eager")
+
+    for change in (patched, patched_attention, block, attention, wrapped, compiled):
+        model = make(GROUPED, state)
+        model.register_forward_hook(lambda module, args, out: None)
+        model.layers[0].feed_forward.w1 = nn.Linear(1, 1)  # a part that no position goes into
+        assert takes_cache_positions(model)
+        change(model)
+        assert not takes_cache_positions(model), change.__name__
+    network = Network(ModelArgs(**GROUPED, max_batch_size=1, max_seq_len=4))
+    assert not takes_cache_positions(network)
+    assert not takes_cache_positions(object())
+
+
+@pytest.mark.parametrize("cls", [Transformer, TransformerBlock, Attention])
+def test_a_forward_that_was_patched_in_its_class_is_known_too(
+    cls: type[nn.Module], model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert takes_cache_positions(model)
+    monkeypatch.setattr(cls, "forward", lambda *args: None)
+    assert not takes_cache_positions(model)
 
 
 def test_rms_norm_casts_before_the_weight_multiplies() -> None:
@@ -354,6 +621,32 @@ def test_rotary_embedding_turns_interleaved_pairs_in_float32() -> None:
         torch.testing.assert_close(got, oracle.rotate(x.float(), 10000.0).bfloat16(), atol=2**-9, rtol=2**-8)
 
 
+def test_rotations_of_each_rows_own_positions_are_those_of_the_positions() -> None:
+    freqs_cis = precompute_freqs_cis(8, 50)
+    positions = torch.randint(50, (3, 7), generator=torch.Generator().manual_seed(0))
+    xq, xk = random_normal(3, 7, 4, 8), random_normal(3, 7, 2, 8, seed=1)
+    together = apply_rotary_emb(xq, xk, freqs_cis[positions])
+    for row in range(3):
+        alone = apply_rotary_emb(xq[row : row + 1], xk[row : row + 1], freqs_cis[positions[row]])
+        assert all(torch.equal(mine[0], both[row]) for mine, both in zip(alone, together, strict=True))
+
+
+def test_rotations_are_reshaped_to_broadcast_over_the_heads() -> None:
+    x = torch.zeros(2, 5, 3, 4)
+    for shape, expected in (((5, 4), (5, 1, 4)), ((2, 5, 4), (2, 5, 1, 4))):
+        assert reshape_for_broadcast(torch.zeros(shape), x).shape == expected
+    with pytest.raises(AssertionError, match=r"freqs_cis must have shape \(5, 4\), got \(6, 4\)"):
+        reshape_for_broadcast(torch.zeros(6, 4), x)
+
+
+@pytest.mark.parametrize("n_rep", [1, 3])
+def test_repeat_kv_repeats_each_head_in_place(n_rep: int) -> None:
+    x = random_normal(2, 5, 4, 8)
+    repeated = repeat_kv(x, n_rep)
+    assert repeated.shape == (2, 5, 4 * n_rep, 8)
+    assert all(torch.equal(repeated[:, :, head], x[:, :, head // n_rep]) for head in range(4 * n_rep))
+
+
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("seqlen", [1, 6])
 def test_attention_equals_its_formula(seqlen: int, n_kv_heads: int) -> None:
@@ -368,8 +661,13 @@ def test_attention_equals_its_formula(seqlen: int, n_kv_heads: int) -> None:
     weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
     expected = torch.einsum("bhqk,bhkd->bhqd", weights, values.repeat_interleave(group, 1)).float()
     short = [t.float() for t in (queries, keys, values)]
-    close(attend(*short, None), expected, 1e-5)
+    close(attend(*short, None, is_causal=seqlen > 1), expected, 1e-5)
     close(attend(*short, allowed.expand(2, 1, seqlen, 6)), expected, 1e-5)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):  # of what is added
+        added = torch.zeros(seqlen, 6, dtype=dtype).masked_fill(~allowed, -math.inf)
+        close(attend(*short, added), expected, 1e-5)
+    unmasked = torch.einsum("bhqk,bhkd->bhqd", scores.softmax(-1), values.repeat_interleave(group, 1)).float()
+    close(attend(*short, None), unmasked, 1e-5)
 
 
 @pytest.mark.parametrize("seqlen", [1, 2])
