@@ -171,7 +171,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON, got an error: {_first_line(error)}; download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}; download it again")
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; download it again")
     return content
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import types
 from typing import Any
 
 import pytest
@@ -67,72 +68,102 @@ def test_key_value_heads_default_to_all_heads() -> None:
     assert ModelArgs(n_heads=16, n_kv_heads=2).kv_heads == 2
 
 
-def test_is_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        ModelArgs().dim = 8  # type: ignore[misc]
+def test_fields_may_be_assigned_and_added_by_a_subclass_as_in_metas_package() -> None:
+    @dataclasses.dataclass
+    class MoreArgs(ModelArgs):
+        extra: int = 7
+
+    args = MoreArgs(dim=64, n_heads=4)
+    args.dim = 128
+    args.validate()
+    assert (args.head_dim, args.extra) == (32, 7)
+    args.dim = 66
+    with pytest.raises(ValueError, match=r"^dim=66 "):
+        args.validate()
+
+
+def test_arguments_of_another_class_are_taken_by_the_names_of_their_fields() -> None:
+    others = types.SimpleNamespace(dim=64, n_heads=4, max_seq_len=16, unrelated="x")
+    assert ModelArgs.of(others) == ModelArgs(dim=64, n_heads=4, max_seq_len=16)
+    others.dim = "64"
+    with pytest.raises(ValueError, match=r"^dim must be an integer"):
+        ModelArgs.of(others)
+
+
+def validated(**fields: Any) -> ModelArgs:
+    args = ModelArgs(**fields)
+    args.validate()
+    return args
 
 
 @pytest.mark.parametrize("name", WHOLE + REAL)
 @pytest.mark.parametrize("value", [0, -2, "4096", True, [1], {}, math.nan, math.inf, -math.inf], ids=repr)
 def test_a_bad_field_is_named_with_what_it_got(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}; it takes a"):
-        ModelArgs(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}$"):
+        validated(**{name: value})
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_number_is_no_fraction(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} is 2\.0; it takes a whole number"):
-        ModelArgs(**{name: 2.0})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"^{name} must be an integer, got 2\.0$"):
+        validated(**{name: 2.0})
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_number_may_be_whole(name: str) -> None:
-    assert getattr(ModelArgs(**{name: 1}), name) == 1  # type: ignore[arg-type]
+    assert getattr(validated(**{name: 1}), name) == 1
 
 
 @pytest.mark.parametrize("name", sorted({*WHOLE, *REAL} - {"n_kv_heads", "ffn_dim_multiplier"}))
 def test_only_two_fields_may_be_none(name: str) -> None:
-    assert ModelArgs(n_kv_heads=None, ffn_dim_multiplier=None) == ModelArgs()
-    with pytest.raises(ValueError, match=rf"^{name} is None"):
-        ModelArgs(**{name: None})  # type: ignore[arg-type]
+    assert validated(n_kv_heads=None, ffn_dim_multiplier=None) == ModelArgs()
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, got None$"):
+        validated(**{name: None})
 
 
 def test_minus_one_stands_for_the_tokenizers_vocabulary_only() -> None:
-    assert ModelArgs(vocab_size=-1).vocab_size == -1
-    with pytest.raises(ValueError, match=r"^dim is -1"):
-        ModelArgs(dim=-1)
+    assert validated(vocab_size=-1).vocab_size == -1
+    with pytest.raises(ValueError, match=r"^dim must be above 0 .*, got -1$"):
+        validated(dim=-1)
 
 
 @pytest.mark.parametrize("name", ["dim", "norm_eps"])
 def test_a_number_beyond_all_bounds_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} is 1000"):
-        ModelArgs(**{name: json.loads("1" + 400 * "0")})
+    with pytest.raises(ValueError, match=rf"^{name} must be .*below 2\*\*63, got 1000") as caught:
+        validated(**{name: json.loads("1" + 400 * "0")})
+    assert len(str(caught.value)) < 200
+
+
+def test_sizes_near_the_bound_have_an_exact_hidden_size() -> None:
+    """Floating point would round them, or overflow."""
+    args = validated(dim=2**62, n_heads=4, multiple_of=3, ffn_dim_multiplier=2.0**62)
+    assert args.hidden_dim % 3 == 0 and args.hidden_dim > 2**124
 
 
 def test_a_feed_forward_without_width_is_refused() -> None:
     with pytest.raises(ValueError, match="ffn_dim_multiplier"):
-        ModelArgs(dim=64, n_heads=4, ffn_dim_multiplier=1e-6)
+        validated(dim=64, n_heads=4, ffn_dim_multiplier=1e-6)
 
 
 @pytest.mark.parametrize(("dim", "n_heads"), [(4096, 3), (64, 128), (30, 10), (8, 8)])
 def test_heads_of_no_whole_even_size_are_refused(dim: int, n_heads: int) -> None:
-    with pytest.raises(ValueError, match=rf"^dim={dim} over n_heads={n_heads} "):
-        ModelArgs(dim=dim, n_heads=n_heads)
+    with pytest.raises(ValueError, match=rf"^dim={dim} divided by n_heads={n_heads} must be a whole, even "):
+        validated(dim=dim, n_heads=n_heads)
 
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(8, 3), (8, 16), (32, 64)])
 def test_heads_that_groups_do_not_share_evenly_are_refused(n_heads: int, n_kv_heads: int) -> None:
-    with pytest.raises(ValueError, match=rf"^n_heads={n_heads} is not a multiple of n_kv_heads={n_kv_heads}$"):
-        ModelArgs(n_heads=n_heads, n_kv_heads=n_kv_heads)
+    with pytest.raises(ValueError, match=rf"^n_heads={n_heads} must be a multiple of n_kv_heads={n_kv_heads}$"):
+        validated(n_heads=n_heads, n_kv_heads=n_kv_heads)
 
 
 @pytest.mark.parametrize(
     ("fields", "parts", "message"),
     [
-        ({}, 3, r"^n_heads \(32\) is not a multiple of the model-parallel size \(3\)"),
-        (RELEASED["70B"][0], 16, r"^n_kv_heads \(8\) is not a multiple of the model-parallel size \(16\)"),
-        ({"multiple_of": 1, "dim": 4 * 32}, 8, r"hidden size \(341\) is not a multiple of .* \(8\)"),
-        ({"vocab_size": 32001}, 2, r"^vocab_size \(32001\) is not a multiple of .* \(2\)"),
+        ({}, 3, r"^n_heads \(32\) must be a multiple of the model-parallel size \(3\)"),
+        (RELEASED["70B"][0], 16, r"^n_kv_heads \(8\) must be a multiple of the model-parallel size \(16\)"),
+        ({"multiple_of": 1, "dim": 4 * 32}, 8, r"hidden size \(341\) must be a multiple of .* \(8\)"),
+        ({"vocab_size": 32001}, 2, r"^vocab_size \(32001\) must be a multiple of .* \(2\)"),
     ],
 )
 def test_shards_of_unequal_size_are_refused_with_both_numbers(fields: dict[str, Any], parts: int, message: str) -> None:

@@ -120,7 +120,7 @@ for folder in ("none", "two"):
     except AssertionError as error:
         print(str(error).splitlines()[0])
 """
-    done = subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
         f"no checkpoint files found in {tmp_path}/none",
         "Loading a checkpoint for MP=2 but world size is 1",
@@ -159,7 +159,7 @@ def test_the_vocabulary_may_be_left_to_the_tokenizer(tmp_path: Path) -> None:
 
 def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_with_both_sizes(tmp_path: Path) -> None:
     write_params(tmp_path, {"vocab_size": 32000})
-    with pytest.raises(ValueError, match=r"params\.json has vocab_size=32000, but the tokenizer has 32016 pieces"):
+    with pytest.raises(ValueError, match=r"params\.json: vocab_size must be .* the tokenizer, 32016, got 32000;"):
         model_args(tmp_path, 32016, max_batch_size=1, max_seq_len=1)
     assert model_args(tmp_path, 32000, max_batch_size=1, max_seq_len=1).vocab_size == 32000
 
@@ -167,43 +167,43 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_with_both_sizes(tmp_
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"dim": 64, "n_head": 8}, r"has the unknown key 'n_head'; it takes dim, "),
-        ({"b": 1, "a": 2}, r"has the unknown keys 'a', 'b'; "),
-        ({"max_seq_len": 64}, r"has the unknown key 'max_seq_len'"),
-        ({"max_batch_size": 64}, r"has the unknown key 'max_batch_size'"),
-        ({"use_scaled_rope": True}, r"has the unknown key 'use_scaled_rope'"),
-        ("", r"is not JSON: "),
-        ("{'dim': 64}", r"is not JSON: "),
-        ('{"dim": 64', r"is not JSON: "),
-        ([{"dim": 64}], r"holds a list; it takes a JSON object"),
-        ("null", r"holds a NoneType; "),
-        ("64", r"holds a int; "),
+        ({"dim": 64, "n_head": 8}, r"keys must be among dim, .*, got 'n_head'; "),
+        ({"b": 1, "a": 2}, r"keys must be .*, got 'a', 'b'; "),
+        ({"max_seq_len": 64}, r"keys must be .*, got 'max_seq_len'"),
+        ({"max_batch_size": 64}, r"keys must be .*, got 'max_batch_size'"),
+        ({"use_scaled_rope": True}, r"keys must be .*, got 'use_scaled_rope'"),
+        ("", r"must be JSON, got an error: "),
+        ("{'dim': 64}", r"must be JSON, got an error: "),
+        ('{"dim": 64', r"must be JSON, got an error: "),
+        ([{"dim": 64}], r"must hold a JSON object, got list;"),
+        ("null", r"must hold a JSON object, got NoneType;"),
+        ("64", r"must hold a JSON object, got int;"),
     ],
 )
 def test_a_wrong_file_of_params_is_refused(tmp_path: Path, params: object, message: str) -> None:
     write_params(tmp_path, params)
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path))}/params\.json {message}"):
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path))}/params\.json:? {message}"):
         read_params(tmp_path)
 
 
 def test_params_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_bytes(b"\xff\xfe{\x00}\x00")
-    with pytest.raises(ValueError, match=r"params\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"params\.json must be JSON"):
         read_params(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"dim": "4096"}, r"dim is '4096'; it takes a whole number"),
-        ({"dim": 4096.0}, r"dim is 4096\.0; it takes a whole number"),
-        ({"n_layers": None}, r"n_layers is None; "),
-        ({"n_heads": 0}, r"n_heads is 0; it takes a number above zero"),
-        ({"norm_eps": [1e-5]}, r"norm_eps is \[1e-05\]; it takes a number"),
-        ({"vocab_size": "-1"}, r"vocab_size is '-1'; "),
-        ({"vocab_size": -2}, r"vocab_size is -2; "),
-        ('{"rope_theta": NaN}', r"rope_theta is nan; "),
-        ({"n_heads": 8, "n_kv_heads": 3}, r"n_heads=8 is not a multiple of n_kv_heads=3"),
+        ({"dim": "4096"}, r"dim must be an integer, got '4096'"),
+        ({"dim": 4096.0}, r"dim must be an integer, got 4096\.0"),
+        ({"n_layers": None}, r"n_layers must be an integer, got None"),
+        ({"n_heads": 0}, r"n_heads must be above 0 .*, got 0"),
+        ({"norm_eps": [1e-5]}, r"norm_eps must be a number, got \[1e-05\]"),
+        ({"vocab_size": "-1"}, r"vocab_size must be an integer, got '-1'"),
+        ({"vocab_size": -2}, r"vocab_size must be above 0 .*, got -2"),
+        ('{"rope_theta": NaN}', r"rope_theta must be above 0 .*, got nan"),
+        ({"n_heads": 8, "n_kv_heads": 3}, r"n_heads=8 must be a multiple of n_kv_heads=3"),
     ],
 )
 def test_a_wrong_value_names_the_file_and_the_key(tmp_path: Path, params: object, message: str) -> None:
@@ -220,7 +220,7 @@ def test_a_missing_file_of_params_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["max_batch_size", "max_seq_len"])
 def test_a_wrong_size_of_the_run_is_not_put_down_to_the_file(tmp_path: Path, name: str) -> None:
     write_params(tmp_path, {"dim": 64, "n_heads": 8})
-    with pytest.raises(ValueError, match=rf"^{name} is 0; it takes"):
+    with pytest.raises(ValueError, match=rf"^{name} must be above 0 .*, got 0"):
         model_args(tmp_path, 512, **({"max_batch_size": 1, "max_seq_len": 1} | {name: 0}))
 
 
@@ -302,24 +302,33 @@ def test_rope_freqs_is_the_one_known_extra(one_file: Callable[..., Path], args: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm.weight": None}, r"lacks norm\.weight, which params\.json asks for"),
+        ({"norm.weight": None}, r"must hold the tensors that params\.json describes, but lacks norm\.weight$"),
         (
             {f"layers.{i}.ffn_norm.weight": None for i in range(3)} | {"output.weight": None},
             r"lacks (\S+, ){2}\S+ and 1 more",
         ),
-        ({"norm.bias": torch.ones(64)}, r"has norm\.bias, which the network does not have"),
-        ({"layers.3.ffn_norm.weight": torch.ones(64)}, r"has layers\.3\.ffn_norm\.weight, which the network does not"),
-        ({"rope.freqs.inv": torch.ones(4)}, r"has rope\.freqs\.inv, which the network does not have"),
+        ({"norm.bias": torch.ones(64)}, r"must hold no other tensors .*, but has norm\.bias$"),
+        ({"layers.3.ffn_norm.weight": torch.ones(64)}, r"but has layers\.3\.ffn_norm\.weight$"),
+        ({"rope.freqs.inv": torch.ones(4)}, r"but has rope\.freqs\.inv$"),
         (
             {"layers.1.attention.wk.weight": torch.ones(64, 64)},
-            r"layers\.1\.attention\.wk\.weight has shape \(64, 64\); by params\.json it takes \(32, 64\)",
+            r"layers\.1\.attention\.wk\.weight must have shape \(32, 64\) by params\.json, got shape \(64, 64\)",
         ),
-        ({"norm.weight": torch.ones(1, 64)}, r"norm\.weight has shape \(1, 64\); by params\.json it takes \(64,\)"),
-        ({"norm.weight": torch.ones(())}, r"norm\.weight has shape \(\); by params\.json it takes \(64,\)"),
-        ({"norm.weight": torch.ones(64, dtype=torch.int8)}, r"norm\.weight has dtype torch\.int8; it takes float16"),
-        ({"norm.weight": torch.ones(64, dtype=torch.bool)}, r"norm\.weight has dtype torch\.bool; "),
-        ({"norm.weight": torch.ones(64, dtype=torch.complex64)}, r"norm\.weight has dtype torch\.complex64; "),
-        ({7: torch.ones(1)}, r"has 7, which the network does not have"),
+        (
+            {"norm.weight": torch.ones(1, 64)},
+            r"norm\.weight must have shape \(64,\) by params\.json, got shape \(1, 64\)",
+        ),
+        ({"norm.weight": torch.ones(())}, r"norm\.weight must have shape \(64,\) by params\.json, got shape \(\)"),
+        (
+            {"norm.weight": torch.ones(64, dtype=torch.int8)},
+            r"norm\.weight must have dtype float16, bfloat16 or float32, got torch\.int8",
+        ),
+        ({"norm.weight": torch.ones(64, dtype=torch.bool)}, r"norm\.weight must have dtype .*, got torch\.bool"),
+        (
+            {"norm.weight": torch.ones(64, dtype=torch.complex64)},
+            r"norm\.weight must have dtype .*, got torch\.complex64",
+        ),
+        ({7: torch.ones(1)}, r"but has 7$"),
     ],
 )
 def test_tensors_that_are_not_those_of_the_network_are_refused(
@@ -334,7 +343,9 @@ def test_a_file_for_another_number_of_ranks_is_refused_with_both_shapes(
     write_checkpoint: Callable[..., Path], args: ModelArgs, params: dict[str, Any], state: dict[str, Tensor]
 ) -> None:
     folder = write_checkpoint(params, state, 2)
-    with pytest.raises(ValueError, match=rf"has shape .*{args.dim // 2}.*; by params\.json it takes .*{args.dim}"):
+    with pytest.raises(
+        ValueError, match=rf"must have shape .*{args.dim}.* by params\.json, got shape .*{args.dim // 2}"
+    ):
         load_shard(folder / "consolidated.00.pth", args, 1)
 
 
@@ -354,7 +365,9 @@ def test_a_file_for_another_number_of_ranks_is_refused_with_both_shapes(
 def test_what_is_no_flat_dict_of_tensors_is_refused(tmp_path: Path, args: ModelArgs, content: object) -> None:
     path = tmp_path / "consolidated.00.pth"
     torch.save(content, path)
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} (is not a flat dict of tensors|lacks tok_emb)"):
+    with pytest.raises(
+        ValueError, match=r"consolidated\.00\.pth (must hold a flat dict of tensors|has no more than 0 tensors)"
+    ):
         load_shard(path, args, 1)
 
 
@@ -506,7 +519,7 @@ except ValueError as error:
     assert str(path) in str(error)
 print("unharmed")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("unharmed\n", 0), done.stderr
 
 

@@ -200,10 +200,15 @@ def test_dtype_converts(hf_dir: Path, checkpoint: Path, tokenizer_path: Path, tm
     to_hf(checkpoint, tokenizer_path, tmp_path / "hf16", dtype="float16")
     assert {tensor.dtype for tensor in load_file(tmp_path / "hf16" / "model.safetensors").values()} == {torch.float16}
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf16").dtype == torch.float16
-    assert_refused(ValueError, "dtype is 'int8'; it takes", from_hf, hf_dir, tmp_path / "no", dtype="int8")
+    assert_refused(ValueError, "dtype must be .*, got 'int8'", from_hf, hf_dir, tmp_path / "no", dtype="int8")
     save_file(weights | {"model.norm.weight": torch.full((64,), 7e4)}, hf_dir / "model.safetensors")
     assert_refused(
-        ValueError, "model.norm.weight has values beyond float16", from_hf, hf_dir, tmp_path / "no", dtype="float16"
+        ValueError,
+        "model.norm.weight must have values within float16",
+        from_hf,
+        hf_dir,
+        tmp_path / "no",
+        dtype="float16",
     )
 
 
@@ -303,22 +308,33 @@ def test_tensors_that_do_not_fit_the_config_are_refused(hf_dir: Path, tmp_path: 
     good = load_file(hf_dir / "model.safetensors")
     norm, bias = "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
     for changed, message in (
-        ({name: tensor for name, tensor in good.items() if name != norm}, f"lacks {norm}"),
+        (
+            {name: tensor for name, tensor in good.items() if name != norm},
+            f"must hold the tensors that config.json describes, but lacks {norm}",
+        ),
         ({name: tensor for name, tensor in good.items() if name != "lm_head.weight"}, "lacks lm_head.weight"),
-        (good | {norm: torch.zeros(63)}, rf"{norm} has shape \(63,\)"),
-        (good | {norm: torch.zeros(64, dtype=torch.int32)}, f"{norm} has dtype I32"),
-        (good | {bias: torch.zeros(64)}, f"holds {bias}"),
+        (good | {norm: torch.zeros(63)}, rf"{norm} must have shape \(64,\) by config.json, got shape \(63,\)"),
+        (good | {norm: torch.zeros(64, dtype=torch.int32)}, f"{norm} must have dtype .*, got I32"),
+        (good | {bias: torch.zeros(64)}, f"no other tensors than Llama 2's, but has {bias}"),
     ):
         save_file(changed, hf_dir / "model.safetensors")
         assert_refused(ValueError, message, from_hf, hf_dir, tmp_path / "out")
     save_file(good, hf_dir / "model.safetensors")
     (hf_dir / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}))
-    assert_refused(ValueError, "says tie_word_embeddings, but", from_hf, hf_dir, tmp_path / "out")
+    assert_refused(
+        ValueError,
+        "must equal model.embed_tokens.weight, as config.json has tie_word_embeddings",
+        from_hf,
+        hf_dir,
+        tmp_path / "out",
+    )
 
 
 def test_missing_things_are_named(hf_dir: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert_refused(FileNotFoundError, "no folder", from_hf, tmp_path / "nowhere", tmp_path / "out")
-    assert_refused(FileNotFoundError, "no tokenizer model", to_hf, checkpoint, tmp_path / "nowhere", tmp_path / "out")
+    assert_refused(
+        FileNotFoundError, "must be a tokenizer.model file", to_hf, checkpoint, tmp_path / "nowhere", tmp_path / "out"
+    )
     (hf_dir / "model.safetensors").unlink()
     assert_refused(FileNotFoundError, "no weights in", from_hf, hf_dir, tmp_path / "out")
     (hf_dir / "config.json").unlink()
@@ -346,23 +362,23 @@ def test_a_pickle_that_runs_code_is_refused(hf_dir: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     (hf_dir / "model.safetensors").unlink()
     torch.save({"lm_head.weight": Bomb()}, hf_dir / "pytorch_model.bin")
-    assert_refused(ValueError, "other things than tensors", from_hf, hf_dir, tmp_path / "out")
+    assert_refused(ValueError, "must hold tensors alone", from_hf, hf_dir, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"lm_head.weight": "../model.safetensors"}, r"lists the file '\.\./model"),
-        ({"lm_head.weight": "/etc/model.safetensors"}, "lists the file '/etc"),
-        ({"lm_head.weight": "sub/model.safetensors"}, "lists the file 'sub"),
-        ({"lm_head.weight": "..\\model.safetensors"}, "lists the file"),
-        ({"lm_head.weight": ".."}, "lists the file"),
-        ({"lm_head.weight": "model.bin"}, "lists the file 'model.bin'"),
-        ({"lm_head.weight": 3}, "lists the file 3"),
-        ({"lm_head.weight": "missing.safetensors"}, "lists missing.safetensors, which is not there"),
-        ({"no.such": "part.safetensors"}, "lists no.such, which no file holds"),
-        ({}, "has no weight_map"),
-        (["part.safetensors"], "has no weight_map"),
+        ({"lm_head.weight": "../model.safetensors"}, r"must list .* files beside it, got '\.\./model"),
+        ({"lm_head.weight": "/etc/model.safetensors"}, "must list .* files beside it, got '/etc"),
+        ({"lm_head.weight": "sub/model.safetensors"}, "must list .* files beside it, got 'sub"),
+        ({"lm_head.weight": "..\\model.safetensors"}, "must list .* files beside it, got"),
+        ({"lm_head.weight": ".."}, "must list .* files beside it, got"),
+        ({"lm_head.weight": "model.bin"}, "must list .* files beside it, got 'model.bin'"),
+        ({"lm_head.weight": 3}, "must list .* files beside it, got 3"),
+        ({"lm_head.weight": "missing.safetensors"}, "lists missing.safetensors, which is missing"),
+        ({"no.such": "part.safetensors"}, "must hold all tensors of the index, but lack no.such"),
+        ({}, "must have a weight_map"),
+        (["part.safetensors"], "must have a weight_map"),
     ],
 )
 def test_a_hostile_index_is_refused(hf_dir: Path, tmp_path: Path, weight_map: Any, message: str) -> None:
@@ -376,24 +392,28 @@ def test_one_tensor_in_two_files_is_refused(hf_dir: Path, tmp_path: Path) -> Non
     (hf_dir / "model.safetensors").rename(hf_dir / "a.safetensors")
     weight_map = {"lm_head.weight": "a.safetensors", "model.norm.weight": "b.safetensors"}
     (hf_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert_refused(ValueError, "b.safetensors repeats lm_head.weight", from_hf, hf_dir, tmp_path / "out")
+    assert_refused(ValueError, "b.safetensors must not repeat .* lm_head.weight", from_hf, hf_dir, tmp_path / "out")
 
 
 def test_counts_and_places_are_checked(hf_dir: Path, checkpoint: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     assert_refused(ValueError, r"n_kv_heads \(4\).*\(8\)", lambda *a: from_hf(*a, 8), hf_dir, tmp_path / "out")
-    assert_refused(ValueError, "above zero", lambda *a: from_hf(*a, 0), hf_dir, tmp_path / "out")
-    assert_refused(ValueError, "is the input folder", from_hf, hf_dir, hf_dir)
-    assert_refused(ValueError, "is the input folder", to_hf, checkpoint, tokenizer_path, checkpoint)
+    assert_refused(
+        ValueError, "must be an integer of at least 1, got 0", lambda *a: from_hf(*a, 0), hf_dir, tmp_path / "out"
+    )
+    assert_refused(ValueError, "must not be the input folder", from_hf, hf_dir, hf_dir)
+    assert_refused(ValueError, "must not be the input folder", to_hf, checkpoint, tokenizer_path, checkpoint)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(
     hf_dir: Path, checkpoint: Path, tokenizer_path: Path, params: dict[str, Any], tmp_path: Path
 ) -> None:
     (hf_dir / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
-    message = f"vocabulary of 320, but tokenizer.model has {params['vocab_size']}"
+    message = f"must be tokenizer.model's {params['vocab_size']} pieces, got 320"
     assert_refused(ValueError, message, from_hf, hf_dir, tmp_path / "out")
     (tmp_path / "broken.model").write_bytes(b"broken")
-    assert_refused(ValueError, "not a SentencePiece", to_hf, checkpoint, tmp_path / "broken.model", tmp_path / "out")
+    assert_refused(
+        ValueError, "must be a SentencePiece", to_hf, checkpoint, tmp_path / "broken.model", tmp_path / "out"
+    )
 
 
 def test_without_safetensors_the_error_names_the_extra(
@@ -431,7 +451,6 @@ def test_the_commands(
     assert command("to_hf", *there) == 0
     assert command("from_hf", *back) == 0
     assert capsys.readouterr().err == "convert: 0.00 GB in 0 s\n" * 2
-    assert command("to_hf", *there) == f"error: {tmp_path / '7'} exists already; give the name of a new folder, " + (
-        "or of an empty one"
-    )
+    taken = f"error: output_dir must be a new or an empty folder, got {tmp_path / '7'}, which exists already"
+    assert command("to_hf", *there) == taken
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "hf", "out"]

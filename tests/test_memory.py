@@ -89,7 +89,9 @@ def test_cache_of_the_released_models_for_one_full_context(size: str, gib: float
 def test_weights_and_cache_are_those_of_a_built_network(llama: Llama) -> None:
     plan = plan_memory(llama.model.params, 1, torch.float32)
     assert plan.weights == sum(parameter.nbytes for parameter in llama.model.parameters())
-    assert plan.kv_cache == sum(cache.k.nbytes + cache.v.nbytes for cache in llama.model.caches)
+    assert plan.kv_cache == sum(
+        layer.attention.cache_k.nbytes + layer.attention.cache_v.nbytes for layer in llama.model.layers
+    )
 
 
 def build(ckpt_dir: Path, tokenizer_path: Path, max_seq_len: int, max_batch_size: int) -> Llama:
@@ -153,7 +155,7 @@ def test_the_message_says_each_part_in_gib() -> None:
         plan = plan_memory(args, parts, dtype)
         available = rng.randrange(plan.total)
         message = message_of(args, parts, dtype, available, "cuda:3")
-        first = f"this model needs {plan.total / GIB:.2f} GiB on cuda:3, which has {available / GIB:.2f} GiB to give"
+        first = f"this model needs {plan.total / GIB:.2f} GiB on cuda:3, which has {available / GIB:.2f} GiB available"
         assert message.splitlines()[0] == first
         told = dict(re.findall(r"^ +(weights|KV cache|activations) +([0-9.]+) GiB", message, re.MULTILINE))
         assert told == {
@@ -235,16 +237,16 @@ def test_a_device_that_runs_out_is_told_with_the_plan_and_the_model_stays_usable
         held.append(weakref.ref(activations))
         if next(steps, None) is None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore on allocators")
-        return logits(*args, **kwargs)
+        return forward(*args, **kwargs)
 
-    logits = llama.model.logits
+    forward = llama.model.norm.forward
     calls: list[Callable[[], object]] = [
         lambda: llama.generate(prompt, 8, temperature=0),
         lambda: list(llama.stream_text_completion("The fox", temperature=0)),
         lambda: llama.score_tokens([[1, 2], [3, 4]]),
     ]
     for call in calls:
-        monkeypatch.setattr(llama.model, "logits", run_out)
+        monkeypatch.setattr(llama.model.norm, "forward", run_out)
         with pytest.raises(MemoryError) as caught:
             _until_it_fails(call)
         lines = str(caught.value).splitlines()

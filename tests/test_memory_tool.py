@@ -105,21 +105,21 @@ def test_amounts_of_memory(text: str, n_bytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["24", "GiB", "", "24 apples", "-3GiB", "1e9GB", "24GiB or so"])
 def test_amounts_without_a_number_and_a_unit_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="takes a number and a unit"):
+    with pytest.raises(ValueError, match="must be a number and a unit"):
         parse_memory(text)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "either ckpt_dir"),
-        ({"ckpt_dir": "x", "model": "7B"}, "either ckpt_dir"),
-        ({"model": "8B"}, "model is '8B'; it takes 7B, 13B, 70B"),
-        ({"model": "7B", "dtype": "int4"}, "dtype is 'int4'"),
-        ({"model": "7B", "max_seq_len": 0}, "max_seq_len is 0"),
-        ({"model": "7B", "max_batch_size": "many"}, "max_batch_size is 'many'"),
+        ({}, "ckpt_dir, a folder, or model .* must be given"),
+        ({"ckpt_dir": "x", "model": "7B"}, "and not both"),
+        ({"model": "8B"}, "model must be 7B, 13B, 70B, got '8B'"),
+        ({"model": "7B", "dtype": "int4"}, "dtype must be .*, got 'int4'"),
+        ({"model": "7B", "max_seq_len": 0}, "max_seq_len must be above 0 .*, got 0"),
+        ({"model": "7B", "max_batch_size": "many"}, "max_batch_size must be an integer, got 'many'"),
         ({"model": "70B", "model_parallel_size": 16}, r"n_kv_heads \(8\)"),
-        ({"model": "70B", "model_parallel_size": 0}, "model_parallel_size is 0"),
+        ({"model": "70B", "model_parallel_size": 0}, "model_parallel_size must be an integer of at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -137,4 +137,4 @@ def test_the_module_is_a_command() -> None:
     assert done.stdout == memory_table(model="7B", device_memory="24GiB") + "\n"
     done = command("--model", "7B", "--device_memory", "24")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: device_memory is '24'") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: device_memory must be") and done.stderr.count("\n") == 1

@@ -62,12 +62,12 @@ def test_perplexity_equals_hugging_faces(
 
 @pytest.mark.parametrize("stride", [0, 64, -1])
 def test_a_stride_that_leaves_tokens_out_is_refused(llama: Llama, stride: int) -> None:
-    with pytest.raises(ValueError, match=f"stride is {stride}; it takes 1 to 63"):
+    with pytest.raises(ValueError, match=f"stride must be from 1 to 63, one less than max_seq_len, got {stride}"):
         perplexity(llama, "text", stride=stride)
 
 
 def test_an_empty_text_is_refused(llama: Llama) -> None:
-    with pytest.raises(ValueError, match="the text is empty"):
+    with pytest.raises(ValueError, match="the text must have at least one token"):
         perplexity(llama, "")
 
 

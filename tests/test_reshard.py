@@ -145,13 +145,13 @@ def test_sizes_that_cannot_be_split_are_refused_with_the_numbers(
     assert_refused(r"n_heads \(8\) .* \(3\)", source, tmp_path / "out", 3)
     assert_refused(r"n_kv_heads \(4\) .* \(8\)", checkpoint, tmp_path / "out", 8)
     for size in (0, -2, True, 1.5, "two"):
-        assert_refused("takes a whole number above zero", source, tmp_path / "out", size)
+        assert_refused("model_parallel_size must be an integer of at least 1, got", source, tmp_path / "out", size)
 
 
 def test_places_that_are_taken_are_refused(source: Path, tmp_path: Path) -> None:
-    assert_refused("is the input folder", source, source)
+    assert_refused("must not be the input folder", source, source)
     (tmp_path / "link").symlink_to(source)
-    assert_refused("is the input folder", source, tmp_path / "link")
+    assert_refused("must not be the input folder", source, tmp_path / "link")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("keep")
     assert_refused("exists already", source, tmp_path / "full", kind=FileExistsError)
@@ -171,18 +171,18 @@ def test_a_folder_without_checkpoint_is_refused(source: Path, tmp_path: Path) ->
 def test_too_small_a_disk_is_found_out_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
-    assert_refused("GB free", source, tmp_path / "new" / "out", kind=OSError)
+    assert_refused(r"must have 0\.00 GB free, got 0\.00 GB", source, tmp_path / "new" / "out", kind=OSError)
 
 
 def test_files_that_disagree_are_refused(source: Path, tmp_path: Path) -> None:
     path = source / "consolidated.01.pth"
     good = torch.load(path)
     torch.save(good | {"norm.weight": good["norm.weight"] + 1}, path)
-    assert_refused("norm.weight differs", source, tmp_path / "out")
+    assert_refused("norm.weight must be the same in all files", source, tmp_path / "out")
     torch.save(good | {"output.weight": good["output.weight"].float()}, path)
-    assert_refused("output.weight is torch.bfloat16 in .* torch.float32", source, tmp_path / "out")
+    assert_refused("output.weight must have one dtype .* torch.bfloat16 in .* torch.float32", source, tmp_path / "out")
     path.unlink()
-    assert_refused(r"has shape \(512, 32\)", source, tmp_path / "out")
+    assert_refused(r"got shape \(512, 32\)", source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("n_files", [3, 7])
@@ -190,7 +190,7 @@ def test_a_missing_file_is_named_as_the_likely_cause(folders: dict[int, Path], t
     (tmp_path / "in").mkdir()
     for path in [folders[8] / "params.json", *sorted(folders[8].glob("*.pth"))[:n_files]]:
         (tmp_path / "in" / path.name).symlink_to(path)
-    assert_refused(f"holds {n_files} files, .* is a file missing", tmp_path / "in", tmp_path / "out")
+    assert_refused(f"has {n_files} files, .* is a file missing", tmp_path / "in", tmp_path / "out")
 
 
 class Bomb:
@@ -203,13 +203,13 @@ class Bomb:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"norm.weight": Bomb()}, "other things than tensors"),
-        ([torch.zeros(2)], "not a flat dict of tensors"),
-        ({"norm.weight": "no tensor"}, "not a flat dict of tensors"),
+        ({"norm.weight": Bomb()}, "must hold tensors alone"),
+        ([torch.zeros(2)], "must hold a flat dict of tensors"),
+        ({"norm.weight": "no tensor"}, "must hold a flat dict of tensors"),
         ({"norm.weight": torch.zeros(64, device="meta")}, "lacks"),
-        ({7: torch.zeros(2)}, "n_layers=3, but .* holds 1 tensors"),
+        ({7: torch.zeros(2)}, "n_layers must be .*, got 3, but .* no more than 1 tensors"),
         (dict.fromkeys(range(3), torch.zeros(2)), "lacks tok_embeddings.weight"),
-        ({}, "n_layers=3, but a file holds 0 tensors"),
+        ({}, "n_layers must be .*, got 3, but .* no more than 0 tensors"),
     ],
 )
 def test_files_that_hold_other_things_are_refused(
@@ -218,17 +218,17 @@ def test_files_that_hold_other_things_are_refused(
     monkeypatch.chdir(tmp_path)
     good = torch.load(source / "consolidated.00.pth") if message == "lacks" else {}
     torch.save(good | content if good else content, source / "consolidated.00.pth")
-    assert_refused("has no values" if good else message, source, tmp_path / "out")
+    assert_refused("must be a dense tensor" if good else message, source, tmp_path / "out")
 
 
 def test_tensors_that_params_do_not_describe_are_refused(source: Path, tmp_path: Path) -> None:
     path = source / "consolidated.00.pth"
     good = torch.load(path)
     for change, message in (
-        ({"extra": torch.zeros(2)}, "has extra, which the network does not have"),
-        ({"norm.weight": torch.zeros(63)}, r"norm.weight has shape \(63,\)"),
-        ({"norm.weight": torch.zeros(64, dtype=torch.int64)}, "dtype torch.int64"),
-        ({"norm.weight": torch.zeros(64).to_sparse()}, "takes a dense tensor"),
+        ({"extra": torch.zeros(2)}, "no other tensors .* but has extra"),
+        ({"norm.weight": torch.zeros(63)}, r"norm.weight must have shape .*, got shape \(63,\)"),
+        ({"norm.weight": torch.zeros(64, dtype=torch.int64)}, "must have dtype .*, got torch.int64"),
+        ({"norm.weight": torch.zeros(64).to_sparse()}, "must be a dense tensor"),
     ):
         torch.save(good | change, path)
         assert_refused(message, source, tmp_path / "out")
@@ -249,19 +249,19 @@ def test_truncated_and_overwritten_files_give_one_clear_error(source: Path, tmp_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is not JSON"),
-        ("{", "is not JSON"),
-        ("[]", "holds a list"),
-        ('{"dim": "64"}', "dim is '64'"),
-        ('{"dim": 64.0}', "dim is 64.0"),
-        ('{"dim": null}', "dim is None"),
-        ('{"dim": 64, "n_heads": true}', "n_heads is True"),
-        ('{"dim": 64, "n_heads": 8, "n_layers": 1000000000}', "n_layers=1000000000, but"),
+        ("", "must be JSON"),
+        ("{", "must be JSON"),
+        ("[]", "must hold a JSON object, got list"),
+        ('{"dim": "64"}', "dim must be an integer, got '64'"),
+        ('{"dim": 64.0}', "dim must be an integer, got 64.0"),
+        ('{"dim": null}', "dim must be an integer, got None"),
+        ('{"dim": 64, "n_heads": true}', "n_heads must be an integer, got True"),
+        ('{"dim": 64, "n_heads": 8, "n_layers": 1000000000}', "n_layers must be .*, got 1000000000, but"),
         ('{"dim": 64, "n_heads": 7}', "n_heads=7"),
-        ('{"dim": 64, "n_heads": 8, "norm_eps": [1]}', r"norm_eps is \[1\]"),
-        ('{"dim": 64, "heads": 8}', "unknown key 'heads'"),
-        ('{"dim": 64, "n_heads": 8, "n_layers": 3, "vocab_size": -2}', "vocab_size is -2"),
-        ('{"dim": 64, "n_heads": 8, "n_layers": 3, "vocab_size": 500}', r"shape \(512, 32\); by params.json"),
+        ('{"dim": 64, "n_heads": 8, "norm_eps": [1]}', r"norm_eps must be a number, got \[1\]"),
+        ('{"dim": 64, "heads": 8}', "keys must be among .*, got 'heads'"),
+        ('{"dim": 64, "n_heads": 8, "n_layers": 3, "vocab_size": -2}', "vocab_size must be above 0 .*, got -2"),
+        ('{"dim": 64, "n_heads": 8, "n_layers": 3, "vocab_size": 500}', r"by params.json, got shape \(512, 32\)"),
     ],
 )
 def test_wrong_params_give_one_clear_error(source: Path, tmp_path: Path, content: str, message: str) -> None:
@@ -345,7 +345,7 @@ def test_the_command(source: Path, folders: dict[int, Path], tmp_path: Path, mon
     assert command(monkeypatch, *flags, "--output_dir", "1e3") == 0  # a name, not a number
     assert_same_files(tmp_path / "1e3", folders[4])
     assert command(monkeypatch, *flags, "--output_dir", "1e3") == (
-        "error: 1e3 exists already; give the name of a new folder, or of an empty one"
+        "error: output_dir must be a new or an empty folder, got 1e3, which exists already"
     )
     assert command(monkeypatch, *flags, "--output_dir", "out", "--mistyped", 3) == 2
     assert os.listdir(tmp_path) == ["1e3"]
@@ -372,7 +372,7 @@ def test_the_module_is_a_command(source: Path, tmp_path: Path) -> None:
         [sys.executable, "-m", "llama.tools.reshard", *arguments], cwd=ROOT, check=False, capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stdout == "" and os.listdir(tmp_path) == []
-    assert done.stderr.startswith("error: n_heads (8) is not a multiple") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: n_heads (8) must be a multiple") and done.stderr.count("\n") == 1
 
 
 MEASURED = """

@@ -73,7 +73,7 @@ def test_a_changed_byte_is_found_by_its_checksum(folder: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert_one(problems(folder), "consolidated.01.pth has the MD5 sum")
+    assert_one(problems(folder), "consolidated.01.pth must have the listed MD5 sum")
 
 
 def test_lines_of_a_checklist(folder: Path) -> None:
@@ -82,31 +82,31 @@ def test_lines_of_a_checklist(folder: Path) -> None:
     (folder / "checklist.chk").write_text("".join(f"{md5.upper()} *./{name}\r\n\r\n" for md5, name in pairs))
     assert problems(folder) == []
     (folder / "checklist.chk").write_text(sums + "nonsense\n")
-    assert_one(problems(folder), "line 4 is no MD5 sum")
+    assert_one(problems(folder), "line 4 must be an MD5 sum")
     for name in ("../params.json", "/etc/passwd", "sub/file", ".."):
         (folder / "checklist.chk").write_text(f"{'0' * 32}  {name}\n")
-        assert_one(problems(folder), "line 1 names", name)
+        assert_one(problems(folder), "line 1 must name a file beside it", name)
     (folder / "checklist.chk").write_text(f"{sums}{'0' * 32}  consolidated.02.pth\n")
     assert_one(problems(folder), "consolidated.02.pth is missing, which checklist.chk lists")
     (folder / "checklist.chk").write_bytes(b"\xff\xfe\x00")
-    assert_one(problems(folder), "line 1 is no MD5 sum")
+    assert_one(problems(folder), "line 1 must be an MD5 sum")
 
 
 def test_the_tokenizer_beside_or_above_or_named(folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "tokenizer.model"
     broken.write_bytes(b"broken")
-    assert_one(problems(folder, tokenizer_path=broken), "is not a SentencePiece model")
-    assert_one(problems(folder, tokenizer_path=tmp_path / "nowhere"), "no tokenizer model at")
+    assert_one(problems(folder, tokenizer_path=broken), "must be a SentencePiece model")
+    assert_one(problems(folder, tokenizer_path=tmp_path / "nowhere"), "must be a tokenizer.model file")
     (tmp_path / "model").symlink_to(folder)
     assert problems(tmp_path / "model") == []
     inner = tmp_path / "inner"
     inner.mkdir()
     for path in [*folder.glob("*.pth"), folder / "params.json"]:
         (inner / path.name).symlink_to(path)
-    assert_one(problems(inner), "is not a SentencePiece model")
+    assert_one(problems(inner), "must be a SentencePiece model")
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_checklist.chk").write_text(f"{'0' * 32}  tokenizer.model\n")
-    assert_one(problems(inner), "tokenizer.model has the MD5 sum")
+    assert_one(problems(inner), "tokenizer.model must have the listed MD5 sum")
 
 
 def test_a_tokenizer_of_another_size(
@@ -116,7 +116,7 @@ def test_a_tokenizer_of_another_size(
     folder = write_checkpoint(params | {"vocab_size": -1}, smaller, 1)
     n_words = params["vocab_size"]
     found = problems(folder, tokenizer_path=tokenizer_path)
-    assert_one(found, f"a vocabulary of {n_words - 8}, but tokenizer.model has {n_words} pieces")
+    assert_one(found, f"tokenizer.model's {n_words} pieces, got {n_words - 8}")
 
 
 @pytest.mark.parametrize(
@@ -124,12 +124,12 @@ def test_a_tokenizer_of_another_size(
     [
         ({"layers.1.attention.wq.weight": None}, ["missing: layers.1.attention.wq.weight"]),
         ({"extra": torch.zeros(2)}, ["not in the network: extra"]),
-        ({"norm.weight": torch.zeros(63)}, ["wrong shape: norm.weight is (63,), by params.json (64,)"]),
+        ({"norm.weight": torch.zeros(63)}, ["wrong shape: norm.weight must be (64,) by params.json, got (63,)"]),
         ({"norm.weight": torch.zeros(64, dtype=torch.int32)}, ["not a dense tensor", "norm.weight"]),
         ({"norm.weight": torch.zeros(64, device="meta")}, ["not a dense tensor", "norm.weight"]),
         ({"norm.weight": torch.zeros(64).to_sparse()}, ["not a dense tensor", "norm.weight"]),
         ({"norm.weight": torch.ones(64)}, ["another dtype than in the first file", "torch.float32"]),
-        ({"norm.weight": torch.zeros(64).bfloat16()}, ["every file should repeat: norm.weight"]),
+        ({"norm.weight": torch.zeros(64).bfloat16()}, ["every file must repeat: norm.weight"]),
     ],
 )
 def test_what_is_wrong_with_a_tensor(folder: Path, changes: State, words: list[str]) -> None:
@@ -163,9 +163,12 @@ def test_many_tensors_with_one_fault_are_one_line(folder: Path) -> None:
 def test_missing_and_misnamed_files(folder: Path) -> None:
     (folder / "checklist.chk").unlink()
     (folder / "consolidated.01.pth").rename(folder / "consolidated.02.pth")
-    assert_one(problems(folder), "consolidated.00.pth, consolidated.02.pth; it takes consolidated.00.pth, consol")
+    assert_one(
+        problems(folder),
+        "must hold consolidated.00.pth, consolidated.01.pth, got consolidated.00.pth, consolidated.02.pth",
+    )
     (folder / "consolidated.02.pth").unlink()
-    assert_one(problems(folder), "holds 1 of the 2 files")
+    assert_one(problems(folder), "must hold the 2 files that the tensors are split over, got 1")
     with pytest.raises(AssertionError, match="no checkpoint files found"):
         verify(folder / "nowhere")
 
@@ -180,10 +183,13 @@ def test_another_number_of_files_than_published_is_noted(folder: Path, monkeypat
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        ("{", "is not JSON"),
-        ('{"dim": "64"}', "dim is '64'"),
-        ('{"dim": 64, "n_heads": 8, "n_layers": 1000000000}', "n_layers=1000000000"),
-        ('{"dim": 66, "n_heads": 11, "n_layers": 3, "vocab_size": 8}', "is not a multiple of"),
+        ("{", "must be JSON"),
+        ('{"dim": "64"}', "dim must be an integer, got '64'"),
+        (
+            '{"dim": 64, "n_heads": 8, "n_layers": 1000000000}',
+            "n_layers must be the number of the checkpoint's layers, got 1000000000",
+        ),
+        ('{"dim": 66, "n_heads": 11, "n_layers": 3, "vocab_size": 8}', "must be a multiple of"),
         (None, "no params.json"),
     ],
 )
@@ -209,7 +215,7 @@ def test_damaged_and_hostile_files_are_problems(folder: Path, tmp_path: Path, mo
         path.write_bytes(content[:n])
         assert_one(problems(folder), "consolidated.00.pth", "ompare its checksum")
     torch.save({"norm.weight": Bomb()}, path)
-    assert_one(problems(folder), "other things than tensors")
+    assert_one(problems(folder), "must hold tensors alone")
     assert os.listdir(tmp_path) == []
 
 
@@ -229,4 +235,6 @@ def test_the_module_is_a_command(folder: Path) -> None:
     command = [sys.executable, "-m", "llama.tools.verify", "--ckpt_dir", str(folder), "--quiet"]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == ""
-    assert [word in done.stdout for word in ("params.json has the MD5 sum", "dim is True")] == [True, True]
+    assert [
+        word in done.stdout for word in ("params.json must have the listed MD5 sum", "dim must be an integer, got True")
+    ] == [True, True]
