@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ MAX_SEQ_LEN = 64  # the `llama` fixture's
 NO_EOS = -1
 Build = Callable[..., Llama]
 Forward = Callable[[Sequence[Sequence[int]]], Tensor]
+# Runs a test in float32 and in the default build of the CPU, bfloat16 with packed weights. Tests without it ask for
+# more than roundings leave, such as equal tokens in batches of other sizes.
+both_builds = pytest.mark.parametrize("llama", ["float32", None], indirect=True, ids=["float32", "default"])
+both_wide_builds = pytest.mark.parametrize("wide", ["float32", None], indirect=True, ids=["float32", "default"])
 
 
 @pytest.fixture
@@ -48,9 +53,32 @@ def build(checkpoint: Path, tokenizer_path: Path) -> Build:
 
 
 @pytest.fixture(scope="module")
-def wide(build: Build) -> Llama:
+def built(build: Build) -> Callable[[int, str | None], Llama]:
+    """Builds of a length and a dtype, each made once."""
+    return cache(lambda max_seq_len, dtype: build(max_seq_len=max_seq_len, dtype=dtype, seed=None))
+
+
+@pytest.fixture
+def llama(built: Callable[..., Llama], request: pytest.FixtureRequest) -> Llama:
+    """In float32 unless `both_builds` says otherwise. Pass `seed=` when sampling."""
+    return built(MAX_SEQ_LEN, getattr(request, "param", "float32"))
+
+
+@pytest.fixture
+def wide(built: Callable[..., Llama], request: pytest.FixtureRequest) -> Llama:
     """With room for dialogs."""
-    return build(max_seq_len=200)
+    return built(200, getattr(request, "param", "float32"))
+
+
+def is_exact(llama: Llama) -> bool:
+    """Whether it computes in float32."""
+    dtype: torch.dtype = llama.model.layers[0].attention.cache_k.dtype
+    return dtype == torch.float32
+
+
+def tolerance(llama: Llama) -> float:
+    """How far a logit, of about 1, may be from the oracle's."""
+    return 1e-4 if is_exact(llama) else 0.3
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +107,9 @@ def rescored(forward: Forward, prompt: list[int], answer: list[int]) -> list[flo
     return [logprobs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer)]
 
 
-def is_greedy(forward: Forward, prompt: list[int], answer: list[int]) -> bool:
+def is_greedy(forward: Forward, prompt: list[int], answer: list[int], tolerance: float = 1e-4) -> bool:
     logits = forward([prompt + answer])[0, len(prompt) - 1 :]
-    return all(row[token] > row.max() - 1e-4 for row, token in zip(logits, answer, strict=False))
+    return all(row[token] > row.max() - tolerance for row, token in zip(logits, answer, strict=False))
 
 
 # ---- build ----
@@ -106,25 +134,25 @@ def test_more_checkpoint_files_than_ranks(
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_a_model_parallel_size_that_the_world_is_no_multiple_of(build: Build, size: int) -> None:
-    with pytest.raises(ValueError, match=rf"world size \(1\) .* model_parallel_size={size}"):
+    with pytest.raises(ValueError, match=rf"(?s)(?=.*world size)(?=.*\b{size}\b)"):
         build(model_parallel_size=size)
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.0, "1", True])
 def test_a_model_parallel_size_that_is_none(build: Build, size: Any) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"model_parallel_size is {size!r}")):
+    with pytest.raises(ValueError, match=rf"model_parallel_size .*{re.escape(repr(size))}"):
         build(model_parallel_size=size)
 
 
 @pytest.mark.parametrize("name", ["max_seq_len", "max_batch_size"])
 @pytest.mark.parametrize("value", [0, -3, 2.5, "8"])
 def test_cache_sizes_that_are_none(build: Build, name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}")):
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}$"):
         build(**{name: value})
 
 
 def test_a_wrong_argument_is_not_blamed_on_params_json(build: Build) -> None:
-    with pytest.raises(ValueError, match="max_seq_len is 0") as error:
+    with pytest.raises(ValueError, match="max_seq_len must be above 0") as error:
         build(max_seq_len=0)
     assert "params.json" not in str(error.value)
 
@@ -160,8 +188,8 @@ def test_a_wrong_key_or_tensor_is_named(
         (params | {"n_heads": 7}, state, "n_heads"),
         (params, lacking, name),
         (params, state | {"layers.3.attention.wk.weight": state[name]}, "layers.3.attention.wk.weight"),
-        (params, state | {name: torch.zeros(got)}, f"{name} has shape {got}; by params.json it takes {shape}"),
-        (params | {"vocab_size": 500}, state, "500, but the tokenizer has"),
+        (params, state | {name: torch.zeros(got)}, f"{name} must have shape {shape} by params.json, got shape {got}"),
+        (params | {"vocab_size": 500}, state, "vocab_size=500"),
     ]
     for wrong_params, wrong_state, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -218,7 +246,8 @@ def test_a_missing_file_is_named(build: Build, checkpoint: Path, tmp_path: Path,
 )
 def test_the_network_computes_in_the_dtype(build: Build, forward: Forward, dtype: Any, expected: torch.dtype) -> None:
     other = build(dtype=dtype)
-    assert {buffer.dtype for cache in other.model.caches for buffer in (cache.k, cache.v)} == {expected}
+    attentions = [layer.attention for layer in other.model.layers]
+    assert {buffer.dtype for attention in attentions for buffer in (attention.cache_k, attention.cache_v)} == {expected}
     tokens = torch.randint(500, (4, 40), generator=torch.Generator().manual_seed(0))
     exact, got = forward(tokens.tolist()), other.model.forward(tokens, 0)
     error, eps = (got - exact).abs().max() / exact.std(), torch.finfo(expected).eps
@@ -264,14 +293,24 @@ def test_build_and_calls_change_no_global(
         ]
 
     before, generator = globals_now(), torch.get_rng_state()
-    other = build(seed=3)
-    other.generate([[1, 2], [3]], 4)
-    other.text_completion(["a"], max_gen_len=4)
-    list(other.stream_text_completion("a", max_gen_len=4))
+    other = build(seed=None)
+    other.generate([[1, 2], [3]], 4, seed=3)
+    other.generate([[1, 2], [3]], 4, temperature=0)
+    other.text_completion(["a"], max_gen_len=4, seed=3)
+    list(other.stream_text_completion("a", max_gen_len=4, seed=3))
     other.score(["a b"])
-    assert globals_now() == before
     assert torch.equal(torch.get_rng_state(), generator)
+    other.generate([[1, 2], [3]], 4)
+    assert globals_now() == before
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", True, 2**64, -(2**63) - 1])
+def test_a_wrong_seed_is_refused_before_anything_is_read(build: Build, tmp_path: Path, seed: Any) -> None:
+    generator = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"^seed must be None or an integer .*, got {seed!r}$"):
+        build(seed=seed, ckpt_dir=tmp_path / "none", tokenizer_path=tmp_path / "none")
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_the_torch_default_dtype_and_device_do_not_reach_in(build: Build, llama: Llama) -> None:
@@ -307,6 +346,7 @@ def test_a_second_build_works_beside_the_first(
 # ---- generate: rows, limits, EOS, log-probabilities ----
 
 
+@both_builds
 @pytest.mark.usefixtures("no_eos")
 def test_any_number_of_prompts_gives_single_calls_results_in_order(llama: Llama, forward: Forward) -> None:
     prompts = [*random_prompts(11, 30, seed=2), [5] * MAX_SEQ_LEN]
@@ -314,8 +354,9 @@ def test_any_number_of_prompts_gives_single_calls_results_in_order(llama: Llama,
     assert logprobs is None
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer) == min(20, MAX_SEQ_LEN - len(prompt))
-        assert is_greedy(forward, prompt, answer)
-        assert llama.generate([prompt], 20, temperature=0)[0] == [answer]
+        assert is_greedy(forward, prompt, answer, tolerance(llama))
+        if is_exact(llama):
+            assert llama.generate([prompt], 20, temperature=0)[0] == [answer]
 
 
 def test_a_row_ends_before_its_first_generated_eos(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,16 +370,18 @@ def test_a_row_ends_before_its_first_generated_eos(llama: Llama, monkeypatch: py
     assert len(cut[0]) <= 7
 
 
+@both_builds
 def test_an_eos_inside_the_prompt_ends_nothing(llama: Llama, forward: Forward) -> None:
     prompts = [[1, 2, 50, 2], [2], [2, 9], [1, 2, 2, 7]]
     answers, _ = llama.generate(prompts, 9, temperature=0)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer) == 9 and 2 not in answer
-        assert is_greedy(forward, prompt, answer)
+        assert is_greedy(forward, prompt, answer, tolerance(llama))
     expected = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     assert llama.generate(prompts, 9, temperature=0, echo=True)[0] == expected
 
 
+@both_builds
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("echo", [False, True])
 def test_logprobs_equal_rescoring(llama: Llama, forward: Forward, echo: bool, temperature: float) -> None:
@@ -350,10 +393,11 @@ def test_logprobs_equal_rescoring(llama: Llama, forward: Forward, echo: bool, te
     for prompt, answer, row, scores in zip(prompts, plain, rows, logprobs, strict=True):
         assert row == (prompt + answer if echo else answer)
         expected = [0.0, *rescored(forward, prompt[:1], prompt[1:])] if echo else []
-        assert scores == pytest.approx(expected + rescored(forward, prompt, answer), abs=1e-4)
+        assert scores == pytest.approx(expected + rescored(forward, prompt, answer), abs=tolerance(llama))
         assert not echo or scores[0] == 0.0
 
 
+@both_builds
 @pytest.mark.usefixtures("no_eos")
 def test_a_prompt_of_the_whole_length_gets_no_token(llama: Llama) -> None:
     full = [7] * MAX_SEQ_LEN
@@ -409,27 +453,37 @@ def test_a_seed_gives_the_published_tokens(
         assert llama.generate(prompts, 16, temperature, top_p, seed=seed)[0] == expected
 
 
-def test_builds_with_one_seed_give_one_sequence_of_calls_the_published_one(build: Build, forward: Forward) -> None:
+def test_a_builds_seed_and_torchs_give_the_published_sequence_of_calls(build: Build, forward: Forward) -> None:
+    """Calls without a seed draw from torch's default generator, which `build(seed=)` and `torch.manual_seed` seed."""
     calls = [([[1, 5, 6]], 7), ([[1, 9], [4, 4], [7, 8]], 5), ([[300]], 6)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(77)
         expected = [published(forward, prompts, n, 0.6, 0.9, 2) for prompts, n in calls]
-    first, second = build(seed=77), build(seed=77)
-    assert [first.generate(prompts, n)[0] for prompts, n in calls] == expected
-    got = []
-    for prompts, n in calls:  # nothing that draws elsewhere, or does not draw, moves the stream
-        second.generate([[8], [3, 4]], 9, seed=5)
-        second.generate([[8]], 9, temperature=0)
-        second.score(["a b c"])
-        with pytest.raises(ValueError, match="top_p"):
-            second.generate([[8]], 9, top_p=0)
-        torch.rand(3)
-        got.append(second.generate(prompts, n)[0])
-    assert got == expected
-    assert build(seed=78).generate(*calls[0])[0] != expected[0]
-    assert build(seed=1).generate(*calls[0]) == build().generate(*calls[0])
+        other = build(seed=77)
+        assert [other.generate(prompts, n)[0] for prompts, n in calls] == expected
+        torch.manual_seed(77)
+        got = []
+        for prompts, n in calls:  # what draws elsewhere, or does not draw, leaves the generator as it is
+            other.generate([[8], [3, 4]], 9, seed=5)
+            other.generate([[8]], 9, temperature=0)
+            other.score(["a b c"])
+            with pytest.raises(ValueError, match="top_p"):
+                other.generate([[8]], 9, top_p=2)
+            got.append(other.generate(prompts, n)[0])
+        assert got == expected
+        assert build(seed=78).generate(*calls[0])[0] != expected[0]
+        assert build(seed=1).generate(*calls[0]) == build().generate(*calls[0])
 
 
+def test_a_build_with_seed_none_leaves_torchs_generator_as_it_is(build: Build) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = build(seed=5).generate([[1, 9]], 9)
+        torch.manual_seed(5)
+        assert build(seed=None).generate([[1, 9]], 9) == expected
+
+
+@both_builds
 def test_a_calls_seed_counts_whatever_ran_before(llama: Llama) -> None:
     prompts = random_prompts(9, 30, seed=7)
     dialog: Any = [{"role": "user", "content": "a"}]
@@ -447,6 +501,7 @@ def test_a_calls_seed_counts_whatever_ran_before(llama: Llama) -> None:
     assert llama.generate(prompts, 12, temperature=1.0, seed=5) != expected[0]
 
 
+@both_builds
 def test_temperature_zero_draws_nothing(llama: Llama) -> None:
     prompts = random_prompts(3, 20, seed=8)
     answers = [llama.generate(prompts, 9, temperature=0, top_p=p, seed=seed)[0] for p, seed in ((0.9, 1), (0.1, 2))]
@@ -467,22 +522,22 @@ def test_a_tiny_temperature_is_greedy(llama: Llama, temperature: float) -> None:
 # ---- errors ----
 
 WRONG_PROMPTS: list[tuple[Any, str]] = [
-    ([], "prompt_tokens is empty"),
-    ([[1], []], "prompt_tokens[1] is empty"),
-    ([[1], [3] * (MAX_SEQ_LEN + 1)], f"prompt_tokens[1] has {MAX_SEQ_LEN + 1} tokens; it takes up to"),
-    ([[1, -1]], "prompt_tokens[0] has the id -1"),
-    ([[1], [2, 10**6, 3]], "prompt_tokens[1] has the id 1000000"),
-    ([[1.5]], "prompt_tokens[0] is [1.5]"),
-    ([1, 2], "prompt_tokens[0] is 1"),
-    ("text", "prompt_tokens is a str"),
-    (["text"], "prompt_tokens[0] is 'text'"),
-    (None, "prompt_tokens is a NoneType"),
+    ([], "prompt_tokens must have at least one element"),
+    ([[1], []], "prompt_tokens[1] must have at least one token"),
+    ([[1], [3] * (MAX_SEQ_LEN + 1)], f"prompt_tokens[1] must have at most max_seq_len={MAX_SEQ_LEN} tokens, got"),
+    ([[1, -1]], "prompt_tokens[0] must have ids from 0 to"),
+    ([[1], [2, 10**6, 3]], "prompt_tokens[1] must have ids from 0 to"),
+    ([[1.5]], "prompt_tokens[0] must be a list of token ids, got [1.5]"),
+    ([1, 2], "prompt_tokens[0] must be a list of token ids, got 1"),
+    ("text", "prompt_tokens must be a list of prompts, got str"),
+    (["text"], "prompt_tokens[0] must be a list of token ids, got 'text'"),
+    (None, "prompt_tokens must be a list of prompts, got NoneType"),
 ]
 WRONG_OPTIONS: list[tuple[str, Any]] = [
-    *(("max_gen_len", value) for value in (0, -1, 1.5, "5", True)),
+    *(("max_gen_len", value) for value in (-1, 1.5, "5", True)),
     *(("temperature", value) for value in (-0.1, math.nan, math.inf, "1", None)),
-    *(("top_p", value) for value in (0, -0.5, 1.001, math.nan, None, "1")),
-    *(("seed", value) for value in (1.5, "1", True)),
+    *(("top_p", value) for value in (-0.5, 1.001, math.nan, None, "1")),
+    *(("seed", value) for value in (1.5, "1", True, 2**64, -(2**64))),
 ]
 
 
@@ -501,6 +556,7 @@ def test_wrong_prompts_are_named_before_any_compute(llama: Llama, prompts: Any, 
         llama.generate(prompts, 4)
 
 
+@both_builds
 @pytest.mark.parametrize(("name", "value"), WRONG_OPTIONS)
 def test_wrong_options_are_named_before_any_compute(llama: Llama, name: str, value: Any) -> None:
     calls: list[Callable[..., Any]] = [
@@ -511,35 +567,51 @@ def test_wrong_options_are_named_before_any_compute(llama: Llama, name: str, val
         lambda **options: llama.stream_chat_completion([{"role": "user", "content": "a"}], **options),
     ]
     for call in calls:
-        with no_compute(llama), pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; it takes")):
+        with no_compute(llama), pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}$"):
             call(**{name: value})
 
 
-@pytest.mark.parametrize("seed", [2**64, -(2**64)])
-def test_a_seed_of_more_than_64_bits_is_named_before_any_compute(llama: Llama, seed: int) -> None:
-    with no_compute(llama):
-        with pytest.raises(ValueError, match=f"seed is {seed}; it takes"):
-            llama.generate([[1]], 4, seed=seed)
-        with pytest.raises(ValueError, match=f"seed is {seed}; it takes"):
-            llama.stream_text_completion("a", seed=seed)
+def test_input_errors_are_assertion_errors_too(llama: Llama) -> None:
+    """As those of Meta's package are."""
+    calls: list[Callable[[], Any]] = [
+        lambda: llama.generate([], 4),
+        lambda: llama.generate([[1] * (MAX_SEQ_LEN + 1)], 4),
+        lambda: llama.generate([[1]], 4, temperature=-1),
+        lambda: llama.text_completion([1]),  # type: ignore[list-item]
+        lambda: llama.chat_completion([[{"role": "assistant", "content": "a"}]]),
+        lambda: llama.score(["\udcff"]),
+    ]
+    for call in calls:
+        with no_compute(llama), pytest.raises(AssertionError, match=r"must (be|have)"):
+            call()
+
+
+@both_builds
+@pytest.mark.parametrize("temperature", [1e-320, 2**64, 1e39, 1e308])
+def test_any_temperature_there_is_gives_tokens(llama: Llama, temperature: float) -> None:
+    """2**64 was refused by torch after the prefill."""
+    (row,), _ = llama.generate([[1, 9]], 5, temperature, 1.0, seed=1)
+    assert 1 <= len(row) <= 5
+    if temperature > 1:  # as good as uniform
+        assert (row,) == (*llama.generate([[1, 9]], 5, 1e30, 1.0, seed=1)[0],)
 
 
 @pytest.mark.parametrize("stop", ["end", [""], ["a", ""], [1], [None]])
 def test_wrong_stop_strings_are_named(llama: Llama, stop: Any) -> None:
     for call in (llama.text_completion, llama.stream_text_completion):
         prompt: Any = "a" if call == llama.stream_text_completion else ["a"]
-        with no_compute(llama), pytest.raises(ValueError, match="stop is"):
+        with no_compute(llama), pytest.raises(ValueError, match="stop must be a list of strings that are not empty"):
             call(prompt, stop=stop)
 
 
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ([], "is empty"),
-        ("a text", "is a str"),
-        ([1], "[0] is a int"),
-        (["a", None], "[1] is a NoneType"),
-        (["a", "a " * MAX_SEQ_LEN], f"takes up to max_seq_len={MAX_SEQ_LEN}"),
+        ([], " must have at least one element"),
+        ("a text", " must be a list of str, got str"),
+        ([1], "[0] must be a str, got int"),
+        (["a", None], "[1] must be a str, got NoneType"),
+        (["a", "a " * MAX_SEQ_LEN], f"[1] must have at most max_seq_len={MAX_SEQ_LEN} tokens"),
     ],
 )
 def test_wrong_texts_are_named_before_any_compute(llama: Llama, texts: Any, message: str) -> None:
@@ -557,15 +629,15 @@ def test_wrong_contexts_are_named_before_any_compute(llama: Llama, contexts: Any
 @pytest.mark.parametrize(
     ("dialog", "message"),
     [
-        ([], "dialogs[1] is empty"),
+        ([], "dialogs[1] must have at least one"),
         ([{"role": "system", "content": "s"}], "dialogs[1][0]"),
-        ([{"role": "assistant", "content": "a"}], "dialogs[1][0] has role 'assistant'"),
-        ([{"role": "user", "content": "a"}] * 2, "dialogs[1][1] has role 'user'"),
+        ([{"role": "assistant", "content": "a"}], "dialogs[1][0] must have role 'user', got 'assistant'"),
+        ([{"role": "user", "content": "a"}] * 2, "dialogs[1][1] must have role 'assistant', got 'user'"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "dialogs[1][1], the last"),
-        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "dialogs[1][1] has role 'system'"),
-        ([{"role": "user", "content": 5}], "dialogs[1][0] has content of type int"),
-        ([{"role": "robot", "content": "a"}], "dialogs[1][0] has role 'robot'"),
-        ([{"role": "user", "content": "a " * 200}], "dialogs[1] has"),
+        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "dialogs[1][1] must have role 'assis"),
+        ([{"role": "user", "content": 5}], "dialogs[1][0] must have content of type str, got int"),
+        ([{"role": "robot", "content": "a"}], "dialogs[1][0] must have role 'system', 'user' or 'assistant', got 'r"),
+        ([{"role": "user", "content": "a " * 200}], "dialogs[1] must have at most max_seq_len=200 tokens"),
     ],
 )
 def test_wrong_dialogs_are_named_before_any_compute(wide: Llama, dialog: Any, message: str) -> None:
@@ -573,6 +645,7 @@ def test_wrong_dialogs_are_named_before_any_compute(wide: Llama, dialog: Any, me
         wide.chat_completion([[{"role": "user", "content": "fine"}], dialog])
 
 
+@both_builds
 @pytest.mark.parametrize("passes", [0, 1, 5])
 def test_a_failure_inside_the_network_leaves_the_next_call_right(llama: Llama, forward: Forward, passes: int) -> None:
     prompts = random_prompts(7, 20, seed=11)
@@ -587,7 +660,7 @@ def test_a_failure_inside_the_network_leaves_the_next_call_right(llama: Llama, f
         llama.generate(prompts, 9)
     handle.remove()
     for prompt, answer in zip(prompts, llama.generate(prompts, 9, temperature=0)[0], strict=True):
-        assert is_greedy(forward, prompt, answer)
+        assert is_greedy(forward, prompt, answer, tolerance(llama))
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
@@ -596,6 +669,7 @@ def test_a_failure_inside_the_network_leaves_the_next_call_right(llama: Llama, f
 TEXTS = ["The quick", "", "  two spaces", "naïve café 12\n\n345", "日本 🦙", "A tiny tokenizer knows", "x" * 20]
 
 
+@both_builds
 @pytest.mark.parametrize("echo", [False, True])
 def test_texts_are_encoded_with_bos_and_decoded_whole(llama: Llama, echo: bool) -> None:
     prompts = [[1, *llama.tokenizer.sp_model.encode(text)] for text in TEXTS]
@@ -616,11 +690,13 @@ def test_texts_are_encoded_with_bos_and_decoded_whole(llama: Llama, echo: bool) 
         assert result["logprobs"] == scores
 
 
+@both_builds
 def test_an_echoed_text_comes_first(llama: Llama) -> None:
     for text, result in zip(TEXTS, llama.text_completion(TEXTS, max_gen_len=5, echo=True, seed=1), strict=True):
         assert result["generation"].startswith(text)
 
 
+@both_builds
 @pytest.mark.usefixtures("no_eos")
 def test_max_gen_len_defaults_to_the_longest_there_is(llama: Llama) -> None:
     (alone, long) = llama.text_completion(["", "The quick brown fox"], logprobs=True, seed=1)
@@ -634,6 +710,7 @@ def test_the_smallest_cache_works(build: Build) -> None:
     assert tiny.generate([[1], [2]], 3) == ([[], []], None)
 
 
+@both_builds
 def test_finish_reasons(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """`length` at the limit asked for and at the end of the cache, `stop` at EOS and at a stop string."""
     monkeypatch.setattr(llama.tokenizer, "eos_id", NO_EOS)
@@ -679,6 +756,7 @@ def dictated(llama: Llama, ids: Sequence[int]) -> Iterator[None]:
     handle.remove()
 
 
+@both_builds
 def test_a_stop_string_in_bytes_that_became_no_character_counts(llama: Llama) -> None:
     """Half a character at the limit comes out as U+FFFD only once no token follows."""
     half = llama.tokenizer.sp_model.piece_to_id("<0xF0>")
@@ -688,6 +766,7 @@ def test_a_stop_string_in_bytes_that_became_no_character_counts(llama: Llama) ->
     assert result == {"generation": "Th", "finish_reason": "stop"}
 
 
+@both_builds
 @pytest.mark.usefixtures("no_eos")
 def test_a_stop_string_ends_the_computing_too(llama: Llama) -> None:
     (free,) = llama.text_completion(["The"], temperature=0, max_gen_len=30, logprobs=True)
@@ -697,6 +776,7 @@ def test_a_stop_string_ends_the_computing_too(llama: Llama) -> None:
     assert len(passes) <= next(i for i in range(31) if len("".join(pieces[:i])) >= 3)
 
 
+@both_builds
 @pytest.mark.usefixtures("no_eos")
 def test_several_stop_strings(llama: Llama) -> None:
     (free,) = llama.text_completion(["The"], temperature=0, max_gen_len=30)
@@ -707,6 +787,7 @@ def test_several_stop_strings(llama: Llama) -> None:
         assert result["generation"] == text[: text.find(early)]
 
 
+@both_builds
 def test_an_echoed_prompt_is_not_searched_for_stop_strings(llama: Llama) -> None:
     (result,) = llama.text_completion(["The lazy dog"], temperature=0, max_gen_len=6, echo=True, stop=["lazy"])
     assert result["generation"].startswith("The lazy dog")
@@ -742,6 +823,7 @@ def template_ids(llama: Llama, parts: list[str]) -> list[int]:
     return [token for part in encoded for token in part][:-1]
 
 
+@both_wide_builds
 def test_dialogs_run_as_their_template_and_unsafe_ones_not_at_all(wide: Llama) -> None:
     prompts = [template_ids(wide, parts) for parts in TEMPLATES]
     dialogs = [dialog for safe, unsafe in zip(DIALOGS, UNSAFE, strict=False) for dialog in (unsafe, safe)]
@@ -789,18 +871,55 @@ def test_any_number_of_dialogs_with_stop_and_seed(wide: Llama) -> None:
 # ---- scoring ----
 
 
+@both_builds
 def test_scores_of_texts_equal_the_oracles(llama: Llama, forward: Forward) -> None:
     with seen_tokens(llama) as passes:
         scores = llama.score(TEXTS)
     assert sum(len(tokens) for tokens in passes) == len(TEXTS)  # one row a text, and no decoding
     for text, score in zip(TEXTS, scores, strict=True):
         ids = llama.tokenizer.sp_model.encode(text)
-        assert score["logprobs"] == pytest.approx(rescored(forward, [1], ids), abs=1e-4)
+        assert score["logprobs"] == pytest.approx(rescored(forward, [1], ids), abs=tolerance(llama))
         assert score["logprob"] == pytest.approx(sum(score["logprobs"]))
         assert isinstance(score["logprob"], float) or not ids
         assert "".join(score["tokens"]) == text and len(score["tokens"]) == len(ids)
 
 
+@both_builds
+def test_rows_of_one_token_have_a_score_of_nothing(llama: Llama, forward: Forward) -> None:
+    """Also where all rows of a batch are such, for which the network has nothing to compute."""
+    nothing = {"logprob": 0.0, "tokens": [], "logprobs": []}
+    assert llama.score([""]) == [nothing]
+    assert llama.score([""] * 9) == [nothing] * 9
+    assert llama.score([""], [""]) == [nothing]
+    assert llama.score_tokens([[1]]) == llama.score_tokens([[9]]) == [[0.0]]
+    hello = llama.tokenizer.sp_model.encode("hello")
+    expected = pytest.approx(rescored(forward, [1], hello), abs=tolerance(llama))
+    scores = llama.score(["hello", "", "", "", "", "hello"])
+    assert scores[1:5] == [nothing] * 4
+    assert scores[0]["logprobs"] == scores[5]["logprobs"] == expected
+    assert llama.score_tokens([[1], [1, *hello]]) == [[0.0], [0.0, *scores[0]["logprobs"]]]
+
+
+@both_builds
+def test_an_echoed_empty_text_is_scored(llama: Llama) -> None:
+    for n in (0, 3):
+        (result,) = llama.text_completion([""], echo=True, logprobs=True, max_gen_len=n, temperature=0)
+        assert result["logprobs"][:1] == [0.0] and result["tokens"][:1] == [""]
+        assert len(result["logprobs"]) == len(result["tokens"]) == 1 + n
+
+
+@both_builds
+def test_with_max_gen_len_0_echo_and_logprobs_score_the_prompts(llama: Llama) -> None:
+    prompts = [*random_prompts(6, 30, seed=12), [1], [5] * MAX_SEQ_LEN]
+    rows, logprobs = llama.generate(prompts, 0, logprobs=True, echo=True)
+    assert rows == prompts
+    assert logprobs == llama.score_tokens(prompts)
+    assert llama.generate(prompts, 0) == ([[] for _ in prompts], None)
+    (result,) = llama.text_completion(["The"], max_gen_len=0)
+    assert result == {"generation": "", "finish_reason": "length"}
+
+
+@both_builds
 def test_scores_of_completions_equal_the_oracles(llama: Llama, forward: Forward) -> None:
     """Context and text are encoded as one string; the tokens after the context's own are scored."""
     contexts = ["The quick brown", "", "Llamas", "日", "The", "The quick brown"]
@@ -809,19 +928,23 @@ def test_scores_of_completions_equal_the_oracles(llama: Llama, forward: Forward)
         head = [1, *llama.tokenizer.sp_model.encode(context)]
         whole = [1, *llama.tokenizer.sp_model.encode(context + text)]
         assert whole[: len(head)] == head  # the examples split between tokens
-        assert score["logprobs"] == pytest.approx(rescored(forward, head, whole[len(head) :]), abs=1e-4)
+        assert score["logprobs"] == pytest.approx(rescored(forward, head, whole[len(head) :]), abs=tolerance(llama))
         assert score["logprob"] == pytest.approx(sum(score["logprobs"]))
         assert "".join(score["tokens"]) == text
 
 
+@both_builds
 def test_a_context_that_merges_with_its_text_is_split_before_the_merged_token(llama: Llama, forward: Forward) -> None:
     head, whole = ([1, *llama.tokenizer.sp_model.encode(text)] for text in ("The qu", "The quick"))
     assert whole[: len(head)] != head
     n_common = next(i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b)
     (score,) = llama.score(["ick"], ["The qu"])
-    assert score["logprobs"] == pytest.approx(rescored(forward, whole[:n_common], whole[n_common:]), abs=1e-4)
+    assert score["logprobs"] == pytest.approx(
+        rescored(forward, whole[:n_common], whole[n_common:]), abs=tolerance(llama)
+    )
 
 
+@both_builds
 def test_a_completions_score_is_the_sum_of_its_generated_logprobs(llama: Llama) -> None:
     (result,) = llama.text_completion(["The quick"], temperature=0, max_gen_len=5, logprobs=True)
     with seen_tokens(llama) as passes:
