@@ -231,7 +231,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *
     n_kv_heads = keys.size(1)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(queries.dtype)
-    if seqlen > 1:
+    if seqlen != 1:
         return F.scaled_dot_product_attention(
             queries, keys, values, mask, is_causal=is_causal, enable_gqa=n_kv_heads < n_heads
         )
@@ -435,26 +435,24 @@ class Transformer(nn.Module):
                 release(layer.weight.detach())
 
 
+# As they are here: a patch counts in a class as it does in an instance.
+_FORWARDS = (Transformer.forward, TransformerBlock.forward, Attention.forward)
+
+
 def takes_cache_positions(model: Any) -> bool:
     """Whether a model is a `Transformer` whose own code handles `start_pos` all the way down.
 
     It does not where the `forward` of the model, a block or an attention was patched, overridden or compiled, or where
     one of them was replaced: such code may know only Meta's int.
     """
-    return (
-        _has_own_forward(model, Transformer)
-        and all(_has_own_forward(layer, TransformerBlock) for layer in model.layers)
-        and all(_has_own_forward(layer.attention, Attention) for layer in model.layers)
-    )
+    whole, block, attention = _FORWARDS
+    return _runs(model, whole) and all(_runs(x, block) and _runs(x.attention, attention) for x in model.layers)
 
 
-def _has_own_forward(module: Any, cls: type[nn.Module]) -> bool:
-    return (
-        isinstance(module, cls)
-        and type(module).forward is cls.forward
-        and "forward" not in vars(module)
-        and module._compiled_call_impl is None
-    )
+def _runs(module: Any, forward: Callable[..., Tensor]) -> bool:
+    """Whether calling the module calls this function and no other."""
+    has_own = getattr(type(module), "forward", None) is forward and "forward" not in vars(module)
+    return has_own and module._compiled_call_impl is None
 
 
 def _causal_mask(seqlen: int, start_pos: int, h: Tensor) -> Tensor:

@@ -160,8 +160,8 @@ class ModelRunner:
         if self.one_position:  # any network: whatever of its modules has a cache
             caches = _caches(self._model)
             return [(k.data_ptr(), None if k.is_inference() else k._version) for k in caches]
-        keys = [layer.attention.keys for layer in self._model.layers]
-        return [(id(k), None if k.is_inference() else k._version) for k in keys]
+        caches = [cache for layer in self._model.layers for cache in (layer.attention.keys, layer.attention.values)]
+        return [(id(cache), None if cache.is_inference() else cache._version) for cache in caches]
 
 
 def device_of(model: Any) -> torch.device:

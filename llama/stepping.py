@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from llama import model as network
 from llama.model import CachePositions, Transformer, takes_cache_positions
 from llama.runtime import to_device
 
@@ -88,7 +89,7 @@ class StaticStepper:
         self._captured: tuple[list[Any], list[int]] = ([], [])  # what the graphs hold for good: see `_fixed_parts`
 
     def serves(self, model: object) -> bool:
-        """Hooks need Python, so they rule graphs out. Graphs of modules or memory replaced since are dropped."""
+        """Hooks need Python, so they rule graphs out. Graphs of code, modules or memory replaced since are dropped."""
         if model is not self._model or not self._graphs:
             return model is self._model
         if _has_hooks(self._model):
@@ -163,10 +164,14 @@ def _has_hooks(model: nn.Module) -> bool:
 
 
 def _fixed_parts(model: nn.Module) -> tuple[list[Any], list[int]]:
-    """What a captured graph holds for good: modules, parameters and buffers, and the memory of the latter two."""
-    modules = list(model.modules())
-    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    return [*modules, *tensors], [t.data_ptr() for t in tensors]
+    """What a captured graph holds for good: code, modules, their attributes, and the memory of their tensors."""
+    objects: list[Any] = list(vars(network).values())
+    addresses = []
+    for module in model.modules():
+        parts = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
+        objects += [module, type(module).forward, *parts]
+        addresses += [part.data_ptr() for part in parts if isinstance(part, Tensor)]
+    return objects, addresses
 
 
 def _power_of_two(n: int) -> int:
