@@ -447,11 +447,9 @@ class Llama:
         with closing(StepsInStep(steps)) as steps_in_step:
             yield ""
             while self._take_step(steps_in_step):
-                while settled:
-                    if piece := settled.popleft():
-                        yield piece
-        if rest := text.finish():
-            yield rest
+                yield from _drain(settled)
+        settled.append(text.finish())
+        yield from _drain(settled)
 
     def _take_step(self, steps: StepsInStep) -> Step | None:
         with self._turn():
@@ -540,6 +538,13 @@ def _with_text(row: Completion, text: GrowingText) -> Completion:
     row.pieces = text.prefix_pieces + text.pieces
     row.logprobs = row.logprobs[: len(row.pieces)]
     return row
+
+
+def _drain(pieces: deque[str]) -> Iterator[str]:
+    """Removes the pieces, and yields those that are not empty."""
+    while pieces:
+        if piece := pieces.popleft():
+            yield piece
 
 
 def _refusal() -> Generator[str, None, None]:

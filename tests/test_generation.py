@@ -188,11 +188,11 @@ def test_a_wrong_key_or_tensor_is_named(
         (params | {"n_heads": 7}, state, "n_heads"),
         (params, lacking, name),
         (params, state | {"layers.3.attention.wk.weight": state[name]}, "layers.3.attention.wk.weight"),
-        (params, state | {name: torch.zeros(got)}, f"{name} must have shape {shape} by params.json, got shape {got}"),
-        (params | {"vocab_size": 500}, state, "vocab_size=500"),
+        (params, state | {name: torch.zeros(got)}, f"{name} .*{re.escape(str(shape))}.*{re.escape(str(got))}"),
+        (params | {"vocab_size": 500}, state, "vocab_size.*500"),
     ]
     for wrong_params, wrong_state, message in cases:
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(ValueError, match=message):
             build(ckpt_dir=write_checkpoint(wrong_params, wrong_state))
 
 

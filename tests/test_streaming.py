@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from llama import Llama
+from llama.tokenizer import PromptError
 from tests import oracle
 
 MAX_SEQ_LEN = 180
@@ -138,10 +140,13 @@ def test_sampled_streams_equal_the_plain_call_of_the_same_seed(llama: Llama, sto
 
 
 def test_unseeded_streams_draw_from_the_builds_stream_as_plain_calls_do(tiny: Callable[[int], Llama]) -> None:
-    streaming, plain = tiny(5), tiny(5)
-    for prompt in ("The", "", "A tiny tokenizer"):
-        expected = plain.text_completion([prompt], max_gen_len=9)[0]["generation"]
-        assert "".join(streaming.stream_text_completion(prompt, max_gen_len=9)) == expected
+    prompts = ("The", "", "A tiny tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        plain = tiny(5)
+        expected = [plain.text_completion([prompt], max_gen_len=9)[0]["generation"] for prompt in prompts]
+        streaming = tiny(5)
+        got = ["".join(streaming.stream_text_completion(prompt, max_gen_len=9)) for prompt in prompts]
+    assert got == expected
 
 
 def test_each_piece_comes_with_the_pass_that_settles_it(llama: Llama) -> None:
@@ -200,6 +205,14 @@ def test_chat_streams_equal_the_plain_call(llama: Llama, stop: list[str]) -> Non
         assert "".join(llama.stream_chat_completion(DIALOG, **options)) == plain["generation"]["content"]
 
 
+def test_with_max_gen_len_0_only_an_echo_is_streamed(llama: Llama) -> None:
+    with counted(llama) as passes:
+        assert list(llama.stream_text_completion("The", max_gen_len=0)) == []
+        assert "".join(llama.stream_text_completion("The", max_gen_len=0, echo=True)) == "The"
+        assert list(llama.stream_chat_completion(DIALOG, max_gen_len=0)) == []
+    assert not passes
+
+
 def test_an_unsafe_dialogs_stream_is_the_refusal_and_can_be_closed(llama: Llama) -> None:
     with counted(llama) as passes, closing(llama.stream_chat_completion(UNSAFE)) as stream:
         assert list(stream) == ["Error: special tags are not allowed as part of the prompt."]
@@ -215,11 +228,11 @@ def test_an_unsafe_dialogs_stream_is_the_refusal_and_can_be_closed(llama: Llama)
         lambda llama: llama.stream_text_completion("a", stop="b"),
         lambda llama: llama.stream_chat_completion([]),
         lambda llama: llama.stream_chat_completion(DIALOG[:1]),
-        lambda llama: llama.stream_chat_completion(DIALOG, max_gen_len=0),
+        lambda llama: llama.stream_chat_completion(DIALOG, max_gen_len=-1),
     ],
 )
 def test_bad_input_is_an_error_of_the_call_not_of_the_first_piece(llama: Llama, call: Callable[[Llama], Any]) -> None:
-    with pytest.raises(ValueError, match=r"takes|has to be"):
+    with pytest.raises(PromptError, match=r"must (be|have)"):
         call(llama)
 
 
@@ -249,36 +262,151 @@ def test_a_stream_left_early_computes_no_further_and_the_next_call_is_right(
     assert "".join(llama.stream_text_completion("Llamas", temperature=0, max_gen_len=6)) == expected["generation"]
 
 
-OTHER_CALLS: list[Callable[[Llama], Any]] = [
-    lambda llama: llama.generate([[1]], 2),
-    lambda llama: llama.text_completion(["a"], max_gen_len=2),
-    lambda llama: llama.chat_completion([DIALOG], max_gen_len=2),
-    lambda llama: llama.score(["a"]),
-    lambda llama: next(llama.stream_text_completion("a", temperature=0)),
-    lambda llama: next(llama.stream_chat_completion(DIALOG, temperature=0)),
-]
+def draining(*streams: Iterator[str], order: random.Random) -> list[str]:
+    """The text of each stream, when pieces are taken now from the one, now from the other."""
+    texts = [""] * len(streams)
+    left = list(range(len(streams)))
+    while left:
+        i = order.choice(left)
+        try:
+            texts[i] += next(streams[i])
+        except StopIteration:
+            left.remove(i)
+    return texts
 
 
-@pytest.mark.parametrize("other", OTHER_CALLS)
-def test_a_newer_call_ends_an_older_stream(llama: Llama, other: Callable[[Llama], Any]) -> None:
-    """Its rows of the cache are the newer call's now: going on would give wrong text."""
-    stream = llama.stream_text_completion("The", temperature=0, max_gen_len=50)
+@pytest.mark.parametrize("seed", range(6))
+def test_interleaved_streams_each_give_the_text_that_they_give_alone(llama: Llama, seed: int) -> None:
+    """Greedy and sampled, of different lengths, texts and dialogs, whichever piece is asked for next."""
+    rng = random.Random(seed)
+    calls: list[Callable[[], Iterator[str]]] = [
+        lambda: llama.stream_text_completion("The", temperature=0, max_gen_len=30),
+        lambda: llama.stream_text_completion("A tiny tokenizer knows", 1.5, 1.0, 20, seed=seed),
+        lambda: llama.stream_text_completion("", 0.8, max_gen_len=25, echo=True, stop=["e"], seed=seed + 1),
+        lambda: llama.stream_chat_completion(DIALOG, 1.2, max_gen_len=15, seed=seed + 2),
+        lambda: llama.stream_text_completion("x " * 70, temperature=0),
+    ]
+    calls = rng.choices(calls, k=4)
+    alone = ["".join(call()) for call in calls]
+    assert draining(*(call() for call in calls), order=rng) == alone
+
+
+OTHER_CALLS: dict[str, Callable[[Llama], Any]] = {
+    "generate": lambda llama: llama.generate([[1, 9], [4], [5, 6, 7]], 5, temperature=0, logprobs=True),
+    "sampled": lambda llama: llama.text_completion(["a", "b c"], 1.3, max_gen_len=4, seed=9),
+    "chat": lambda llama: llama.chat_completion([DIALOG], max_gen_len=3, temperature=0),
+    "score": lambda llama: llama.score(["The lazy dog", ""]),
+    "score_tokens": lambda llama: llama.score_tokens([[1, 2, 3]]),
+    "closed stream": lambda llama: next(llama.stream_text_completion("a", temperature=0)),
+    "stream": lambda llama: list(llama.stream_chat_completion(DIALOG, 1.0, max_gen_len=4, seed=3)),
+    "forward": lambda llama: llama.model.forward(torch.tensor([[7, 8, 9], [4, 5, 6]]), 0).tolist(),
+    "forward of one row": lambda llama: llama.model(torch.tensor([[7]]), 3).tolist()[0][0][:0],
+    "a thread": lambda llama: in_a_thread(lambda: llama.generate([[1, 9]], 5, temperature=0)),
+    "an error": lambda llama: refused(lambda: llama.generate([[-1]], 2)),
+}
+
+
+def refused(call: Callable[[], Any]) -> None:
+    with pytest.raises(PromptError):
+        call()
+
+
+def in_a_thread(work: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result(timeout=60)
+
+
+@pytest.mark.parametrize("name", OTHER_CALLS)
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_calls_between_the_pieces_change_neither_the_stream_nor_the_calls(
+    llama: Llama, name: str, temperature: float
+) -> None:
+    other = OTHER_CALLS[name]
+    alone = "".join(llama.stream_text_completion("The quick", temperature, max_gen_len=30, seed=4))
+    expected = other(llama)
+    for every in (1, 2, 5):
+        got = ""
+        stream = llama.stream_text_completion("The quick", temperature, max_gen_len=30, seed=4)
+        for i, piece in enumerate(stream):
+            got += piece
+            if i % every == 0:
+                assert other(llama) == expected
+        assert got == alone
+
+
+def test_a_stream_of_the_default_build_goes_on_after_other_calls(
+    write_checkpoint: Callable[..., Path], tokenizer_path: Path, params: dict[str, Any]
+) -> None:
+    """Rounding may choose another of two tokens that are nearly as likely; with one that is far ahead it cannot."""
+    small = params | {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
+    state = oracle.random_state(small, seed=2)
+    state["output.weight"] *= 40
+    llama = Llama.build(write_checkpoint(small, state), tokenizer_path, MAX_SEQ_LEN, 2, device="cpu", seed=None)
+    alone = "".join(llama.stream_text_completion("The", temperature=0, max_gen_len=20))
+    got = ""
+    for piece in llama.stream_text_completion("The", temperature=0, max_gen_len=20):
+        got += piece
+        llama.generate([[1, 9, 4]], 3, seed=1)
+    assert got == alone
+
+
+def test_a_stream_whose_cache_was_not_touched_recomputes_nothing(llama: Llama) -> None:
+    stream = llama.stream_text_completion("The", temperature=0, max_gen_len=8)
+    with counted(llama) as passes:
+        n_pieces = len(list(stream))
+    assert n_pieces <= len(passes) and passes[1:] == [1] * (len(passes) - 1)
+
+
+def test_a_stream_whose_cache_was_overwritten_recomputes_it_once(llama: Llama) -> None:
+    stream = llama.stream_text_completion("The", temperature=0, max_gen_len=8)
     next(stream)
-    other(llama)
-    with pytest.raises(RuntimeError, match="another call"):
+    llama.score(["a b"])
+    with counted(llama) as passes:
+        list(stream)
+    assert [n > 1 for n in passes] == [True] + [False] * (len(passes) - 1)
+
+
+def test_unseeded_streams_side_by_side_draw_from_one_generator_in_the_order_of_their_pieces(llama: Llama) -> None:
+    """As the calls of Meta's package do: the draws are those of torch's generator, whoever asks."""
+
+    def texts() -> list[str]:
+        torch.manual_seed(11)
+        streams = [llama.stream_text_completion(prompt, 1.5, max_gen_len=9) for prompt in ("The", "A tiny")]
+        return draining(*streams, order=random.Random(0))
+
+    with torch.random.fork_rng(devices=[]):
+        first = texts()
+        assert texts() == first
+        torch.manual_seed(12)
+        other = "".join(llama.stream_text_completion("The", 1.5, max_gen_len=9))
+    assert first[0] != first[1] and first[0] != other
+
+
+def test_a_closed_stream_gives_back_nothing_that_others_have_drawn_since(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing it once set torch's generator back to before another call's draws."""
+    monkeypatch.setattr(llama.tokenizer, "eos_id", NO_EOS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        stream = llama.stream_text_completion("The", 1.5)
         next(stream)
-    assert next(stream, None) is None
+        llama.generate([[1, 9]], 5, 1.5)
+        state = torch.get_rng_state()
+        stream.close()
+        assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_of_two_streams_the_newer_one_goes_on(llama: Llama) -> None:
-    expected = "".join(llama.stream_text_completion("A tiny", temperature=0, max_gen_len=8))
-    older = llama.stream_text_completion("The", temperature=0)
-    next(older)
-    newer = llama.stream_text_completion("A tiny", temperature=0, max_gen_len=8)
-    got = next(newer)
-    with pytest.raises(RuntimeError, match="another call"):
-        next(older)
-    assert got + "".join(newer) == expected
+def test_streams_in_eight_threads_each_give_the_text_that_they_give_alone(llama: Llama) -> None:
+    prompts = ["The", "A tiny", "", "Llamas", "quick", "日本", "x y", "0"]
+
+    def call(i: int) -> str:
+        return "".join(llama.stream_text_completion(prompts[i], 1.2, max_gen_len=12, seed=i))
+
+    alone = [call(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            assert list(pool.map(call, range(8), timeout=120)) == alone
 
 
 def test_a_refused_call_leaves_a_stream_as_it_is(llama: Llama) -> None:
