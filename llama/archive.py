@@ -76,9 +76,9 @@ def read_records(path: Path) -> list[Record]:
         at = 0
         for _ in range(n_entries):
             record, at = _read_entry(file, directory, at, start)
-            if record.name in records:
+            if record.name.lower() in records:  # torch's reader takes no account of case
                 raise ArchiveError(f"two records are named {quote(record.name)}")
-            records[record.name] = record
+            records[record.name.lower()] = record
     if at != len(directory) or not records:
         raise ArchiveError("its directory has another size than it states")
     _check_sizes(list(records.values()))
@@ -121,7 +121,7 @@ def _pickles(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _is_pickle(name: str) -> bool:
-    return name.lower().endswith("/data.pkl")  # torch's reader takes no account of case
+    return name.lower().endswith("/data.pkl")
 
 
 def _directory(file: BinaryIO) -> tuple[int, int, int]:
