@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 import pickle
 import threading
 from collections.abc import Callable
@@ -46,7 +45,7 @@ SMALL: dict[str, Any] = {
 }
 MAX_SEQ_LEN = 32
 PROMPTS = [[5, 17, 9], [300, 44, 21, 8, 77, 5, 123], [60, 2], [9, 8, 7, 6, 5, 4, 3, 2, 1, 99], [12, 410], [7] * 6]
-N_NEW = 4
+N_NEW = 3
 # Of log-probabilities, against the oracle in float32 with the same weights.
 TOLERANCES = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.15}
 PACKS = can_pack(torch.device("cpu"), torch.bfloat16)
@@ -112,9 +111,8 @@ class Build:
 
 
 BUILDS = {
-    "bfloat16, one row": Build("bfloat16", 1),
     "bfloat16, four rows": Build("bfloat16"),
-    "bfloat16, one row by the native product": Build("bfloat16", 1, kernels=Kernels(native_row=True)),
+    "bfloat16, one row": Build("bfloat16", 1, kernels=Kernels(native_row=True)),
     "bfloat16, one packed row": Build("bfloat16", 1, kernels=Kernels(True, True, False, packs_one_row=True)),
     "bfloat16 from a float16 file": Build("bfloat16", file_dtype=torch.float16),
     "float32": Build("float32"),
@@ -176,11 +174,10 @@ class Built:
         return torch.tensor(logprobs)
 
     def _expected(self, weights: oracle.State) -> Tensor:
-        rows = []
-        for prompt, new in zip(PROMPTS, self._tokens, strict=True):
-            logits = oracle.logits(weights, self.params, torch.tensor([[*prompt, *new[:-1]]]))[0, len(prompt) - 1 :]
-            rows.append(logits.log_softmax(-1)[range(N_NEW), new])
-        return torch.stack(rows)
+        rows = [torch.tensor([*prompt, *new[:-1]]) for prompt, new in zip(PROMPTS, self._tokens, strict=True)]
+        logits = oracle.logits(weights, self.params, nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        ends = [logits[i, len(row) - N_NEW : len(row)].log_softmax(-1) for i, row in enumerate(rows)]
+        return torch.stack([end[range(N_NEW), new] for end, new in zip(ends, self._tokens, strict=True)])
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +244,7 @@ Equal = Callable[[oracle.State], oracle.State]
 
 
 def output_cases() -> dict[str, tuple[float, Equal]]:
-    """For each module a factor for its output, and the weights that do the same to the plain network."""
+    """For each module a factor for its output, and the weights that do the same; of the blocks, for one alone."""
     cases: dict[str, tuple[float, Equal]] = {
         "": (FACTOR, lambda state: scaled(state, "output", FACTOR)),
         "tok_embeddings": (FACTOR, lambda state: scaled(state, "tok_embeddings", FACTOR)),
@@ -258,8 +255,8 @@ def output_cases() -> dict[str, tuple[float, Equal]]:
     }
     same_as = {name: name for name in (*LINEAR, "attention_norm", "ffn_norm")}
     same_as |= {"attention": "attention.wo", "feed_forward": "feed_forward.w2"}
-    for i, (name, weight) in itertools.product(range(2), same_as.items()):
-        cases[f"layers.{i}.{name}"] = (FACTOR, lambda state, w=f"layers.{i}.{weight}.": scaled(state, w, FACTOR))
+    for name, weight in same_as.items():
+        cases[f"layers.1.{name}"] = (FACTOR, lambda state, w=f"layers.1.{weight}.": scaled(state, w, FACTOR))
     return cases
 
 
@@ -277,9 +274,9 @@ def input_cases() -> dict[str, tuple[float, Equal]]:
     same_as |= {"attention_norm": (-1.0, ["attention_norm"]), "ffn_norm": (-1.0, ["ffn_norm"])}
     same_as |= {"attention": (FACTOR, ["attention.wq", "attention.wk", "attention.wv"])}
     same_as |= {"feed_forward": (FACTOR, ["feed_forward.w1", "feed_forward.w3"])}
-    for i, (name, (by, weights)) in itertools.product(range(2), same_as.items()):
-        names = " ".join(f"layers.{i}.{weight}." for weight in weights)
-        cases[f"layers.{i}.{name}"] = (by, lambda state, names=names, by=by: scaled(state, names, by))
+    for name, (by, weights) in same_as.items():
+        names = " ".join(f"layers.1.{weight}." for weight in weights)
+        cases[f"layers.1.{name}"] = (by, lambda state, names=names, by=by: scaled(state, names, by))
     return cases
 
 
@@ -291,7 +288,8 @@ def changed_input(args: tuple[Any, ...], by: float) -> tuple[Any, ...]:
 
 def test_the_cases_are_all_modules(built: Built) -> None:
     modules = {name for name, module in built.model.named_modules() if not isinstance(module, nn.ModuleList)}
-    assert modules == output_cases().keys() == input_cases().keys()
+    in_first_layer = {name for name in modules if name.startswith("layers.0.")}  # which is as the other one
+    assert modules - in_first_layer == output_cases().keys() == input_cases().keys()
 
 
 def test_what_a_forward_hook_returns_counts(built: Built) -> None:
@@ -376,11 +374,14 @@ class LoRA(nn.Module):
         return self.base(x) + F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
 
 
-@pytest.mark.parametrize("name", [name for name in output_cases() if name])
-def test_a_module_wrapped_in_another_counts(built: Built, name: str) -> None:
-    by, equal = output_cases()[name]
-    built.model.set_submodule(name, Times(built.model.get_submodule(name), by))
-    built.assert_computes(equal(built.original))
+def test_a_module_wrapped_in_another_counts(built: Built) -> None:
+    for name, (by, equal) in output_cases().items():
+        if name:
+            inner = built.model.get_submodule(name)
+            built.model.set_submodule(name, Times(inner, by))
+            built.assert_computes(equal(built.original))
+            built.model.set_submodule(name, inner)
+    built.assert_unedited()
 
 
 def test_lora_in_the_place_of_layers_counts(built: Built) -> None:
@@ -556,7 +557,11 @@ EDITS: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edited_weight_counts_and_is_in_the_state_dict(built: Built, edit: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["bfloat16, four rows", "bfloat16, one packed row", "bfloat16 from a float16 file", "captured steps"]
+)
+def test_an_edited_weight_counts_and_is_in_the_state_dict(make: Callable[[str], Built], name: str, edit: str) -> None:
+    built = make(name)
     for name in EDITED:
         EDITS[edit](built.model.get_submodule(name))
     expected = scaled(built.original, " ".join(EDITED), -1.0)
@@ -784,13 +789,12 @@ def patched(forward: Callable[..., Any], by: float) -> Callable[..., Any]:
     return lambda *args, **kwargs: by * forward(*args, **kwargs)
 
 
-@pytest.mark.parametrize("name", output_cases())
-def test_a_patched_forward_of_any_module_counts(built: Built, name: str) -> None:
-    by, equal = output_cases()[name]
-    module = built.model.get_submodule(name)
-    module.forward = patched(module.forward, by)
-    built.assert_computes(equal(built.original))
-    del module.forward
+def test_a_patched_forward_of_any_module_counts(built: Built) -> None:
+    for name, (by, equal) in output_cases().items():
+        module = built.model.get_submodule(name)
+        module.forward = patched(module.forward, by)
+        built.assert_computes(equal(built.original))
+        del module.forward
     built.assert_unedited()
 
 
@@ -1099,10 +1103,10 @@ def shared(request: pytest.FixtureRequest, make: Callable[[str], Built]) -> Buil
 
 def all_calls(llama: Llama, i: int) -> list[Any]:
     """What one user asks for, with results that differ from user to user."""
-    options: dict[str, Any] = {"temperature": 0.9, "seed": i, "max_gen_len": 8}
+    options: dict[str, Any] = {"temperature": 0.9, "seed": i, "max_gen_len": 5}
     return [
         "".join(llama.stream_text_completion(TEXTS[i], **options)),
-        llama.generate([PROMPTS[i % 6], PROMPTS[i % 5]], 8, temperature=0.9, seed=i, logprobs=True)[0],
+        llama.generate([PROMPTS[i % 6], PROMPTS[i % 5]], 5, temperature=0.9, seed=i, logprobs=True)[0],
         llama.text_completion(TEXTS[i : i + 3], **options),
         "".join(llama.stream_chat_completion([{"role": "user", "content": TEXTS[i]}], **options)),
         llama.score(TEXTS[i : i + 2])[0]["tokens"],
@@ -1127,12 +1131,12 @@ def test_eight_threads_get_what_each_gets_alone(make: Callable[[str], Built], na
     shared = make(name).llama
     alone = [all_calls(shared, i) for i in range(8)]
     assert len({str(result) for result in alone}) == 8
-    assert at_once(8, lambda i: all_calls(shared, i) + all_calls(shared, i)) == [result * 2 for result in alone]
+    assert at_once(8, lambda i: all_calls(shared, i)) == alone
 
 
 def test_two_threads_get_what_each_gets_alone_in_every_build(built: Built) -> None:
     def call(i: int) -> list[Any]:
-        return [built.llama.generate([PROMPTS[i]], 12, temperature=0) for _ in range(5)]
+        return [built.llama.generate([PROMPTS[i]], 6, temperature=0) for _ in range(5)]
 
     alone = [call(0), call(1)]
     assert alone[0] != alone[1]
@@ -1150,7 +1154,7 @@ def test_llamas_that_share_a_network_take_turns_too(make: Callable[[str], Built]
 
 def interrupted(llama: Llama, between: Callable[[], object], **options: Any) -> str:
     pieces = []
-    for piece in llama.stream_text_completion(TEXTS[0], max_gen_len=12, **options):
+    for piece in llama.stream_text_completion(TEXTS[0], max_gen_len=6, **options):
         pieces.append(piece)
         between()
     return "".join(pieces)
@@ -1172,12 +1176,10 @@ BETWEEN: dict[str, Callable[[Llama], object]] = {
 
 
 @pytest.mark.parametrize("what", BETWEEN)
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_stream_goes_on_whatever_comes_between_its_pieces(shared: Built, what: str, temperature: float) -> None:
+def test_a_stream_goes_on_whatever_comes_between_its_pieces(shared: Built, what: str) -> None:
     """`model.forward` between two pieces corrupted the stream."""
-    if shared.dtype == torch.bfloat16 and temperature:
-        pytest.skip("a cache computed anew in bfloat16 may round differently")
-    options: dict[str, Any] = {"temperature": temperature, "seed": 3}
+    # A cache that is computed anew in bfloat16 may round differently.
+    options: dict[str, Any] = {"temperature": 0.0 if shared.dtype == torch.bfloat16 else 0.9, "seed": 3}
     expected = interrupted(shared.llama, lambda: None, **options)
     assert interrupted(shared.llama, lambda: BETWEEN[what](shared.llama), **options) == expected
     assert interrupted(shared.llama, lambda: None, **options) == expected
@@ -1214,7 +1216,7 @@ def test_a_call_from_inside_of_another_is_refused(shared: Built) -> None:
 
 def test_two_threads_leave_onednns_switch_on(make: Callable[[str], Built]) -> None:
     """Each turned it off for a single row's product; the second one took "off" for the state to put back."""
-    layer = make("bfloat16, one row by the native product").model.output
+    layer = make("bfloat16, one row").model.output
     assert torch._C._get_mkldnn_enabled()
     x = torch.randn((1, 32), dtype=torch.bfloat16)
     expected = layer(x)
