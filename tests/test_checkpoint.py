@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import re
+import resource
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +163,9 @@ def test_the_vocabulary_may_be_left_to_the_tokenizer(tmp_path: Path) -> None:
 
 def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_with_both_sizes(tmp_path: Path) -> None:
     write_params(tmp_path, {"vocab_size": 32000})
-    with pytest.raises(ValueError, match=r"params\.json: vocab_size must be .* the tokenizer, 32016, got 32000;"):
+    with pytest.raises(
+        ValueError, match=r"params\.json: vocab_size must be .*, got 32000 where the tokenizer has 32016 pieces;"
+    ):
         model_args(tmp_path, 32016, max_batch_size=1, max_seq_len=1)
     assert model_args(tmp_path, 32000, max_batch_size=1, max_seq_len=1).vocab_size == 32000
 
@@ -184,6 +190,52 @@ def test_a_wrong_file_of_params_is_refused(tmp_path: Path, params: object, messa
     write_params(tmp_path, params)
     with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path))}/params\.json:? {message}"):
         read_params(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, '{"dim": ' + "9" * 5000 + "}"])
+def test_deep_nesting_and_endless_numbers_are_refused_with_the_files_name(tmp_path: Path, content: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path))}/params\.json must be JSON, got an error: "):
+        read_params(write_params(tmp_path, content))
+
+
+def test_a_file_of_params_of_many_megabytes_is_refused_unread(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"params\.json must have at most 4194304 bytes, got 5000011"):
+        read_params(write_params(tmp_path, json.dumps({"dim": "x" * 5_000_000})))
+
+
+def test_unknown_keys_in_errors_are_short_and_printable(tmp_path: Path) -> None:
+    write_params(tmp_path, {"\x1b[2J": 1, "y" * 100_000: 2, "z": 3, "zz": 4})
+    with pytest.raises(ValueError, match=r"got '\\x1b\[2J', 'yyy.* \(100000 characters\), 'z' and 1 more;") as caught:
+        read_params(tmp_path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("n_layers", [2_000_000, 2**62])
+def test_more_layers_than_the_file_has_tensors_are_refused_before_anything_is_planned(
+    write_checkpoint: Callable[..., Path],
+    params: dict[str, Any],
+    state: dict[str, Tensor],
+    args: ModelArgs,
+    tokenizer_path: Path,
+    n_layers: int,
+) -> None:
+    """A list of that many tensors' shapes would take minutes and gigabytes."""
+    folder = write_checkpoint(params | {"n_layers": n_layers}, state)
+    message = rf"params\.json: n_layers must be .*, got {n_layers}, but consolidated\.00\.pth has no more than"
+    with pytest.raises(ValueError, match=message):
+        Llama.build(folder, tokenizer_path, max_seq_len=8, max_batch_size=1, device="cpu")
+    with pytest.raises(ValueError, match=message):
+        load_shard(folder / "consolidated.00.pth", replace(args, n_layers=n_layers), 1)
+
+
+def test_every_rank_finds_that_another_ranks_file_is_cut_short(
+    write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, Tensor]
+) -> None:
+    """Before the ranks meet: one that failed alone would leave the others waiting."""
+    path = write_checkpoint(params, state, 2) / "consolidated.01.pth"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read .* is it cut short\?"):
+        model_args(path.parent, params["vocab_size"], max_batch_size=1, max_seq_len=1)
 
 
 def test_params_that_are_no_text_are_refused(tmp_path: Path) -> None:
@@ -417,6 +469,58 @@ def test_no_error_advises_to_run_the_files_code(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
             read_shard(path)
         assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "consolidated.00.pth"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} must be a regular file, got a folder, pipe or"):
+        read_shard(path)
+
+
+def test_a_folder_does_not_count_as_a_file_of_the_checkpoint(one_file: Callable[..., Path]) -> None:
+    path = one_file()
+    (path.parent / "backup.pth").mkdir()
+    assert find_shards(path.parent, 1) == [path]
+    path.unlink()
+    with pytest.raises(AssertionError, match="no checkpoint files found"):
+        list_shards(path.parent)
+
+
+@pytest.mark.parametrize("folder", [7, None, True, b"x", ["x"]])
+def test_what_is_no_path_is_refused(folder: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^ckpt_dir must be the path of a folder, got {re.escape(repr(folder))}$"):
+        list_shards(folder)
+
+
+@pytest.mark.parametrize("record", ["data.pkl", "byteorder", "version"])
+def test_a_record_that_unpacks_to_gigabytes_is_refused_unread(one_file: Callable[..., Path], record: str) -> None:
+    path = one_file()
+    with zipfile.ZipFile(path) as archive:
+        content = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data if not name.endswith(f"/{record}") else data + bytes(2**28))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read .*must be stored uncompressed") as e:
+        read_shard(path)
+    assert len(str(e.value)) < 1000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # KiB, of 2**18
+
+
+def test_a_byte_array_as_large_as_the_pickle_asks_for_is_not_made(tmp_path: Path) -> None:
+    path = tmp_path / "consolidated.00.pth"
+    torch.save({"norm.weight": torch.ones(1), "x": bytearray(5)}, path)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read .*byte array"):
+        read_shard(path)
+
+
+def test_names_of_tensors_in_errors_are_short_and_printable(one_file: Callable[..., Path], args: ModelArgs) -> None:
+    with pytest.raises(ValueError, match=r"but has \\x1b\[2J") as caught:
+        load_shard(one_file({"\x1b[2J" + "x" * 100_000: torch.ones(1)}), args, 1)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 500 + len(str(args))
 
 
 class Touch:

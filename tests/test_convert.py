@@ -387,6 +387,43 @@ def test_a_hostile_index_is_refused(hf_dir: Path, tmp_path: Path, weight_map: An
     assert_refused((ValueError, FileNotFoundError), message, from_hf, hf_dir, tmp_path / "out")
 
 
+@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
+@pytest.mark.parametrize("value", [2**31, 2**53 + 1, 2**60, 10**4000])
+def test_numbers_that_no_model_has_are_refused(hf_dir: Path, tmp_path: Path, field: str, value: int) -> None:
+    """Past 2**53, floating point cannot tell them apart."""
+    (hf_dir / "config.json").write_text(json.dumps(CONFIG | {field: value}))
+    message = rf"config.json: {field} must be an integer from 1 to 2147483647, got "
+    assert_refused(ValueError, message, from_hf, hf_dir, tmp_path / "out")
+
+
+def test_each_width_up_to_the_bound_is_given_exactly_or_refused() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        dim, width = 2 ** rng.randint(3, 31), rng.randint(1, 2 ** rng.randint(1, 31) - 1)
+        assert with_hidden_dim(ModelArgs(dim=dim, n_heads=4), width).hidden_dim == width
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000])
+def test_deeply_nested_json_is_refused_with_the_files_name(hf_dir: Path, tmp_path: Path, content: str) -> None:
+    (hf_dir / "config.json").write_text(content)
+    assert_refused(ValueError, "config.json must be JSON", from_hf, hf_dir, tmp_path / "out")
+
+
+def test_quoted_values_are_short_and_printable(hf_dir: Path, tmp_path: Path) -> None:
+    for changes in ({"hidden_act": "\x1b[2J" * 10**5}, {"rope_scaling": {"type": ["\x1b[2J"] * 10**5}}):
+        (hf_dir / "config.json").write_text(json.dumps(CONFIG | changes))
+        with pytest.raises(ValueError, match=r"\\x1b\[2J") as caught:
+            from_hf(hf_dir, tmp_path / "out")
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+def test_an_output_path_of_any_letters(hf_dir: Path, tmp_path: Path) -> None:
+    from_hf(hf_dir, tmp_path / "josé", quiet=True)
+    from_hf(hf_dir, tmp_path / "jose", quiet=True)
+    for ours, theirs in zip(load(tmp_path / "josé"), load(tmp_path / "jose"), strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_one_tensor_in_two_files_is_refused(hf_dir: Path, tmp_path: Path) -> None:
     save_file({"lm_head.weight": torch.zeros(320, 64)}, hf_dir / "b.safetensors")
     (hf_dir / "model.safetensors").rename(hf_dir / "a.safetensors")

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.tools.perplexity import perplexity, windows
+from llama.tools import toy
+from llama.tools.perplexity import main, perplexity, windows
 from tests.conftest import ROOT, TEXT
 from tests.test_against_hf import hugging_face_model
 from tests.test_examples import clean_environment
@@ -69,6 +70,18 @@ def test_a_stride_that_leaves_tokens_out_is_refused(llama: Llama, stride: int) -
 def test_an_empty_text_is_refused(llama: Llama) -> None:
     with pytest.raises(ValueError, match="the text must have at least one token"):
         perplexity(llama, "")
+
+
+def test_without_the_toy_checkpoint_the_error_says_what_to_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an installed package, which does not include it."""
+    (tmp_path / "text.txt").write_text("a text")
+    monkeypatch.setattr(toy, "_REPOSITORY", tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"^--ckpt_dir must be given: .* pass the folder that holds params.json"
+    ):
+        main(str(tmp_path / "text.txt"))
 
 
 def test_the_command_prints_one_line_and_a_mistake_ends_it_with_one(tmp_path: Path) -> None:

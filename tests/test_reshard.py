@@ -6,9 +6,11 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,23 @@ def test_numbers_of_files_that_do_not_divide_each_other(write_checkpoint: Write,
     state = oracle.random_state(params, seed=2)
     reshard(write_checkpoint(params, state, 3), tmp_path / "out", 2)
     assert_same_files(tmp_path / "out", write_checkpoint(params, state, 2))
+
+
+@pytest.mark.parametrize("name", ["josé", "模型", "with space"])
+def test_an_output_path_of_any_letters(folders: dict[int, Path], tmp_path: Path, name: str) -> None:
+    reshard(folders[1], tmp_path / name / "out", 2)
+    assert_same_files(tmp_path / name / "out", folders[2])
+
+
+def test_written_files_pass_zips_own_check(folders: dict[int, Path], tmp_path: Path) -> None:
+    """Their checksums are those of the bytes, as in files that torch.save writes: unzip -t finds no fault."""
+    reshard(folders[1], tmp_path / "out", 2)
+    for path in (tmp_path / "out").glob("*.pth"):
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+        if unzip := shutil.which("unzip"):
+            done = subprocess.run([unzip, "-t", path], check=False, capture_output=True, text=True)
+            assert done.returncode == 0 and "No errors detected" in done.stdout
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -321,6 +340,49 @@ def test_what_a_killed_run_left_is_replaced(source: Path, folders: dict[int, Pat
 def test_a_terminated_run_leaves_nothing(source: Path, tmp_path: Path) -> None:
     assert end_by_signal(source, tmp_path / "out", signal.SIGTERM) == 128 + signal.SIGTERM
     assert os.listdir(tmp_path) == []
+
+
+def test_the_closing_of_the_terminal_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    assert end_by_signal(source, tmp_path / "out", signal.SIGHUP) == 128 + signal.SIGHUP
+    assert os.listdir(tmp_path) == []
+
+
+LIMITED = """
+import resource, sys
+from llama.tools.commandline import run
+from llama.tools.reshard import reshard
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[-1]), -1))
+del sys.argv[-1]
+run(reshard)
+"""
+
+
+@pytest.mark.parametrize("limit", [1000, 100_000])
+def test_a_limit_on_the_size_of_files_is_one_clear_error(source: Path, tmp_path: Path, limit: int) -> None:
+    """`ulimit -f`."""
+    arguments = ["--ckpt_dir", source, "--output_dir", tmp_path / "out", "--model_parallel_size", "1", str(limit)]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *arguments], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and os.listdir(tmp_path) == []
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "ulimit -f" in done.stderr or "File too large" in done.stderr
+
+
+def test_a_flag_without_its_value_writes_no_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt_dir", source, "--model_parallel_size", 4]
+    assert "--output_dir must have a value" in str(command(monkeypatch, *flags, "--output_dir"))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", [7, None, True])
+def test_places_that_are_no_paths_are_refused(source: Path, tmp_path: Path, place: Any) -> None:
+    with pytest.raises(ValueError, match=f"output_dir must be a path, got {place}"):
+        reshard(source, place, 1)
+    assert_refused(f"must be a path, got {place}", place, tmp_path / "out")
 
 
 def test_two_runs_for_one_folder_do_not_mix(source: Path, tmp_path: Path) -> None:

@@ -230,6 +230,27 @@ def test_the_command_prints_a_line_a_problem(folder: Path, capsys: pytest.Captur
     assert err == ""
 
 
+def test_a_hostile_name_cannot_forge_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A terminal would carry out the escape sequences of a tensor's name."""
+    change(folder / "consolidated.01.pth", {f"\x1b[2K\rok: {folder}, 2 files\n\x1b[8m": torch.zeros(2)})
+    assert main(str(folder), quiet=True) == 1
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.rstrip("\n").isprintable() and r"\x1b[2K\rok: " in out
+
+
+def test_a_name_of_a_megabyte_is_cut(folder: Path) -> None:
+    change(folder / "consolidated.01.pth", {"x" * 10**6: torch.zeros(2)})
+    (found,) = problems(folder)
+    assert len(found) < 500
+
+
+def test_a_named_pipe_is_a_problem_and_not_waited_for(folder: Path) -> None:
+    (folder / "checklist.chk").unlink()
+    (folder / "consolidated.01.pth").unlink()
+    os.mkfifo(folder / "consolidated.01.pth")
+    assert_one(problems(folder), "consolidated.01.pth must be a regular file")
+
+
 def test_the_module_is_a_command(folder: Path) -> None:
     (folder / "params.json").write_text(json.dumps({"dim": True}))
     command = [sys.executable, "-m", "llama.tools.verify", "--ckpt_dir", str(folder), "--quiet"]

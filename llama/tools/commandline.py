@@ -75,20 +75,26 @@ def _deferred(function: Callable[..., Any]) -> Callable[..., _Call]:
 
     @functools.wraps(function)
     def defer(*args: Any, **kwargs: Any) -> _Call:
-        return _Call(lambda: function(*args, **_with_values(kwargs, texts)))
+        given = signature.bind(*args, **kwargs).arguments  # fire passes some flags by position
 
-    texts = [name for name, p in inspect.signature(function).parameters.items() if "str" in str(p.annotation)]
+        def call() -> Any:
+            _check_values(given, texts)
+            return function(*args, **kwargs)
+
+        return _Call(call)
+
+    signature = inspect.signature(function)
+    texts = [name for name, p in signature.parameters.items() if "str" in str(p.annotation)]
     deferred: Callable[..., _Call] = decorators.SetParseFns(**dict.fromkeys(texts, str))(defer)
     return deferred
 
 
-def _with_values(flags: dict[str, Any], texts: list[str]) -> dict[str, Any]:
-    """`flags`, checked that those which need a text have one: fire passes "True" for a flag without a value."""
+def _check_values(given: dict[str, Any], texts: list[str]) -> None:
+    """Raises ValueError if a flag that needs a text was given without one, for which fire passes "True"."""
     typed = [argument.rpartition("=")[2] for argument in sys.argv[1:]]
     for name in texts:
-        if flags.get(name) in ("True", "False") and flags[name] not in typed:
+        if given.get(name) in ("True", "False") and given[name] not in typed:
             raise ValueError(f"--{name} must have a value, got none; write --{name} VALUE")
-    return flags
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
