@@ -52,6 +52,13 @@ class ModelUse:
         self.lock.acquire()
         self.holder = threading.get_ident()
 
+    def try_enter(self) -> bool:
+        """Enters unless this or another thread is inside; whether it did."""
+        if self.holder == threading.get_ident() or not self.lock.acquire(blocking=False):
+            return False
+        self.holder = threading.get_ident()
+        return True
+
     def __exit__(self, *exc_info: object) -> None:
         self.holder = None
         self.lock.release()

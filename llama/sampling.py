@@ -39,9 +39,14 @@ class Sampler:
     # The stream's state before and after the last step.
     _states: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the most likely token, without random numbers."""
+        return self.temperature < GREEDY_BELOW
+
     def __call__(self, logits: Tensor, lanes: Tensor) -> Tensor:
         """The next token of each row: (bsz,) int64, from logits (bsz, vocab) float32 and each row's lane (bsz,)."""
-        if self.temperature < GREEDY_BELOW:
+        if self.is_greedy:
             return logits.argmax(-1)
         probs = torch.softmax(logits / self.temperature, dim=-1)
         if self.draw is not None:
