@@ -7,6 +7,7 @@ the next waiting prompt is prefilled behind it while the others stand. This is c
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from llama.sampling import Sampler
 from llama.stepping import Stepper
 
 FinishReason = Literal["stop", "length"]
+_stream_numbers = itertools.count()  # alike on all ranks, which open the same streams
 _LOGPROB_POSITIONS = 512  # positions whose logits are held at a time when whole prompts are scored
 
 
@@ -151,6 +153,7 @@ class StepsInStep:
     def __init__(self, steps: Iterator[Step]) -> None:
         self._steps = steps
         self._first = is_first_of_group()
+        self._number = next(_stream_numbers)
         self._over = False
 
     def __iter__(self) -> Iterator[Step]:
@@ -163,13 +166,13 @@ class StepsInStep:
 
     def close(self) -> None:
         if self._first and not self._over:
-            self._over = not broadcast_flag(False)
+            self._over = not broadcast_flag(False, stream=self._number)
         while not self._over:
             self._advance()
 
     def _advance(self) -> Step | None:
         self._over = True  # should the step fail, this rank leaves and waits for no other
-        step = next(self._steps, None) if broadcast_flag(True) else None
+        step = next(self._steps, None) if broadcast_flag(True, stream=self._number) else None
         self._over = step is None or step.finish_reason is not None
         return step
 

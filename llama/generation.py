@@ -162,8 +162,9 @@ class Llama:
         runtime.share_cores()
         runtime.init_process_groups(mp, device)
         timings("process group")
+        same = ("build", args, mp, dtype, device.type)
         try:
-            with out_of_memory_explained(args, mp, dtype, str(device)):
+            with runtime.loading_together(same), out_of_memory_explained(args, mp, dtype, str(device)):
                 model = load_model(shards[runtime.model_parallel_rank()], args, mp, device, dtype, timings)
         except VocabularyError as error:
             raise ValueError(
@@ -372,7 +373,7 @@ class Llama:
 
     def _complete_texts(self, prompts: list[list[int]], request: Request) -> list[Completion]:
         """`_complete`, through `generate` if a subclass or an assignment replaced that."""
-        if prompts and (type(self).generate is not Llama.generate or "generate" in vars(self)):
+        if prompts and (type(self).generate is not _built_in_generate or "generate" in vars(self)):
             return self._complete_by_generate(prompts, request)
         return self._complete(prompts, request)
 
@@ -459,12 +460,13 @@ class Llama:
     def _turn(self) -> Iterator[None]:
         """Holds the model's lock, for which it waits."""
         use = use_of(self.model)
-        use.check_thread(several_ranks=runtime.model_parallel_size() > 1)
-        with use:
+        use.check_thread(several_ranks=runtime.has_several_ranks())
+        with use, runtime.rank_errors():
             yield
 
     def _same_on_all_ranks(self, name: str, check: Callable[[], Result]) -> Result:
         """A call's checked arguments; raises RuntimeError on all ranks if they differ, before any compute."""
+        use_of(self.model).check_thread(several_ranks=runtime.has_several_ranks())
         try:
             checked = check()
         except Exception:
@@ -528,6 +530,9 @@ class Llama:
 
     def _max_gen_len(self, requested: int | None) -> int:
         return max(1, self.model.params.max_seq_len - 1) if requested is None else requested
+
+
+_built_in_generate = Llama.generate
 
 
 def _with_text(row: Completion, text: GrowingText) -> Completion:

@@ -1,20 +1,24 @@
 """Where and as what a model runs: processes, the model-parallel group, device, dtype, threads.
 
-The only module that reads environment variables or names a communication backend. Knows nothing of Llama.
+The only module that reads environment variables or names a communication backend.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import io
+import ctypes
+import itertools
 import os
-from collections.abc import Callable, Sequence
-from hashlib import blake2b
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize
 from fairscale.nn.model_parallel.initialize import (
     destroy_model_parallel,
     get_data_parallel_group,
@@ -24,25 +28,50 @@ from fairscale.nn.model_parallel.initialize import (
     get_model_parallel_rank,
     get_model_parallel_src_rank,
     get_model_parallel_world_size,
+    get_pipeline_parallel_group,
     initialize_model_parallel,
     model_parallel_is_initialized,
 )
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from llama.lockstep import TIMEOUT_VARIABLE, Lockstep, RankError
 
 T = TypeVar("T")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LOADING_TIMEOUT_S = 2 * 3600.0  # that a rank waits for the others' shards, which may come over a slow network
+_groups_lock = threading.Lock()
+_lockstep: tuple[weakref.ref[dist.ProcessGroup], Lockstep] | None = None  # of the process group that is referred to
+_lockstep_numbers = itertools.count()  # each has keys of its own in the store
 
 
 def world_size() -> int:
-    """Number of processes that run this program: those of the process group, or that the launcher announces."""
+    """Return the number of processes that run this program: the process group's, else the launcher's."""
     if dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number_from_environment("WORLD_SIZE", 1)
+
+
+def _number_from_environment(name: str, default: int, *, minimum: int = 1) -> int:
+    """Return a whole number that a launcher sets, or `default` if it is not set."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        number = int(text)
+    except ValueError:
+        number = minimum - 1
+    if number < minimum:
+        raise ValueError(
+            f"the environment variable {name} must be a whole number of at least {minimum}, got {text[:40]!r}; "
+            "unset it, or start with torchrun, which sets it"
+        )
+    return number
 
 
 def resolve_model_parallel_size(requested: int | None) -> int:
-    """The model-parallel size to use: what is asked for, else what is initialized, else the world size.
+    """Return the model-parallel size to use: the requested one, else the initialized one, else the world size.
 
     Raises:
         ValueError: the world size is not a multiple of it, or another size is initialized already.
@@ -51,86 +80,259 @@ def resolve_model_parallel_size(requested: int | None) -> int:
     world = world_size()
     size = requested if requested is not None else current if current is not None else world
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"model_parallel_size is {size!r}; it takes a whole number above zero, or None")
+        raise ValueError(f"model_parallel_size must be a whole number above zero, or None, got {size!r}")
     if world % size:
         raise ValueError(
-            f"the world size ({world}) is not a multiple of model_parallel_size={size}; "
-            f"start the program with torchrun --nproc_per_node {size}"
+            f"the world size must be a multiple of model_parallel_size, got a world size of {world} and "
+            f"model_parallel_size={size}; start the program with torchrun --nproc_per_node {size}"
         )
     if current is not None and current != size:
         raise ValueError(
-            f"model_parallel_size={size}, but this process is part of a model-parallel group of {current} already; "
-            "use that size, or a fresh process"
+            f"model_parallel_size must be {current}, the size of the model-parallel group that this process has "
+            f"joined, got {size}; pass {current}, or start a new process"
         )
     return size
 
 
 def init_process_groups(model_parallel_size: int, device: torch.device) -> None:
-    """Joins the process group and fairscale's model-parallel group, each unless it is there already."""
-    if not dist.is_initialized():
-        _init_process_group(device)
-        atexit.register(_leave)
-    if not model_parallel_is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints
-            initialize_model_parallel(model_parallel_size)
+    """Join the process group and fairscale's model-parallel group, each unless that has been done already.
+
+    Safe to call from several threads. A process that is forked afterwards must not use the groups; it can exit.
+
+    Raises:
+        RankError: under several ranks, one did not start in time; or they have failed before.
+    """
+    with _groups_lock:
+        if not dist.is_initialized():
+            _init_process_group(device)
+            pid = os.getpid()
+            atexit.register(lambda: _leave() if os.getpid() == pid else None)
+            os.register_at_fork(after_in_child=_keep_groups_of_parent)
+        if lockstep := _ranks_in_lockstep():
+            lockstep.check()
+        if not model_parallel_is_initialized():
+            _init_model_parallel(model_parallel_size)
 
 
 def _init_process_group(device: torch.device) -> None:
+    global _lockstep
     nccl = device.type == "cuda" and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # NCCL for tensors; objects and flags stay on the host
     missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
     if not missing:
-        dist.init_process_group(backend, device_id=device if nccl else None)
+        store, rank, size, lockstep = _join_launched_ranks()
+        device_id = device if nccl else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
+        if lockstep:
+            _lockstep = weakref.ref(_default_group()), lockstep
     elif world_size() == 1:  # a plain script or notebook: a group of one, which needs no address
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     else:
-        raise ValueError(f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} not set; start with torchrun")
+        raise ValueError(
+            f"with WORLD_SIZE={world_size()}, {', '.join(_LAUNCHER_VARIABLES)} must all be set, got no "
+            f"{', '.join(missing)}; start with torchrun, which sets them"
+        )
+
+
+def _join_launched_ranks() -> tuple[Store, int, int, Lockstep | None]:
+    """Wait for the ranks that a launcher started. Returns their store, this one's rank, and how many they are."""
+    rank, size = _number_from_environment("RANK", 0, minimum=0), world_size()
+    if rank >= size:
+        raise ValueError(f"the environment variable RANK must be below WORLD_SIZE={size}, got {rank}; use torchrun")
+    timeout = timedelta(seconds=_rank_timeout())
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankError(
+            f"all {size} ranks must meet at {address} within {_rank_timeout():g} seconds (set by {TIMEOUT_VARIABLE}), "
+            f"got: {str(error).splitlines()[0]}"
+        ) from error
+    store.set_timeout(dist.default_pg_timeout)
+    lockstep = _new_lockstep(store, rank, size) if size > 1 else None
+    return store, rank, size, lockstep
+
+
+def _init_model_parallel(size: int) -> None:
+    """Make fairscale's groups without the lines that it prints. Output of other threads is not touched."""
+    initialize.print = lambda *args: None  # a name in front of the built-in one, in fairscale's module alone
+    try:
+        initialize_model_parallel(size)
+    finally:
+        del initialize.print
 
 
 def _leave() -> None:
-    """Ends the groups at exit: threads of a group left behind can abort the interpreter's shutdown."""
+    """End the groups at exit: threads of a group left behind can abort the interpreter's shutdown."""
+    global _lockstep
+    if dist.is_initialized() and (lockstep := _current_lockstep()):
+        lockstep.leave()
+    _lockstep = None
     destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def _keep_groups_of_parent() -> None:
+    """In a forked child: never destroy the groups, which would wait for threads that only the parent has."""
+    for group in dist.distributed_c10d._world.pg_map:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
+def _close_model_parallel_groups() -> None:
+    """Close the connections to the other ranks, so that none waits for this one any longer."""
+    if not model_parallel_is_initialized():
+        return
+    groups = [get_model_parallel_group(), get_data_parallel_group(), get_pipeline_parallel_group()]
+    destroy_model_parallel()
+    while groups:
+        group = groups.pop()
+        if "nccl" in dist.get_backend_config(group):
+            group.abort()
+        dist.destroy_process_group(group)
+
+
+# ---- lockstep of the ranks ----
+
+
+def _default_group() -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.distributed_c10d._get_default_group()
+    return group
+
+
+def _new_lockstep(store: Store, rank: int, size: int) -> Lockstep:
+    """Join the lockstep of all ranks, waiting for them to have started."""
+    keys = PrefixStore(f"llama/{next(_lockstep_numbers)}", store)
+    lockstep = Lockstep(keys, rank, size, _rank_timeout())
+    lockstep.arrive()
+    return lockstep
+
+
+def _current_lockstep() -> Lockstep | None:
+    """Return that of the process group as it is now, if it has been made."""
+    return _lockstep[1] if _lockstep and _lockstep[0]() is _default_group() else None
+
+
+def _ranks_in_lockstep() -> Lockstep | None:
+    """Return the lockstep with the other ranks, joining it the first time; None for a single process."""
+    global _lockstep
+    if not has_several_ranks():
+        return None
+    if not (lockstep := _current_lockstep()):
+        store = dist.distributed_c10d._get_default_store()
+        lockstep = _new_lockstep(store, dist.get_rank(), dist.get_world_size())
+        _lockstep = weakref.ref(_default_group()), lockstep
+    return lockstep
+
+
+def _rank_timeout() -> float:
+    """Return how many seconds a rank waits for the others to start, or to make the same call."""
+    return float(_number_from_environment(TIMEOUT_VARIABLE, 300))
+
+
+def has_several_ranks() -> bool:
+    """Return whether this process runs together with others, as one network or as replicas of it."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def compare_calls(call: object, *, timeout_s: float | None = None) -> None:
+    """Raise RankError on all ranks unless all of them make the same call; each has to ask before it works.
+
+    Args:
+        call: a tuple of the call's name and its checked arguments, alike on all ranks by their `repr`; None if this
+            rank refused the arguments.
+        timeout_s: maximum time to wait for the others; by default 300, or what `LLAMA_RANK_TIMEOUT` says.
+    """
+    if lockstep := _ranks_in_lockstep():
+        lockstep.check()
+        groups = [_group_ranks()]
+        if replica()[1] > 1:
+            groups.append(dist.get_process_group_ranks(get_data_parallel_group()))
+        lockstep.compare_calls(call, [ranks for ranks in groups if len(ranks) > 1], timeout_s)
+
+
+def _group_ranks() -> list[int]:
+    """Return the ranks of this one's model-parallel group."""
+    if not model_parallel_is_initialized():
+        return list(range(dist.get_world_size()))
+    return dist.get_process_group_ranks(get_model_parallel_group())
+
+
+def rank_errors() -> AbstractContextManager[None]:
+    """Surround work in which ranks communicate: an error on one of them ends the work of all within seconds.
+
+    The other ranks raise RankError, which names that rank, and its model-parallel groups are closed: the program has to
+    start again. An error that all ranks raise at the same place leaves the groups usable.
+
+    Over NCCL, a rank that waits on the GPU learns of the error only when torchrun or NCCL's own timeout ends it.
+    """
+    lockstep = _ranks_in_lockstep()
+    return lockstep.guard(_close_model_parallel_groups) if lockstep else nullcontext()
+
+
+@contextmanager
+def loading_together(call: object) -> Iterator[None]:
+    """Surround the loading of this rank's shard; raise RankError on all ranks if one fails, or builds another model.
+
+    Args:
+        call: what all ranks build, as in `compare_calls`.
+    """
+    with rank_errors():
+        yield
+    compare_calls(call, timeout_s=_LOADING_TIMEOUT_S)
+
+
 def is_first_rank() -> bool:
-    """Whether this process is the one of all that should print."""
+    """Return whether this process is the one of all that should print."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def model_parallel_size() -> int:
-    """Number of ranks that share a network; 1 where no model-parallel group was made."""
+    """Return the number of ranks that share a network; 1 if there is no model-parallel group."""
     return get_model_parallel_world_size() if model_parallel_is_initialized() else 1
 
 
 def model_parallel_rank() -> int:
+    """Return this process's rank in its model-parallel group."""
     rank: int = get_model_parallel_rank()
     return rank
 
 
 def broadcast_from_first(tensor: Tensor) -> Tensor:
-    """Overwrites `tensor`, in place, with that of the model-parallel group's first rank; returns it."""
+    """Overwrite `tensor` in place with that of the model-parallel group's first rank, and return it."""
     if model_parallel_size() > 1:
         dist.broadcast(tensor, get_model_parallel_src_rank(), group=get_model_parallel_group())
     return tensor
 
 
 def is_first_of_group() -> bool:
-    """Whether this process is its model-parallel group's first rank."""
+    """Return whether this process is the first rank of its model-parallel group."""
     return model_parallel_size() == 1 or model_parallel_rank() == 0
 
 
-def broadcast_flag(go_on: bool) -> bool:
-    """What the first rank of the model-parallel group says; every rank has to ask at the same point."""
-    if model_parallel_size() == 1:
-        return go_on
-    return bool(broadcast_from_first(torch.tensor([go_on])).item())
+def broadcast_flag(flag: bool, *, stream: int = 0) -> bool:
+    """Return the flag of the model-parallel group's first rank; every rank has to ask at the same point.
+
+    Args:
+        flag: this rank's.
+        stream: the number of the stream that asks, the same on all ranks.
+
+    Returns:
+        False, without asking, once the ranks can no longer work together.
+
+    Raises:
+        RankError: another rank does something else.
+    """
+    lockstep = _ranks_in_lockstep()
+    if lockstep and lockstep.failure is not None:
+        return False
+    if not lockstep or model_parallel_size() == 1:
+        return flag
+    return lockstep.broadcast_flag(flag, _group_ranks(), stream)
 
 
 def broadcast_object(value: T | None = None) -> T:
-    """The object that the first rank of all processes passes; the others pass none, and wait."""
+    """Return the object that the first of all ranks passes; the others pass none, and wait for it."""
     box = [value]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
@@ -138,14 +340,14 @@ def broadcast_object(value: T | None = None) -> T:
 
 
 def replica() -> tuple[int, int]:
-    """Which replica of the network this process is part of, and how many there are (world size over MP)."""
+    """Return which replica of the network this process is part of, and how many there are (world size / MP)."""
     if not model_parallel_is_initialized():
         return 0, 1
     return get_data_parallel_rank(), get_data_parallel_world_size()
 
 
 def gather_replicas(mine: T) -> list[T]:
-    """Every replica's object, in order, on all of them."""
+    """Return every replica's object, in order, on all of them."""
     _, n_replicas = replica()
     if n_replicas == 1:
         return [mine]
@@ -154,34 +356,8 @@ def gather_replicas(mine: T) -> list[T]:
     return cast(list[T], gathered)
 
 
-def compare_calls(call: object) -> None:
-    """Raises RuntimeError on all ranks unless all of them make the same call; each has to ask, before it works.
-
-    Args:
-        call: the name of the call and its checked arguments, alike on all ranks by their `repr`; None if this rank
-            refused them.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    digest = 0 if call is None else int.from_bytes(blake2b(repr(call).encode(), digest_size=7).digest(), "big") | 1
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    digests = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(digests, torch.tensor([digest], device=device))
-    values = [int(value) for value in digests]
-    if call is not None and (refused := [rank for rank, value in enumerate(values) if not value]):
-        raise RuntimeError(
-            f"all ranks must make the same calls; rank {', '.join(map(str, refused))} refused the arguments of this one"
-        )
-    if call is not None and len(set(values)) > 1:
-        odd = next(rank for rank, value in enumerate(values) if value != values[0])
-        raise RuntimeError(
-            f"all ranks must make the same calls with the same arguments; those of rank {odd} and rank 0 differ "
-            f"(this is rank {dist.get_rank()}, which called {call[0] if isinstance(call, tuple) else call})"
-        )
-
-
 def default_generator(device: torch.device) -> torch.Generator:
-    """torch's own generator of a device, which `torch.manual_seed` seeds."""
+    """Return torch's default generator of a device, which `torch.manual_seed` seeds."""
     if device.type == "cuda":
         torch.cuda.init()
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -192,9 +368,9 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 
 def select_device(requested: str | torch.device | None) -> torch.device:
-    """The device of this process: the one asked for, else CUDA, MPS or CPU, whichever is there first.
+    """Return the device of this process: the requested one, else the first available of CUDA, MPS and CPU.
 
-    `LOCAL_RANK` gives the index of a CUDA device that is asked for without one.
+    `LOCAL_RANK` gives the index of a CUDA device that is requested without one.
     """
     if requested is None:
         if torch.cuda.is_available():
@@ -204,38 +380,39 @@ def select_device(requested: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(requested)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {requested!r}; it takes 'cpu', 'cuda', 'cuda:N' or 'mps'") from error
+        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', got {requested!r}") from error
     if device.type == "cuda":
         return _cuda_device(device)
     if device.type not in ("cpu", "mps"):
-        raise ValueError(f"device is {requested!r}; it takes 'cpu', 'cuda', 'cuda:N' or 'mps'")
+        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', got {requested!r}")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device is 'mps', but this machine or build of torch has none; use device='cpu'")
+        raise ValueError("device must be one that this machine and build of torch have, got 'mps'; use device='cpu'")
     return device
 
 
 def _cuda_device(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
-        raise ValueError(f"device is '{device}', but torch sees no CUDA device; use device='cpu'")
-    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        raise ValueError(f"device must be one that torch sees, got '{device}' and no CUDA device; use device='cpu'")
+    index = device.index if device.index is not None else _number_from_environment("LOCAL_RANK", 0, minimum=0)
     if index >= torch.cuda.device_count():
         raise ValueError(
-            f"this process needs CUDA device {index}, but there are {torch.cuda.device_count()}; "
-            "start no more processes on a machine than it has GPUs (torchrun --nproc_per_node), or use device='cpu'"
+            f"the index of the CUDA device must be below the number of devices, got {index} with "
+            f"{torch.cuda.device_count()} of them; start at most one process per GPU (torchrun --nproc_per_node), "
+            "or use device='cpu'"
         )
     return torch.device("cuda", index)
 
 
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64 numbers on `device`; on CUDA they travel while the host goes on, behind the work that is queued there."""
+    """Return the values as an int64 tensor on `device`; the copy to a CUDA device is asynchronous."""
     tensor = torch.tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def to_host(tensor: Tensor) -> Callable[[], list[Any]]:
-    """Starts to fetch a tensor's values; the function that it returns waits for them.
+    """Start to copy a tensor to the host; return a function that waits for the copy and returns its values.
 
-    The values are those of now: what is done to the tensor later does not show.
+    The values are those at the time of the call: later changes of the tensor do not show.
     """
     if tensor.device.type != "cuda":
         values: list[Any] = tensor.tolist()
@@ -253,30 +430,30 @@ def to_host(tensor: Tensor) -> Callable[[], list[Any]]:
 
 
 def select_dtype(requested: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype of weights and cache: the one asked for, else bfloat16 on CPU and float16 elsewhere."""
+    """Return the dtype of weights and cache: the requested one, else bfloat16 on CPU and float16 elsewhere."""
     if requested is None:
         return torch.bfloat16 if device.type == "cpu" else torch.float16
     dtype = DTYPES.get(requested) if isinstance(requested, str) else requested
     if dtype is None or dtype not in DTYPES.values():
-        raise ValueError(f"dtype is {requested!r}; it takes {', '.join(DTYPES)}")
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {requested!r}")
     return dtype
 
 
 def processes_on(device: torch.device) -> int:
-    """Number of this program's processes that share the memory of `device`: a CUDA device has one."""
+    """Return the number of this program's processes that share the memory of `device`; 1 for a CUDA device."""
     return 1 if device.type == "cuda" else local_world_size()
 
 
 def local_world_size() -> int:
-    """Number of this program's processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Return the number of this program's processes on this machine."""
+    return _number_from_environment("LOCAL_WORLD_SIZE", 1)
 
 
 def share_cores() -> None:
-    """Gives each of a machine's processes its share of the cores.
+    """Set the number of torch's threads to this process's share of the machine's cores.
 
-    torchrun sets `OMP_NUM_THREADS=1` when it starts several processes and the user set nothing; any other value is
-    the user's, and stays.
+    torchrun sets `OMP_NUM_THREADS=1` if it starts several processes and the user has not set it. Any other value is
+    the user's and is kept.
     """
     if local_world_size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(max(1, _available_cores() // local_world_size()))

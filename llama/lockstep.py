@@ -1,0 +1,318 @@
+"""Lockstep of the ranks: all of them make the same calls, and when one fails, ends or is missing, the others are told.
+
+The ranks exchange short texts through the key-value store of their process group. It serves every backend, names the
+rank that is missing, and still works when a connection of the group is broken.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+REFUSED = "refused"
+TIMEOUT_VARIABLE = "LLAMA_RANK_TIMEOUT"
+_SPIN_S = 0.002  # how long a rank waits for the others without sleeping
+_LOOK_S = 0.5  # how often a waiting rank looks whether the others are still there
+_GRACE_S = 5.0  # how long a rank that failed waits to see whether all the others fail in the same way
+_STORE_ENDED = "the process that holds the ranks' key-value store ended (rank 0, or torchrun)"
+_COMMUNICATION = ("gloo", "NCCL", "Connection closed", "Connection reset", "pair closure", "ProcessGroup")
+
+
+class RankError(RuntimeError):
+    """Another rank failed, ended, is missing, or made another call."""
+
+
+class Lockstep:
+    """One rank's view of the others. Not safe for use from several threads.
+
+    Args:
+        store: a key-value store that all ranks reach, used by nothing else.
+        rank: this process's own.
+        world_size: number of ranks.
+        timeout_s: maximum time to wait for the other ranks to make the same call.
+
+    Attributes:
+        failure: why the ranks can no longer work together; None as long as they can.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int, timeout_s: float) -> None:
+        self.failure: str | None = None
+        self._store = store
+        self._rank = rank
+        self._world = range(world_size)
+        self._timeout_s = timeout_s
+        self._exchanges: Counter[str] = Counter()
+
+    def arrive(self) -> None:
+        """Waits until all ranks have arrived."""
+        self._store.set(f"process/{self._rank}", _describe_process(os.getpid()))
+        keys = {rank: f"process/{rank}" for rank in self._world}
+        self._wait(keys, self._timeout_s, "start")
+
+    def leave(self) -> None:
+        """Tells the others that this rank makes no more calls. For the process's end."""
+        try:
+            self._store.set(f"left/{self._rank}", "")
+        except RuntimeError:  # the store's process has ended before
+            return
+
+    def check(self) -> None:
+        """Raises RankError if the ranks can no longer work together."""
+        if self.failure is not None:
+            raise self._error()
+
+    def exchange(self, value: str, ranks: Sequence[int], doing: str, timeout_s: float | None = None) -> list[str]:
+        """Returns the values that `ranks` pass, in their order; each of them has to make the same number of calls.
+
+        Args:
+            value: this rank's.
+            ranks: that take part; this rank is one of them.
+            doing: completes "rank 1 did not ..." in the error.
+            timeout_s: maximum waiting time; the constructor's by default.
+
+        Raises:
+            RankError: a rank ended, failed, or did not come in time.
+        """
+        self.check()
+        group = ",".join(map(str, ranks))
+        number = self._exchanges[group]
+        self._exchanges[group] += 1
+        keys = {rank: f"{group}/{number}/{rank}" for rank in ranks}
+        try:
+            self._store.set(keys[self._rank], value)
+            self._wait(keys, timeout_s or self._timeout_s, doing, own=keys[self._rank])
+            values = [text.decode() for text in self._store.multi_get(list(keys.values()))]
+            if number >= 2:  # all have read it: they have set their values of the exchange after it
+                self._store.delete_key(f"{group}/{number - 2}/{self._rank}")
+        except dist.DistError as error:
+            self.failure = _STORE_ENDED
+            raise self._error() from error
+        return values
+
+    def compare_calls(self, call: object, groups: Sequence[Sequence[int]], timeout_s: float | None = None) -> None:
+        """Raises RankError on all ranks unless all of them make the same call.
+
+        Args:
+            call: a tuple of the call's name and its arguments, alike on all ranks by their `repr`; None if this rank
+                refused the arguments.
+            groups: this rank's model-parallel group; with replicas, also the ranks at its place in each of them.
+            timeout_s: as in `exchange`.
+        """
+        mine = REFUSED if call is None else f"{_name(call)} {_digest(call)}"
+        error: str | None = None
+        value = mine
+        for ranks in groups:
+            values = self.exchange(value, ranks, f"make the call {_name(call)}", timeout_s)
+            if error is None and len(set(values)) > 1:
+                error = _difference(dict(zip(ranks, values, strict=True)), self._rank, call)
+            if len(set(values)) > 1:
+                value = values[0] if REFUSED in values else "different calls"
+                self._end_if_a_stream_was_out_of_step(values, error)
+        if error is not None and call is not None:
+            raise RankError(error)
+
+    def broadcast_flag(self, flag: bool, ranks: Sequence[int], stream: int) -> bool:
+        """Returns the first rank's flag, at a step of a stream; all have to be at a step of the same stream."""
+        values = self.exchange(f"stream {stream} {int(flag)}", ranks, "take the next step of a stream")
+        steps = {value.rsplit(" ", 1)[0] for value in values}
+        if steps != {f"stream {stream}"}:
+            error = _difference(dict(zip(ranks, values, strict=True)), self._rank, ("a step of a stream",))
+            self.fail(error)
+            raise RankError(error)
+        return values[0].endswith("1")
+
+    def fail(self, reason: str) -> None:
+        """Records that the ranks can no longer work together. The first reason that any rank gives is every rank's."""
+        try:
+            self.failure = self._store.compare_set("failure", "", reason).decode() if reason != _STORE_ENDED else reason
+        except RuntimeError:  # the store's process has ended
+            self.failure = reason
+
+    @contextmanager
+    def guard(self, close_groups: Callable[[], None]) -> Iterator[None]:
+        """Surrounds work in which the ranks communicate: an error on one rank then ends the work of all.
+
+        An error that all ranks raise at the same place leaves them in step: they can go on.
+
+        Args:
+            close_groups: closes the connections, on which others may wait for this rank.
+
+        Raises:
+            RankError: another rank failed or ended.
+        """
+        self.check()
+        try:
+            yield
+        except RankError:
+            if self.failure is not None:
+                close_groups()
+            raise
+        except Exception as error:
+            if _is_communication_error(error):
+                self.fail(self._find_reason() or f"rank {self._rank} lost the connection to another rank")
+                traceback.clear_frames(error.__traceback__)  # they hold the groups, and with them the connections
+                close_groups()
+                raise self._error() from error
+            if not self._all_failed_alike(error):
+                self.fail(f"rank {self._rank} failed: {type(error).__name__}: {_first_line(error)}")
+                close_groups()
+            raise
+
+    def _wait(self, keys: dict[int, str], timeout_s: float, doing: str, *, own: str | None = None) -> None:
+        """Waits until the store has each rank's key; takes back the key `own` where it gives up."""
+        now = since = last_look = time.monotonic()
+        while not self._store.check(list(keys.values())):
+            time.sleep(0 if now - since < _SPIN_S else min(0.05, (now - since) / 10))
+            now = time.monotonic()
+            if now - last_look < _LOOK_S:
+                continue
+            last_look = now
+            missing = [rank for rank, key in keys.items() if not self._store.check([key])]
+            reason = self._posted() or self._ended(missing, keys)
+            if reason is None and missing and now - since > timeout_s:
+                reason = f"{_ranks(missing)} did not {doing} within {timeout_s:g} seconds (set by {TIMEOUT_VARIABLE})"
+            if reason is not None:
+                if own is not None:
+                    self._store.delete_key(own)  # or a rank that comes late would go on alone
+                self.fail(reason)
+                raise self._error()
+
+    def _ended(self, missing: Sequence[int], keys: dict[int, str]) -> str | None:
+        """Says which of the ranks have ended without having set their key; None for none of them."""
+        ended = [rank for rank in missing if self._has_ended(rank) and not self._store.check([keys[rank]])]
+        return f"{_ranks(ended)} ended" if ended else None
+
+    def _has_ended(self, rank: int) -> bool:
+        if self._store.check([f"left/{rank}"]):
+            return True
+        return self._store.check([f"process/{rank}"]) and not _is_running(self._store.get(f"process/{rank}").decode())
+
+    def _find_reason(self) -> str | None:
+        """Why a connection broke: what a rank has said, or that one has ended; waits for a while to learn it."""
+        deadline = time.monotonic() + _GRACE_S + 1
+        try:
+            while time.monotonic() < deadline:
+                others = [rank for rank in self._world if rank != self._rank]
+                ended = [rank for rank in others if self._has_ended(rank)]
+                if reason := self._posted() or (f"{_ranks(ended)} ended" if ended else None):
+                    return reason
+                time.sleep(0.1)
+        except RuntimeError:
+            return _STORE_ENDED
+        return None
+
+    def _all_failed_alike(self, error: Exception) -> bool:
+        """Whether all ranks raise this error at this place."""
+        lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        mine = f"{type(error).__name__} {_digest(lines)}"
+        number = self._exchanges["errors"]
+        self._exchanges["errors"] += 1
+        keys = [f"errors/{number}/{rank}" for rank in self._world]
+        deadline = time.monotonic() + _GRACE_S
+        try:
+            self._store.set(keys[self._rank], mine)
+            while not self._store.check(keys):
+                if time.monotonic() > deadline or self._posted():
+                    return False
+                time.sleep(0.05)
+            return {text.decode() for text in self._store.multi_get(keys)} == {mine}
+        except RuntimeError:
+            return False
+
+    def _end_if_a_stream_was_out_of_step(self, values: Sequence[str], error: str | None) -> None:
+        if error is not None and any(value.startswith("stream ") for value in values):
+            self.fail(error)
+
+    def _error(self) -> RankError:
+        return RankError(f"{self.failure}; start all ranks again")
+
+    def _posted(self) -> str | None:
+        return self._store.get("failure").decode() if self._store.check(["failure"]) else None
+
+
+def _difference(values: dict[int, str], rank: int, call: object) -> str:
+    """Says how the calls of the ranks differ."""
+    refused = [other for other, value in values.items() if value == REFUSED]
+    if refused:
+        return f"all ranks must make the same calls; {_ranks(refused)} refused the arguments of this one"
+    mine = values[rank]
+    other, theirs = next((other, value) for other, value in values.items() if value != mine)
+    if theirs.split()[0] != mine.split()[0]:
+        return (
+            f"all ranks must make the same calls, got {_name(call)} on rank {rank} and {_named(theirs)} on rank {other}"
+        )
+    return (
+        "all ranks must make the same calls with the same arguments, got different arguments of "
+        f"{_name(call)} on rank {rank} and rank {other}"
+    )
+
+
+def _named(value: str) -> str:
+    return "a step of a stream" if value.startswith("stream ") else value.split()[0]
+
+
+def _name(call: object) -> str:
+    return str(call[0]) if isinstance(call, tuple) else "a call whose arguments it refused"
+
+
+def _digest(value: Any) -> str:
+    return blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:300]
+
+
+def _is_communication_error(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _COMMUNICATION)
+    )
+
+
+def _describe_process(pid: int) -> str:
+    """The machine, the process and when it started, so that another process there can tell whether it still runs."""
+    return f"{_machine()}|{pid}|{_started(pid)}"
+
+
+def _is_running(process: str) -> bool:
+    """Whether that process runs; True if it is on another machine."""
+    machine, pid, started = process.split("|")
+    return machine != _machine() or _started(int(pid)) == started
+
+
+def _machine() -> str:
+    """This machine and, in a container, its processes' name space."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine started, as a text that only serves for comparison; "" if it does not run."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state in "ZX" else fields[18]
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return ""
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return ""
+    return "running"
