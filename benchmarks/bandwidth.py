@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from benchmarks.job import Job
 from benchmarks.lines import emit
-from llama.layers import can_pack, pack_weight, packed_linear
+from llama.kernels import can_pack, pack_weight, packed_linear
 
 BUFFER_BYTES = 1 << 30
 PASSES = 4

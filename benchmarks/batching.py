@@ -26,7 +26,7 @@ from llama import runtime
 from llama.args import ModelArgs
 from llama.checkpoint import tensor_shapes
 from llama.decoding import decode
-from llama.layers import can_pack
+from llama.kernels import can_pack
 from llama.model import Transformer
 from llama.sampling import Sampler
 from llama.tools.commandline import run

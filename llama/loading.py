@@ -9,7 +9,8 @@ import torch
 
 from llama.args import ModelArgs
 from llama.checkpoint import load_shard, move, page_release
-from llama.layers import Kernels, can_pack, measure_kernels, packable_layers
+from llama.kernels import Kernels, can_pack, measure_kernels
+from llama.layers import packable_layers
 from llama.model import Transformer
 
 

@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 import llama.generation
 from llama import Llama, Transformer, loading
-from llama.layers import Kernels, can_pack, packable_layers
+from llama.kernels import Kernels, can_pack
+from llama.layers import packable_layers
 from llama.model import Attention, FeedForward, RMSNorm, TransformerBlock
 from llama.stepping import StaticStepper
 from tests import oracle

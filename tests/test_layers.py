@@ -8,7 +8,7 @@ import logging
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,19 +21,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 
-from llama import ModelArgs, Transformer, layers, runtime
+from llama import ModelArgs, Transformer, kernels, layers, runtime
+from llama.kernels import Kernels, can_pack
 from llama.layers import (
     ColumnParallelLinear,
     EmptyOnMeta,
-    Kernels,
     PackedParameter,
     RowParallelLinear,
-    can_pack,
     column_parallel,
-    measure_kernels,
-    pack_weight,
     packable_layers,
-    packed_linear,
     row_parallel,
 )
 from tests import oracle
@@ -132,33 +128,6 @@ def test_no_rows_give_no_outputs(shape: tuple[int, ...], packs: bool, kernels: K
 def test_inputs_of_another_size_get_torchs_own_error(shape: tuple[int, int]) -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         make_packed()(torch.ones(shape, dtype=torch.bfloat16))
-
-
-@needs_packing
-@pytest.mark.parametrize("n_rows", [1, 2, 3])
-def test_padding_few_rows_changes_no_value(n_rows: int) -> None:
-    """Up to rounding: another number of rows may add in another order."""
-    blocked = pack_weight(normal(OUT, IN).bfloat16())
-    x = normal(n_rows, IN, seed=1).bfloat16()
-    torch.testing.assert_close(packed_linear(x, blocked, PADDING), packed_linear(x, blocked), atol=0.03, rtol=0.01)
-
-
-@needs_packing
-def test_the_numbers_of_rows_that_products_are_made_for_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN keeps code for each: of 4096 numbers, 80 remain, and padding adds an eighth at most."""
-    made: list[int] = []
-
-    def record(x: Tensor, blocked: Tensor) -> Tensor:
-        made.append(len(x))
-        return x.new_zeros(len(x), OUT)
-
-    monkeypatch.setattr(layers, "_onednn_linear", record)
-    x = torch.zeros(4096, 1, dtype=torch.bfloat16)
-    for n_rows in range(1, 4097):
-        assert packed_linear(x[:n_rows], x).shape == (n_rows, OUT)
-        assert n_rows <= made[-1] <= n_rows * 9 / 8
-    assert len(set(made)) <= 80
-    assert set(range(1, 17)) <= set(made)  # the batch sizes of decoding get no padding
 
 
 @pytest.mark.parametrize("file_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -264,8 +233,6 @@ def test_the_products_of_one_row_leave_onednns_switch_as_it_was() -> None:
     finally:
         torch._C._set_mkldnn_enabled(before)
     layer(x)
-    with pytest.raises(ZeroDivisionError), layers._without_onednn():
-        1 / torch._C._get_mkldnn_enabled()
     assert torch._C._get_mkldnn_enabled() == before
 
 
@@ -273,7 +240,7 @@ def test_the_matrix_vector_product_is_for_one_row_of_bfloat16(monkeypatch: pytes
     def refuse() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(layers, "_without_onednn", refuse)
+    monkeypatch.setattr(kernels, "_without_onednn", refuse)
     for dtype, shape in ((torch.bfloat16, (2, IN)), (torch.bfloat16, (0, IN)), (torch.float32, (1, IN))):
         make_native(dtype)(torch.zeros(shape, dtype=dtype))
     with pytest.raises(ZeroDivisionError):
@@ -292,7 +259,7 @@ def test_eight_threads_leave_onednns_switch_as_it_was() -> None:
         barrier.wait()
         found = []
         for _ in range(30):
-            with layers._without_onednn():
+            with kernels._without_onednn():
                 off = not torch._C._get_mkldnn_enabled()
                 time.sleep(0)  # let another thread come in between
                 found.append(off and not torch._C._get_mkldnn_enabled())
@@ -652,105 +619,6 @@ def test_one_row_and_several_give_the_same_and_leave_the_switch_of_onednn(
         tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(alone[0], together[row], rtol=0, atol=tolerance * together.std().item())
     assert torch._C._get_mkldnn_enabled() == enabled
-
-
-# What this processor has
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
-    assert not can_pack(CPU, dtype)
-
-
-def test_other_devices_are_not_packed() -> None:
-    assert not can_pack(torch.device("cuda"), torch.bfloat16)
-
-
-@pytest.mark.parametrize("error", [AttributeError, RuntimeError, None])
-def test_operators_that_are_gone_or_wrong_are_found_out(
-    monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None
-) -> None:
-    """As in a build of torch without oneDNN, or one that gives these private operators another meaning."""
-
-    def linear(x: Tensor, blocked: Tensor) -> Tensor:
-        if error:
-            raise error
-        return torch.zeros(len(x), 64, dtype=x.dtype)
-
-    monkeypatch.setattr(layers, "_onednn_linear", linear)
-    assert not can_pack(CPU, torch.bfloat16)
-
-
-def _refuse_to_time(*_: Any) -> bool:
-    raise AssertionError("a product was timed")
-
-
-@needs_packing
-def test_small_networks_are_not_timed(monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]) -> None:
-    """Their build would take longer, and the forms differ too little. Its few milliseconds are those of a look."""
-    monkeypatch.setattr(layers, "_is_faster", _refuse_to_time)
-    weights = oracle.random_state(params, seed=3).values()
-    for packed_only in (False, True):
-        assert measure_kernels(weights, torch.bfloat16, packed_only=packed_only) == Kernels()
-
-
-@pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Has the timings decide as a test says, one after another, with each form run once."""
-    answers: list[bool] = []
-
-    def decide(work: Callable[[], None], other: Callable[[], None]) -> bool:
-        work()
-        other()
-        return answers.pop(0)
-
-    monkeypatch.setattr(layers, "_is_faster", decide)
-    monkeypatch.setattr(layers, "_PROBE_BYTES", 4 * OUT * IN)
-    yield answers
-    assert not answers
-
-
-@needs_packing
-@pytest.mark.parametrize(
-    ("answers", "packed_only", "expected"),
-    [
-        ([True, False], True, Kernels(pads_one=True)),
-        ([False, True], True, Kernels(pads_few=True)),
-        ([False, False, True, False], False, Kernels(native_row=True)),
-        ([False, False, False, True], False, Kernels(packs_one_row=True)),
-    ],
-)
-def test_the_form_that_was_faster_is_taken(
-    timed: list[bool], answers: list[bool], packed_only: bool, expected: Kernels
-) -> None:
-    timed += answers
-    weights = [normal(OUT, IN, seed=i) for i in range(3)]
-    assert measure_kernels(weights, torch.bfloat16, packed_only=packed_only) == expected
-
-
-def test_weights_of_the_most_common_size_are_timed() -> None:
-    """Norms are no matrices, and one large embedding weighs less than many layers."""
-    weights = [torch.empty(5000), *[torch.empty(40, 10) for _ in range(9)], torch.empty(300, 10)]
-    assert {weight.shape for weight in layers._sample(weights)} == {(40, 10)}
-
-
-def test_a_form_is_faster_if_it_takes_clearly_less_time_than_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of the test's own, which the work moves on; the other's time counts as much as the work's."""
-    now = [0.0]
-    monkeypatch.setattr(layers.time, "perf_counter", lambda: now[0])
-
-    def taking(*seconds: float) -> Callable[[], None]:
-        times = list(seconds) * 5
-
-        def work() -> None:
-            now[0] += times.pop(0)
-
-        return work
-
-    assert layers._is_faster(taking(0.9), taking(1.0))
-    assert not layers._is_faster(taking(0.99), taking(1.0))
-    assert not layers._is_faster(taking(1.1), taking(1.0))
-    assert layers._is_faster(taking(0.9, 0.9, 9.0, 0.9, 0.9), taking(1.0))  # once, something else had the processor
 
 
 def test_new_tensors_go_to_the_meta_device() -> None:

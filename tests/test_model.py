@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import ModelArgs, Transformer, runtime
-from llama.layers import can_pack, packable_layers
+from llama.kernels import can_pack
+from llama.layers import packable_layers
 from llama.model import (
     Attention,
     CachePositions,
