@@ -48,7 +48,7 @@ class Checkpoint:
     folder: Path
     tokenizer_path: Path
     size: int | None  # None: as many as there are processes
-    seed: int = 1
+    seed: int | None = 1
     dtype: str | None = "float32"
 
     def build(self, **changes: Any) -> Llama:
@@ -165,18 +165,24 @@ def early_exits(llama: Llama, rank: int) -> list[Any]:
         seen.append([piece])
         if rank == 0:
             break  # the generator is closed when it is forgotten
-    older = llama.stream_text_completion("The", temperature=0)
-    next(older)
-    seen.append(llama.generate(PROMPTS[:2], 5, temperature=0)[0])
-    seen.append(message(lambda: next(older)))
-    seen.append(llama.generate(PROMPTS[:2], 5, temperature=0)[0])
     return seen
+
+
+def stream_beside_calls(llama: Llama) -> list[Any]:
+    """A stream with a call between its first piece and the others, then with another stream in turn."""
+    stream = llama.stream_text_completion("The", temperature=0, max_gen_len=9)
+    first = next(stream)
+    row = llama.generate(PROMPTS[:2], 5, temperature=0)[0]
+    streams = [llama.stream_text_completion(text, temperature=0, max_gen_len=9) for text in ("The", "dog")]
+    texts = ["", ""]
+    for pieces in zip(*streams, strict=False):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    texts = [text + "".join(rest) for text, rest in zip(texts, streams, strict=True)]
+    return [first + "".join(stream), row, texts]
 
 
 def two_ranks(rank: int, halves: Checkpoint, whole: Checkpoint) -> Result:
     faulthandler.dump_traceback_later(DEADLINE, exit=True)
-    torch.manual_seed(100 + rank)
-    before = torch.get_rng_state()
     result: Result = {
         "errors": [
             message(whole.build),
@@ -190,20 +196,23 @@ def two_ranks(rank: int, halves: Checkpoint, whole: Checkpoint) -> Result:
     result["printed"] = out.getvalue()
     result["backend"] = dist.get_backend()
     result["shapes"] = {name: tuple(tensor.shape) for name, tensor in llama.model.state_dict().items()}
-    result["cache"] = tuple(llama.model.caches[0].k.shape)
+    result["cache"] = tuple(llama.model.layers[0].attention.cache_k.shape)
     result["unseeded"] = unseeded_calls(llama)
     result["calls"] = every_call(llama)
     result["early exits"] = early_exits(llama, rank)
+    result["beside"] = stream_beside_calls(llama)
     result["another size"] = message(lambda: whole.build(size=1))
     second = halves.build()
     result["second build"] = second.generate(PROMPTS, 8, temperature=0)[0]
     result["first build"] = llama.generate(PROMPTS, 8, temperature=0)[0]
-    result["bfloat16"] = halves.build(dtype=None).model.forward(TOKENS, 0)
+    torch.manual_seed(100 + rank)
+    before = torch.get_rng_state()
+    result["bfloat16"] = halves.build(dtype=None, seed=None).model.forward(TOKENS, 0)
+    result["default generator kept"] = torch.equal(torch.get_rng_state(), before)
     destroy_model_parallel()
     replica = whole.build(size=1, seed=5)
     result["replica calls"] = every_call(replica)
     result["replica unseeded"] = unseeded_calls(replica)
-    result["default generator kept"] = torch.equal(torch.get_rng_state(), before)
     return result
 
 
@@ -225,7 +234,7 @@ def test_each_rank_holds_its_part(world_2: list[Result], params: dict[str, Any])
         expected[name] = tuple(size // 2 if axis == dim else size for axis, size in enumerate(shape))
     for result in world_2:
         assert result["shapes"] == expected
-        assert result["cache"] == (MAX_BATCH_SIZE, params["n_kv_heads"] // 2, MAX_SEQ_LEN, 8)
+        assert result["cache"] == (MAX_BATCH_SIZE, MAX_SEQ_LEN, params["n_kv_heads"] // 2, 8)
 
 
 def test_all_ranks_emit_the_first_ones_tokens(world_2: list[Result], one_process_unseeded: list[Any]) -> None:
@@ -236,20 +245,26 @@ def test_all_ranks_emit_the_first_ones_tokens(world_2: list[Result], one_process
 def test_ranks_that_leave_a_stream_early_stay_in_step(world_2: list[Result], one_process: Result) -> None:
     whole = one_process["stream"]
     for result in world_2:
-        after, older = [], []
+        after = []
         for seen in result["early exits"]:
-            if isinstance(seen, str):
-                older.append(seen)
-            elif isinstance(seen[0], str):
+            if isinstance(seen[0], str):
                 assert whole.startswith("".join(seen)) or whole.find(seen[0]) >= 0
             else:
                 after.append(seen)
-        assert after == [[row[:5] for row in one_process["greedy"][:2]]] * 6
-        assert older == ["RuntimeError: this stream ended when another call was made on the same Llama"]
+        assert after == [[row[:5] for row in one_process["greedy"][:2]]] * 4
     first, second = ([s for s in result["early exits"] if isinstance(s[0], str)] for result in world_2)
     assert "".join(first[1]) == "".join(first[3]) == whole  # where rank 1 left, rank 0 got the rest
     assert len(first[0]) == 1 and len(first[2]) == 3
     assert second[0] != first[1] and whole.startswith("".join(second[0]))  # where rank 0 left, rank 1 ended too
+
+
+def test_streams_and_calls_go_side_by_side_on_all_ranks(
+    world_2: list[Result], split: Callable[..., Checkpoint]
+) -> None:
+    alone = split(1).build()
+    the, dog = (alone.text_completion([text], temperature=0, max_gen_len=9)[0]["generation"] for text in ("The", "dog"))
+    row = alone.generate(PROMPTS[:2], 5, temperature=0)[0]
+    assert [result["beside"] for result in world_2] == [[the, row, [the, dog]]] * 2
 
 
 def leave_before_the_first_piece(rank: int, halves: Checkpoint) -> list[Any]:
@@ -281,9 +296,10 @@ def test_errors_of_sizes_give_both_numbers(world_2: list[Result]) -> None:
         assert whole == "AssertionError: Loading a checkpoint for MP=1 but world size is 2"
         assert one == "AssertionError: Loading a checkpoint for MP=2 but world size is 1"
         for got, size in ((three, 3), (four, 4)):
-            assert got.startswith(f"ValueError: the world size (2) is not a multiple of model_parallel_size={size}")
-        assert result["another size"].startswith("ValueError: model_parallel_size=1, but")
-        assert "a model-parallel group of 2" in result["another size"]
+            assert got.startswith("ValueError: the world size must be a multiple of model_parallel_size")
+            assert f"got a world size of 2 and model_parallel_size={size}; " in got
+        assert result["another size"].startswith("ValueError: model_parallel_size must be 2, ")
+        assert "got 1; " in result["another size"]
 
 
 def test_a_second_build_beside_the_first(world_2: list[Result], one_process: Result) -> None:
@@ -299,7 +315,9 @@ def test_mp_2_in_bfloat16_stays_close(world_2: list[Result], one_process: Result
     assert torch.equal(world_2[0]["bfloat16"], world_2[1]["bfloat16"])
 
 
-def test_ranks_join_over_gloo_print_nothing_and_leave_the_default_generator(world_2: list[Result]) -> None:
+def test_ranks_join_over_gloo_print_nothing_and_without_a_seed_leave_the_default_generator(
+    world_2: list[Result],
+) -> None:
     assert [result["printed"] for result in world_2] == ["", ""]
     assert [result["backend"] for result in world_2] == ["gloo", "gloo"]
     assert all(result["default generator kept"] for result in world_2)
@@ -375,9 +393,9 @@ def test_streams_of_replicas_can_be_left_early(world_4: list[Result], one_proces
 
 def test_bad_input_is_an_error_on_every_rank(world_4: list[Result]) -> None:
     for result in world_4:
-        assert result["error"].startswith("ValueError: prompt_tokens[1] is empty")
-        assert "(4)" in result["sizes"][0] and "model_parallel_size=3" in result["sizes"][0]
-        assert "model_parallel_size=4" in result["sizes"][1] and "group of 2" in result["sizes"][1]
+        assert result["error"].startswith("PromptError: prompt_tokens[1] must have at least one token")
+        assert "got a world size of 4 and model_parallel_size=3; " in result["sizes"][0]
+        assert "must be 2" in result["sizes"][1] and "got 4; " in result["sizes"][1]
 
 
 # ---- eight ranks ----
@@ -406,6 +424,8 @@ def test_mp_8_equals_the_oracle_and_one_process(
     eighths, whole = (Checkpoint(folder, tokenizer_path, None) for folder in folders)
     expected = whole.build().generate(PROMPTS[:5], 4, temperature=0)[0]
     for result in run_ranks(8, eight_ranks, eighths, split(8)):
-        assert result["error"].startswith("ValueError: n_kv_heads (4) is not a multiple of the model-parallel size (8)")
+        assert result["error"].startswith(
+            "ValueError: n_kv_heads (4) must be a multiple of the model-parallel size (8)"
+        )
         torch.testing.assert_close(result["forward"], oracle.logits(weights, eight, TOKENS), atol=1e-4, rtol=0)
         assert result["greedy"] == expected

@@ -103,7 +103,7 @@ def test_groups_that_exist_are_used_and_an_unfinished_launch_is_explained(
     )
     assert len(errors) == 2
     for error in errors:
-        assert "WORLD_SIZE is 2" in error and "MASTER_ADDR" in error and "torchrun" in error
+        assert "WORLD_SIZE=2" in error and "MASTER_ADDR" in error and "torchrun" in error
     assert rows == llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0]
     assert kept
 
@@ -168,7 +168,7 @@ def test_the_model_parallel_size_defaults_to_the_world_size_else_one(nothing_ini
 @pytest.mark.parametrize("size", [3, 5, 9, 16])
 def test_no_size_is_clamped(nothing_initialized: Callable[..., None], size: int) -> None:
     nothing_initialized(WORLD_SIZE="8")
-    with pytest.raises(ValueError, match=rf"\(8\) is not a multiple of model_parallel_size={size}"):
+    with pytest.raises(ValueError, match=rf"multiple .* got a world size of 8 and model_parallel_size={size};"):
         runtime.resolve_model_parallel_size(size)
 
 
@@ -221,21 +221,21 @@ def test_the_local_rank_chooses_the_cuda_device(
     assert runtime.select_device("cuda:1") == torch.device("cuda:1")
     assert runtime.select_device("cpu") == CPU
     machine(2, False)
-    with pytest.raises(ValueError, match="needs CUDA device 3, but there are 2"):
+    with pytest.raises(ValueError, match="got 3 with 2 of them"):
         runtime.select_device(None)
 
 
 @pytest.mark.parametrize("requested", ["tpu", "gpu", "", "cuda:x", 1.5, ["cpu"], "meta", "xpu"])
 def test_a_device_that_is_none(machine: Callable[[int, bool], None], requested: Any) -> None:
     machine(0, False)
-    with pytest.raises(ValueError, match="device is"):
+    with pytest.raises(ValueError, match="device must be"):
         runtime.select_device(requested)
 
 
 @pytest.mark.parametrize("requested", ["cuda", "cuda:0", "mps", torch.device("cuda")])
 def test_a_device_that_this_machine_lacks(machine: Callable[[int, bool], None], requested: Any) -> None:
     machine(0, False)
-    with pytest.raises(ValueError, match=r"device is '(cuda|cuda:0|mps)', but .* use device='cpu'"):
+    with pytest.raises(ValueError, match=r"device must be .* got '(cuda|cuda:0|mps)'.* use device='cpu'"):
         runtime.select_device(requested)
 
 
@@ -252,7 +252,7 @@ def test_a_dtype_by_name_or_itself(name: str) -> None:
 
 @pytest.mark.parametrize("requested", ["int8", "fp16", "float64", "", torch.float64, torch.int8, 16, ["float16"]])
 def test_a_dtype_that_is_none(requested: Any) -> None:
-    with pytest.raises(ValueError, match="it takes float16, bfloat16, float32"):
+    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, got "):
         runtime.select_dtype(requested, CPU)
 
 
