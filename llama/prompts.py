@@ -108,7 +108,7 @@ def _as_list(values: Any, name: str, of: str, *, may_be_empty: bool = False) -> 
     if hasattr(values, "tolist"):
         try:
             values = values.tolist()
-        except (TypeError, RuntimeError) as error:  # such as a tensor on the meta device
+        except (TypeError, ValueError, RuntimeError) as error:  # such as a tensor on the meta device
             raise PromptError(f"{name} must be a list of {of}, got {quote(values)}, which has no values") from error
     if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
         raise PromptError(f"{name} must be a list of {of}, got {type(values).__name__}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any, TypedDict
@@ -96,7 +96,10 @@ def chat_prediction(row: Completion | None, request: Request) -> ChatPrediction:
 
 
 def _check_stop(stop: Any) -> tuple[str, ...]:
-    texts = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, (str, bytes)) else (None,)
+    try:
+        texts = (None,) if isinstance(stop, (str, bytes)) else tuple(stop)
+    except (TypeError, RuntimeError):  # not iterable, such as an array without dimensions
+        texts = (None,)
     if not all(isinstance(text, str) and text for text in texts):
         raise PromptError(f"stop must be a list of strings that are not empty, got {quote(stop)}")
     return texts

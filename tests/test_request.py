@@ -79,6 +79,7 @@ WRONG = [
     *[("max_gen_len", value) for value in (torch.tensor([1, 2]), torch.tensor(1.0), torch.tensor(1, device="meta"))],
     *[(name, np.zeros(2)) for name in ("logprobs", "echo")],
     *[("stop", value) for value in ("text", "", [""], ["a", ""], ["a", None], [1], b"bytes", None, 5)],
+    *[("stop", value) for value in (np.array("a"), torch.tensor(1), torch.tensor([1]), torch.eye(2).to_sparse())],
     *[("seed", value) for value in (1.0, "1", True, [1], 2**64, -(2**63) - 1, 10**5000)],
 ]
 
