@@ -165,7 +165,7 @@ class Lockstep:
                 close_groups()
                 raise self._error() from error
             if not self._all_failed_alike(error):
-                self.fail(f"rank {self._rank} failed: {type(error).__name__}: {_first_line(error)}")
+                self.fail(f"rank {self._rank} failed: {_short(error)}")
                 close_groups()
             raise
 
@@ -179,7 +179,7 @@ class Lockstep:
                 continue
             last_look = now
             missing = [rank for rank, key in keys.items() if not self._store.check([key])]
-            reason = self._posted() or self._ended(missing, keys)
+            reason = self._posted() or self._failing(missing) or self._ended(missing, keys)
             if reason is None and missing and now - since > timeout_s:
                 reason = f"{_ranks(missing)} did not {doing} within {timeout_s:g} seconds (set by {TIMEOUT_VARIABLE})"
             if reason is not None:
@@ -187,6 +187,14 @@ class Lockstep:
                     self._store.delete_key(own)  # or a rank that comes late would go on alone
                 self.fail(reason)
                 raise self._error()
+
+    def _failing(self, missing: Sequence[int]) -> str | None:
+        """Says which of the ranks has an error in work that this rank has done, or is not part of."""
+        for rank in missing:
+            key = f"errors/{self._exchanges['errors']}/{rank}"
+            if self._store.check([key]):
+                return f"rank {rank} failed: {self._store.get(key).decode().partition(' ')[2]}"
+        return None
 
     def _ended(self, missing: Sequence[int], keys: dict[int, str]) -> str | None:
         """Says which of the ranks have ended without having set their key; None for none of them."""
@@ -215,18 +223,18 @@ class Lockstep:
     def _all_failed_alike(self, error: Exception) -> bool:
         """Whether all ranks raise this error at this place."""
         lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-        mine = f"{type(error).__name__} {_digest(lines)}"
+        place = _digest((type(error).__name__, lines))
         number = self._exchanges["errors"]
         self._exchanges["errors"] += 1
         keys = [f"errors/{number}/{rank}" for rank in self._world]
         deadline = time.monotonic() + _GRACE_S
         try:
-            self._store.set(keys[self._rank], mine)
+            self._store.set(keys[self._rank], f"{place} {_short(error)}")
             while not self._store.check(keys):
                 if time.monotonic() > deadline or self._posted():
                     return False
                 time.sleep(0.05)
-            return {text.decode() for text in self._store.multi_get(keys)} == {mine}
+            return {text.decode().split()[0] for text in self._store.multi_get(keys)} == {place}
         except RuntimeError:
             return False
 
@@ -274,8 +282,10 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")[:300]
+def _short(error: Exception) -> str:
+    """The type and the first line of an error."""
+    line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {line}"[:500]
 
 
 def _is_communication_error(error: Exception) -> bool:

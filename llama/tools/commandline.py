@@ -16,6 +16,7 @@ import fire
 import torch
 from fire import decorators
 
+from llama.lockstep import RankError
 from llama.quoting import printable
 
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError)
@@ -62,6 +63,8 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threa
     except MISTAKES as error:
         message = "; ".join(str(error).splitlines()) or type(error).__name__
         sys.exit(f"error: {printable(message, _MAX_MESSAGE)}")
+    except RankError as error:  # the rank that it names prints its own error
+        sys.exit(f"stopped: {printable(str(error), _MAX_MESSAGE)}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
