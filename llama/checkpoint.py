@@ -212,7 +212,8 @@ def model_args(
         tokenizer = "the tokenizer" if tokenizer_path is None else f"the tokenizer {tokenizer_path}"
         raise ValueError(
             f"{Path(ckpt_dir) / 'params.json'}: vocab_size must be the tokenizer's number of pieces, got "
-            f"{args.vocab_size} where {tokenizer} has {n_words} pieces; give the tokenizer.model that this checkpoint was trained with"
+            f"{args.vocab_size} where {tokenizer} has {n_words} pieces; "
+            "give the tokenizer.model that this checkpoint was trained with"
         )
     for path in sorted(Path(ckpt_dir).glob("*.pth")):
         _check_records(path, args)
