@@ -24,6 +24,7 @@ REFUSED = "refused"
 TIMEOUT_VARIABLE = "LLAMA_RANK_TIMEOUT"
 _SPIN_S = 0.002  # how long a rank waits for the others without sleeping
 _LOOK_S = 0.5  # how often a waiting rank looks whether the others are still there
+_LINGER_S = 1.0
 _GRACE_S = 5.0  # how long a rank that failed waits to see whether all the others fail in the same way
 _STORE_ENDED = "the process that holds the ranks' key-value store ended (rank 0, or torchrun)"
 _COMMUNICATION = ("gloo", "NCCL", "Connection closed", "Connection reset", "pair closure", "ProcessGroup")
@@ -61,9 +62,15 @@ class Lockstep:
         self._wait(keys, self._timeout_s, "start")
 
     def leave(self) -> None:
-        """Tells the others that this rank makes no more calls. For the process's end."""
+        """Tells the others that this rank makes no more calls. For the process's end.
+
+        Rank 0, which may hold the store, waits a moment for them, so that they can still read why it ends.
+        """
         try:
             self._store.set(f"left/{self._rank}", "")
+            deadline = time.monotonic() + _LINGER_S
+            while self._rank == 0 and time.monotonic() < deadline and not all(map(self._has_ended, self._world[1:])):
+                time.sleep(0.02)
         except RuntimeError:  # the store's process has ended before
             return
 

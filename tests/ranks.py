@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+FAULT = "fault"  # what a rank yields right before something goes wrong
+STARTUP_S = 120.0  # the most that starting, building and what comes before the fault may take on a busy machine
 
 
 def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -29,6 +36,11 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any
 
 
 def _start(rank: int, world_size: int, port: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    _set_environment(rank, world_size, port)
+    torch.save(work(rank, *args), Path(folder) / str(rank))
+
+
+def _set_environment(rank: int, world_size: int, port: int) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -38,4 +50,75 @@ def _start(rank: int, world_size: int, port: int, folder: str, work: Callable[..
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    torch.save(work(rank, *args), Path(folder) / str(rank))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a rank ended.
+
+    Attributes:
+        told: what its function yielded until then.
+        seconds: from the fault to its end.
+    """
+
+    told: list[Any]
+    seconds: float
+
+
+def run_faulty_ranks(
+    world_size: int, work: Callable[..., Iterator[Any]], *args: Any, within_s: float, absent: tuple[int, ...] = ()
+) -> list[Outcome]:
+    """Iterates over `work(rank, *args)` in each process, in which anything may go wrong, also a rank's death.
+
+    Args:
+        work: module-level; yields what the caller shall see of a rank. An exception that leaves it is told too, as
+            its type and first line.
+        within_s: within which all ranks have to have ended, from the first `FAULT` that one of them yields.
+        absent: ranks that are not started.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["llama", work.__module__])
+    ranks, processes, pipes = [r for r in range(world_size) if r not in absent], {}, {}
+    for rank in ranks:
+        pipes[rank], theirs = context.Pipe(duplex=False)
+        processes[rank] = context.Process(target=_tell, args=(rank, world_size, port, theirs, work, args))
+        processes[rank].start()
+        theirs.close()
+    told: dict[int, list[Any]] = {rank: [] for rank in ranks}
+    ended: dict[int, float] = {}
+    fault: float | None = None
+    limit = time.monotonic() + STARTUP_S
+    try:
+        while pipes and time.monotonic() < limit:
+            for pipe in connection.wait(list(pipes.values()), timeout=0.1):
+                rank = next(r for r, other in pipes.items() if other is pipe)
+                try:
+                    told[rank].append(pipe.recv())
+                except EOFError:
+                    ended[rank] = time.monotonic()
+                    del pipes[rank]
+                else:
+                    if told[rank][-1] == FAULT and fault is None:
+                        fault = time.monotonic()
+                        limit = fault + within_s
+        assert not pipes, f"ranks {list(pipes)} hang after {told}"
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
+    return [Outcome(told[rank], ended[rank] - (fault or ended[rank])) for rank in ranks]
+
+
+def _tell(
+    rank: int, world_size: int, port: int, pipe: connection.Connection, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    _set_environment(rank, world_size, port)
+    try:
+        for value in work(rank, *args):
+            pipe.send(value)
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    atexit._run_exitfuncs()  # as at the end of an interpreter, which multiprocessing leaves out

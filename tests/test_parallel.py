@@ -8,9 +8,16 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import io
+import itertools
 import os
 import random
-from collections.abc import Callable
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +30,8 @@ from fairscale.nn.model_parallel.initialize import destroy_model_parallel
 
 from llama import Llama
 from tests import oracle
-from tests.ranks import run_ranks
+from tests.conftest import ROOT
+from tests.ranks import FAULT, run_faulty_ranks, run_ranks
 
 MAX_SEQ_LEN, MAX_BATCH_SIZE = 48, 4
 DEADLINE = 150  # seconds after which ranks that wait for each other are ended, with their stacks printed
@@ -429,3 +437,227 @@ def test_mp_8_equals_the_oracle_and_one_process(
         )
         torch.testing.assert_close(result["forward"], oracle.logits(weights, eight, TOKENS), atol=1e-4, rtol=0)
         assert result["greedy"] == expected
+
+
+# ---- calls that differ ----
+
+
+def different_calls(rank: int, halves: Checkpoint) -> Result:
+    """Calls that the ranks make differently, each followed by one that they make alike."""
+    faulthandler.dump_traceback_later(DEADLINE, exit=True)
+    llama = halves.build()
+    odd = rank == 1
+    greedy = {"temperature": 0, "max_gen_len": 4}
+    pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "a stream": (
+            lambda: llama.text_completion(["The"], **greedy),
+            lambda: next(llama.stream_text_completion("The", **greedy)),
+        ),
+        "another kind": (lambda: llama.generate([[1, 2]], 4), lambda: llama.score_tokens([[1, 2]])),
+        "other prompts": (lambda: llama.generate([[1, 2]], 4), lambda: llama.generate([[1, 3]], 4)),
+        "more prompts": (lambda: llama.generate([[1, 2]], 4), lambda: llama.generate([[1, 2]] * 2, 4)),
+        "another length": (lambda: llama.generate([[1, 2]], 4), lambda: llama.generate([[1, 2]], 5)),
+        "another temperature": (lambda: llama.generate([[1]], 4), lambda: llama.generate([[1]], 4, temperature=0)),
+        "another seed": (lambda: llama.generate([[1]], 4, seed=1), lambda: llama.generate([[1]], 4, seed=2)),
+        "logprobs": (lambda: llama.generate([[1]], 4), lambda: llama.generate([[1]], 4, logprobs=True)),
+        "another stop string": (
+            lambda: llama.text_completion(["The"], stop=["a"]),
+            lambda: llama.text_completion(["The"], stop=["b"]),
+        ),
+        "a mistake": (lambda: llama.generate([[1]], 4), lambda: llama.generate([[1]], -4)),
+        "a mistake of both": (lambda: llama.generate([[1]], -4), lambda: llama.generate([[1]], -4)),
+        "another thread": (lambda: in_a_thread(lambda: llama.generate([[1]], 4)),) * 2,
+    }
+    result: Result = {}
+    for name, calls in pairs.items():
+        result[name] = message(calls[odd]), llama.generate(PROMPTS[:2], 5, temperature=0)[0]
+    handle = llama.model.layers[1].register_forward_hook(fail_in_a_hook)
+    error = message(lambda: llama.generate([[1]], 4))
+    handle.remove()
+    result["an error of both"] = error, llama.generate(PROMPTS[:2], 5, temperature=0)[0]
+    return result
+
+
+def fail_in_a_hook(*_: object) -> None:
+    raise KeyError("a hook's")
+
+
+def in_a_thread(call: Callable[[], object]) -> None:
+    """Calls it in a second thread, and raises its error here."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+
+
+def test_calls_that_differ_are_one_error_on_all_ranks_and_leave_them_in_step(
+    split: Callable[..., Checkpoint], one_process: Result
+) -> None:
+    first, second = run_ranks(2, different_calls, split(2))
+    errors = {name: (first[name][0], second[name][0]) for name in first}
+    assert errors.pop("a stream") == (
+        "RankError: all ranks must make the same calls, got text_completion on rank 0 and stream_text_completion on "
+        "rank 1",
+        "RankError: all ranks must make the same calls, got stream_text_completion on rank 1 and text_completion on "
+        "rank 0",
+    )
+    assert "got generate on rank 0 and score_tokens on rank 1" in errors.pop("another kind")[0]
+    got, mistake = errors.pop("a mistake")
+    assert got == "RankError: all ranks must make the same calls; rank 1 refused the arguments of this one"
+    assert mistake.startswith("PromptError: max_gen_len")
+    assert len(set(both := errors.pop("a mistake of both"))) == 1 and both[0].startswith("PromptError: max_gen_len")
+    assert len(set(both := errors.pop("another thread"))) == 1
+    assert both[0].startswith("RuntimeError: under model parallelism all calls must come from one thread")
+    assert errors.pop("an error of both") == ('KeyError: "a hook\'s"',) * 2
+    for name, pair in errors.items():
+        for rank, error in enumerate(pair):
+            assert error.startswith("RankError: all ranks must make the same calls with the same arguments, got"), name
+            assert error.endswith(f"on rank {rank} and rank {1 - rank}")
+    for rank in (first, second):
+        assert [row for _, row in rank.values()] == [[row[:5] for row in one_process["greedy"][:2]]] * len(first)
+
+
+def a_stream_beside_another_call(rank: int, halves: Checkpoint) -> Iterator[object]:
+    llama = halves.build()
+    stream = llama.stream_text_completion("The", temperature=0)
+    next(stream)
+    yield FAULT
+    yield message(lambda: next(stream) if rank == 0 else llama.generate([[1]], 4))
+    yield message(lambda: llama.generate([[1]], 4))
+    yield message(halves.build)
+    stream.close()
+
+
+def test_a_stream_step_and_another_call_end_both_ranks(split: Callable[..., Checkpoint]) -> None:
+    for outcome in run_faulty_ranks(2, a_stream_beside_another_call, split(2), within_s=30):
+        _, error, *later = outcome.told
+        assert error.startswith("RankError: all ranks must make the same calls, got ")
+        assert "a step of a stream on rank 0" in error and "generate on rank 1" in error
+        assert all("all ranks must make the same calls, got " in error for error in later)
+        assert all(error.endswith("start all ranks again") for error in later)
+
+
+# ---- ranks that fail ----
+
+
+def fail_in_the_middle(rank: int, halves: Checkpoint, fault: str) -> Iterator[object]:
+    """What each rank sees when rank 1 alone has that fault in its third pass, and in the call after it."""
+    llama = halves.build()
+    passes = itertools.count()
+
+    def hook(*_: object) -> None:
+        if rank == 1 and next(passes) == 2:
+            if fault == "raise":
+                raise ArithmeticError("what rank 1 does")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    llama.model.layers[1].register_forward_hook(hook)
+    yield FAULT
+    yield message(lambda: llama.generate([[1, 5]], 8, temperature=0))
+    yield message(lambda: llama.generate([[1, 5]], 8, temperature=0))
+
+
+def test_an_error_on_one_rank_ends_the_others(split: Callable[..., Checkpoint]) -> None:
+    first, second = run_faulty_ranks(2, fail_in_the_middle, split(2), "raise", within_s=30)
+    named = "RankError: rank 1 failed: ArithmeticError: what rank 1 does; start all ranks again"
+    assert first.told == [FAULT, named, named]
+    assert second.told == [FAULT, "ArithmeticError: what rank 1 does", named]
+
+
+def test_the_death_of_a_rank_ends_the_others(split: Callable[..., Checkpoint]) -> None:
+    first, second = run_faulty_ranks(2, fail_in_the_middle, split(2), "kill", within_s=30)
+    assert first.told == [FAULT, *["RankError: rank 1 ended; start all ranks again"] * 2]
+    assert second.told == [FAULT]
+
+
+def skip_a_call(rank: int, halves: Checkpoint, ends: bool) -> Iterator[object]:
+    os.environ["LLAMA_RANK_TIMEOUT"] = "120" if ends else "2"
+    llama = halves.build()
+    yield llama.generate([[1, 5]], 8, temperature=0)[0]
+    yield FAULT
+    if rank == 0:
+        yield message(lambda: llama.generate([[1, 5]], 8, temperature=0))
+        time.sleep(0 if ends else 3)  # it holds the store, which tells the late rank
+    elif not ends:
+        time.sleep(4)
+        yield message(lambda: llama.generate([[1, 5]], 8, temperature=0))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_missing_call_is_an_error_that_names_the_rank(split: Callable[..., Checkpoint], ends: bool) -> None:
+    first, second = run_faulty_ranks(2, skip_a_call, split(2), ends, within_s=40)
+    if ends:
+        assert first.told[2] == "RankError: rank 1 ended; start all ranks again"
+        assert second.told[2:] == []
+    else:
+        late = "rank 1 did not make the call generate within 2 seconds (set by LLAMA_RANK_TIMEOUT)"
+        assert [outcome.told[2] for outcome in (first, second)] == [f"RankError: {late}; start all ranks again"] * 2
+
+
+def test_a_rank_that_does_not_start_is_named(split: Callable[..., Checkpoint]) -> None:
+    (only,) = run_faulty_ranks(2, build_in_two_seconds, split(2), within_s=40, absent=(1,))
+    assert only.told[1].startswith("RankError: all 2 ranks must meet at 127.0.0.1:")
+    assert "within 2 seconds (set by LLAMA_RANK_TIMEOUT)" in only.told[1]
+
+
+def build_in_two_seconds(rank: int, halves: Checkpoint) -> Iterator[object]:
+    os.environ["LLAMA_RANK_TIMEOUT"] = "2"
+    yield FAULT
+    halves.build()
+
+
+def build_and_call(rank: int, checkpoints: list[Checkpoint], max_batch_size: list[int]) -> Iterator[object]:
+    yield FAULT
+    llama = Llama.build(
+        checkpoints[rank].folder,
+        checkpoints[rank].tokenizer_path,
+        MAX_SEQ_LEN,
+        max_batch_size[rank],
+        device="cpu",
+        dtype="float32",
+    )
+    yield llama.generate([[1, 5]], 8, temperature=0)[0]
+
+
+def test_a_shard_that_one_rank_cannot_load_ends_all(
+    write_checkpoint: Callable[..., Path], split: Callable[..., Checkpoint], params: dict[str, Any], state: oracle.State
+) -> None:
+    good = split(2)
+    bad = Checkpoint(write_checkpoint(params, state, 2), good.tokenizer_path, None)
+    shard = torch.load(bad.folder / "consolidated.01.pth", weights_only=True)
+    torch.save(shard | {"norm.weight": torch.ones(3)}, bad.folder / "consolidated.01.pth")
+    first, second = run_faulty_ranks(2, build_and_call, [good, bad], [4, 4], within_s=40)
+    assert first.told[1].startswith("RankError: rank 1 failed: ValueError: ") and "norm.weight" in first.told[1]
+    assert second.told[1].startswith("ValueError: ") and "norm.weight" in second.told[1]
+
+
+def test_ranks_that_build_different_networks_are_refused(split: Callable[..., Checkpoint]) -> None:
+    for outcome in run_faulty_ranks(2, build_and_call, [split(2)] * 2, [4, 2], within_s=40):
+        assert outcome.told[1].startswith("RankError: all ranks must make the same calls with the same arguments, got")
+
+
+def test_under_torchrun_the_error_of_a_shard_is_one_line_ahead_of_the_report(
+    write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State, tokenizer_path: Path
+) -> None:
+    """The other rank says in a line of its own why it stopped; neither prints a traceback."""
+    folder = write_checkpoint(params, state, 2)
+    shard = torch.load(folder / "consolidated.01.pth", weights_only=True)
+    torch.save(shard | {"norm.weight": torch.ones(3)}, folder / "consolidated.01.pth")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    flags = ["--ckpt_dir", str(folder), "--tokenizer_path", str(tokenizer_path), "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "example_text_completion.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    lines = done.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert done.returncode != 0 and len(errors) == 1, done.stderr
+    assert "norm.weight" in errors[0]
+    assert lines.index(errors[0]) < min(i for i, line in enumerate(lines) if "Traceback" in line or "failed (" in line)
+    assert 'llama/generation.py"' not in done.stderr
