@@ -108,6 +108,89 @@ def test_groups_that_exist_are_used_and_an_unfinished_launch_is_explained(
     assert kept
 
 
+THREADS = """
+import io, json, sys, threading
+from fairscale.nn.model_parallel import initialize
+from llama import Llama
+folder, tokenizer = sys.argv[1:]
+printed, errors, rows = io.StringIO(), [], []
+stdout, sys.stdout = sys.stdout, printed
+start = threading.Barrier(8)
+def build():
+    start.wait()
+    try:
+        llama = Llama.build(folder, tokenizer, max_seq_len=64, max_batch_size=4, device="cpu", dtype="float32")
+        rows.append(llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0])
+    except Exception as error:
+        errors.append(repr(error))
+threads = [threading.Thread(target=build) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+kept = sys.stdout is printed
+sys.stdout = stdout
+print(json.dumps([errors, rows, kept, printed.getvalue(), "print" in vars(initialize)]))
+"""
+
+
+def test_first_builds_in_several_threads(checkpoint: Path, tokenizer_path: Path, llama: Llama) -> None:
+    """They make the groups once, print nothing, and leave stdout to the other threads."""
+    expected = llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0]
+    got = run_script(THREADS, checkpoint, tokenizer_path, OMP_NUM_THREADS="1")
+    assert got == [[], [expected] * 8, True, "", False]
+
+
+PRINTS = """
+import json, sys, torch
+from fairscale.nn.model_parallel import initialize
+from llama import runtime
+seen = []
+real = runtime.initialize_model_parallel
+def slow(size):
+    seen.append(sys.stdout is sys.__stdout__)  # as another thread would find it
+    initialize.print("not to be seen")
+    real(size)
+    if len(seen) == 1:
+        raise OSError("once")
+runtime.initialize_model_parallel = slow
+for attempt in range(2):
+    try:
+        runtime.init_process_groups(1, torch.device("cpu"))
+    except OSError:
+        initialize.destroy_model_parallel()
+    seen.append("print" in vars(initialize))
+print(json.dumps(seen))
+"""
+
+
+def test_fairscale_is_silenced_in_its_own_module_alone_and_only_while_it_makes_the_groups() -> None:
+    """Also after an error in it."""
+    assert run_script(PRINTS, OMP_NUM_THREADS="1") == [True, False, True, False]
+
+
+FORK = """
+import json, os, sys
+from llama import Llama
+folder, tokenizer = sys.argv[1:]
+llama = Llama.build(folder, tokenizer, max_seq_len=64, max_batch_size=4, device="cpu", dtype="float32")
+child = os.fork()
+if child == 0:
+    sys.exit(7)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(json.dumps([status, llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0]]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system on which processes can fork")
+def test_a_forked_child_can_exit_and_leaves_the_parents_groups_alone(
+    checkpoint: Path, tokenizer_path: Path, llama: Llama
+) -> None:
+    expected = llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0]
+    status, rows = run_script(FORK, checkpoint, tokenizer_path, options=("-W", "ignore"), OMP_NUM_THREADS="1")
+    assert (status, rows) == (7, expected)
+
+
 PEAK = """
 import json, sys
 import torch
@@ -163,6 +246,29 @@ def test_the_model_parallel_size_defaults_to_the_world_size_else_one(nothing_ini
     nothing_initialized(WORLD_SIZE="8")
     assert runtime.resolve_model_parallel_size(None) == 8
     assert [runtime.resolve_model_parallel_size(size) for size in (1, 2, 4, 8)] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "", "1.5"])
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+def test_sizes_in_the_environment_are_whole_numbers_above_zero(
+    nothing_initialized: Callable[..., None], name: str, value: str
+) -> None:
+    nothing_initialized(**{name: value})
+    read = runtime.world_size if name == "WORLD_SIZE" else runtime.local_world_size
+    with pytest.raises(
+        ValueError, match=rf"variable {name} must be a whole number of at least 1, got '{value}'; unset"
+    ):
+        read()
+
+
+@pytest.mark.parametrize("value", ["-1", "x"])
+def test_the_local_rank_in_the_environment_is_a_whole_number(
+    machine: Callable[[int, bool], None], nothing_initialized: Callable[..., None], value: str
+) -> None:
+    machine(2, False)
+    nothing_initialized(LOCAL_RANK=value)
+    with pytest.raises(ValueError, match=rf"variable LOCAL_RANK must be a whole number of at least 0, got '{value}'"):
+        runtime.select_device(None)
 
 
 @pytest.mark.parametrize("size", [3, 5, 9, 16])
