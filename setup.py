@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 CONVERT = ["safetensors>=0.4"]
+BATCH = ["tqdm>=4.60"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 
 setup(
@@ -30,9 +31,12 @@ setup(
             "httpx>=0.27",
             *CONVERT,
             *SERVE,
+            *BATCH,
         ],
         "convert": CONVERT,
         "serve": SERVE,
+        "batch": BATCH,
+        "eval": ["lm-eval>=0.4.9"],
         "bench": ["matplotlib>=3.8", "transformers>=4.45", "safetensors>=0.4", "ctranslate2>=4.5", "gguf>=0.10"],
         "dev": ["ruff", "mypy", *CONVERT, *SERVE],  # mypy reads their types
     },
