@@ -146,3 +146,33 @@ def test_any_changed_byte_gives_the_same_records_or_an_error(path: Path) -> None
             refusal = str(error)
         assert all(record.offset + record.size <= len(content) for record in records)
         assert refusal.isprintable() and len(refusal) < 300
+
+
+def test_a_changed_pickle_shows_by_its_checksum(path: Path) -> None:
+    """It could be well-formed still, and give a tensor another one's values."""
+    content = bytearray(path.read_bytes())
+    (record,) = (record for record in read_records(path) if record.name.endswith("data.pkl"))
+    content[record.offset + record.size // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArchiveError, match="has another checksum"):
+        check_pickles(path)
+
+
+def test_a_file_without_checksums_is_read(path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"t": torch.ones(2)}, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    check_pickles(path)
+
+
+def test_a_record_that_is_another_one_by_its_own_header_is_refused(path: Path) -> None:
+    """The directory gives the first tensor the second one's place."""
+    content = bytearray(path.read_bytes())
+    entries = [content.rindex(b"consolidated.00/data/%d" % i) - 46 for i in (0, 1)]
+    content[entries[0] + 42 : entries[0] + 46] = content[entries[1] + 42 : entries[1] + 46]
+    path.write_bytes(content)
+    with pytest.raises(ArchiveError, match="has another name than in the directory"):
+        read_records(path)
