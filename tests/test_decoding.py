@@ -6,6 +6,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from llama import ModelArgs, Transformer, runtime
-from llama.decoding import Step, StepsInStep, decode, prefill_groups, score
+from llama.decoding import Step, StepsInStep, decode, score
 from llama.sampling import Sampler
+from llama.stepping import StaticStepper
 from tests import oracle
 
 PARAMS: dict[str, Any] = {
@@ -43,9 +45,9 @@ def make(state: oracle.State) -> Callable[..., Transformer]:
     def make(max_batch_size: int, max_seq_len: int = MAX_SEQ_LEN) -> Transformer:
         args = ModelArgs(**PARAMS, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
         model = Transformer.from_state(args, state, cache_dtype=torch.float32)
-        for cache in model.caches:
-            cache.k.fill_(100.0)
-            cache.v.fill_(100.0)
+        for layer in model.layers:
+            layer.attention.keys.fill_(100.0)
+            layer.attention.values.fill_(100.0)
         return model
 
     return make
@@ -243,39 +245,6 @@ def test_rows_with_the_same_prompt_draw_independently(make: Callable[..., Transf
     assert len({tuple(answer) for answer in answers}) == 9
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_prefill_groups_bound_a_pass_and_cover_every_prompt_once(seed: int) -> None:
-    rng = random.Random(seed)
-    longest = rng.randint(1, 100)
-    lengths = [rng.randint(1, longest) for _ in range(rng.randint(1, 30))]
-    most, pass_cost = rng.randint(longest, 5 * longest), rng.randint(0, 100)
-    groups = prefill_groups(lengths, most, pass_cost)
-    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-    assert all(len(group) * max(lengths[i] for i in group) <= most for group in groups)
-    assert len(prefill_groups(lengths, len(lengths) * longest, pass_cost=10**9)) == 1
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_no_other_cut_of_the_sorted_prompts_costs_less(seed: int) -> None:
-    rng = random.Random(seed)
-    lengths = [rng.randint(1, 100) for _ in range(rng.randint(1, 9))]
-    most, pass_cost = rng.randint(100, 400), rng.randint(0, 100)
-
-    def cost(groups: list[list[int]]) -> int:
-        return sum(len(group) * max(group) + pass_cost for group in groups)
-
-    ordered = sorted(lengths, reverse=True)
-    possible = []
-    for cuts in itertools.product((False, True), repeat=len(ordered) - 1):
-        groups = [[ordered[0]]]
-        for length, cut in zip(ordered[1:], cuts, strict=True):
-            groups.append([length]) if cut else groups[-1].append(length)
-        if all(len(group) * max(group) <= most for group in groups):
-            possible.append(groups)
-    found = [[lengths[i] for i in group] for group in prefill_groups(lengths, most, pass_cost)]
-    assert cost(found) == min(map(cost, possible))
-
-
 def test_prompts_prefilled_in_several_groups_keep_their_rows(
     monkeypatch: pytest.MonkeyPatch, make: Callable[..., Transformer], state: oracle.State
 ) -> None:
@@ -285,6 +254,164 @@ def test_prompts_prefilled_in_several_groups_keep_their_rows(
     for prompt, steps in zip(prompts, run(model, prompts, 5), strict=True):
         check_greedy(state, prompt, tokens_of(steps))
     assert all(bsz * seqlen <= MAX_SEQ_LEN for bsz, seqlen in passes.shapes)
+
+
+class ForwardOnly:
+    """All that Meta's own loop asks of a network: `params`, and `forward` with one int position for all rows."""
+
+    def __init__(self, state: oracle.State, max_batch_size: int) -> None:
+        self.params = SimpleNamespace(**PARAMS, max_batch_size=max_batch_size, max_seq_len=MAX_SEQ_LEN)
+        self.passes: list[tuple[int, int, int]] = []
+        self._state = state
+        self._seen = torch.zeros((max_batch_size, MAX_SEQ_LEN), dtype=torch.int64)
+
+    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
+        assert type(start_pos) is int
+        self.passes.append((*tokens.shape, start_pos))
+        bsz, end = tokens.size(0), start_pos + tokens.size(1)
+        self._seen[:bsz, start_pos:end] = tokens
+        return oracle.logits(self._state, PARAMS, self._seen[:bsz, :end])[:, start_pos:]
+
+
+def patched(model: Transformer) -> Transformer:
+    """The network with a `forward` of its own, which takes an int start_pos."""
+    forward = model.forward
+
+    def int_forward(tokens: Tensor, start_pos: int) -> Tensor:
+        assert type(start_pos) is int
+        return forward(tokens, start_pos)
+
+    model.forward = int_forward  # type: ignore[method-assign, assignment]
+    return model
+
+
+def compiled(model: Transformer) -> Any:
+    return torch.compile(model, backend="eager", dynamic=True)
+
+
+@pytest.mark.parametrize("kind", ["only forward", "patched"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_network_that_takes_one_position_gives_what_the_oracle_gives(
+    make: Callable[..., Transformer], state: oracle.State, seed: int, kind: str
+) -> None:
+    """Any lengths, more prompts than rows, rows that end at EOS; each prompt's answer is that of the plain network."""
+    rng = random.Random(seed)
+    max_batch_size, max_gen_len = rng.randint(1, 4), rng.randint(1, MAX_SEQ_LEN)
+    prompts = [*random_prompts(rng, 7, 4), [5] * MAX_SEQ_LEN, [6] * MAX_SEQ_LEN]
+    rng.shuffle(prompts)
+    model: Any = ForwardOnly(state, max_batch_size) if kind == "only forward" else patched(make(max_batch_size))
+    plain = make(max_batch_size)
+    endless = run(model, prompts, max_gen_len, logprobs=True)
+    for prompt, steps in zip(prompts, endless, strict=True):
+        answer = tokens_of(steps)
+        check_greedy(state, prompt, answer)
+        scores = oracle_scores(state, prompt + answer)[len(prompt) :]
+        assert [step.logprob for step in steps if step.token is not None] == pytest.approx(scores, abs=1e-4)
+    eos_id = Counter(token for steps in endless for token in set(tokens_of(steps))).most_common(1)[0][0]
+    for mine, theirs in zip(
+        run(model, prompts, max_gen_len, eos_id=eos_id), run(plain, prompts, max_gen_len, eos_id=eos_id), strict=True
+    ):
+        assert tokens_of(mine) == tokens_of(theirs)
+        assert mine[-1].finish_reason == theirs[-1].finish_reason
+
+
+def test_prompts_of_one_length_go_together_where_one_position_is_taken(state: oracle.State) -> None:
+    """In the order of the first of each length; the next ones wait until all rows have ended."""
+    model = ForwardOnly(state, 3)
+    run(model, [[1, 2], [3], [4, 5], [6], [7, 8], [9, 1]], max_gen_len=3)
+    assert model.passes == [
+        *[(3, 2, 0), (3, 1, 2), (3, 1, 3)],
+        *[(2, 1, 0), (2, 1, 1), (2, 1, 2)],
+        *[(1, 2, 0), (1, 1, 2), (1, 1, 3)],
+    ]
+
+
+def test_a_network_that_takes_one_position_draws_from_its_rows_lanes(
+    make: Callable[..., Transformer], state: oracle.State
+) -> None:
+    prompts = [[1, 2], [3, 4], [5, 6]]
+    expected = run(make(3), prompts, 8, temperature=1.5)
+    assert run(ForwardOnly(state, 3), prompts, 8, temperature=1.5) == expected  # type: ignore[arg-type]
+
+
+def test_a_compiled_network_gives_what_the_oracle_gives(make: Callable[..., Transformer], state: oracle.State) -> None:
+    prompts = [[1, 2], [3, 4]]
+    model = compiled(make(2))
+    for prompt, steps in zip(prompts, run(model, prompts, 4), strict=True):
+        check_greedy(state, prompt, tokens_of(steps))
+
+
+def test_scores_of_a_network_with_only_a_forward(state: oracle.State) -> None:
+    texts = random_prompts(random.Random(2), 5)
+    for text, got in zip(texts, score(ForwardOnly(state, 2), texts), strict=True):
+        assert got == pytest.approx(oracle_scores(state, text), abs=1e-4)
+
+
+def _disturb_by_a_call(model: Any) -> None:
+    getattr(model, "forward")(torch.zeros((1, 7), dtype=torch.int64), 0)  # noqa: B009
+
+
+def _disturb_by_decoding(model: Any) -> None:
+    n_lanes = model.params.max_batch_size
+    prompts = [[9, 8, 7]] * n_lanes
+    list(decode(model, prompts, sampler(0, n_lanes), lanes=range(n_lanes), max_gen_len=4, eos_id=NO_EOS))
+
+
+def _disturb_by_scoring(model: Any) -> None:
+    score(model, [[11] * MAX_SEQ_LEN])
+
+
+DISTURBANCES = {"call": _disturb_by_a_call, "decode": _disturb_by_decoding, "score": _disturb_by_scoring}
+
+
+@pytest.mark.parametrize("kind", ["plain", "static", "patched", "only forward"])
+@pytest.mark.parametrize("disturbance", DISTURBANCES)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_others_overwrote_in_the_cache_is_computed_anew(
+    make: Callable[..., Transformer], state: oracle.State, seed: int, disturbance: str, kind: str
+) -> None:
+    """Between any two steps, with rows of any lengths, prompts that wait, and rows that move into gaps."""
+    if (disturbance, kind) == ("call", "only forward"):
+        pytest.skip("nothing tells of a direct call of a network that has no modules")
+    rng = random.Random(seed)
+    max_batch_size, prompts = rng.randint(1, 4), random_prompts(rng, 7)
+    model: Any = ForwardOnly(state, max_batch_size) if kind == "only forward" else make(max_batch_size)
+    if kind == "patched":
+        patched(model)
+    stepper = StaticStepper(model, graphs=False) if kind == "static" else None
+    n_lanes = min(len(prompts), max_batch_size)
+    draws = sampler(0.0, n_lanes)
+    options: dict[str, Any] = {"max_gen_len": 6, "eos_id": NO_EOS, "stepper": stepper, "logprobs": True}
+
+    def disturbed() -> Iterator[Step]:
+        for step in decode(model, prompts, draws, lanes=range(n_lanes), **options):
+            yield step
+            if rng.random() < 0.5:
+                DISTURBANCES[disturbance](model)
+
+    for prompt, steps in zip(prompts, drain(disturbed(), len(prompts)), strict=True):
+        answer = tokens_of(steps)
+        check_greedy(state, prompt, answer)
+        expected = oracle_scores(state, prompt + answer)[len(prompt) :]
+        assert [step.logprob for step in steps if step.token is not None] == pytest.approx(expected, abs=1e-4)
+
+
+def test_two_loops_side_by_side_give_what_each_gives_alone(make: Callable[..., Transformer]) -> None:
+    model, prompts = make(2), [[[1, 2, 3], [4], [5, 6]], [[7, 8], [9]]]
+    expected = [run(model, mine, 8, temperature=1.5) for mine in prompts]
+    loops = [decode(model, mine, sampler(1.5, 2), lanes=range(2), max_gen_len=8, eos_id=NO_EOS) for mine in prompts]
+    found: list[list[Step]] = [[], []]
+    for steps in itertools.zip_longest(*loops):
+        for mine, step in zip(found, steps, strict=True):
+            mine += [step] if step else []
+    assert [drain(iter(steps), len(mine)) for steps, mine in zip(found, prompts, strict=True)] == expected
+
+
+def test_a_cache_that_nobody_touched_is_not_computed_anew(make: Callable[..., Transformer]) -> None:
+    model = make(3)
+    passes = _Passes(model)
+    run(model, [[1, 2], [3, 4], [4, 5], [6, 7]], 5)
+    assert sum(bsz for bsz, seqlen in passes.shapes if seqlen > 1) == 4
 
 
 def oracle_scores(state: oracle.State, text: Sequence[int]) -> list[float]:

@@ -41,9 +41,9 @@ def make(max_batch_size: int, seed: int = 3) -> Transformer:
     runtime.init_process_groups(1, torch.device("cpu"))
     args = ModelArgs(**PARAMS, max_batch_size=max_batch_size, max_seq_len=MAX_SEQ_LEN)
     model = Transformer.from_state(args, oracle.random_state(PARAMS, seed=seed), cache_dtype=torch.float32)
-    for cache in model.caches:
-        cache.k.fill_(100.0)
-        cache.v.fill_(100.0)
+    for layer in model.layers:
+        layer.attention.keys.fill_(100.0)
+        layer.attention.values.fill_(100.0)
     return model
 
 
@@ -128,14 +128,14 @@ def test_padding_leaves_the_rows_at_work_alone() -> None:
     stepper = StaticStepper(model, graphs=False)
     prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     expected = model.forward(prompts, 0)
-    before = [(cache.k.clone(), cache.v.clone()) for cache in model.caches]
+    caches = [cache for layer in model.layers for cache in (layer.attention.keys, layer.attention.values)]
+    before = [cache.clone() for cache in caches]
     with torch.inference_mode():
         logits = stepper(prompts[:, 2], [2, 2, 2])
     torch.testing.assert_close(logits, expected[:, 2])
-    for cache, (k, v) in zip(model.caches, before, strict=True):
-        for now, then in ((cache.k, k), (cache.v, v)):
-            torch.testing.assert_close(now[:3], then[:3])
-            assert torch.equal(now[3, :, 1:], then[3, :, 1:])
+    for now, then in zip(caches, before, strict=True):
+        torch.testing.assert_close(now[:3], then[:3])
+        assert torch.equal(now[3, :, 1:], then[3, :, 1:])
 
 
 def test_a_capture_that_fails_is_said_once_and_makes_no_difference(caplog: pytest.LogCaptureFixture) -> None:
