@@ -1,0 +1,309 @@
+"""The HTTP routes: OpenAI's API, health, metrics, and the chat page."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llama.quoting import printable, quote
+from llama.service import Piece, Service
+from llama.serving.formats import Answer, ChatFormat, CompletionFormat, Format, event, usage
+from llama.serving.jobs import Job, Planner
+from llama.serving.metrics import CONTENT_TYPE, Metrics
+from llama.serving.protocol import ApiError, ChatBody, CompletionBody, parse_body
+from llama.serving.run import ClientLeftError, Run, while_connected
+
+_BODY_S = 30.0  # that a client has to send its body
+_LEFT = 499  # status in the metrics, as nginx has it
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+@dataclass
+class Server:
+    """What the routes share. Used by the event loop's thread, but for `ready` and `failed`.
+
+    Attributes:
+        model_name: what clients call the network.
+        api_key: that they must send; "" for none.
+        max_body_bytes: of a request.
+        timeout_s: time limit of a request.
+        service, planner: None until the network is loaded.
+        error: why the network cannot be used any more.
+    """
+
+    model_name: str
+    api_key: str = ""
+    max_body_bytes: int = 2**22
+    timeout_s: float = 600.0
+    metrics: Metrics = field(default_factory=Metrics)
+    created: int = field(default_factory=lambda: int(time.time()))
+    service: Service | None = None
+    planner: Planner | None = None
+    error: BaseException | None = None
+
+    def ready(self, service: Service) -> None:
+        """Starts to accept requests."""
+        self.planner = Planner(service.llama, service.max_waiting)
+        self.metrics.watch("llama_requests_open", "Requests that are not finished.", lambda: service.n_requests)
+        self.metrics.watch("llama_sequences_running", "Sequences in slots of the cache.", lambda: service.n_running)
+        self.metrics.watch("llama_sequences_waiting", "Sequences that wait for a slot.", lambda: service.n_waiting)
+        self.service = service
+
+    def failed(self, error: BaseException) -> None:
+        """Refuses all requests from now on."""
+        self.error = error
+
+    def parts(self) -> tuple[Service, Planner]:
+        """Raises ApiError unless requests can be served."""
+        error = self.error or (self.service.error if self.service else None)
+        if error is not None:
+            raise ApiError(f"the server has failed: {printable(error)}", status=503, code="failed")
+        if self.service is None or self.planner is None:
+            raise ApiError("the network is being loaded", status=503, code="loading", headers={"Retry-After": "2"})
+        return self.service, self.planner
+
+
+def make_app(server: Server) -> FastAPI:
+    """The application, for an ASGI server such as uvicorn."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_CountRequests, metrics=server.metrics)
+    app.add_exception_handler(ApiError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(ClientDisconnect, _answer_error)
+    app.add_exception_handler(ClientLeftError, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)
+    app.include_router(_open_routes(server))
+    app.include_router(_guarded_routes(server))
+    return app
+
+
+def _open_routes(server: Server) -> APIRouter:
+    """Those that need no key."""
+    routes = APIRouter()
+    page = resources.files("llama.serving").joinpath("chat.html").read_text(encoding="utf-8")
+
+    @routes.get("/")
+    async def chat_page() -> Response:
+        return HTMLResponse(page, headers=_PAGE_HEADERS)
+
+    @routes.get("/health")
+    async def health() -> Response:
+        server.parts()
+        return JSONResponse({"status": "ok"})
+
+    return routes
+
+
+def _guarded_routes(server: Server) -> APIRouter:
+    """Those that need the key, if there is one."""
+
+    async def check_key(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if server.api_key and not hmac.compare_digest(given, f"Bearer {server.api_key}".encode()):
+            raise ApiError(
+                "the header Authorization must be 'Bearer ' and the server's API key",
+                status=401,
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    routes = APIRouter(dependencies=[Depends(check_key)])
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(server.metrics.text(), media_type=CONTENT_TYPE)
+
+    @routes.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [_model(server)]})
+
+    @routes.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        _check_model(server, name)
+        return JSONResponse(_model(server))
+
+    @routes.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        def plan(planner: Planner, raw: bytes) -> tuple[ChatBody, Job, Format]:
+            body = parse_body(raw, ChatBody)
+            _check_model(server, body.model)
+            return body, planner.chat(body), ChatFormat(planner.tokenizer, logprobs=body.logprobs)
+
+        return await _complete(server, request, plan)
+
+    @routes.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        def plan(planner: Planner, raw: bytes) -> tuple[CompletionBody, Job, Format]:
+            body = parse_body(raw, CompletionBody)
+            _check_model(server, body.model)
+            n_top = body.logprobs
+            form = CompletionFormat(planner.tokenizer, logprobs=n_top is not None, top_logprobs=bool(n_top))
+            return body, planner.completion(body), form
+
+        return await _complete(server, request, plan)
+
+    return routes
+
+
+def _model(server: Server) -> dict[str, Any]:
+    context = server.planner.max_seq_len if server.planner else None
+    model = {"id": server.model_name, "object": "model", "created": server.created, "owned_by": "local"}
+    return model | {"max_model_len": context}
+
+
+def _check_model(server: Server, name: str | None) -> None:
+    if name is not None and name != server.model_name:
+        raise ApiError(
+            f"model must be {quote(server.model_name)}, the one that this server has, got {quote(name)}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+
+
+async def _complete(
+    server: Server,
+    request: Request,
+    plan: Callable[[Planner, bytes], tuple[ChatBody | CompletionBody, Job, Format]],
+) -> Response:
+    """Answers a request for completions, as a whole or as a stream."""
+    arrived = time.perf_counter()
+    service, planner = server.parts()
+    raw = await _read_body(request, server.max_body_bytes)
+    body, job, form = await asyncio.to_thread(plan, planner, raw)
+    run = Run(service, job, server.metrics, arrived=arrived, timeout_s=server.timeout_s)
+    answer = Answer(form, server.model_name)
+    if body.stream:
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        return _EventStream(run, _events(run, job, form, answer, with_usage=with_usage), server.timeout_s)
+    with run:
+        choices = await while_connected(_whole(run, job, form), request.receive, server.timeout_s)
+    return JSONResponse(answer.whole(choices, usage(job.prompts, run.n_generated)))
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(f"the header Content-Type must be application/json, got {quote(kind)}", status=415)
+
+    async def read() -> bytes:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise ApiError(
+                    f"the body must have at most {max_bytes} bytes", status=413, headers={"Connection": "close"}
+                )
+        return bytes(body)
+
+    try:
+        return await asyncio.wait_for(read(), _BODY_S)
+    except asyncio.TimeoutError:
+        raise ApiError(f"the body must come within {_BODY_S:g} seconds", status=408) from None
+
+
+async def _whole(run: Run, job: Job, form: Format) -> list[dict[str, Any]]:
+    """The choices, once all are complete."""
+    pieces: list[list[Piece]] = [[] for _ in range(job.n_choices)]
+    async for piece in run.pieces():
+        pieces[piece.choice].append(piece)
+    return [form.whole(i, of_choice) for i, of_choice in enumerate(pieces)]
+
+
+async def _events(run: Run, job: Job, form: Format, answer: Answer, *, with_usage: bool) -> AsyncIterator[bytes]:
+    """The server-sent events of a streamed answer."""
+    for i in range(job.n_choices):
+        if first := form.first_chunk(i):
+            yield event(answer.chunk([first], None, with_usage=with_usage))
+    try:
+        async for piece in run.pieces():
+            for choice in form.chunks(piece):
+                yield event(answer.chunk([choice], None, with_usage=with_usage))
+    except ApiError as error:
+        yield event(error.body())
+        return
+    if with_usage:
+        yield event(answer.chunk([], usage(job.prompts, run.n_generated), with_usage=True))
+    yield b"data: [DONE]\n\n"
+
+
+class _EventStream(Response):
+    """Sends events as they come, until the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, run: Run, events: AsyncIterator[bytes], timeout_s: float) -> None:
+        self.status_code = 200
+        self.background = None
+        self._run = run
+        self._events = events
+        self._timeout_s = timeout_s
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._run, suppress(ClientLeftError):
+            await while_connected(self._send(send), receive, self._timeout_s)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for chunk in self._events:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _CountRequests:
+    """Counts the requests by their path and how they ended."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        status, is_complete = _LEFT, False
+
+        async def watch(message: Message) -> None:
+            nonlocal status, is_complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body")
+
+        try:
+            await self._app(scope, receive, watch)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(path, str(status if is_complete else _LEFT)).inc()
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    """Any error in OpenAI's form."""
+    if isinstance(error, (ClientLeftError, ClientDisconnect)):
+        return Response(status_code=_LEFT)
+    if isinstance(error, HTTPException):
+        error = ApiError(
+            f"{request.method} {printable(request.url.path)}: {printable(error.detail)}",
+            status=error.status_code,
+            headers=error.headers,
+        )
+    if not isinstance(error, ApiError):
+        error = ApiError("the server failed to answer; its log says why", status=500)
+    return JSONResponse(error.body(), error.status, headers=error.headers)

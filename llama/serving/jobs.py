@@ -1,0 +1,142 @@
+"""From a request's body to what the service takes: ids that fit in the context, and sampling parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from llama.chat import SPECIAL_TAGS, Dialog, has_special_tags
+from llama.generation import Llama
+from llama.prompts import encode_checked_dialog, encode_text
+from llama.quoting import quote
+from llama.request import Request
+from llama.serving.protocol import ApiError, ChatBody, CompletionBody
+from llama.tokenizer import PromptError
+
+DEFAULT_MAX_TOKENS = 16  # of a completion; a chat's answer may fill the context
+
+
+@dataclass(frozen=True)
+class Job:
+    """The arguments of `Service.submit`."""
+
+    prompts: list[list[int]]
+    params: Request
+    n: int
+    top_logprobs: int
+    continues: bool
+
+    @property
+    def n_choices(self) -> int:
+        return len(self.prompts) * self.n
+
+
+class Planner:
+    """Makes jobs for one network. Safe for use from several threads.
+
+    Args:
+        max_choices: maximum number of completions of a request, over all of its prompts.
+    """
+
+    def __init__(self, llama: Llama, max_choices: int) -> None:
+        self.tokenizer = llama.tokenizer
+        self._vocab_size: int = llama.model.params.vocab_size
+        self.max_seq_len: int = llama.model.params.max_seq_len
+        self._max_choices = max_choices
+        sp_model = llama.tokenizer.sp_model
+        longest_piece = max(map(len, sp_model.id_to_piece(list(range(sp_model.vocab_size())))))
+        self._max_chars = self.max_seq_len * longest_piece
+
+    def completion(self, body: CompletionBody) -> Job:
+        """Raises ApiError if a prompt is wrong or does not fit."""
+        self._check_count(len(body.prompt) * body.n, "prompt" if len(body.prompt) > 1 else "n")
+        one = len(body.prompt) == 1
+        prompts = [self._prompt(prompt, "prompt" if one else f"prompt[{i}]") for i, prompt in enumerate(body.prompt)]
+        room = self.max_seq_len - max(map(len, prompts))
+        if body.max_tokens is None:
+            max_gen_len = min(DEFAULT_MAX_TOKENS, room)
+        else:
+            max_gen_len = self._fitting(body.max_tokens, room, "prompt", "max_tokens")
+        params = _params(body, max_gen_len, logprobs=body.logprobs is not None, echo=body.echo)
+        return Job(prompts, params, body.n, body.logprobs or 0, continues=True)
+
+    def chat(self, body: ChatBody) -> Job:
+        """Raises ApiError if the messages are not a dialog of the template's or do not fit."""
+        self._check_count(body.n, "n")
+        prompt = self._dialog(cast(Dialog, body.messages))
+        room = self.max_seq_len - len(prompt)
+        if room < 1:
+            raise self._too_long("messages", str(len(prompt)))
+        max_gen_len = room
+        if (max_tokens := body.max_completion_tokens or body.max_tokens) is not None:
+            name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+            max_gen_len = self._fitting(max_tokens, room, "messages", name)
+        params = _params(body, max_gen_len, logprobs=body.logprobs, echo=False)
+        return Job([prompt], params, body.n, body.top_logprobs, continues=False)
+
+    def _check_count(self, n_choices: int, param: str) -> None:
+        if n_choices > self._max_choices:
+            raise ApiError(
+                f"prompts times n must be at most {self._max_choices}, got {n_choices}; send several requests",
+                param=param,
+            )
+
+    def _prompt(self, prompt: str | Sequence[int], name: str) -> list[int]:
+        if isinstance(prompt, str):
+            if len(prompt) > self._max_chars:
+                raise self._too_long(name, f"a text of {len(prompt)} characters")
+            try:
+                return encode_text(prompt, name, self.tokenizer, self.max_seq_len)
+            except PromptError as error:
+                raise _api_error(error) from error
+        if len(prompt) > self.max_seq_len:
+            raise self._too_long(name, str(len(prompt)))
+        if wrong := [token for token in prompt if not 0 <= token < self._vocab_size]:
+            raise ApiError(f"{name} must have ids from 0 to {self._vocab_size - 1}, got {quote(wrong[0])}", param=name)
+        return list(prompt)
+
+    def _dialog(self, dialog: Dialog) -> list[int]:
+        for i, message in enumerate(dialog):
+            if has_special_tags(message["content"]):
+                name = f"messages[{i}].content"
+                tags = ", ".join(SPECIAL_TAGS)
+                raise ApiError(f"{name} must be without the chat template's tags: {tags}", param=name)
+        n_chars = sum(len(message["content"]) for message in dialog)
+        if n_chars > self._max_chars:
+            raise self._too_long("messages", f"texts of {n_chars} characters")
+        try:
+            ids = encode_checked_dialog(dialog, "messages", self.tokenizer, self.max_seq_len)
+        except PromptError as error:
+            raise _api_error(error) from error
+        assert ids is not None
+        return ids
+
+    def _fitting(self, max_tokens: int, room: int, prompt: str, name: str) -> int:
+        if max_tokens > room:
+            raise ApiError(
+                f"{prompt} and {name} must together be at most {self.max_seq_len} tokens, the context of this server, "
+                f"got {self.max_seq_len - room} + {quote(max_tokens)}",
+                param=name,
+                code="context_length_exceeded",
+            )
+        return max_tokens
+
+    def _too_long(self, name: str, got: str) -> ApiError:
+        return ApiError(
+            f"{name} must have fewer tokens than the context of this server, {self.max_seq_len}, got {got}",
+            param=name,
+            code="context_length_exceeded",
+        )
+
+
+def _params(body: ChatBody | CompletionBody, max_gen_len: int, *, logprobs: bool, echo: bool) -> Request:
+    return Request(body.temperature, body.top_p, max_gen_len, logprobs, echo, body.stop, body.seed)
+
+
+def _api_error(error: PromptError) -> ApiError:
+    """The error with the name of the field, with which its message begins."""
+    name = re.match(r"[\w.\[\]]+", str(error))
+    code = "context_length_exceeded" if "max_seq_len" in str(error) else None
+    return ApiError(str(error), param=name.group() if name else None, code=code)

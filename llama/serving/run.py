@@ -1,0 +1,158 @@
+"""A request in the service, as the event loop sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from llama.lockstep import RankError
+from llama.quoting import printable
+from llama.service import Piece, QueueFullError, Service, ServiceStoppedError
+from llama.serving.jobs import Job
+from llama.serving.metrics import Metrics
+from llama.serving.protocol import ApiError
+
+Result = TypeVar("Result")
+RETRY_AFTER_S = 1
+_SEND_S = 30.0  # beyond a request's time limit, for a client that reads slowly
+
+logger = logging.getLogger(__name__)
+
+
+class ClientLeftError(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+class Run:
+    """Submits a job, and brings its pieces from the service's thread to the event loop's.
+
+    Pieces wait here for a client that reads slowly: the service never waits. To be used as a context manager, which
+    aborts what still runs at its end.
+
+    Args:
+        arrived: when the request came, of `time.perf_counter`.
+        timeout_s: maximum time from then to the last piece.
+
+    Raises:
+        ApiError: the queue is full, or the server is about to end.
+    """
+
+    def __init__(self, service: Service, job: Job, metrics: Metrics, *, arrived: float, timeout_s: float) -> None:
+        self.n_generated = 0
+        self._service = service
+        self._metrics = metrics
+        self._arrived = arrived
+        self._n_open = job.n_choices
+        self._first: float | None = None  # when the first token came
+        self._last = arrived
+        self._queue: asyncio.Queue[tuple[float, Piece | BaseException]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._number = service.submit(
+                job.prompts,
+                job.params,
+                self._put,
+                n=job.n,
+                top_logprobs=job.top_logprobs,
+                continues=job.continues,
+            )
+        except (QueueFullError, ServiceStoppedError) as error:
+            raise _api_error(error) from error
+        left_s = timeout_s - (time.perf_counter() - arrived)
+        timeout = ApiError(
+            f"the request must be answered within the server's time limit of {timeout_s:g} seconds, and was not",
+            status=504,
+            code="timeout",
+            headers={"x-should-retry": "false"},
+        )
+        self._timer = self._loop.call_later(left_s, self._queue.put_nowait, (0.0, timeout))
+        metrics.prompt_tokens.inc(sum(map(len, job.prompts)))
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._timer.cancel()
+        self._service.abort(self._number)
+        self._observe()
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The pieces of all choices.
+
+        Raises:
+            ApiError: the service failed or the time was up.
+        """
+        while self._n_open:
+            at, piece = await self._queue.get()
+            if isinstance(piece, BaseException):
+                raise _api_error(piece) from piece
+            if piece.n_generated:
+                self._first = self._first or at
+                self._last = at
+                self.n_generated += piece.n_generated
+            self._n_open -= piece.finish_reason is not None
+            yield piece
+
+    def _put(self, piece: Piece | BaseException) -> None:
+        """Called in the service's thread."""
+        with suppress(RuntimeError):  # the loop has been closed
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (time.perf_counter(), piece))
+
+    def _observe(self) -> None:
+        metrics = self._metrics
+        metrics.generated_tokens.inc(self.n_generated)
+        metrics.duration.observe(time.perf_counter() - self._arrived)
+        if self._first is not None:
+            metrics.first_token.observe(self._first - self._arrived)
+            if self.n_generated > 1:
+                metrics.per_token.observe((self._last - self._first) / (self.n_generated - 1))
+
+
+async def while_connected(
+    work: Coroutine[Any, Any, Result], receive: Callable[[], Awaitable[Any]], timeout_s: float
+) -> Result:
+    """The result of `work`, which is cancelled if the client leaves or does not read its answer.
+
+    Args:
+        receive: ASGI's, from which the whole body has been read.
+        timeout_s: time limit of a request; a client has some seconds more to read the answer.
+
+    Raises:
+        ClientLeftError: it was.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_client_leaves(receive))
+    try:
+        done, _ = await asyncio.wait(
+            {working, leaving}, timeout=timeout_s + _SEND_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        if working not in done:
+            raise ClientLeftError
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _client_leaves(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _api_error(error: BaseException) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    retry = {"Retry-After": str(RETRY_AFTER_S)}
+    if isinstance(error, QueueFullError):
+        return ApiError(str(error), status=503, code="queue_full", headers=retry)
+    if isinstance(error, ServiceStoppedError):
+        return ApiError("the server is shutting down", status=503, code="shutting_down", headers=retry)
+    if isinstance(error, RankError):
+        return ApiError(f"the server has lost a part of the network: {printable(error)}", status=503, code="rank_lost")
+    logger.error("a request failed", exc_info=error)
+    return ApiError("the server failed to compute the answer; its log says why", status=500, code="failed")

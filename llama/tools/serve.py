@@ -1,0 +1,248 @@
+"""An OpenAI-compatible HTTP server: `torchrun --nproc_per_node N -m llama.tools.serve --ckpt_dir ...`.
+
+The first rank listens, the other ranks follow it. docs/serving.md has the API and the limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama import Llama, runtime
+from llama.checkpoint import find_tokenizer, list_shards
+from llama.quoting import quote
+from llama.service import Service
+from llama.tools import commandline
+from llama.tools.toy import toy_checkpoint
+
+if TYPE_CHECKING:
+    from llama.serving.app import Server
+
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+_LAST_EVENTS_S = 3.0  # after the grace time, in which clients are told that the server ends
+
+
+class FirstRank:
+    """HTTP in this thread, the network in another one.
+
+    Args:
+        server: what the routes share.
+        build: loads the network; called in the second thread.
+        max_waiting: as in `Service`.
+        grace_s: time to finish requests once a signal asks for the end.
+    """
+
+    def __init__(self, server: Server, build: Callable[[], Llama], *, max_waiting: int, grace_s: float) -> None:
+        self._server = server
+        self._build = build
+        self._max_waiting = max_waiting
+        self._grace_s = grace_s
+        self._worker = threading.Thread(target=self._work, name="llama", daemon=True)
+        self._service: Service | None = None
+        self._error: BaseException | None = None
+        self._has_ended = threading.Event()
+        self._end_http: Callable[[], None] = lambda: None
+
+    def serve(self, listener: socket.socket) -> None:
+        """Serves until a signal comes; raises what ended the network, if that came first."""
+        asyncio.run(self._listen(listener))
+        if not self._service and not self._error:  # nothing can interrupt the loading
+            sys.stderr.flush()
+            os._exit(128 + signal.SIGTERM)
+        if self._service:
+            self._service.stop()
+        self._worker.join()
+        if self._error:
+            raise self._error
+
+    async def _listen(self, listener: socket.socket) -> None:
+        import uvicorn
+
+        from llama.serving.app import make_app
+
+        config = uvicorn.Config(
+            make_app(self._server),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=round(self._grace_s + _LAST_EVENTS_S),
+        )
+        http = uvicorn.Server(config)
+        http.capture_signals = nullcontext  # type: ignore[method-assign, assignment]  # see below
+        loop = asyncio.get_running_loop()
+
+        def end_http() -> None:
+            http.should_exit = True
+
+        def begin_end() -> None:
+            if not http.should_exit:
+                print("ending; requests that run may finish", file=sys.stderr, flush=True)
+                loop.call_later(self._grace_s, self._stop_service)
+            end_http()
+
+        self._end_http = lambda: _call_soon(loop, end_http)
+        for number in _ENDING:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                loop.add_signal_handler(number, begin_end)
+        self._worker.start()
+        await http.serve(sockets=[listener])
+
+    def _stop_service(self) -> None:
+        if self._service:
+            self._service.stop()
+
+    def _work(self) -> None:
+        """The second thread: loads the network and serves on it."""
+        try:
+            service = Service(self._build(), max_waiting=self._max_waiting)
+            self._server.ready(service)
+            self._service = service
+            print("ready", file=sys.stderr, flush=True)
+            service.run()
+        except BaseException as error:
+            self._error = error
+            self._server.failed(error)
+        finally:
+            self._end_http()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # the loop has been closed
+        loop.call_soon_threadsafe(function)
+
+
+def _follow(build: Callable[[], Llama]) -> None:
+    """The other ranks' part. Signals reach all ranks; the first one decides when it is time to end."""
+    llama = build()
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    Service(llama).follow()
+
+
+def _open_port(host: str, port: int) -> socket.socket:
+    """A socket that listens there."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--host and --port must be free to listen on, got {quote(host)} and {port}: {error}") from error
+    return listener
+
+
+def _check_ranks(ckpt_dir: str, model_parallel_size: int | None) -> None:
+    """Raises ValueError where there would be several replicas of the network."""
+    n_ranks = runtime.world_size()
+    size = model_parallel_size or len(list_shards(ckpt_dir))
+    if size < n_ranks:
+        raise ValueError(
+            f"a server must have one process per checkpoint file, {size}, got {n_ranks} processes; for replicas, start "
+            f"one server each, with torchrun --nproc_per_node {size} and a --port of its own"
+        )
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def main(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_seq_len: int = 512,
+    max_batch_size: int = 8,
+    model_parallel_size: int | None = None,
+    seed: int | None = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    cuda_graphs: bool = True,
+    model_name: str | None = None,
+    api_key: str | None = None,
+    max_waiting: int = 256,
+    max_body_bytes: int = 2**22,
+    timeout_s: float = 600,
+    grace_s: float = 20,
+) -> None:
+    """Serve OpenAI's API for completions and chats, and a chat page at /. SIGTERM or Ctrl-C ends it.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy one.
+        tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
+        host: address to listen on; 0.0.0.0 for all of this machine's.
+        port: to listen on; 0 for a free one, which is printed.
+        max_seq_len: maximum number of tokens of a prompt and its completion.
+        max_batch_size: maximum number of completions that are generated at a time.
+        model_parallel_size: number of processes that share the network; all of them.
+        seed: of requests without a seed of their own.
+        device: cpu, cuda, cuda:N or mps; by default the fastest available.
+        dtype: float16, bfloat16 or float32; by default bfloat16 on the CPU, else float16.
+        cuda_graphs: whether steps on CUDA are captured once and replayed.
+        model_name: what clients call the network; by default the name of ckpt_dir.
+        api_key: that clients must send; by default the environment variable LLAMA_API_KEY, where other users of this
+            machine do not see it, or none.
+        max_waiting: maximum number of completions that wait for others to end; further ones are refused.
+        max_body_bytes: maximum size of a request.
+        timeout_s: maximum time that a request may take, waiting included.
+        grace_s: time to finish requests when the server is to end.
+    """
+    try:
+        from llama.serving.app import Server
+    except ImportError as error:
+        raise ImportError(
+            f'the server needs the extra [serve] ({error}); install it with: pip install -e ".[serve]"'
+        ) from error
+    _check_limits(max_waiting=max_waiting, max_body_bytes=max_body_bytes, timeout_s=timeout_s, grace_s=grace_s)
+    ckpt_dir = ckpt_dir or toy_checkpoint()
+    _check_ranks(ckpt_dir, model_parallel_size)
+    tokenizer = tokenizer_path or find_tokenizer(ckpt_dir)
+
+    def build() -> Llama:
+        return Llama.build(
+            ckpt_dir,
+            tokenizer,
+            max_seq_len,
+            max_batch_size,
+            model_parallel_size,
+            seed,
+            device=device,
+            dtype=dtype,
+            cuda_graphs=cuda_graphs,
+        )
+
+    if runtime.world_size() > 1:
+        runtime.init_process_groups(runtime.world_size(), runtime.select_device(device))
+        if not runtime.is_first_rank():
+            return _follow(build)
+    key = os.environ.get("LLAMA_API_KEY", "") if api_key is None else api_key
+    name = model_name or Path(ckpt_dir).resolve().name
+    server = Server(name, api_key=key, max_body_bytes=max_body_bytes, timeout_s=timeout_s)
+    with _open_port(host, port) as listener:
+        if not key and not _is_loopback(listener):
+            print("warning: anybody who reaches this address can use it; set LLAMA_API_KEY", file=sys.stderr)
+        address = f"[{host}]" if ":" in host else host
+        print(f"{name} at http://{address}:{listener.getsockname()[1]}, once it is loaded", flush=True)
+        FirstRank(server, build, max_waiting=max_waiting, grace_s=grace_s).serve(listener)
+
+
+def _check_limits(**limits: Any) -> None:
+    for name, value in limits.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+            raise ValueError(f"--{name} must be a number above 0, got {quote(value)}")
+
+
+if __name__ == "__main__":
+    commandline.run(main)
