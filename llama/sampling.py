@@ -22,7 +22,7 @@ class Sampler:
 
     Attributes:
         temperature: the logits are divided by it; 0, or so little that they would overflow, takes the likeliest token.
-        top_p: above 0, up to 1; the draw is from the smallest set of tokens whose mass exceeds it (nucleus
+        top_p: 0 to 1; the draw is from the smallest set of tokens whose mass exceeds it (nucleus
             sampling; Holtzman et al., 2020).
         n_lanes: number of rows that a full step has.
         generator: the stream, on the logits' device.
@@ -127,7 +127,7 @@ def sample_top_p(probs: Tensor, p: float, *, race: Tensor | None = None) -> Tens
 
     Args:
         probs: (bsz, vocab) float32.
-        p: 0 < p <= 1.
+        p: 0 to 1.
         race: (bsz, vocab) exponentials for the tokens in descending order of probability; None draws them from
             torch's default generator.
 

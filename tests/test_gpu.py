@@ -84,7 +84,7 @@ def test_a_stream_that_is_left_early_leaves_the_random_stream_where_the_plain_st
         for _ in range(3):
             next(pieces)
         pieces.close()
-        return generator._generator.get_state()
+        return runtime.default_generator(torch.device("cuda")).get_state()
 
     assert torch.equal(second_call(), second_call(cuda_graphs=False))
 
@@ -99,10 +99,7 @@ def network(state: dict[str, torch.Tensor], device: str, dtype: torch.dtype) -> 
     place = torch.device(device)
     runtime.init_process_groups(1, place)
     args = ModelArgs(**ONE_BILLION, max_batch_size=4, max_seq_len=256)
-    model = Transformer.from_state(args, {name: tensor.to(place, dtype) for name, tensor in state.items()})
-    if device == "cuda":
-        model.join()
-    return model
+    return Transformer.from_state(args, {name: tensor.to(place, dtype) for name, tensor in state.items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -88,15 +88,18 @@ def test_a_token_stays_while_the_mass_before_it_is_at_most_p(p: float, kept: lis
     assert drawable(torch.tensor([0.25, 0.0625, 0.5, 0.1875]), p) == kept
 
 
-def test_a_tiny_p_leaves_the_likeliest_token() -> None:
-    assert drawable(torch.tensor([0.2, 0.5, 0.3]), 1e-30) == [1]
+@pytest.mark.parametrize("p", [1e-30, 0.0])
+def test_a_tiny_p_leaves_the_most_likely_token(p: float) -> None:
+    assert drawable(torch.tensor([0.2, 0.5, 0.3]), p) == [1]
 
 
 def test_a_token_of_no_probability_is_never_drawn() -> None:
     assert drawable(torch.tensor([0.0, 0.5, 0.0, 0.5]), 1.0) == [1, 3]
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 0.9), (1.0, 1.0), (1.7, 0.5), (0.05, 0.95), (1.0, 1e-6)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(0.6, 0.9), (1.0, 1.0), (1.7, 0.5), (0.05, 0.95), (1.0, 1e-6), (1.5, 0.0)]
+)
 @pytest.mark.parametrize(("bsz", "vocab_size", "n_steps"), [(1, 50, 40), (2, 50, 40), (5, 500, 40), (4, 32000, 2)])
 def test_tokens_are_those_of_the_published_algorithm(
     temperature: float, top_p: float, bsz: int, vocab_size: int, n_steps: int
@@ -224,3 +227,66 @@ def test_a_low_temperature_nears_the_likeliest_token(temperature: float) -> None
 def test_the_lowest_temperatures_give_the_likeliest_token_too(temperature: float) -> None:
     logits = torch.tensor([[3.0, 20.0, -5.0, 19.0]])
     assert Sampler(temperature, 1.0, 1, generator(0))(logits, torch.arange(1)).item() == 1
+
+
+def test_a_replacement_of_sample_top_p_draws_instead() -> None:
+    """It gets the probabilities at the temperature, and draws from a stream of its own; greedy steps do without it."""
+    logits = torch.randn(3, 50, generator=generator(0))
+    calls: list[tuple[Tensor, float]] = []
+
+    def draw(probs: Tensor, p: float) -> Tensor:
+        calls.append((probs, p))
+        return torch.tensor([[7], [8], [9]])
+
+    stream = generator(1)
+    tokens = Sampler(0.5, 0.9, 3, stream, draw)(logits, torch.arange(3))
+    assert tokens.tolist() == [7, 8, 9]
+    ((probs, p),) = calls
+    assert p == 0.9
+    torch.testing.assert_close(probs, (2 * logits).exp() / (2 * logits).exp().sum(-1, keepdim=True))
+    assert torch.equal(stream.get_state(), generator(1).get_state())
+    assert Sampler(0, 0.9, 3, stream, draw)(logits, torch.arange(3)).tolist() == logits.argmax(-1).tolist()
+    assert len(calls) == 1
+
+
+def test_a_step_can_be_given_back_to_the_stream() -> None:
+    """What it drew comes again, once; the steps before it stay drawn."""
+    logits = torch.zeros(2, 1000)
+    sampler = Sampler(1.0, 1.0, 2, generator(3))
+    first, second = (sampler(logits, torch.arange(2)) for _ in range(2))
+    assert sampler.steps == 2
+    sampler.step_back()
+    sampler.step_back()
+    assert sampler.steps == 1
+    assert torch.equal(sampler(logits, torch.arange(2)), second)
+    assert not torch.equal(first, second)
+
+
+def test_a_step_is_not_given_back_once_others_have_drawn() -> None:
+    """The stream may be torch's default one: setting it back would give others the same numbers again."""
+    stream = generator(3)
+    sampler = Sampler(1.0, 1.0, 2, stream)
+    sampler(torch.zeros(2, 1000), torch.arange(2))
+    torch.rand(1, generator=stream)
+    state = stream.get_state()
+    sampler.step_back()
+    assert sampler.steps == 1 and torch.equal(stream.get_state(), state)
+
+
+def test_a_greedy_step_has_nothing_to_give_back() -> None:
+    stream = generator(3)
+    sampler = Sampler(0, 1.0, 2, stream)
+    sampler(torch.zeros(2, 10), torch.arange(2))
+    sampler.step_back()
+    assert sampler.steps == 0 and torch.equal(stream.get_state(), generator(3).get_state())
+
+
+def test_skipping_leaves_the_stream_where_steps_would_have() -> None:
+    logits = torch.zeros(2, 1000)
+    stepped, skipped = (Sampler(1.0, 1.0, 2, generator(3)) for _ in range(2))
+    for _ in range(4):
+        stepped(logits, torch.arange(2))
+    skipped(logits, torch.arange(2))
+    skipped.skip_to(4, 1000)
+    assert torch.equal(stepped.generator.get_state(), skipped.generator.get_state())
+    assert (stepped.steps, skipped.steps) == (4, 4)
