@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama import Llama, ModelArgs, Transformer, runtime, stepping
 from llama.decoding import Step, decode
+from llama.model import CachePositions
 from llama.sampling import Sampler
 from llama.stepping import PlainStepper, StaticStepper, Stepper, choose_stepper
 from tests import oracle
@@ -219,3 +220,90 @@ def test_two_ranks_step_ahead_together() -> None:
 
 def test_a_cpu_takes_plain_steps(llama: Llama) -> None:
     assert choose_stepper(llama.model, cuda_graphs=True) is None
+
+
+def _load(model: Transformer) -> None:
+    model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
+
+
+def _replace_a_module(model: Transformer) -> None:
+    model.layers[1].feed_forward.w2 = torch.nn.Linear(1, 1)
+
+
+def _move_memory(model: Transformer) -> None:
+    model.output.weight.data = model.output.weight.data.clone()
+
+
+def _assign_a_parameter(model: Transformer) -> None:
+    model.norm.weight = torch.nn.Parameter(model.norm.weight.detach().clone())
+
+
+def _assign_a_cache(model: Transformer) -> None:
+    model.layers[0].attention.cache_k = model.layers[0].attention.cache_k.clone()
+
+
+CHANGES: dict[str, tuple[Callable[[Transformer], object], bool]] = {
+    "nothing": (lambda model: None, True),
+    "an edit in place": (lambda model: model.output.weight.mul_(2), True),
+    "a pass": (lambda model: model(torch.tensor([[1]]), 0), True),
+    "weights loaded in place": (lambda model: model.load_state_dict(model.state_dict()), True),
+    "weights assigned": (_load, False),
+    "a module replaced": (_replace_a_module, False),
+    "a weight's memory": (_move_memory, False),
+    "a Parameter assigned": (_assign_a_parameter, False),
+    "a cache assigned": (_assign_a_cache, False),
+    "another dtype": (lambda model: model.bfloat16(), False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_graphs_are_dropped_where_they_would_no_longer_be_true(change: str) -> None:
+    edit, stays = CHANGES[change]
+    model = make(1)
+    stepper = Replaying(model)
+    for _ in range(2):
+        assert stepper.serves(model)
+        run(model, stepper, [[1, 2]], 4, temperature=0.0, eos_id=-1)
+        assert stepper.captured == [(1, 8)]
+    edit(model)
+    assert stepper.serves(model)
+    assert bool(stepper._steps) == stays
+
+
+@pytest.mark.parametrize("where", ["model", "module", "process"])
+def test_hooks_rule_graphs_out_as_long_as_they_are_there(where: str) -> None:
+    model = make(1)
+    graphs, eager = Replaying(model), StaticStepper(model, graphs=False)
+
+    def hook(*_: Any) -> None:
+        return None
+
+    if where == "process":
+        handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    else:
+        handle = (model if where == "model" else model.layers[1].attention.wq).register_forward_hook(hook)
+    try:
+        assert not graphs.serves(model) and eager.serves(model)
+    finally:
+        handle.remove()
+    assert graphs.serves(model)
+
+
+def test_a_stepper_serves_its_own_network_alone() -> None:
+    model, other = make(1), make(1)
+    for stepper in (Replaying(model), StaticStepper(model, graphs=False)):
+        assert stepper.serves(model) and not stepper.serves(other)
+
+
+def test_logits_of_rows_with_one_position_and_with_several_are_the_same() -> None:
+    """An int start_pos, or each row's own."""
+    model = make(3)
+    step = PlainStepper(model)
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    expected = model(prompts, 0)
+    seen: list[type] = []
+    model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(type(args[1])))
+    torch.testing.assert_close(step(prompts[:, 2], [2, 2, 2]), expected[:, 2])
+    tokens = prompts[torch.arange(3), torch.tensor([2, 0, 1])]
+    torch.testing.assert_close(step(tokens, [2, 0, 1]), expected[torch.arange(3), torch.tensor([2, 0, 1])])
+    assert seen == [int, CachePositions]
