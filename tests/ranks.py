@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 FAULT = "fault"  # what a rank yields right before something goes wrong
@@ -58,7 +59,7 @@ class Outcome:
 
     Attributes:
         told: what its function yielded until then.
-        seconds: from the fault to its end.
+        seconds: from the fault to the last that it told; to its end if it told nothing.
     """
 
     told: list[Any]
@@ -66,7 +67,12 @@ class Outcome:
 
 
 def run_faulty_ranks(
-    world_size: int, work: Callable[..., Iterator[Any]], *args: Any, within_s: float, absent: tuple[int, ...] = ()
+    world_size: int,
+    work: Callable[..., Iterator[Any]],
+    *args: Any,
+    within_s: float,
+    absent: tuple[int, ...] = (),
+    agent: bool = False,
 ) -> list[Outcome]:
     """Iterates over `work(rank, *args)` in each process, in which anything may go wrong, also a rank's death.
 
@@ -75,16 +81,18 @@ def run_faulty_ranks(
             its type and first line.
         within_s: within which all ranks have to have ended, from the first `FAULT` that one of them yields.
         absent: ranks that are not started.
+        agent: whether this process holds the ranks' store, as torchrun does; else rank 0 holds it.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if agent else None
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["llama", work.__module__])
     ranks, processes, pipes = [r for r in range(world_size) if r not in absent], {}, {}
     for rank in ranks:
         pipes[rank], theirs = context.Pipe(duplex=False)
-        processes[rank] = context.Process(target=_tell, args=(rank, world_size, port, theirs, work, args))
+        processes[rank] = context.Process(target=_tell, args=(rank, world_size, port, agent, theirs, work, args))
         processes[rank].start()
         theirs.close()
     told: dict[int, list[Any]] = {rank: [] for rank in ranks}
@@ -98,9 +106,11 @@ def run_faulty_ranks(
                 try:
                     told[rank].append(pipe.recv())
                 except EOFError:
-                    ended[rank] = time.monotonic()
+                    ended.setdefault(rank, time.monotonic())
                     del pipes[rank]
                 else:
+                    if fault is not None and told[rank][-1] != FAULT:
+                        ended[rank] = time.monotonic()
                     if told[rank][-1] == FAULT and fault is None:
                         fault = time.monotonic()
                         limit = fault + within_s
@@ -109,13 +119,22 @@ def run_faulty_ranks(
         for process in processes.values():
             process.kill()
             process.join()
+        del store
     return [Outcome(told[rank], ended[rank] - (fault or ended[rank])) for rank in ranks]
 
 
 def _tell(
-    rank: int, world_size: int, port: int, pipe: connection.Connection, work: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    port: int,
+    agent: bool,
+    pipe: connection.Connection,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     _set_environment(rank, world_size, port)
+    if agent:
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     try:
         for value in work(rank, *args):
             pipe.send(value)
