@@ -1,6 +1,6 @@
 """Faults of ranks: whatever happens to one of them in the middle of a call, every other one ends or says what happened.
 
-`pytest -m faults` tries FAULT_CASES cases (60 by default), drawn from a seed that a failure prints: `FUZZ_SEED=N` tries
+`pytest -m faults` tries LLAMA_FAULT_CASES cases (60 by default), drawn from a seed that a failure prints: `LLAMA_FUZZ_SEED=N` tries
 the same again. The ranks are processes that no launcher watches, so that none is ended from outside.
 """
 
@@ -53,7 +53,7 @@ class Case:
 
 def cases() -> list[Case]:
     chance = random.Random(SEED)
-    number = int(os.environ.get("FAULT_CASES") or 60)
+    number = int(os.environ.get("LLAMA_FAULT_CASES") or 60)
     kinds = itertools.islice(itertools.cycle(itertools.product(FAULTS, (2, 4), (False, True))), number)
     return [
         Case(size, fault, chance.randrange(size), chance.randrange(N_PASSES), stream, chance.random() < 0.5)
@@ -159,7 +159,7 @@ def test_every_rank_ends_or_says_what_happened(
     expected: dict[bool, list[Any]],
     figures: Counter[str],
 ) -> None:
-    print(f"FUZZ_SEED={SEED}")
+    print(f"LLAMA_FUZZ_SEED={SEED}")
     absent = (case.rank,) if case.fault == "absent" else ()
     arguments = (case, folders[case.world_size], tokenizer_path)
     outcomes = run_faulty_ranks(
