@@ -58,7 +58,9 @@ class Page:
 
     def js(self, expression: str) -> Any:
         """The value of an expression; a promise is awaited."""
-        result = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True, userGesture=True)
+        result = self(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True, userGesture=True
+        )
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
@@ -66,7 +68,9 @@ class Page:
         """Until a JavaScript expression holds."""
         end = time.monotonic() + seconds
         while not self.js(f"Boolean({condition})"):
-            assert time.monotonic() < end, f"{condition} never held; the page shows: {self.js('document.body.innerText')}"
+            assert time.monotonic() < end, (
+                f"{condition} never held; the page shows: {self.js('document.body.innerText')}"
+            )
             time.sleep(0.05)
 
     def open(self, url: str) -> None:
