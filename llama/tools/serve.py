@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llama.serving.app import Server
 
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+_BACKLOG = 2048  # connections that wait to be accepted
 _LAST_EVENTS_S = 3.0  # after the grace time, in which clients are told that the server ends
 
 
@@ -138,6 +139,7 @@ def _open_port(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
         raise OSError(f"--host and --port must be free to listen on, got {quote(host)} and {port}: {error}") from error
     return listener

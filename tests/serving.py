@@ -1,0 +1,114 @@
+"""Servers for tests: `llama.tools.serve` in processes of its own, as torchrun would start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.conftest import ROOT
+
+START_S = 120.0
+_LAUNCHER = re.compile(
+    r"RANK|LOCAL_|WORLD_SIZE|MASTER_|TORCHELASTIC|LLAMA_API_KEY|OMP_NUM_THREADS|.*_proxy", re.IGNORECASE
+)
+
+
+class ServerProcesses:
+    """A server of one or several ranks on a free loopback port."""
+
+    def __init__(self, checkpoint: Path, tokenizer: Path, *flags: str, ranks: int = 1) -> None:
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            master_port = probe.getsockname()[1]
+        clean = {name: value for name, value in os.environ.items() if not _LAUNCHER.match(name)}
+        command = [sys.executable, "-m", "llama.tools.serve", "--ckpt_dir", str(checkpoint)]
+        command += ["--tokenizer_path", str(tokenizer), "--port", "0", "--device", "cpu", "--dtype", "float32", *flags]
+        self.processes = []
+        for rank in range(ranks):
+            launcher = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(master_port),
+            }
+            environment = clean | {"OMP_NUM_THREADS": "1"} | (launcher if ranks > 1 else {})
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE if rank == 0 else None,
+                stderr=self._log,
+            )
+            self.processes.append(process)
+        first = self.processes[0]
+        assert first.stdout
+        line = first.stdout.readline()
+        assert "http://" in line, self.log()
+        self.url = line[line.index("http://") :].partition(",")[0]
+        self.wait(lambda: httpx.get(f"{self.url}/health").status_code == 200, START_S)
+
+    def wait(self, holds: Callable[[], bool], seconds: float) -> None:
+        """Until something holds, while all ranks run."""
+        end = time.monotonic() + seconds
+        while not holds():
+            assert all(process.poll() is None for process in self.processes), self.log()
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.02)
+
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels."""
+        text = httpx.get(f"{self.url}/metrics").text
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
+
+    def wait_until_idle(self, seconds: float = 20) -> None:
+        """Until no request, and no sequence, runs or waits."""
+        names = ("llama_requests_open", "llama_sequences_running", "llama_sequences_waiting")
+        self.wait(lambda: not any(map(self.metric, names)), seconds)
+
+    def send(
+        self, path: str, body: Any, *, until: int | None = None, receive_buffer: int | None = None
+    ) -> socket.socket:
+        """Sends a request, or the first bytes of it, and reads nothing."""
+        raw = json.dumps(body)
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+        )
+        host, port = self.url.removeprefix("http://").split(":")
+        connection = socket.socket()
+        if receive_buffer:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.connect((host, int(port)))
+        connection.sendall((head + raw).encode()[:until])
+        return connection
+
+    def log(self) -> str:
+        """What all ranks have written to stderr."""
+        self._log.flush()
+        self._log.seek(0)
+        return self._log.read()
+
+    def terminate(self) -> list[int]:
+        """Asks all ranks to end, as torchrun does for a SIGTERM; returns their statuses."""
+        for process in self.processes:
+            process.terminate()
+        return [process.wait(timeout=60) for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
