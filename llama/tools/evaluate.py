@@ -1,0 +1,129 @@
+"""Scores a checkpoint on tasks of the Language Model Evaluation Harness: `-m llama.tools.evaluate --tasks ...`.
+
+Under torchrun at the checkpoint's model-parallel size; more ranks are replicas, which share the requests.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llama.checkpoint import find_tokenizer
+from llama.runtime import is_first_rank
+from llama.tools import commandline
+from llama.tools.toy import toy_checkpoint
+
+
+def main(
+    tasks: str,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 8,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    gen_kwargs: str | None = None,
+    output: str | None = None,
+    log_samples: bool = False,
+    use_cache: str | None = None,
+    seed: int = 1,
+    dtype: str | None = None,
+    device: str | None = None,
+    model_parallel_size: int | None = None,
+) -> None:
+    """Prints the harness's table of results.
+
+    Args:
+        tasks: names of tasks or groups, with commas between them.
+        ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy checkpoint of the repository.
+        tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
+        max_seq_len: maximum number of tokens of a context and its continuation; contexts are truncated from the left.
+        max_batch_size: number of requests that each replica computes at a time.
+        include_path: folder of further tasks, as YAML files.
+        num_fewshot: number of examples in the context; by default the task's.
+        limit: number of documents per task, or their share if it is below 1; for trying a task out.
+        apply_chat_template: puts contexts into the Llama 2 chat template.
+        system_instruction: goes in front of the context, or into the template.
+        gen_kwargs: changes how tasks generate, as in temperature=0,max_gen_toks=64.
+        output: path of a JSON file for the results.
+        log_samples: whether that file has the results of each document, too.
+        use_cache: path of a cache of results; an interrupted evaluation goes on from it. One per checkpoint.
+        seed: of sampled generations.
+        dtype: float16, bfloat16 or float32.
+        device: cpu, cuda, cuda:N or mps; by default the fastest available.
+        model_parallel_size: number of processes that share a network; by default all of them.
+    """
+    from llama.tools.harness import LlamaLM  # the extra [eval]; its error names it
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--tasks must have at least one name, got none")
+    if output and not Path(output).resolve().parent.is_dir():
+        raise ValueError(f"--output must be a path in a folder that exists, got {output}")
+    manager = _task_manager(names, include_path)
+    ckpt_dir = ckpt_dir or toy_checkpoint()
+    lm = LlamaLM(
+        ckpt_dir,
+        tokenizer_path or str(find_tokenizer(ckpt_dir)),
+        max_seq_len,
+        max_batch_size,
+        model_parallel_size=model_parallel_size,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    import lm_eval
+
+    results = lm_eval.simple_evaluate(
+        lm,
+        tasks=names,
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
+        gen_kwargs=gen_kwargs,
+        log_samples=log_samples,
+        use_cache=use_cache,
+    )
+    if is_first_rank():
+        _report(results, output)
+
+
+def _task_manager(names: list[str], include_path: str | None) -> Any:
+    """The harness's index of tasks.
+
+    Raises:
+        ValueError: it has no task of one of the names.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"--include_path must be a folder of tasks, got {include_path}, where there is none")
+    manager = TaskManager(include_path=include_path)
+    for name in names:
+        if not manager.match_tasks([name]):
+            raise ValueError(
+                f"--tasks must be names of tasks of the harness or of --include_path, got {name}; "
+                "lm_eval ls tasks lists the harness's"
+            )
+    return manager
+
+
+def _report(results: dict[str, Any], output: str | None) -> None:
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
+    if output:
+        text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        Path(output).write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    commandline.run(main)

@@ -1,0 +1,382 @@
+"""A model class of the Language Model Evaluation Harness, under the name "llama-meta".
+
+Importing this module registers it, so that `lm_eval` takes `--model llama-meta`. It computes what the harness's own
+"hf" class computes on the same weights: likewise encoded, truncated from the left, and stopped.
+
+https://github.com/EleutherAI/lm-evaluation-harness
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from llama import Llama, Message, runtime
+from llama.chat import B_INST, B_SYS, E_INST, E_SYS, check_dialog
+from llama.checkpoint import find_tokenizer
+from llama.quoting import quote
+from llama.request import Request
+from llama.runner import ModelRunner, use_of
+from llama.tools.batch_work import Job, Replica
+
+try:
+    import lm_eval.models  # noqa: F401 (the harness's own classes, which it looks for only while there is none)
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError(
+        "evaluation needs the Language Model Evaluation Harness, of the extra [eval]; install it with: "
+        'pip install -e ".[eval]"'
+    ) from error
+
+T = TypeVar("T")
+Work = TypeVar("Work")
+Score = tuple[float, bool]  # a continuation's log-probability, and whether greedy decoding gives it
+Row = tuple[list[int], list[list[int]]]  # ids, and the continuations that they end with but for the last token
+_LOGIT_POSITIONS = 512  # positions whose logits are held at a time
+_ROUNDS = 16  # batches of each replica between two exchanges of results
+_MAX_GEN_TOKS = 256  # the harness's default
+# What a task may ask of a generation besides these is refused, unless it has the value that changes nothing.
+_GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
+_ALIASES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "top_k": 0}
+
+
+@register_model("llama-meta")
+class LlamaLM(TemplateLM):  # type: ignore[misc]
+    """A checkpoint in Meta's format.
+
+    Under torchrun every rank makes the same calls; replicas of the network share the requests, and all ranks get all
+    results.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.NN.pth.
+        tokenizer_path: its tokenizer.model; by default the one in `ckpt_dir` or in its parent folder.
+        max_seq_len: maximum number of tokens of a context and its continuation.
+        batch_size: number of rows that are computed at a time.
+        add_bos_token: whether texts begin with BOS, as in "hf" with the tokenizer of a converted Llama 2.
+        seed: of sampled generations.
+        llama: a loaded model, instead of the arguments above.
+        model_parallel_size, dtype: as in `Llama.build`.
+        device: likewise; "cuda:0", which `lm_eval` passes unless told, means None.
+        max_batch_size: without effect; `lm_eval` passes it for its search for a batch size.
+    """
+
+    def __init__(
+        self,
+        ckpt_dir: str | None = None,
+        tokenizer_path: str | None = None,
+        max_seq_len: int = 2048,
+        batch_size: int | str = 8,
+        *,
+        model_parallel_size: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        seed: int = 1,
+        add_bos_token: bool = True,
+        llama: Llama | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if llama is None:
+            if not isinstance(batch_size, int) and not str(batch_size).isdigit():
+                raise ValueError(f"batch_size must be a number, got {quote(batch_size)}")
+            if ckpt_dir is None:
+                raise ValueError("ckpt_dir must be given: the folder of params.json and consolidated.NN.pth")
+            tokenizer_path = tokenizer_path or str(find_tokenizer(ckpt_dir))
+            llama = Llama.build(
+                ckpt_dir,
+                tokenizer_path,
+                int(max_seq_len),
+                int(batch_size),
+                model_parallel_size,
+                seed,
+                device=None if device == "cuda:0" else device,
+                dtype=dtype,
+            )
+        self.llama = llama
+        self._name = Path(ckpt_dir or "llama").resolve().name
+        self._seed = seed
+        self._add_bos_token = add_bos_token
+        sp_model = llama.tokenizer.sp_model
+        self._bos, self._eos = (sp_model.id_to_piece(i) for i in (self.prefix_token_id, self.eot_token_id))
+        self._controls = {self._bos: self.prefix_token_id, self._eos: self.eot_token_id}
+
+    # ---- what the harness asks about the model ----
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.llama.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.llama.tokenizer.bos_id
+
+    @property
+    def max_length(self) -> int:
+        length: int = self.llama.model.params.max_seq_len
+        return length
+
+    @property
+    def max_gen_toks(self) -> int:
+        return _MAX_GEN_TOKS
+
+    @property
+    def batch_size(self) -> int:
+        size: int = self.llama.model.params.max_batch_size
+        return size
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"llama-meta-{self.llama.tokenizer.n_words}"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """For the file of results."""
+        weight = next(self.llama.model.parameters())
+        return {
+            "model_name": self._name,
+            "model_dtype": str(weight.dtype),
+            "model_parallel_size": runtime.model_parallel_size(),
+            "replicas": runtime.replica()[1],
+            "max_length": self.max_length,
+        }
+
+    # ---- texts ----
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The ids of a text. The names of BOS and EOS in it, which `apply_chat_template` writes, become these tokens.
+
+        Args:
+            add_special_tokens: whether BOS goes in front; None: as the model was told, unless the text begins with it.
+        """
+        if add_special_tokens is None:
+            add_special_tokens = self._add_bos_token and not string.startswith(self._bos)
+        ids = [self.prefix_token_id] * bool(add_special_tokens)
+        pattern = "|".join(map(re.escape, self._controls))
+        for part in re.split(f"({pattern})", string):
+            if part in self._controls:
+                ids.append(self._controls[part])
+            elif part:
+                ids += self.llama.tokenizer.encode(part, bos=False, eos=False)
+        return ids
+
+    def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The text of a dialog in the Llama 2 chat template, which `tok_encode` turns into `encode_dialog`'s ids.
+
+        Args:
+            add_generation_prompt: False for a dialog whose last message is the beginning of the answer.
+        """
+        history = list(chat_history)
+        answer = None if add_generation_prompt else history.pop()["content"].strip()
+        check_dialog(history, "chat_history")
+        texts = [message["content"] for message in history]
+        if history[0]["role"] == "system":
+            texts = [B_SYS + texts[0] + E_SYS + texts[1], *texts[2:]]
+        texts = [text.strip() for text in texts]
+        pairs = zip(texts[0:-1:2], texts[1::2], strict=True)
+        finished = [f"{self._bos}{B_INST} {user} {E_INST} {reply} {self._eos}" for user, reply in pairs]
+        last = f"{self._bos}{B_INST} {texts[-1]} {E_INST}"
+        return "".join([*finished, last] if answer is None else [*finished, last, " ", answer])
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """What identifies the template in the file of results; there is only one."""
+        if isinstance(chat_template, str):
+            raise ValueError(f"the chat template must be Llama 2's, the only one, got {quote(chat_template)}")
+        return "Llama 2 chat" if chat_template else None
+
+    # ---- log-likelihoods ----
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows of `max_seq_len` that do not overlap but for one token."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            pairs = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for pair in pairs:
+                windows.append((None, *utils.make_disjoint_window(pair)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[i] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[Score]:
+        """The log-probability of each continuation, and whether it is what greedy decoding gives."""
+        rows = [self._row(context, continuation) for _, context, continuation in requests]
+        # Continuations of one token, as letters of choices are, have their row in common.
+        by_tokens: dict[tuple[int, ...], list[int]] = {}
+        for i, (ids, _continuation) in enumerate(rows):
+            by_tokens.setdefault(tuple(ids), []).append(i)
+        order = sorted(by_tokens.items(), key=lambda item: -len(item[0]))
+        asked: list[Row] = [(list(tokens), [rows[i][1] for i in of]) for tokens, of in order]
+        results: list[Score] = [(0.0, False)] * len(requests)
+
+        def keep(number: int, scores: list[Score]) -> None:
+            for i, score in zip(order[number][1], scores, strict=True):
+                results[i] = score
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
+
+        self._share("loglikelihood", asked, self._score, keep, disable_tqdm=disable_tqdm)
+        return results
+
+    def _row(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """The ids that go through the network, truncated from the left, and those that they have to predict."""
+        if not continuation or len(continuation) > self.max_length:
+            raise ValueError(
+                f"a continuation must have 1 to max_seq_len={self.max_length} tokens, got {len(continuation)}"
+            )
+        return (context + continuation)[-(self.max_length + 1) :][:-1], continuation
+
+    @torch.inference_mode()
+    def _score(self, asked: Sequence[Row]) -> list[list[Score]]:
+        """For each row, the scores of the continuations that end it."""
+        scores: list[list[Score]] = [[] for _ in asked]
+        with use_of(self.llama.model):
+            runner = ModelRunner(self.llama.model)
+            for start in range(0, len(asked), runner.max_batch_size):
+                chunk = asked[start : start + runner.max_batch_size]
+                for group in runner.groups([len(tokens) for tokens, _ in chunk]):
+                    found = _score_rows(runner, [chunk[i] for i in group])
+                    for i, row in zip(group, found, strict=True):
+                        scores[start + i] = row
+        return scores
+
+    # ---- generation ----
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Completions of contexts, each up to its first stop string or EOS."""
+        jobs = [self._job(i, *request.args) for i, request in enumerate(requests)]
+        results = [""] * len(requests)
+
+        def keep(number: int, text: str) -> None:
+            results[number] = text
+            self.cache_hook.add_partial("generate_until", requests[number].args, text)
+
+        self._share("generate_until", jobs, self._complete, keep, disable_tqdm=disable_tqdm)
+        return results
+
+    def _job(self, number: int, context: str, kwargs: Mapping[str, Any]) -> Job:
+        given = dict(kwargs)
+        lengths = [length for name in _ALIASES if (length := given.pop(name, None)) is not None]
+        max_gen_toks = int(lengths[0]) if lengths else _MAX_GEN_TOKS
+        room = self.max_length - max_gen_toks
+        if room < 1:
+            raise ValueError(
+                f"max_seq_len must be more than the {max_gen_toks} tokens that the task generates, got "
+                f"{self.max_length}; raise it, or lower max_gen_toks"
+            )
+        temperature = float(given.get("temperature") or 0.0)
+        samples = temperature > 0 if given.get("do_sample") is None else bool(given["do_sample"])
+        for name, value in given.items():
+            if samples and name not in _GENERATION and value is not None and value != _NEUTRAL.get(name):
+                raise ValueError(f"the generation argument {quote(name)} is not supported, got {quote(value)}")
+            if name in ("num_beams", "num_return_sequences", "repetition_penalty") and value != _NEUTRAL[name]:
+                raise ValueError(f"the generation argument {name} must be {_NEUTRAL[name]}, got {quote(value)}")
+        until = given.get("until") or []
+        stop = [until] if isinstance(until, str) else list(until)
+        digest = hashlib.sha256(f"{self._seed}:{number}:{context}".encode(errors="replace")).digest()
+        params = Request(
+            temperature=temperature if samples else 0.0,
+            top_p=given.get("top_p", 1.0) if samples else 1.0,
+            max_gen_len=max_gen_toks,
+            stop=[text for text in [*stop, self._eos] if text],
+            seed=int.from_bytes(digest[:7], "big"),
+        )
+        return Job(number, self.tok_encode(context)[-room:], params)
+
+    def _complete(self, jobs: Sequence[Job]) -> list[str]:
+        """The texts of this replica's jobs, as many of which run at a time as there are rows."""
+        replica = Replica(self.llama)
+        texts: dict[int, str] = {}
+        waiting = iter(jobs)
+        while len(texts) < len(jobs):
+            for _, job in zip(range(replica.n_free), waiting, strict=False):
+                replica.start(job)
+            for number, completion in replica.step()[0]:
+                texts[number] = completion.text
+        return [texts[job.number] for job in jobs]
+
+    # ---- replicas ----
+
+    def _share(
+        self,
+        name: str,
+        work: Sequence[Work],
+        do: Callable[[Sequence[Work]], list[T]],
+        keep: Callable[[int, T], None],
+        *,
+        disable_tqdm: bool,
+    ) -> None:
+        """Has each replica `do` its share of the work; all ranks `keep` each result with its number.
+
+        Results come in rounds, and go into the harness's cache with each, so that little is lost in a kill.
+
+        Raises:
+            RankError: the ranks have not the same work, as with caches that differ.
+        """
+        runtime.compare_calls((name, list(work)))
+        replica, n_replicas = runtime.replica()
+        size = _ROUNDS * self.batch_size * n_replicas
+        is_quiet = disable_tqdm or not runtime.is_first_rank()
+        with tqdm(total=len(work), desc=f"Running {name} requests", disable=is_quiet) as bar:
+            for start in range(0, len(work), size):
+                part = work[start : start + size]
+                shares = runtime.gather_replicas(do(part[replica::n_replicas]))
+                for i in range(len(part)):
+                    keep(start + i, shares[i % n_replicas][i // n_replicas])
+                bar.update(len(part))
+
+
+def _score_rows(runner: ModelRunner, rows: Sequence[Row]) -> list[list[Score]]:
+    """The scores of continuations, which end right-padded rows of one batch.
+
+    The logits of a few hundred positions are there at a time.
+    """
+    tokens = runner.pad([row for row, _ in rows])
+    sums = [[0.0] * len(continuations) for _, continuations in rows]
+    greedy = [[True] * len(continuations) for _, continuations in rows]
+    n_positions = max(1, _LOGIT_POSITIONS // len(rows))
+    for start in range(0, tokens.size(1), n_positions):
+        logits = runner.run(tokens[:, start : start + n_positions], start)
+        for row, i, expected, first in _expected(rows, start, start + logits.size(1)):
+            these = logits[row, first - start : first - start + len(expected)]
+            target = torch.tensor(expected, device=these.device)
+            sums[row][i] += _sum_of_logprobs(these, target)
+            greedy[row][i] &= bool((these.argmax(-1) == target).all())
+    return [list(zip(*both, strict=True)) for both in zip(sums, greedy, strict=True)]
+
+
+def _sum_of_logprobs(logits: Tensor, tokens: Tensor) -> float:
+    """That of tokens (seqlen,) under logits (seqlen, vocab)."""
+    return float(logits.log_softmax(-1).gather(-1, tokens[:, None]).sum())
+
+
+def _expected(rows: Sequence[Row], start: int, end: int) -> Iterator[tuple[int, int, list[int], int]]:
+    """The parts of continuations that positions from `start` to `end` predict.
+
+    Yields:
+        A row, which of its continuations, the tokens, and the position that predicts the first of them.
+    """
+    for row, (tokens, continuations) in enumerate(rows):
+        for i, continuation in enumerate(continuations):
+            first = len(tokens) - len(continuation)
+            low, high = max(first, start), min(len(tokens), end)
+            if low < high:
+                yield row, i, continuation[low - first : high - first], low
