@@ -249,12 +249,15 @@ def test_the_cache_with_metas_axes_is_a_view_that_can_be_written_to_and_assigned
     for attention in attentions(model):
         assert attention.cache_k.shape == attention.cache_v.shape == (MAX_BATCH_SIZE, MAX_SEQ_LEN, 2, 8)
         assert torch.equal(attention.cache_k[1, 4, 0], attention.keys[1, 0, 4])
-        held = attention.cache_k.clone(), attention.cache_v.clone()
+        held = attention.cache_k.clone(memory_format=torch.contiguous_format), attention.cache_v.contiguous()
         attention.cache_k.zero_()
         attention.cache_v = torch.zeros_like(held[1])
         assert not attention.keys.any() and not attention.values.any()
         attention.cache_k, attention.cache_v = held
     close(model.forward(tokens[:, 9:], 9), expected)
+    again = tokens[:, 8:].clone()
+    model.forward(torch.zeros_like(again[:, :1]), torch.tensor([8, 8]))
+    close(model.forward(again, torch.tensor([8, 8]))[:, 1:], expected)  # stored in what was assigned
 
 
 @pytest.mark.parametrize(
@@ -474,7 +477,8 @@ def test_gradients_with_rows_at_places_of_their_own_are_refused(model: Transform
 
 def test_training_can_follow_passes_in_inference_mode(state: oracle.State) -> None:
     """No tensor that was made in it stays behind in the model."""
-    model = make(GROUPED, state, torch.bfloat16).float()
+    args = ModelArgs(**GROUPED, max_batch_size=MAX_BATCH_SIZE, max_seq_len=MAX_SEQ_LEN)
+    model = Transformer.from_state(args, dict(state), cache_dtype=torch.bfloat16)  # the first pass makes another cache
     with torch.inference_mode():
         model(random_tokens(2, 5), 0)
     model.requires_grad_()

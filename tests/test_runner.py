@@ -275,13 +275,32 @@ def test_threads_take_turns() -> None:
 
 
 def test_a_call_from_inside_of_another_is_an_error_and_not_a_deadlock() -> None:
+    use, errors = ModelUse(), []
+
+    def call_inside() -> None:
+        with use:
+            with pytest.raises(RuntimeError, match="made from inside of another one") as info, use:
+                pass
+            errors.append(info.value)
+            assert use.lock.locked()
+
+    thread = threading.Thread(target=call_inside, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive() and len(errors) == 1
+    assert not use.lock.locked()
+
+
+def test_a_turn_is_tried_for_without_waiting() -> None:
     use = ModelUse()
     with use:
-        with pytest.raises(RuntimeError, match="made from inside of another one"), use:
-            raise AssertionError
-        assert use.lock.locked()
-    with use:
-        pass
+        assert not use.try_enter()
+        with ThreadPoolExecutor(1) as pool:
+            assert not pool.submit(use.try_enter).result(timeout=60)
+        assert use.holder == threading.get_ident()
+    assert use.try_enter() and use.holder == threading.get_ident()
+    use.__exit__()
+    assert use.holder is None and not use.lock.locked()
 
 
 def test_a_call_that_fails_ends_its_turn() -> None:
