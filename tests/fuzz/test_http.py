@@ -1,0 +1,246 @@
+"""Requests with any body: each is answered, or refused by a 4xx in OpenAI's form; never a 500, never a hang."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import event, given
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from llama import Llama
+from llama.service import Service
+from llama.serving.app import Server, make_app
+from tests import oracle
+from tests.fuzz import profiles
+
+LONGEST_MESSAGE = 500
+GOLDEN = {"prompt": "A llama", "temperature": 0, "max_tokens": 8, "logprobs": 2, "echo": True}
+
+
+@pytest.fixture(scope="module")
+def web(write_checkpoint: Callable[..., Path], tokenizer_path: Path, params: dict[str, Any]) -> Iterator[TestClient]:
+    """The routes in this process, on a network so small that thousands of requests take seconds."""
+    small = params | {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
+    folder = write_checkpoint(small, oracle.random_state(small, seed=2))
+    llama = Llama.build(folder, tokenizer_path, 48, 2, device="cpu", dtype="float32", seed=None)
+    service = Service(llama, max_waiting=8)
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    state = Server("llama", max_body_bytes=20_000, timeout_s=60)
+    state.ready(service)
+    with TestClient(make_app(state)) as web:
+        golden = web.post("/v1/completions", json=GOLDEN).json()["choices"]
+        yield web
+        assert web.post("/v1/completions", json=GOLDEN).json()["choices"] == golden
+        assert service.n_requests == service.n_running == service.n_waiting == 0
+    service.stop()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    profiles.print_seed()
+
+
+texts = st.one_of(
+    st.text(st.characters(exclude_categories=()), max_size=20),
+    st.sampled_from(
+        ["", "x", "A llama", "\x1b[2J", "\ud83d", "[INST]", "<</SYS>>", "\u202e", "🦙", "y " * 300, "auto"]
+    ),
+)
+numbers = st.one_of(
+    st.integers(-3, 6),
+    st.integers(),
+    st.floats(),
+    st.sampled_from([2**63, 10**40, 0.5, 1.0, -0.0, 1e-320, True]),
+)
+anything = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, texts),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
+    max_leaves=8,
+)
+ids = st.lists(st.one_of(st.integers(0, 511), st.integers(-2, 600)), max_size=12)
+prompts = st.one_of(texts, ids, st.lists(texts, max_size=4), st.lists(ids, max_size=3), anything)
+contents = st.one_of(
+    texts,
+    st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "image_url"]), "text": texts}), max_size=3),
+    anything,
+)
+messages = st.one_of(
+    st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "system", "developer", "tool"]), "content": contents},
+            optional={"name": texts, "tool_calls": anything, "refusal": st.none()},
+        ),
+        max_size=4,
+    ),
+    st.just([{"role": "user", "content": "hi"}]),
+    anything,
+)
+common = {
+    "model": st.one_of(st.just("llama"), anything),
+    "temperature": st.one_of(st.floats(0, 2), numbers, anything),
+    "top_p": st.one_of(st.floats(0, 1), numbers, anything),
+    "n": st.one_of(st.integers(1, 3), numbers, anything),
+    "seed": st.one_of(st.integers(-(2**63), 2**63 - 1), anything),
+    "stop": st.one_of(texts, st.lists(texts, max_size=5), anything),
+    "stream": st.one_of(st.booleans(), anything),
+    "stream_options": st.one_of(st.fixed_dictionaries({"include_usage": st.booleans()}), anything),
+    "max_tokens": st.one_of(st.integers(0, 8), numbers),
+    "user": texts,
+    "tools": anything,
+    "logit_bias": anything,
+    "best_of": numbers,
+    "presence_penalty": numbers,
+    "response_format": st.one_of(st.just({"type": "text"}), anything),
+}
+completions = st.tuples(
+    st.just("/v1/completions"),
+    st.fixed_dictionaries(
+        {"prompt": prompts},
+        optional=common
+        | {"logprobs": st.one_of(st.integers(0, 5), anything), "echo": st.one_of(st.booleans(), anything)},
+    ),
+)
+chats = st.tuples(
+    st.just("/v1/chat/completions"),
+    st.fixed_dictionaries(
+        {"messages": messages},
+        optional=common
+        | {
+            "logprobs": st.one_of(st.booleans(), anything),
+            "top_logprobs": st.one_of(st.integers(0, 20), anything),
+            "max_completion_tokens": numbers,
+        },
+    ),
+)
+few_fields = st.tuples(  # so that many requests are right
+    st.just("/v1/completions"),
+    st.fixed_dictionaries(
+        {"prompt": st.one_of(st.text(max_size=8), st.lists(st.integers(0, 511), min_size=1, max_size=9))},
+        optional={
+            "temperature": st.floats(0, 2),
+            "stop": st.text(min_size=1, max_size=2),
+            "n": st.integers(1, 3),
+            "echo": st.booleans(),
+            "logprobs": st.integers(0, 5),
+            "stream": st.booleans(),
+            "max_tokens": st.integers(0, 20),
+        },
+    ),
+)
+
+
+def check(web: TestClient, path: str, raw: bytes) -> int:
+    """The status of one request; an exception in the server is raised here."""
+    answer = web.post(path, content=raw, headers={"Content-Type": "application/json"})
+    if answer.status_code == 200:
+        if answer.headers["content-type"].startswith("text/event-stream"):
+            assert answer.text.endswith("data: [DONE]\n\n")
+            assert '"error"' not in answer.text.split("\n\n")[-3]
+        else:
+            assert answer.json()["choices"]
+        return 200
+    assert 400 <= answer.status_code < 500, (answer.status_code, raw[:300])
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert len(error["message"]) < LONGEST_MESSAGE
+    assert error["message"].isprintable(), error["message"]
+    return answer.status_code
+
+
+def dump(body: Any) -> bytes:
+    """As JSON, in which Python writes NaN and infinities too."""
+    return json.dumps(body).encode()
+
+
+bodies = st.one_of(completions, chats, few_fields)
+paths = st.sampled_from(["/v1/completions", "/v1/chat/completions"])
+mutations = st.lists(
+    st.tuples(st.integers(0, 10**6), st.sampled_from(["cut", "flip", "double", "insert"]), st.binary(max_size=4))
+)
+
+
+def mutated(raw: bytes, changes: list[tuple[int, str, bytes]]) -> bytes:
+    for at, how, new in changes:
+        at %= len(raw) + 1
+        if how == "cut":
+            raw = raw[:at]
+        elif how == "flip" and at < len(raw):
+            raw = raw[:at] + bytes([raw[at] ^ 1 << (at % 8)]) + raw[at + 1 :]
+        elif how == "double":
+            raw = raw[:at] + raw[at : at + 40] + raw[at:]
+        else:
+            raw = raw[:at] + new + raw[at:]
+    return raw
+
+
+def any_fields(web: TestClient, body: tuple[str, Any]) -> None:
+    event(f"status {check(web, body[0], dump(body[1]))}")
+
+
+def any_json(web: TestClient, path: str, body: Any) -> None:
+    event(f"status {check(web, path, dump(body))}")
+
+
+def any_bytes(web: TestClient, body: tuple[str, Any], changes: list[tuple[int, str, bytes]]) -> None:
+    event(f"status {check(web, body[0], mutated(dump(body[1]), changes))}")
+
+
+@profiles.fast(120)
+@given(body=bodies)
+def test_fields_of_any_value_are_taken_or_refused(web: TestClient, body: tuple[str, Any]) -> None:
+    any_fields(web, body)
+
+
+@profiles.fast(40)
+@given(path=paths, body=anything)
+def test_any_json_is_refused(web: TestClient, path: str, body: Any) -> None:
+    any_json(web, path, body)
+
+
+@profiles.fast(40)
+@given(body=bodies, changes=mutations)
+def test_damaged_bodies_are_refused(web: TestClient, body: tuple[str, Any], changes: Any) -> None:
+    any_bytes(web, body, changes)
+
+
+@pytest.mark.fuzz
+@profiles.long(3000)
+@given(body=bodies)
+def test_fields_of_any_value_are_taken_or_refused_long(web: TestClient, body: tuple[str, Any]) -> None:
+    any_fields(web, body)
+
+
+@pytest.mark.fuzz
+@profiles.long(1000)
+@given(path=paths, body=anything)
+def test_any_json_is_refused_long(web: TestClient, path: str, body: Any) -> None:
+    any_json(web, path, body)
+
+
+@pytest.mark.fuzz
+@profiles.long(2000)
+@given(body=bodies, changes=mutations)
+def test_damaged_bodies_are_refused_long(web: TestClient, body: tuple[str, Any], changes: Any) -> None:
+    any_bytes(web, body, changes)
+
+
+@pytest.mark.parametrize("depth", [100, 5_000, 9_000])
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_deep_nesting_is_refused(web: TestClient, opening: str, depth: int) -> None:
+    raw = (opening * depth)[:19_000]
+    for body in (raw, f'{{"prompt": {raw}', f'{{"prompt": {"[" * depth}{"]" * depth}}}'):
+        assert check(web, "/v1/completions", body.encode()) == 400
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1", "utf-8-sig"])
+def test_other_encodings_are_refused(web: TestClient, encoding: str) -> None:
+    assert check(web, "/v1/completions", '{"prompt": "é"}'.encode(encoding)) == 400
