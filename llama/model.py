@@ -394,14 +394,15 @@ class Transformer(nn.Module):
         Args:
             cache_dtype: of the KV cache, which is made on the tensors' device; None for that of the tensors.
         """
-        with torch.device("meta"), EmptyOnMeta():
-            model = cls(params)
+        weight = state.get("norm.weight", next(iter(state.values())))
+        default_dtype = torch.get_default_dtype()
+        torch.set_default_dtype(cache_dtype or weight.dtype)
+        try:  # caches are made as they stay, those of a replaced Attention class too; parameters get no memory
+            with torch.device(weight.device), EmptyOnMeta():
+                model = cls(params)
+        finally:
+            torch.set_default_dtype(default_dtype)
         model.requires_grad_(False).load_state_dict(state, assign=True)
-        weight = model.norm.weight
-        for attention in model._attentions:
-            for name in ("keys", "values"):
-                shape = getattr(attention, name).shape
-                setattr(attention, name, torch.zeros(shape, device=weight.device, dtype=cache_dtype or weight.dtype))
         model.freqs_cis = model.freqs_cis.to(weight.device)
         return model.eval()
 
@@ -414,18 +415,19 @@ class Transformer(nn.Module):
         """Makes the packed forms of the linear layers' weights as they are now, replacing those of before.
 
         `Llama.build` calls it where it pays. Call it after edits, from which on a layer computes unpacked. It needs a
-        CPU on which `layers.can_pack` holds. What is later written to memory that was handed out before (by `.data`,
+        CPU on which `kernels.can_pack` holds. What is later written to memory that was handed out before (by `.data`,
         by `numpy`) is not seen.
 
         Args:
             dtype: of the computation, for weights of another dtype; None for that of the norms.
             release: called with each weight once it is packed, to give back memory that can be read again.
         """
-        dtype = dtype or self.norm.weight.dtype
-        for module in self.modules():
-            if isinstance(module, (RMSNorm, ParallelEmbedding)):
-                module.to(dtype)
+        dtype = dtype or next(self.norm.parameters()).dtype
         layers = packable_layers(self)
+        for module in set(self.modules()).difference(layers):
+            for weight in module.parameters(recurse=False):
+                if weight.is_floating_point() and not weight.requires_grad:  # those in training keep their own
+                    weight.data = weight.data.to(dtype)
         scratch = None
         if any(layer.weight.dtype != dtype for layer in layers):
             scratch = torch.empty(max(layer.weight.numel() for layer in layers), dtype=dtype)

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,6 @@ PROMPTS = [[5, 17, 9], [300, 44, 21, 8, 77, 5, 123], [60, 2], [9, 8, 7, 6, 5, 4,
 N_NEW = 3
 # Of log-probabilities, against the oracle in float32 with the same weights.
 TOLERANCES = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.15}
-PACKS = can_pack(torch.device("cpu"), torch.bfloat16)
 
 
 class Recorded(StaticStepper):
@@ -94,6 +94,12 @@ class _Record(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, current, (args, kwargs))
             new |= {id(old): out for old, out in zip(outs, tree_flatten(func(*args, **kwargs))[0], strict=True)}
         return new
+
+
+@cache
+def packs() -> bool:
+    """Whether this CPU packs. Not asked at import: ranks are forked, and threads of torch do not survive that."""
+    return can_pack(torch.device("cpu"), torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -602,7 +608,7 @@ def test_a_second_edit_counts_as_the_first_did(built: Built) -> None:
 
 
 def test_packing_anew_after_an_edit_counts(built: Built) -> None:
-    if built.build.dtype != "bfloat16" or not PACKS:
+    if built.build.dtype != "bfloat16" or not packs():
         pytest.skip("only bfloat16 is packed, on a CPU whose oneDNN takes it")
     for name in EDITED:
         built.model.get_submodule(name).weight.data.neg_()
@@ -755,14 +761,14 @@ def test_edited_memory_never_reverts_to_the_file(built: Built) -> None:
     for _ in range(2):
         built.assert_computes(expected)
         torch.testing.assert_close(built.weights(), expected, rtol=0, atol=0)
-        if built.build.dtype == "bfloat16" and PACKS:
+        if built.build.dtype == "bfloat16" and packs():
             built.model.pack()
 
 
 def test_an_edit_before_anything_was_computed_counts(built: Built, make: Callable[[str], Built]) -> None:
     fresh = make(next(name for name, build in BUILDS.items() if build is built.build))
     fresh.model.output.weight.data.neg_()
-    fresh.model.pack() if PACKS and built.build.dtype == "bfloat16" else None
+    fresh.model.pack() if packs() and built.build.dtype == "bfloat16" else None
     fresh.assert_computes(scaled(built.original, "output", -1.0))
 
 
