@@ -1,7 +1,7 @@
 """Faults of ranks: whatever happens to one of them in the middle of a call, every other one ends or says what happened.
 
-`pytest -m faults` tries 60 cases, or LLAMA_FAULT_CASES, drawn from a seed that a failure prints: LLAMA_FUZZ_SEED=N tries
-the same ones again. The ranks are processes that no launcher watches, so that none is ended from outside.
+`pytest -m faults` tries 60 cases, or LLAMA_FAULT_CASES, drawn from a seed that a failure prints: LLAMA_FUZZ_SEED=N
+tries the same ones again. The ranks are processes that no launcher watches, so that none is ended from outside.
 """
 
 from __future__ import annotations
