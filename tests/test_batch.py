@@ -30,7 +30,7 @@ from tests.test_examples import clean_environment, free_port
 
 pytest.importorskip("tqdm", reason="batch files need the extra [batch]")
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-N_REQUESTS = 240
+N_REQUESTS = 150
 N_KILLS = 4
 
 
@@ -367,21 +367,24 @@ def test_ranks_write_what_one_process_writes(
 
 def test_two_machines_share_the_requests(tmp_path: Path, flags: dict[str, Any], expected: dict[str, Any]) -> None:
     """Two agents of torchrun, one process each, of which the second has no files."""
-    source, target = write(tmp_path / "in", requests(N_REQUESTS)), tmp_path / "out"
+    source, target = write(tmp_path / "in", requests(N_REQUESTS)[:40]), tmp_path / "out"
     shared = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     options = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     nodes = []
     for rank, (a, b) in enumerate([(source, target), (tmp_path / "none", tmp_path / "nothing")]):
         launcher = [sys.executable, "-m", "torch.distributed.run", *shared, "--node_rank", str(rank)]
         tool = ["-m", "llama.tools.batch", "--input", str(a), "--output", str(b), "--model_parallel_size", "1"]
-        options_of_popen: dict[str, Any] = {"env": clean_environment(), "cwd": ROOT, "text": True}
+        environment = clean_environment() | {"OMP_NUM_THREADS": "1"}
+        options_of_popen: dict[str, Any] = {"env": environment, "cwd": ROOT, "text": True}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         nodes.append(subprocess.Popen([*launcher, *tool, *options], **options_of_popen, **pipes))
     printed = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], printed
-    assert re.fullmatch(rf"{N_REQUESTS} requests, 0 of them refused: .* tokens/s\)\n", printed[0][0])
+    assert re.fullmatch(r"40 requests, 0 of them refused: .* tokens/s\)\n", printed[0][0])
     assert printed[1][0] == "" and not (tmp_path / "nothing").exists()
-    assert read(target) == expected
+    assert read(target) == {
+        request["custom_id"]: expected[request["custom_id"]] for request in requests(N_REQUESTS)[:40]
+    }
 
 
 def test_a_replica_that_falls_silent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

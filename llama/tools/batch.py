@@ -20,7 +20,7 @@ from llama.quoting import quote
 from llama.tools import commandline
 from llama.tools.batch_file import Reader
 from llama.tools.batch_results import Progress, Results, compare, read_requests
-from llama.tools.batch_work import Coordinator, Replica, Worker, run
+from llama.tools.batch_work import Coordinator, Replica, Worker, complete_jobs
 from llama.tools.toy import toy_checkpoint
 
 T = TypeVar("T")
@@ -154,7 +154,7 @@ def _lead(llama: Llama, input: Path, read: Reader, results: Results, progress: P
     with runtime.rank_errors(), _progress_bar(progress) as bar:
         n_ahead = 2 * llama.model.params.max_batch_size
         desk = Coordinator(lines, read, results, mark, n_ahead, bar)
-        run(Replica(llama), desk)
+        complete_jobs(Replica(llama), desk)
         desk.finish()
     seconds = time.monotonic() - started
     n_new, n_prompt = desk.n_new_tokens, desk.n_prompt_tokens
@@ -167,7 +167,7 @@ def _lead(llama: Llama, input: Path, read: Reader, results: Results, progress: P
 def _follow(llama: Llama) -> None:
     """The other ranks' part."""
     with runtime.rank_errors():
-        run(Replica(llama), Worker(runtime.replica()[0]) if runtime.is_first_of_group() else None)
+        complete_jobs(Replica(llama), Worker(runtime.replica()[0]) if runtime.is_first_of_group() else None)
 
 
 if __name__ == "__main__":

@@ -240,7 +240,8 @@ def _check_fields(body: Mapping[str, Any], url: str) -> None:
             raise RequestError(f"{quote(name)} is not supported", name, "unsupported_parameter")
         if not any(value == neutral and type(value) in (type(neutral), float) for neutral in _NEUTRAL[name]):
             only = " or ".join(json.dumps(neutral) for neutral in _NEUTRAL[name])
-            raise RequestError(f"{name} must be {only} or absent, got {quote(value)}", name, "unsupported_parameter")
+            message = f"{name} is not supported; it must be absent or {only}, got {quote(value)}"
+            raise RequestError(message, name, "unsupported_parameter")
 
 
 def _message(message: object, name: str) -> object:

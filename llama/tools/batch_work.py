@@ -287,7 +287,7 @@ class Coordinator:
         self.bar.update()
 
 
-def run(replica: Replica, desk: Coordinator | Worker | None) -> None:
+def complete_jobs(replica: Replica, desk: Coordinator | Worker | None) -> None:
     """Completes jobs until there are no more.
 
     Args:
