@@ -1,14 +1,18 @@
-"""The products of the linear layers on a CPU, and the probe that finds the fastest of them on this processor."""
+"""The products of the linear layers on a CPU: packed bfloat16, int8, and the probe that finds the fastest form.
+
+oneDNN's operators for them are not documented by torch: `can_pack` and `can_quantize` try them before they are used.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +22,10 @@ MiB = 1024**2
 _PADDED_ROWS = 5  # what fewer rows are padded to where that pays
 _PROBE_BYTES = 96 * MiB  # weights that are read for a timing: more than most caches hold
 _CLEARLY = 0.97  # of another time, to be preferred to it
+_MOST_ROTATED = 32  # inputs per block of the rotation before quantization
+_QUANTIZED_ELEMENTS = 1 << 19  # of a weight that are quantized at a time, so that they stay in the processor's caches
 
+_NO_ZERO_POINT = torch.zeros(1, dtype=torch.int64)  # of symmetric weights
 _onednn_switch = threading.Lock()
 
 
@@ -38,6 +45,13 @@ class Kernels:
     pads_few: bool = False
     native_row: bool = False
     packs_one_row: bool = False
+
+    def __str__(self) -> str:
+        """The choices in words, for the log."""
+        padding = {(True, True): "up to three rows", (True, False): "one row", (False, True): "two or three rows"}
+        padded = padding.get((self.pads_one, self.pads_few), "no rows")
+        one_row = "packed" if self.packs_one_row else "ATen's" if self.native_row else "oneDNN's"
+        return f"packed products pad {padded} to {_PADDED_ROWS}; the fastest for one row is {one_row}"
 
 
 DEFAULT_KERNELS = Kernels()
@@ -76,6 +90,84 @@ def _row_bucket(n_rows: int) -> int:
     return -(-n_rows // unit) * unit
 
 
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as int8 numbers with one scale per output channel, for `quantized_linear`. See `quantize_weight`.
+
+    Attributes:
+        blocked: the numbers, in oneDNN's blocked layout: opaque.
+        scales: (out,) float32.
+        rotation: (block, block) float32, for each block of the inputs.
+    """
+
+    blocked: Tensor
+    scales: Tensor
+    rotation: Tensor
+
+
+@torch.no_grad()
+def quantize_weight(weight: Tensor) -> QuantizedWeight:
+    """Quantizes a weight (out, in) to int8, symmetrically, per output channel.
+
+    Inputs and weight are first rotated by a Hadamard matrix in blocks of up to 32 inputs. This leaves the product
+    as it is, but spreads the few large inputs that trained networks have, which the scale of a token's inputs would
+    otherwise be wasted on (QuaRot, Ashkboos et al. 2024).
+    """
+    n_out, n_in = weight.shape
+    rotation = _hadamard(math.gcd(n_in, _MOST_ROTATED))
+    block = rotation.size(0)
+    values, peaks = torch.empty((n_out, n_in), dtype=torch.int8), torch.empty((n_out, 1))
+    n_rows = max(1, _QUANTIZED_ELEMENTS // n_in)
+    for part, values_of_part, peaks_of_part in zip(
+        weight.split(n_rows), values.split(n_rows), peaks.split(n_rows), strict=True
+    ):
+        rotated = (part.float().reshape(-1, block) @ rotation).view(-1, n_in)
+        torch.amax(rotated.abs(), dim=1, keepdim=True, out=peaks_of_part)
+        values_of_part.copy_(rotated.mul_(127 / peaks_of_part.clamp_min(1e-30)).round_())
+    blocked = torch.ops.onednn.qlinear_prepack(values, None)
+    # The peaks of inputs are in units of 127 too, and the entries of the rotation are 1 and -1 instead of orthonormal.
+    return QuantizedWeight(blocked, peaks.flatten() / (127 * 127 * block), rotation)
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x (..., in) times a weight of `quantize_weight`, transposed: (..., out), in the dtype of x.
+
+    Each row of x is rotated and quantized to int8 by its own largest value; the sums are those of integers. A row's
+    result does not depend on the other rows.
+    """
+    rotation = weight.rotation
+    rows = (x.reshape(-1, rotation.size(0)).float() @ rotation).view(-1, x.size(-1))
+    peaks = rows.abs().amax(-1, keepdim=True)
+    # Rounded by the cut after adding 0.5, around a zero point of 128. A row of zeros is not a number here, and becomes
+    # any; its peak makes the products 0.
+    quantized = rows.mul_(127 / peaks).add_(128.5).to(torch.uint8)
+    n_rows = len(quantized)
+    if (padded := _row_bucket(n_rows)) != n_rows:
+        quantized = F.pad(quantized, (0, 0, 0, padded - n_rows))
+    out = _onednn_int8_linear(quantized, weight.blocked, weight.scales)[:n_rows]
+    return out.mul_(peaks).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _onednn_int8_linear(x: Tensor, blocked: Tensor, scales: Tensor) -> Tensor:
+    """(x - 128) (rows, in) times int8 numbers, times the scale of each output: (rows, out) float32.
+
+    x is uint8: oneDNN's product of signed inputs is its slow reference.
+    """
+    out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+        x, 1.0, 128, blocked, scales, _NO_ZERO_POINT, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return out
+
+
+@cache
+def _hadamard(size: int) -> Tensor:
+    """The symmetric Hadamard matrix of a power of two: entries 1 and -1, its square is `size` times the identity."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix
+
+
 @contextlib.contextmanager
 def _without_onednn() -> Iterator[None]:
     """Has ATen take its own kernels. The switch is the process's: one thread at a time turns it, and puts it back."""
@@ -101,6 +193,42 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return all(torch.allclose(y, x @ weight.T, rtol=0.02, atol=0.02) for x, y in products)
+
+
+def can_quantize(device: torch.device) -> bool:
+    """Whether oneDNN's int8 product is there, exact (older processors saturate in between) and no slow reference."""
+    if device.type != "cpu":
+        return False
+    values = torch.full((64, 256), 127, dtype=torch.int8)
+    values[1::2, ::3] = -127
+    x = torch.full((9, 256), 255, dtype=torch.uint8)
+    x[1::2, ::5] = 1
+    scales = torch.linspace(0.5, 1, len(values))
+    try:
+        blocked = torch.ops.onednn.qlinear_prepack(values, None)
+        products = [(rows, _onednn_int8_linear(rows, blocked, scales)) for rows in (x[:1], x)]
+    except (AttributeError, RuntimeError):
+        return False
+    exact = all(
+        torch.allclose(out, (rows.int() - 128).float() @ values.float().T * scales, rtol=1e-6) for rows, out in products
+    )
+    return exact and not _is_reference()
+
+
+def _is_reference() -> bool:
+    """Whether the int8 product takes several times as long as that of float32; a reference takes hundreds of times."""
+    values, x = torch.ones((1024, 1024), dtype=torch.int8), torch.ones((8, 1024), dtype=torch.uint8)
+    blocked, scales = torch.ops.onednn.qlinear_prepack(values, None), torch.ones(1024)
+    ours, plain = partial(_onednn_int8_linear, x, blocked, scales), partial(F.linear, x.float(), values.float())
+    for work in (ours, plain):
+        work()
+    return min(_seconds(ours) for _ in range(5)) > 8 * min(_seconds(plain) for _ in range(5))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 @torch.inference_mode()
@@ -154,11 +282,7 @@ def _is_faster(work: Callable[[], None], other: Callable[[], None]) -> bool:
     """Whether it takes clearly less time than the other: by the median of ratios of neighbouring runs."""
     ratios = []
     for _ in range(5):
-        times = [time.perf_counter()]
-        for each in (work, other):
-            each()
-            times.append(time.perf_counter())
-        ratios.append((times[1] - times[0]) / (times[2] - times[1]))
+        ratios.append(_seconds(work) / _seconds(other))
     return statistics.median(ratios) < _CLEARLY
 
 

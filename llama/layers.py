@@ -1,8 +1,8 @@
 """The sharded linear layers: fairscale's, each the owner of a faster form of its weight.
 
-On a CPU that multiplies bfloat16, a weight in oneDNN's blocked layout (packed) is read faster than a plain one. The
-packed form is derived from the layer's own parameter and stands aside for good when that parameter changes, whichever
-way; the layer then computes with the parameter itself. Nothing outside a layer knows which form served.
+On a CPU, a weight in oneDNN's blocked layout (packed), as bfloat16 or quantized to int8, is read faster than a plain
+one. The packed form is derived from the layer's own parameter and stands aside for good when that parameter changes,
+whichever way; the layer then computes with the parameter itself. Nothing outside a layer knows which form served.
 """
 
 from __future__ import annotations
@@ -26,7 +26,18 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama.kernels import DEFAULT_KERNELS, Kernels, native_linear, pack_weight, packed_linear
+from llama.kernels import (
+    DEFAULT_KERNELS,
+    Kernels,
+    QuantizedWeight,
+    native_linear,
+    pack_weight,
+    packed_linear,
+    quantize_weight,
+    quantized_linear,
+)
+
+_PRODUCT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 logger = logging.getLogger(__name__)
 
@@ -83,23 +94,37 @@ for _name in ("numpy", "__array__", "__dlpack__", "storage", "untyped_storage", 
 
 @dataclass(frozen=True)
 class _Packed:
-    """A weight in oneDNN's blocked layout, and what it was made from."""
+    """A weight in oneDNN's blocked layout, bfloat16 (opaque: no operation but the packed product takes it) or int8,
+    and what it was made from."""
 
     weight: nn.Parameter
     version: int
-    blocked: Tensor  # opaque: no operation but the packed product takes it
+    form: Tensor | QuantizedWeight
 
     def is_current(self, weight: Tensor) -> bool:
         """Whether `weight` still is what this was made from."""
         return weight is self.weight and type(weight) is PackedParameter and weight._version == self.version
 
+    def product(self, x: Tensor, kernels: Kernels) -> Tensor | None:
+        """x (..., in) times the weight, transposed; None where the form is not for the dtype of x."""
+        if isinstance(self.form, QuantizedWeight):
+            return quantized_linear(x, self.form)
+        return packed_linear(x, self.form, kernels) if x.dtype == torch.bfloat16 else None
+
 
 class _OwnsPackedForm(nn.Module):
-    """`linear(x)`: the local product of a sharded layer, in its fastest form that is true to the weight."""
+    """`linear(x)`: the local product of a sharded layer, in its fastest form that is true to the weight.
+
+    Attributes:
+        kernels: which products it takes, equal but for their speed; `Llama.build` measures them, and any others may be
+            assigned at any time.
+        quantize: which form `pack` makes: None for bfloat16, "int8" for a quantized one.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     kernels: Kernels = DEFAULT_KERNELS
+    quantize: str | None = None
     _packed: _Packed | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -110,10 +135,11 @@ class _OwnsPackedForm(nn.Module):
         """x (..., in) times the weight, transposed, plus the bias: (..., out), in the dtype of x."""
         weight = self.weight
         if not torch.compiler.is_compiling() and _is_cpu_inference(x, weight):
-            if packed := self._packed_form(weight):
-                out = packed_linear(x, packed.blocked, self.kernels)
+            packed = self._packed_form(weight)
+            out = None if packed is None else packed.product(x, self.kernels)
+            if out is not None:
                 return out if bias is None else out + bias
-            if self.kernels.native_row and x.numel() == x.size(-1) and weight.dtype == x.dtype:
+            if self.kernels.native_row and x.numel() == x.size(-1) and weight.dtype == x.dtype == torch.bfloat16:
                 return native_linear(x, weight, bias)
         return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), bias)
 
@@ -127,25 +153,23 @@ class _OwnsPackedForm(nn.Module):
         return None
 
     def pack(self, dtype: torch.dtype, scratch: Tensor | None = None) -> None:
-        """Makes the packed form of the weight as it is now.
+        """Makes the packed form of the weight as it is now, by `quantize` in bfloat16 or int8.
 
         Without effect where a parametrization makes the weight, or where it requires gradients: it will be trained.
 
         Args:
-            dtype: of the products. The weight itself stays as it is, also where it has another dtype.
+            dtype: of the products that are not quantized. The weight itself stays as it is, also where it has another
+                dtype.
             scratch: memory of that dtype to convert the weight in, at least as large: getting new memory for each
                 layer takes longer than filling it.
         """
         weight = self._parameters.get("weight")
         if weight is None or weight.requires_grad:
             return
-        values = weight.detach()
-        if values.dtype != dtype:
-            values = values.to(dtype) if scratch is None else scratch[: values.numel()].view(values.shape).copy_(values)
-        blocked = pack_weight(values)
+        form = quantize_weight(weight) if self.quantize else _packed_values(weight.detach(), dtype, scratch)
         if type(weight) is nn.Parameter:
             weight.__class__ = PackedParameter
-        self._packed = _Packed(weight, weight._version, blocked)
+        self._packed = _Packed(weight, weight._version, form)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles go without: the packed form is tied to this very parameter, and nothing can copy it.
@@ -195,10 +219,16 @@ def packable_layers(module: nn.Module) -> list[_OwnsPackedForm]:
     return [layer for layer in module.modules() if isinstance(layer, _OwnsPackedForm)]
 
 
+def _packed_values(values: Tensor, dtype: torch.dtype, scratch: Tensor | None) -> Tensor:
+    if values.dtype != dtype:
+        values = values.to(dtype) if scratch is None else scratch[: values.numel()].view(values.shape).copy_(values)
+    return pack_weight(values)
+
+
 def _is_cpu_inference(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's bfloat16 operators, which have no gradients, may stand in for F.linear."""
+    """Whether oneDNN's operators, which have no gradients, may stand in for F.linear."""
     return (
-        x.dtype == torch.bfloat16
+        x.dtype in _PRODUCT_DTYPES
         and type(x) is Tensor
         and x.device.type == "cpu"
         and x.numel() > 0

@@ -36,51 +36,73 @@ class MemoryPlan:
         return self.weights + self.kv_cache + self.activations
 
 
-def plan_memory(args: ModelArgs, model_parallel_size: int, dtype: torch.dtype) -> MemoryPlan:
-    """The plan of one rank for `args`, whose `max_batch_size` and `max_seq_len` size cache and activations."""
+def plan_memory(
+    args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, *, quantize: str | None = None
+) -> MemoryPlan:
+    """The plan of one rank for `args`, whose `max_batch_size` and `max_seq_len` size cache and activations.
+
+    Args:
+        quantize: as in `Llama.build`.
+    """
     size = dtype.itemsize
     return MemoryPlan(
-        weights=size * _weight_elements(args, model_parallel_size),
+        weights=_weight_bytes(args, model_parallel_size, size, quantize),
         kv_cache=size
         * (2 * args.n_layers * (args.kv_heads // model_parallel_size) * args.head_dim)
         * (args.max_batch_size * args.max_seq_len),
-        activations=_activation_bytes(args, model_parallel_size, size),
+        activations=_activation_bytes(args, model_parallel_size, size, quantize),
     )
 
 
-def _weight_elements(args: ModelArgs, model_parallel_size: int) -> int:
+def _weight_bytes(args: ModelArgs, model_parallel_size: int, size: int, quantize: str | None) -> int:
     kv_dim = args.kv_heads * args.head_dim
     attention = 2 * args.dim * args.dim + 2 * args.dim * kv_dim  # wq, wo; wk, wv
     feed_forward = 3 * args.dim * args.hidden_dim  # w1, w2, w3
-    sharded = args.n_layers * (attention + feed_forward) + 2 * args.vocab_size * args.dim
-    replicated = (2 * args.n_layers + 1) * args.dim  # the norms
-    return sharded // model_parallel_size + replicated
+    embedding = args.vocab_size * args.dim
+    linear = args.n_layers * (attention + feed_forward) + args.vocab_size * args.dim  # the last: output
+    norms = (2 * args.n_layers + 1) * args.dim  # on every rank
+    if quantize is None:
+        return size * ((linear + embedding) // model_parallel_size + norms)
+    split_outputs = args.n_layers * (args.dim + 2 * kv_dim + 2 * args.hidden_dim) + args.vocab_size
+    scales = split_outputs // model_parallel_size + 2 * args.n_layers * args.dim  # wo and w2 have all outputs
+    return linear // model_parallel_size + 4 * scales + size * (embedding // model_parallel_size + norms)
 
 
-def _activation_bytes(args: ModelArgs, model_parallel_size: int, size: int) -> int:
+def _activation_bytes(args: ModelArgs, model_parallel_size: int, size: int, quantize: str | None) -> int:
     """The widest moment of a pass: the feed-forward of a prefill, or the sampling over a batch's logits."""
     residual_and_norm = args.dim * (3 * size + 2 * 4)  # x, h and the normed x; the norm itself in float32
     attention = (
         (args.dim + 2 * args.kv_heads * args.head_dim) // model_parallel_size * (size + 2 * 4)
     )  # rotary: float32
     feed_forward = 3 * args.hidden_dim // model_parallel_size * size  # w1 x, silu of it, w3 x
+    if quantize is not None:  # the input of w2, twice in float32 and once as int8, its output in float32
+        feed_forward = max(feed_forward, args.hidden_dim // model_parallel_size * (size + 10)) + args.dim * 8
     prefill = args.prefill_tokens * (residual_and_norm + max(attention, feed_forward))
     sampling = 15 * args.max_batch_size * args.vocab_size * 4  # logits, probabilities, order, random numbers
     return prefill + sampling
 
 
-def check_memory(args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, available: int, where: str) -> None:
+def check_memory(
+    args: ModelArgs,
+    model_parallel_size: int,
+    dtype: torch.dtype,
+    available: int,
+    where: str,
+    *,
+    quantize: str | None = None,
+) -> None:
     """Raises MemoryError, with each part and the sizes that would fit, if the plan exceeds `available` bytes.
 
     Args:
         where: name of the device in the error, such as "cuda:0".
+        quantize: as in `Llama.build`.
     """
-    plan = plan_memory(args, model_parallel_size, dtype)
+    plan = plan_memory(args, model_parallel_size, dtype, quantize=quantize)
     if plan.total <= available:
         return
 
     def fits(candidate: ModelArgs) -> bool:
-        return plan_memory(candidate, model_parallel_size, dtype).total <= available
+        return plan_memory(candidate, model_parallel_size, dtype, quantize=quantize).total <= available
 
     batch = largest(args.max_batch_size, lambda n: fits(replace(args, max_batch_size=n)))
     seq = largest(args.max_seq_len, lambda n: fits(replace(args, max_seq_len=n)))
@@ -88,13 +110,15 @@ def check_memory(args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, 
     advice = f"lower {' or '.join(ways)}" if ways else _advice_beyond_sizes(args, fits)
     raise MemoryError(
         f"this model needs {plan.total / GIB:.2f} GiB on {where}, which has {available / GIB:.2f} GiB available\n"
-        f"{_table(plan, args, model_parallel_size, dtype)}\n{advice}"
+        f"{_table(plan, args, model_parallel_size, dtype, quantize)}\n{advice}"
     )
 
 
-def _table(plan: MemoryPlan, args: ModelArgs, model_parallel_size: int, dtype: torch.dtype) -> str:
+def _table(
+    plan: MemoryPlan, args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, quantize: str | None = None
+) -> str:
     """One line per part, with the arguments that it depends on."""
-    dtype_name = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.") + (f", quantize={quantize}" if quantize else "")
     return (
         f"  weights      {plan.weights / GIB:8.2f} GiB  ({dtype_name}, MP={model_parallel_size})\n"
         f"  KV cache     {plan.kv_cache / GIB:8.2f} GiB  "

@@ -30,6 +30,7 @@ def memory_table(
     max_batch_size: int = 4,
     model_parallel_size: int | None = None,
     dtype: str = "float16",
+    quantize: str | None = None,
     device_memory: str | None = None,
 ) -> str:
     """A table of the memory that each rank needs and, for a device, the largest sizes that fit.
@@ -41,6 +42,7 @@ def memory_table(
         max_batch_size: as for `Llama.build`.
         model_parallel_size: number of processes that share the model; by default that of the checkpoint's files.
         dtype: float16, bfloat16 or float32, of weights and cache.
+        quantize: "int8" for int8 weights of the linear layers, as for `Llama.build` on a CPU.
         device_memory: memory of each process's device, such as 24GiB or 80GB.
 
     Raises:
@@ -57,11 +59,14 @@ def memory_table(
     args.check_shards(ranks)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {quote(dtype)}")
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize must be None or 'int8', got {quote(quantize)}")
 
     def plan(args: ModelArgs) -> MemoryPlan:
-        return plan_memory(args, ranks, DTYPES[dtype])
+        return plan_memory(args, ranks, DTYPES[dtype], quantize=quantize)
 
-    head = f"{model or ckpt_dir}: {dtype}, MP={ranks}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
+    form = dtype if quantize is None else f"{dtype}, {quantize}"
+    head = f"{model or ckpt_dir}: {form}, MP={ranks}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
     lines = [head, *_table(plan(args), ranks)]
     if device_memory is not None:
         lines += ["", *_fit(args, plan, parse_memory(device_memory))]
