@@ -36,6 +36,7 @@ def main(
     peers: str | Sequence[str] = "",
     device: str = "cpu",
     dtype: str = "bfloat16",
+    quantize: str | None = None,
     repeats: int = 5,
     threads: int | None = None,
     batches: Sequence[int] = (1, 4, 8, 16),
@@ -58,6 +59,7 @@ def main(
             without CUDA graphs; who is not installed is left out.
         device: "cpu" or "cuda".
         dtype: of weights and arithmetic; an engine that lacks it on this processor says what it takes instead.
+        quantize: "int8" to measure this library with int8 weights too, in turn with the others.
         repeats: number of rounds.
         threads: of every engine; None for as many as there are cores.
         batches: sizes of the decode figures; the peers take part in 1 and 8.
@@ -76,6 +78,8 @@ def main(
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; it takes 1 or more")
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize is {quantize!r}; it takes int8")
     for file in (plot, json):
         if file and not Path(file).resolve().parent.is_dir():
             raise ValueError(f"{file} cannot be written, its folder is not there")
@@ -89,6 +93,8 @@ def main(
         pythons = {"ours": sys.executable}
         if device == "cpu" and 1 in job.decode_batches:
             pythons["alone"] = sys.executable
+        if quantize:
+            pythons[quantize] = sys.executable
         pythons |= _installed(_names(peers), _names(peer_python), device)
         if published_rounds:
             pythons["published"] = sys.executable

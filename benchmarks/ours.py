@@ -83,17 +83,17 @@ def prepare(job: Job) -> None:
     """Nothing: the checkpoint is in this library's format."""
 
 
-def load(job: Job) -> Ours:
+def load(job: Job, quantize: str | None = None) -> Ours:
     parts = _Parts()
     logger = logging.getLogger("llama")
     logger.addHandler(parts)
     logger.setLevel(logging.INFO)
-    engine = Ours(build(job, job.max_batch_size), job.decode_batches)
+    engine = Ours(build(job, job.max_batch_size, quantize), job.decode_batches)
     engine.load_parts = parts.seconds
     return engine
 
 
-def build(job: Job, max_batch_size: int) -> Llama:
+def build(job: Job, max_batch_size: int, quantize: str | None = None) -> Llama:
     return Llama.build(
         job.ckpt_dir,
         job.tokenizer_path,
@@ -101,4 +101,5 @@ def build(job: Job, max_batch_size: int) -> Llama:
         max_batch_size=max_batch_size,
         device=job.device,
         dtype=job.dtype,
+        quantize=quantize,
     )

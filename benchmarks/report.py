@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 Rounds = Sequence[dict[str, dict[str, float]]]  # [round][engine][figure]
-OURS = ("ours", "alone")  # this library, and this library in a build for one row
+OURS = ("ours", "alone", "int8")  # this library, in a build for one row, and quantized
 _LESS_IS_BETTER = ("load", "first_token", "ragged_first_token", "peak_memory", "sampling")
 _SCALES = {"GiB": 2.0**30, "GB/s": 1e9, "GFLOP/s": 1e9, "ms": 1e-3, "%": 0.01}
 _UNITS = {  # by the first word of a figure's name
@@ -27,8 +27,9 @@ _UNITS = {  # by the first word of a figure's name
 
 
 _LEGEND = """\
-ours, alone   this library in a build for the largest batch, and in one for a single row; published: a ragged batch as
-              Meta's published code steps it, with plain layers; machine: its memory and arithmetic
+ours, alone   this library in a build for the largest batch, and in one for a single row; int8: with quantize="int8";
+              published: a ragged batch as Meta's published code steps it, with plain layers; machine: its memory and
+              arithmetic
 load          from the start of building or opening the network; imports are not counted
 first_token   from there to the first token of a prompt of 16
 ragged_...    first tokens of 8 prompts of 8 to 256 tokens
@@ -44,7 +45,7 @@ class Line:
 
     Attributes:
         figure: its name, such as "decode_8".
-        engine: whose it is; for a ratio "ours/PEER" or "alone/PEER".
+        engine: whose it is; for a ratio "ours/PEER", "alone/PEER", "int8/PEER" or "int8/ours".
         unit: of values; "x" for a ratio.
         values: one a round, in that unit.
     """
@@ -74,10 +75,11 @@ def engine_lines(rounds: Rounds) -> list[Line]:
 
 
 def ratio_lines(rounds: Rounds) -> list[Line]:
-    """How many times as good ours is, for every figure that a peer has too."""
+    """How many times as good ours is, for every figure that a peer has too; and int8 than the default build."""
     lines = []
     for peer, figure, _ in _collect(rounds):
-        for ours in OURS if peer not in OURS and figure != "memory_before" else ():
+        builds = {"ours": ("int8",), "alone": (), "int8": ()}.get(peer, OURS)
+        for ours in builds if figure != "memory_before" else ():
             pairs = [
                 (r[ours][figure], r[peer][figure]) for r in rounds if _has(r, ours, figure) and _has(r, peer, figure)
             ]

@@ -20,6 +20,7 @@ from benchmarks.measure import END, LOAD, Engine, figure, peak_memory, ticks_of
 ENGINES = {
     "ours": "benchmarks.ours",
     "alone": "benchmarks.alone",
+    "int8": "benchmarks.int8",
     "eager": "benchmarks.peers.eager",
     "published": "benchmarks.published_way",
     "hf": "benchmarks.peers.hf",

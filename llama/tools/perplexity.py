@@ -59,6 +59,7 @@ def main(
     max_batch_size: int = 4,
     stride: int | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Prints the perplexity of a text file.
 
@@ -70,11 +71,12 @@ def main(
         max_batch_size: number of windows that are scored at a time.
         stride: number of tokens from one window to the next; by default half of max_seq_len.
         dtype: float16, bfloat16 or float32.
+        quantize: int8 for int8 weights and inputs of the linear layers, on a CPU.
     """
     content = Path(text).read_text(encoding="utf-8")
     ckpt_dir = ckpt_dir or toy_checkpoint()
     tokenizer_path = tokenizer_path or str(Path(ckpt_dir) / "tokenizer.model")
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, dtype=dtype)
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, dtype=dtype, quantize=quantize)
     value, n_tokens = perplexity(llama, content, stride=stride)
     if is_first_rank():
         print(f"perplexity {value:.4f} over {n_tokens} tokens, windows of {max_seq_len}")
