@@ -55,12 +55,20 @@ class ServerProcesses:
                 stderr=self._log,
             )
             self.processes.append(process)
+        try:
+            self.url = self._wait_until_ready()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _wait_until_ready(self) -> str:
         first = self.processes[0]
         assert first.stdout
         line = first.stdout.readline()
         assert "http://" in line, self.log()
-        self.url = line[line.index("http://") :].partition(",")[0]
-        self.wait(lambda: httpx.get(f"{self.url}/health").status_code == 200, START_S)
+        url = line[line.index("http://") :].partition(",")[0]
+        self.wait(lambda: httpx.get(f"{url}/health").status_code == 200, START_S)
+        return url
 
     def wait(self, holds: Callable[[], bool], seconds: float) -> None:
         """Until something holds, while all ranks run."""
@@ -106,7 +114,10 @@ class ServerProcesses:
         """Asks all ranks to end, as torchrun does for a SIGTERM; returns their statuses."""
         for process in self.processes:
             process.terminate()
-        return [process.wait(timeout=60) for process in self.processes]
+        try:
+            return [process.wait(timeout=60) for process in self.processes]
+        finally:
+            self.kill()
 
     def kill(self) -> None:
         for process in self.processes:

@@ -45,13 +45,21 @@ def servers(
         }
         started = {ranks: future.result() for ranks, future in starting.items()}
     yield started
-    for ranks, server in started.items():
-        server.wait_until_idle()
-        chunks = iter(client_of(server).completions.create(model=MODEL, prompt="x", max_tokens=100, n=8, stream=True))
-        first = next(chunks)
-        assert server.terminate() == [0] * ranks, server.log()
-        assert sum(chunk.choices[0].finish_reason is not None for chunk in [first, *chunks]) == 8
-        assert "Traceback" not in server.log()
+    try:
+        for ranks, server in started.items():
+            check_end(server, ranks)
+    finally:
+        for server in started.values():
+            server.kill()
+
+
+def check_end(server: ServerProcesses, ranks: int) -> None:
+    server.wait_until_idle()
+    chunks = iter(client_of(server).completions.create(model=MODEL, prompt="x", max_tokens=100, n=8, stream=True))
+    first = next(chunks)
+    assert server.terminate() == [0] * ranks, server.log()
+    assert sum(chunk.choices[0].finish_reason is not None for chunk in [first, *chunks]) == 8
+    assert "Traceback" not in server.log()
 
 
 @pytest.fixture(params=[1, 2], ids=["one process", "two ranks"])

@@ -85,16 +85,19 @@ class FirstRank:
         def end_http() -> None:
             http.should_exit = True
 
-        def begin_end() -> None:
-            if not http.should_exit:
+        def end(number: int) -> None:
+            if http.should_exit and number == signal.SIGINT:  # the second Ctrl-C
+                self._stop_service()
+                http.force_exit = True
+            elif not http.should_exit:
                 print("ending; requests that run may finish", file=sys.stderr, flush=True)
                 loop.call_later(self._grace_s, self._stop_service)
-            end_http()
+                http.should_exit = True
 
         self._end_http = lambda: _call_soon(loop, end_http)
         for number in _ENDING:
             if signal.getsignal(number) != signal.SIG_IGN:
-                loop.add_signal_handler(number, begin_end)
+                loop.add_signal_handler(number, end, number)
         self._worker.start()
         await http.serve(sockets=[listener])
 
