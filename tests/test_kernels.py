@@ -10,13 +10,23 @@ import torch
 from torch import Tensor
 
 from llama import kernels
-from llama.kernels import Kernels, can_pack, measure_kernels, pack_weight, packed_linear
+from llama.kernels import (
+    Kernels,
+    can_pack,
+    can_quantize,
+    measure_kernels,
+    pack_weight,
+    packed_linear,
+    quantize_weight,
+    quantized_linear,
+)
 from tests import oracle
 
 CPU = torch.device("cpu")
 IN, OUT = 64, 48
 PADDING = Kernels(pads_one=True, pads_few=True)
 needs_packing = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="needs a CPU with bfloat16 in oneDNN")
+needs_int8 = pytest.mark.skipif(not can_quantize(CPU), reason="needs a CPU with int8 products (VNNI)")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -57,6 +67,113 @@ def test_onednns_switch_is_put_back_after_an_error() -> None:
     assert torch._C._get_mkldnn_enabled() == before
 
 
+# int8 products
+
+
+def quantized_product(x: Tensor, weight: Tensor, block: int) -> Tensor:
+    """The oracle, in float64: each block of inputs rotated, both operands rounded to 127 steps of their largest value.
+
+    The entry (i, j) of a Hadamard matrix is 1 or -1 by whether i and j have an even number of ones in common.
+    """
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
+    rotation = torch.tensor(signs, dtype=torch.float64) / block**0.5
+
+    def rounded(values: Tensor) -> Tensor:
+        rotated = (values.double().view(len(values), -1, block) @ rotation).flatten(1)
+        step = rotated.abs().amax(1, keepdim=True) / 127
+        return (rotated / step).round() * step
+
+    return rounded(x) @ rounded(weight).T
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n_in", "block"), [(64, 32), (96, 32), (48, 16), (12, 4), (7, 1)])
+def test_the_int8_product_is_that_of_rotated_and_rounded_operands(n_in: int, block: int, dtype: torch.dtype) -> None:
+    x, weight = normal(70, n_in, seed=1).to(dtype), normal(OUT, n_in)
+    out = quantized_linear(x, quantize_weight(weight))
+    assert out.dtype == dtype
+    expected = quantized_product(x, weight, block)
+    # Halves may be rounded either way: of one input, by a step.
+    step = x.abs().max().item() * block**0.5 / 127 * weight.abs().max().item() * block**0.5
+    torch.testing.assert_close(out.double(), expected, atol=step, rtol=0.01)
+    off = (out.double() - expected).norm() / expected.norm()
+    assert off < (0.005 if dtype == torch.bfloat16 else 0.002)  # bfloat16: of the output's rounding
+
+
+@needs_int8
+@pytest.mark.parametrize("file_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_weight_of_any_dtype_is_quantized_as_what_it_is(file_dtype: torch.dtype) -> None:
+    weight, x = normal(OUT, IN).to(file_dtype), normal(5, IN, seed=1)
+    assert torch.equal(
+        quantized_linear(x, quantize_weight(weight)), quantized_linear(x, quantize_weight(weight.float()))
+    )
+
+
+@needs_int8
+def test_a_weight_that_is_quantized_part_by_part_is_quantized_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = normal(OUT, IN), normal(5, IN, seed=1)
+    whole = quantized_linear(x, quantize_weight(weight))
+    for n_elements in (1, 5 * IN, 7 * IN + 3):
+        monkeypatch.setattr(kernels, "_QUANTIZED_ELEMENTS", n_elements)
+        assert torch.equal(quantized_linear(x, quantize_weight(weight)), whole)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n_in", "n_out"), [(IN, OUT), (352, 100)])
+def test_a_row_has_the_same_int8_product_whatever_the_other_rows(n_in: int, n_out: int, dtype: torch.dtype) -> None:
+    weight = quantize_weight(normal(n_out, n_in))
+    x = (normal(300, n_in, seed=1) * torch.logspace(-3, 3, 300).unsqueeze(1)).to(dtype)
+    together = quantized_linear(x, weight)
+    for n_rows in (1, 2, 3, 4, 5, 8, 16, 17, 33, 131):
+        for first in (0, 1, 160):
+            part = slice(first, first + n_rows)
+            assert torch.equal(quantized_linear(x[part], weight), together[part])
+
+
+@needs_int8
+@pytest.mark.parametrize("shape", [(IN,), (1, IN), (1, 3, IN), (3, 1, IN), (17, IN), (3, 11, IN)], ids=str)
+def test_an_int8_product_has_the_inputs_shape(shape: tuple[int, ...]) -> None:
+    weight, x = quantize_weight(normal(OUT, IN)), normal(*shape, seed=1)
+    out = quantized_linear(x, weight)
+    assert out.shape == (*shape[:-1], OUT)
+    assert torch.equal(out.flatten(0, -2) if len(shape) > 1 else out[None], quantized_linear(x.view(-1, IN), weight))
+    spread = torch.stack((x, -x), -1).flatten(-2)[..., ::2]  # not contiguous
+    assert torch.equal(quantized_linear(spread, weight), out)
+
+
+@needs_int8
+def test_rows_of_zeros_and_of_nan_stay_what_they_are_and_leave_the_others_alone() -> None:
+    weight, x = quantize_weight(normal(OUT, IN)), normal(4, IN, seed=1)
+    expected = quantized_linear(x, weight)
+    x[1], x[2, 5] = 0, torch.nan
+    out = quantized_linear(x, weight)
+    assert torch.equal(out[1], torch.zeros(OUT)) and out[2].isnan().all()
+    assert torch.equal(out[[0, 3]], expected[[0, 3]])
+
+
+@needs_int8
+def test_an_output_without_weights_is_zero() -> None:
+    weight = normal(OUT, IN)
+    weight[3] = 0
+    out = quantized_linear(normal(4, IN, seed=1), quantize_weight(weight))
+    assert torch.equal(out[:, 3], torch.zeros(4)) and out.isfinite().all()
+
+
+@needs_int8
+def test_the_rotation_spreads_a_few_large_inputs() -> None:
+    """As trained networks have them: the steps of rounding would be theirs, and the other inputs lost."""
+    x, weight = normal(50, 256, seed=1), normal(OUT, 256)
+    x[:, 17] *= 100
+    exact = x.double() @ weight.double().T
+    error, unrotated = (
+        (product.double() - exact).norm() / exact.norm()
+        for product in (quantized_linear(x, quantize_weight(weight)), quantized_product(x, weight, block=1))
+    )
+    assert error < 0.6 * unrotated
+
+
 # What this processor has
 
 
@@ -82,6 +199,44 @@ def test_operators_that_are_gone_or_wrong_are_found_out(
 
     monkeypatch.setattr(kernels, "_onednn_linear", linear)
     assert not can_pack(CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", [AttributeError, RuntimeError, "another zero point", "saturating", "exact"])
+def test_int8_operators_that_are_gone_or_wrong_are_found_out(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception] | str
+) -> None:
+    """Processors before VNNI add pairs of products in 16 bits."""
+
+    def linear(x: Tensor, blocked: Tensor, scales: Tensor) -> Tensor:
+        if not isinstance(kind, str):
+            raise kind
+        values = torch.full((64, 256), 127.0)
+        values[1::2, ::3] = -127
+        products = x.float().unsqueeze(1) * values
+        pairs = products.view(len(x), 64, -1, 2).sum(-1)
+        limit = 2.0**15 if kind == "saturating" else 2.0**17
+        zero_point = 127 if kind == "another zero point" else 128
+        return (pairs.clamp(-limit, limit - 1).sum(-1) - zero_point * values.sum(1)) * scales
+
+    monkeypatch.setattr(kernels, "_onednn_int8_linear", linear)
+    monkeypatch.setattr(kernels, "_seconds", lambda work: 1.0)
+    assert can_quantize(CPU) == (kind == "exact" and hasattr(torch.ops.onednn, "qlinear_prepack"))
+
+
+@needs_int8
+def test_a_slow_reference_of_the_int8_product_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, accepted in ((100.0, False), (3.0, True)):
+        monkeypatch.setattr(kernels, "_seconds", _taking(seconds))
+        assert can_quantize(CPU) == accepted
+
+
+def _taking(seconds: float) -> Callable[[Any], float]:
+    """A clock by which the int8 product takes so long, and others a second."""
+    return lambda work: seconds if work.func is kernels._onednn_int8_linear else 1.0
+
+
+def test_other_devices_are_not_quantized() -> None:
+    assert not can_quantize(torch.device("cuda")) and not can_quantize(torch.device("mps"))
 
 
 def _refuse_to_time(*_: Any) -> bool:
