@@ -1,0 +1,53 @@
+"""Every Python snippet of docs/inspecting.md runs, in order and in one namespace, and prints what the page shows."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "inspecting.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+def snippets(page: str) -> list[tuple[int, str, str]]:
+    """Each Python snippet of a page: its first line's number, its code, and the output that is shown behind it."""
+    blocks = [(page[: m.start()].count("\n") + 2, m[1], m[2]) for m in BLOCK.finditer(page)]
+    found = []
+    for (line, language, code), (_, next_language, output) in zip(blocks, [*blocks[1:], (0, "", "")], strict=True):
+        if language == "python":
+            found.append((line, code, output if next_language == "text" else ""))
+    return found
+
+
+def test_the_snippets_run_in_order_and_print_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    namespace: dict[str, Any] = {"__name__": "inspecting"}
+    found = snippets(PAGE.read_text(encoding="utf-8"))
+    for line, code, expected in found:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile("\n" * (line - 1) + code, str(PAGE), "exec"), namespace)  # errors name the page's lines
+        assert out.getvalue() == expected, f"the output of the snippet at {PAGE.name}:{line} is another one"
+    assert len(found) >= 10
+
+
+def test_output_behind_a_snippet_belongs_to_it() -> None:
+    page = "a\n```python\nx\n```\n\n```text\n1\n```\n```python\ny\n```\n```sh\nz\n```\n"
+    assert snippets(page) == [(3, "x\n", "1\n"), (10, "y\n", "")]
+
+
+def test_links_within_the_page_lead_somewhere() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", page, re.M)
+    }
+    targets = re.findall(r"\]\(([^)]+)\)", page)
+    assert targets
+    for target in targets:
+        assert target[1:] in headings if target.startswith("#") else (PAGE.parent / target).exists(), target
