@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from llama import runtime
 from llama.args import ModelArgs
 from llama.checkpoint import tensor_shapes
-from llama.decoding import decode
+from llama.engine import Call, Sequence, engine_of
 from llama.kernels import can_pack
 from llama.model import Transformer
 from llama.sampling import Sampler
@@ -57,17 +57,10 @@ def skewed_lengths(n: int, median: int, longest: int, seed: int) -> list[int]:
 
 def complete(model: Transformer, prompts: list[list[int]], targets: list[int]) -> None:
     """Generates until each prompt has its target's number of tokens."""
-    n_lanes = min(len(prompts), model.params.max_batch_size)
-    sampler = Sampler(0.0, 1.0, n_lanes, torch.Generator())
-    counts = [0] * len(prompts)
-
-    def ends(prompt: int, token: int) -> bool:
-        counts[prompt] += 1
-        return counts[prompt] >= targets[prompt]
-
-    for _ in decode(model, prompts, sampler, lanes=range(n_lanes), max_gen_len=max(targets), eos_id=NO_EOS, ends=ends):
-        pass
-    assert counts == targets
+    greedy = Sampler(0.0, 1.0, 1, torch.Generator())
+    pairs = zip(prompts, targets, strict=True)
+    call = Call(Sequence(list(prompt), greedy, 0, target, NO_EOS) for prompt, target in pairs)
+    assert sum(1 for _ in engine_of(model).run(call)) == sum(targets)
 
 
 def in_calls(model: Transformer, prompts: list[list[int]], targets: list[int], *, rows_stay: bool) -> None:

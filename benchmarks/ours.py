@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.job import Job
 from llama import Llama
-from llama.decoding import decode
+from llama.engine import Call, Sequence
 from llama.sampling import Sampler
 
 _NO_TOKEN = -1  # in place of EOS: random weights may choose any token, and every row shall run to its end
@@ -31,19 +31,10 @@ class Ours:
         self.load_parts: dict[str, float] = {}
 
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
-        n = len(prompts)
-        sampler = Sampler(0.0, 1.0, n, torch.Generator(self.llama.model.norm.weight.device))
-        steps = decode(
-            self.llama.model,
-            prompts,
-            sampler,
-            lanes=range(n),
-            max_gen_len=n_tokens,
-            eos_id=_NO_TOKEN,
-            stepper=self.llama.stepper,
-        )
-        for done, _ in enumerate(steps, 1):
-            if done % n == 0:
+        sampler = Sampler(0.0, 1.0, 1, torch.Generator(self.llama.model.norm.weight.device))
+        call = Call(Sequence(list(prompt), sampler, 0, n_tokens, _NO_TOKEN) for prompt in prompts)
+        for done, _ in enumerate(self.llama.engine.run(call), 1):
+            if done % len(prompts) == 0:
                 tick()
 
     def extras(self, job: Job) -> Iterator[tuple[str, float]]:

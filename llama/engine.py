@@ -7,6 +7,8 @@ share the batch: whichever thread waits for a token takes the next step for all 
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -21,6 +23,8 @@ from llama.runner import ModelRunner, use_of
 from llama.runtime import broadcast_from_first, to_device, to_host
 from llama.sampling import Sampler
 from llama.stepping import Stepper
+
+_engines_lock = threading.Lock()
 
 FinishReason = Literal["stop", "length"]
 
@@ -200,7 +204,7 @@ class Engine:
 
     def __init__(self, model: Any, stepper: Stepper | None = None) -> None:
         self.model = model
-        self._stepper = stepper
+        self.stepper = stepper
         self.announces: Callable[[], bool] = lambda: False
         self.changes_follow = False
         self._arrived: deque[Sequence] = deque()  # from any thread; its methods are atomic
@@ -366,10 +370,10 @@ class Engine:
         Without running ones a new runner is made, which takes the network as it is now: hooks may have been added, or
         modules replaced.
         """
-        steps = self._stepper is not None and self._stepper.serves(self.model)
+        steps = self.stepper is not None and self.stepper.serves(self.model)
         kind = (takes_cache_positions(self.model), steps)
         if not self._running:
-            self._runner, self._kind = ModelRunner(self.model, self._stepper if steps else None), kind
+            self._runner, self._kind = ModelRunner(self.model, self.stepper if steps else None), kind
         runner = self._runner
         assert runner is not None
         return None if self._running and (runner.one_position or kind != self._kind) else runner
@@ -466,6 +470,17 @@ class Engine:
             for sampler in {id(s.sampler): s.sampler for s in self._in_flight.sequences}.values():
                 sampler.step_back()
         self._in_flight = None
+
+
+def engine_of(model: Any, stepper: Stepper | None = None) -> Engine:
+    """The engine that all users of a network with this stepper share; it lives as long as one of them keeps it."""
+    use = use_of(model)
+    with _engines_lock:
+        engine: Engine | None = use.engine() if use.engine else None
+        if engine is None or engine.stepper is not stepper:
+            engine = Engine(model, stepper)
+            use.engine = weakref.ref(engine)
+        return engine
 
 
 def _sample(logits: Tensor, sequences: list[Sequence]) -> Tensor:

@@ -1,21 +1,18 @@
 """Llama: a network and its tokenizer, and the calls that complete prompts and dialogs with them.
 
-All of these calls run the steps of one generator, `decoding.decode`.
+All of these calls are sequences of one engine.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from llama import runtime
-from llama.args import ModelArgs
 from llama.chat import (
     B_INST,
     B_SYS,
@@ -28,7 +25,8 @@ from llama.chat import (
     Role,
 )
 from llama.checkpoint import VocabularyError, find_shards, model_args
-from llama.decoding import Step, StepsInStep, decode, score
+from llama.completion import Completer, complete_by_generate
+from llama.engine import Engine, engine_of
 from llama.loading import Timings, check_quantize, load_model
 from llama.memory import available_memory, check_memory, out_of_memory_explained
 from llama.prompts import (
@@ -49,10 +47,9 @@ from llama.request import (
     check_seed,
     completion_prediction,
 )
-from llama.runner import device_of, dtype_of, use_of
-from llama.sampling import Sampler, sample_top_p
+from llama.runner import use_of
+from llama.sampling import sample_top_p
 from llama.stepping import Stepper, choose_stepper
-from llama.text import GrowingText
 from llama.tokenizer import Tokenizer
 
 __all__ = [
@@ -80,10 +77,11 @@ _built_in_sample_top_p = sample_top_p
 class Llama:
     """Completes prompts and dialogs. `Llama.build` makes one from a checkpoint.
 
-    Calls from several threads are served one after another, and each returns what it would return alone. Other calls
-    may be made between the pieces of a stream, which then recomputes its part of the KV cache if that was overwritten.
-    Several objects that share a model take turns too. Training, edits and direct calls of the model in another thread
-    must hold a lock of the caller's.
+    Calls from several threads, streams among them, run in one batch (continuous batching), and each returns what it
+    would return alone; outside of float32 another number of rows may round differently. Calls without `seed` draw from
+    one random stream, in an order that then depends on the threads. After direct calls of the model, a call that is
+    running recomputes its part of the KV cache. Training, edits and direct calls of the model in another thread must
+    not run at the same time as a call.
 
     Under torchrun every rank makes the same calls with the same arguments, from one thread, and gets the same results.
     Ranks whose calls differ all raise RuntimeError.
@@ -99,6 +97,7 @@ class Llama:
     model: Any
     tokenizer: Tokenizer
     stepper: Stepper | None = None  # here for subclasses that do not call `__init__`
+    _engine: Engine | None = None
 
     def __init__(self, model: Any, tokenizer: Tokenizer, *, seed: int | None = None, cuda_graphs: bool = True) -> None:
         if seed is not None:
@@ -182,6 +181,15 @@ class Llama:
             total = sum(timings.seconds.values())
             logger.info("Loaded in %.2f seconds (%s)", total, parts, extra={"parts": timings.seconds})
         return generator
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the network. Calls from all threads, on every `Llama` of the network, share its batch."""
+        self._engine = engine_of(self.model, self.stepper)
+        return self._engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_engine"}
 
     def generate(
         self,
@@ -312,7 +320,7 @@ class Llama:
             return encode_text(prompt, "prompt", self.tokenizer, self.model.params.max_seq_len), request
 
         ids, request = self._same_on_all_ranks("stream_text_completion", check)
-        return self._stream(ids, request)
+        return self._completer().stream(ids, request)
 
     def stream_chat_completion(
         self,
@@ -332,7 +340,7 @@ class Llama:
             return encode_checked_dialog(dialog, "dialog", self.tokenizer, max_seq_len), request
 
         prompt, request = self._same_on_all_ranks("stream_chat_completion", check)
-        return _refusal() if prompt is None else self._stream(prompt, request)
+        return _refusal() if prompt is None else self._completer().stream(prompt, request)
 
     def score(self, texts: Iterable[str], contexts: Iterable[str] | None = None) -> list[Score]:
         """The log-probability of texts, or of completions given their contexts, without generating.
@@ -353,7 +361,7 @@ class Llama:
             return ids, [1] * len(ids)  # BOS is known
 
         whole, known = self._same_on_all_ranks("score", check)
-        scores = self._score_all(whole)
+        scores = self._completer().score(whole)
         scored = [
             (self.tokenizer.pieces(tokens)[n:], logprobs[n:])
             for tokens, logprobs, n in zip(whole, scores, known, strict=True)
@@ -370,104 +378,20 @@ class Llama:
         rows = self._same_on_all_ranks(
             "score_tokens", lambda: check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len)
         )
-        return self._score_all(rows)
-
-    def _score_all(self, rows: list[list[int]]) -> list[list[float]]:
-        with self._turn():
-            return self._spread(rows, self._score)
+        return self._completer().score(rows)
 
     def _complete_texts(self, prompts: list[list[int]], request: Request) -> list[Completion]:
         """`_complete`, through `generate` if a subclass or an assignment replaced that."""
         if prompts and (type(self).generate is not _built_in_generate or "generate" in vars(self)):
-            return self._complete_by_generate(prompts, request)
+            return complete_by_generate(self.generate, prompts, request, self.tokenizer, self.model.params.max_seq_len)
         return self._complete(prompts, request)
 
-    def _complete_by_generate(self, prompts: list[list[int]], request: Request) -> list[Completion]:
-        """The completions by a replaced `generate`, called with the arguments that Meta's code passes."""
-        asked = {name: getattr(request, name) for name in ("max_gen_len", "temperature", "top_p", "logprobs", "echo")}
-        if request.seed is not None:
-            asked["seed"] = request.seed
-        tokens, logprobs = self.generate(prompt_tokens=prompts, **asked)
-        rows = []
-        for i, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
-            n_echoed = len(prompt) if request.echo else 0
-            text = GrowingText(self.tokenizer, request.stop, ids[:n_echoed])
-            for n_new, token in enumerate(ids[n_echoed:], start=1):
-                text.push(token)
-                if text.stopped:
-                    ids = ids[: n_echoed + n_new]
-            row = Completion(tokens=list(ids), logprobs=list(logprobs[i]) if logprobs else [])
-            limit = min(request.max_gen_len, self.model.params.max_seq_len - len(prompt))
-            row.finish_reason = "stop" if len(ids) - n_echoed < limit else "length"
-            rows.append(_with_text(row, text))
-        return rows
-
     def _complete(self, prompts: list[list[int]], request: Request) -> list[Completion]:
-        """Completions of checked prompts, in their order; each replica computes its share."""
-        with self._turn():
-            replica, n_replicas = runtime.replica()
-            n_lanes = min(len(prompts), self.model.params.max_batch_size * n_replicas)
-            sampler = self._sampler(request, n_lanes)
-            lanes = range(replica, n_lanes, n_replicas)
-            rows = self._spread(prompts, lambda mine: self._complete_share(mine, request, sampler, lanes))
-            most_steps = max(runtime.gather_replicas(sampler.steps))
-            sampler.skip_to(most_steps, self.model.params.vocab_size)  # all replicas' generators are then in one state
-            return rows
+        return self._completer().complete(prompts, request)
 
-    def _complete_share(
-        self, prompts: list[list[int]], request: Request, sampler: Sampler, lanes: Sequence[int]
-    ) -> list[Completion]:
-        texts = [GrowingText(self.tokenizer, request.stop, prompt if request.echo else ()) for prompt in prompts]
-
-        def ends(prompt: int, token: int) -> bool:
-            texts[prompt].push(token)
-            return texts[prompt].stopped
-
-        rows = [Completion(tokens=list(prompt) if request.echo else []) for prompt in prompts]
-        if request.logprobs and request.echo:
-            for row, logprobs in zip(rows, self._score(prompts), strict=True):
-                row.logprobs = logprobs
-        for step in self._decode(prompts, request, sampler, lanes, ends):
-            row = rows[step.prompt]
-            if step.token is not None:
-                row.tokens.append(step.token)
-            if step.logprob is not None:
-                row.logprobs.append(step.logprob)
-            row.finish_reason = step.finish_reason or row.finish_reason
-        return [_with_text(row, text) for row, text in zip(rows, texts, strict=True)]
-
-    def _stream(self, prompt: list[int], request: Request) -> Generator[str, None, None]:
-        pieces = self._pieces(prompt, request)
-        next(pieces)  # enters its `with`, so that a stream closed before its first piece ends on the other ranks too
-        return pieces
-
-    def _pieces(self, prompt: list[int], request: Request) -> Generator[str, None, None]:
-        text = GrowingText(self.tokenizer, request.stop, prompt if request.echo else ())
-        settled = deque(text.prefix_pieces)
-
-        def ends(_: int, token: int) -> bool:
-            settled.append(text.push(token))
-            return text.stopped
-
-        steps = self._decode([prompt], request, self._sampler(request, 1), [0], ends)
-        with closing(StepsInStep(steps)) as steps_in_step:
-            yield ""
-            while self._take_step(steps_in_step):
-                yield from _drain(settled)
-        settled.append(text.finish())
-        yield from _drain(settled)
-
-    def _take_step(self, steps: StepsInStep) -> Step | None:
-        with self._turn():
-            return steps.take()
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Holds the model's lock, for which it waits."""
-        use = use_of(self.model)
-        use.check_thread(several_ranks=runtime.has_several_ranks())
-        with use, runtime.rank_errors():
-            yield
+    def _completer(self) -> Completer:
+        draw = None if sample_top_p is _built_in_sample_top_p else sample_top_p
+        return Completer(self.engine, self.tokenizer, draw)
 
     def _same_on_all_ranks(self, name: str, check: Callable[[], Result]) -> Result:
         """A call's checked arguments; raises RuntimeError on all ranks if they differ, before any compute."""
@@ -480,56 +404,6 @@ class Llama:
         runtime.compare_calls((name, checked))
         return checked
 
-    def _sampler(self, request: Request, n_lanes: int) -> Sampler:
-        device = device_of(self.model)
-        if request.seed is None:
-            generator = runtime.default_generator(device)
-        else:
-            generator = torch.Generator(device).manual_seed(request.seed)
-        draw = None if sample_top_p is _built_in_sample_top_p else sample_top_p
-        return Sampler(request.temperature, request.top_p, n_lanes, generator, draw)
-
-    def _decode(
-        self,
-        prompts: list[list[int]],
-        request: Request,
-        sampler: Sampler,
-        lanes: Sequence[int],
-        ends: Callable[[int, int], bool],
-    ) -> Iterator[Step]:
-        if request.max_gen_len == 0:
-            return
-        with self._out_of_memory_explained():
-            yield from decode(
-                self.model,
-                prompts,
-                sampler,
-                lanes=lanes,
-                max_gen_len=request.max_gen_len,
-                eos_id=self.tokenizer.eos_id,
-                logprobs=request.logprobs,
-                ends=ends,
-                stepper=self._usable_stepper(),
-            )
-
-    def _usable_stepper(self) -> Stepper | None:
-        usable = self.stepper is not None and self.stepper.serves(self.model)
-        return self.stepper if usable else None
-
-    def _score(self, prompts: Sequence[list[int]]) -> list[list[float]]:
-        with self._out_of_memory_explained():
-            return score(self.model, prompts)
-
-    def _out_of_memory_explained(self) -> AbstractContextManager[None]:
-        args, mp = ModelArgs.of(self.model.params), runtime.model_parallel_size()
-        return out_of_memory_explained(args, mp, dtype_of(self.model), str(device_of(self.model)))
-
-    def _spread(self, prompts: list[list[int]], work: Callable[[list[list[int]]], list[Result]]) -> list[Result]:
-        """Has each replica do its share of the prompts; returns the results for all, in the prompts' order."""
-        replica, n_replicas = runtime.replica()
-        shares = runtime.gather_replicas(work(prompts[replica::n_replicas]))
-        return [shares[i % n_replicas][i // n_replicas] for i in range(len(prompts))]
-
     def _encode(self, texts: Iterable[str], name: str) -> list[list[int]]:
         return encode_texts(texts, name, self.tokenizer, self.model.params.max_seq_len)
 
@@ -538,23 +412,6 @@ class Llama:
 
 
 _built_in_generate = Llama.generate
-
-
-def _with_text(row: Completion, text: GrowingText) -> Completion:
-    """The row with the pieces of its finished text, cut at a stop string."""
-    text.finish()
-    if text.stopped:
-        row.finish_reason = "stop"
-    row.pieces = text.prefix_pieces + text.pieces
-    row.logprobs = row.logprobs[: len(row.pieces)]
-    return row
-
-
-def _drain(pieces: deque[str]) -> Iterator[str]:
-    """Removes the pieces, and yields those that are not empty."""
-    while pieces:
-        if piece := pieces.popleft():
-            yield piece
 
 
 def _refusal() -> Generator[str, None, None]:

@@ -10,7 +10,7 @@ from operator import index
 from typing import Any, TypedDict
 
 from llama.chat import UNSAFE_ERROR, Message
-from llama.decoding import FinishReason
+from llama.engine import FinishReason
 from llama.quoting import quote
 from llama.tokenizer import PromptError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -28,12 +28,14 @@ class ModelUse:
     Attributes:
         lock: held by a call while it computes.
         holder: the thread that holds it.
+        engine: a weak reference to the engine that they share, which holds the network.
         last_writer: the mark of the `ModelRunner` that ran last; not the runner, which would keep the network alive.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.holder: int | None = None
+        self.engine: ReferenceType[Any] | None = None
         self.last_writer: object = None
         self._first_thread: int | None = None
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from llama import runtime
-from llama.decoding import score
-from llama.engine import Call, Engine, FinishReason, Step, logprobs_of
+from llama.engine import Call, FinishReason, Step, logprobs_of
 from llama.engine import Sequence as EngineSequence
 from llama.generation import Llama
 from llama.request import Request
 from llama.runner import ModelRunner, device_of, use_of
 from llama.sampling import Sampler
+from llama.scoring import score
 from llama.text import GrowingText
 
 _SCORED_POSITIONS = 512  # whose logits are held at a time
@@ -196,7 +196,7 @@ class Service:
 
     def __init__(self, llama: Llama, *, max_waiting: int = 256) -> None:
         self.llama = llama
-        self.engine = Engine(llama.model, llama.stepper)
+        self.engine = llama.engine
         self.engine.announces = lambda: not self._inbox.empty()
         self.max_waiting = max_waiting
         self.error: BaseException | None = None
