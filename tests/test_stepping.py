@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama import Llama, ModelArgs, Transformer, runtime, stepping
-from llama.decoding import Step, decode
+from llama.engine import Step
 from llama.model import CachePositions
 from llama.sampling import Sampler
 from llama.stepping import PlainStepper, StaticStepper, Stepper, choose_stepper
 from tests import oracle
 from tests.ranks import run_ranks
+from tests.steps import decode
 
 PARAMS: dict[str, Any] = {
     "dim": 32,
@@ -87,7 +88,7 @@ def run(
     sampler = Sampler(options.pop("temperature"), 0.95, len(lanes), torch.Generator().manual_seed(1))
     by_prompt: list[list[Step]] = [[] for _ in prompts]
     for step in decode(model, prompts, sampler, lanes=lanes, max_gen_len=max_gen_len, stepper=stepper, **options):
-        by_prompt[step.prompt].append(step)
+        by_prompt[step.sequence].append(step)
     return by_prompt, sampler.generator.get_state()
 
 

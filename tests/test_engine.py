@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from llama import ModelArgs, Transformer, runtime
-from llama.decoding import Step, StepsInStep, decode, score
+from llama.completion import _InLockstep
+from llama.engine import Step
 from llama.sampling import Sampler
+from llama.scoring import score
 from llama.stepping import StaticStepper
 from tests import oracle
+from tests.steps import decode
 
 PARAMS: dict[str, Any] = {
     "dim": 32,
@@ -61,7 +64,7 @@ def drain(steps: Iterator[Step], n_prompts: int) -> list[list[Step]]:
     """The steps of each prompt, checked to end with the one step that has a reason."""
     by_prompt: list[list[Step]] = [[] for _ in range(n_prompts)]
     for step in steps:
-        by_prompt[step.prompt].append(step)
+        by_prompt[step.sequence].append(step)
     for mine in by_prompt:
         assert [step.finish_reason is not None for step in mine] == [False] * (len(mine) - 1) + [True]
         assert all(step.token is not None for step in mine[:-1])
@@ -439,14 +442,14 @@ def test_scores_of_a_long_text_have_no_seams(make: Callable[..., Transformer], s
 
 
 def test_one_process_keeps_its_own_step(make: Callable[..., Transformer]) -> None:
-    """Without other ranks, `StepsInStep` passes every step on and computes none after it is closed."""
+    """Without other ranks, `_InLockstep` passes every step on and computes none after it is closed."""
     model = make(2)
 
     def steps() -> Iterator[Step]:
         return decode(model, [[1, 2]], sampler(0, 1), lanes=[0], max_gen_len=6, eos_id=NO_EOS)
 
-    assert list(StepsInStep(steps())) == list(steps())
-    passes, cut = _Passes(model), StepsInStep(steps())
+    assert list(_InLockstep(steps())) == list(steps())
+    passes, cut = _Passes(model), _InLockstep(steps())
     next(iter(cut))
     cut.close()
     assert len(passes.shapes) == 1
