@@ -23,7 +23,7 @@ _PADDED_ROWS = 5  # what fewer rows are padded to where that pays
 _PROBE_BYTES = 96 * MiB  # weights that are read for a timing: more than most caches hold
 _CLEARLY = 0.97  # of another time, to be preferred to it
 _MOST_ROTATED = 32  # inputs per block of the rotation before quantization
-_QUANTIZED_ELEMENTS = 1 << 19  # of a weight that are quantized at a time, so that they stay in the processor's caches
+_QUANTIZED_ELEMENTS = 1 << 20  # of a weight that are quantized at a time, so that they stay in the processor's caches
 
 _NO_ZERO_POINT = torch.zeros(1, dtype=torch.int64, device="cpu")  # of symmetric weights
 _onednn_switch = threading.Lock()
@@ -139,9 +139,9 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     rotation = weight.rotation
     rows = (x.reshape(-1, rotation.size(0)).float() @ rotation).view(-1, x.size(-1))
     peaks = rows.abs().amax(-1, keepdim=True)
-    # Rounded by the cut after adding 0.5, around a zero point of 128. A row of zeros is not a number here, and becomes
-    # any; its peak makes the products 0.
-    quantized = rows.mul_(127 / peaks).add_(128.5).to(torch.uint8)
+    # A row of zeros is not a number here, and becomes any int8; its peak makes the products 0. The turned sign bit adds
+    # the zero point of 128: a conversion to uint8 takes five times as long.
+    quantized = rows.mul_(127 / peaks).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
     n_rows = len(quantized)
     if (padded := _row_bucket(n_rows)) != n_rows:
         quantized = F.pad(quantized, (0, 0, 0, padded - n_rows))
