@@ -127,6 +127,14 @@ async def closed_loop(url: str, model: str, n_clients: int, requests: list[tuple
     return results
 
 
+def measure_round(url: str, model: str, requests: list[tuple[list[int], int]], rounds: dict[int, list[Round]]) -> None:
+    """Adds one round to those of each number of clients."""
+    for n_clients, measured in rounds.items():
+        result = asyncio.run(closed_loop(url, model, n_clients, requests))
+        print(f"{n_clients} clients: {result.tokens / result.seconds:.1f} tok/s", file=sys.stderr)
+        measured.append(result)
+
+
 def percentile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, round(q * (len(values) - 1)))]
 
@@ -188,12 +196,11 @@ def main(
                 complete(network, prompts[:batch], [4] * batch)
                 for _ in range(repeats):
                     references.append(sum(targets) / timed(lambda: complete(network, prompts, targets)))
-                    for n in counts:
-                        rounds[n].append(asyncio.run(closed_loop(own, model, n, requests)))
+                    print(f"kept full: {references[-1]:.1f} tok/s", file=sys.stderr)
+                    measure_round(own, model, requests, rounds)
         else:
             for _ in range(repeats):
-                for n in counts:
-                    rounds[n].append(asyncio.run(closed_loop(url, model, n, requests)))
+                measure_round(url, model, requests, rounds)
     print(f"{n_requests} requests, prompts of up to {max(map(len, prompts))} tokens, outputs of up to {max(targets)}")
     if references:
         print(f"kept full, without HTTP: {statistics.median(references):.1f} tok/s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import signal
@@ -466,3 +467,21 @@ def test_replicas_are_refused_and_so_is_a_port_in_use(
     monkeypatch.setattr("llama.runtime.world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"one process per checkpoint file, 1, got 2.*one server each"):
         serve.main(str(checkpoint), str(tokenizer_path))
+
+
+def test_events_are_sent_at_once_and_not_held_back_for_an_acknowledgement() -> None:
+    async def no_delay(listener: socket.socket) -> int:
+        accepted = asyncio.get_running_loop().create_future()
+
+        class Protocol(asyncio.Protocol):
+            def connection_made(self, transport: Any) -> None:
+                accepted.set_result(transport.get_extra_info("socket"))
+
+        async with await asyncio.get_running_loop().create_server(Protocol, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            value: int = (await accepted).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+        return value
+
+    with serve._open_port("127.0.0.1", 0) as listener:
+        assert asyncio.run(no_delay(listener))
