@@ -46,7 +46,7 @@ class Completer:
     def complete(self, prompts: list[list[int]], request: Request) -> list[Completion]:
         """Completions in the prompts' order; each replica computes its share."""
         with runtime.rank_errors():
-            sampling = _Sampling(self._model, request, len(prompts), self._draw)
+            sampling = _Sampling(self._model, request, len(prompts), runtime.replica(), self._draw)
             rows = self._spread(prompts, lambda mine: self._complete_share(mine, request, sampling))
             sampling.end()
             return rows
@@ -80,7 +80,7 @@ class Completer:
             settled.append(text.push(token))
             return text.stopped
 
-        sampling = _Sampling(self._model, request, 1, self._draw)
+        sampling = _Sampling(self._model, request, 1, (0, 1), self._draw)  # every replica draws the whole stream
         with closing(_InLockstep(self._steps([prompt], request, sampling, [ends]))) as steps:
             yield ""
             for _ in steps:
@@ -140,13 +140,23 @@ class _Sampling:
     """
 
     def __init__(
-        self, model: Any, request: Request, n_prompts: int, draw: Callable[[Tensor, float], Tensor] | None
+        self,
+        model: Any,
+        request: Request,
+        n_prompts: int,
+        replica: tuple[int, int],
+        draw: Callable[[Tensor, float], Tensor] | None,
     ) -> None:
+        """
+        Args:
+            n_prompts: of all replicas together.
+            replica: this one's place among the replicas that share the prompts, and how many they are.
+        """
         self._request = request
         self._draw = draw
         self._device = device_of(model)
         self._vocab_size: int = model.params.vocab_size
-        self._replica, self._n_replicas = runtime.replica()
+        self._replica, self._n_replicas = replica
         self._n_shared = min(n_prompts, model.params.max_batch_size * self._n_replicas)
         generator = runtime.default_generator(self._device)
         if request.seed is not None:
