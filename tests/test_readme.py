@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWa
 README = ROOT / "README.md"
 # inspecting.md has tests of its own
 PAGES = [README, *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "inspecting.md")]
-NEEDS = ("a network", "the released weights", "a GPU", "minutes")
+NEEDS = ("a network", "the released weights", "a GPU", "minutes", "a running server")
 MOST_WORDS = 1200
 TINY_LLAMA = ("tiny-llama/", "tiny-llama/tokenizer.model")
 
@@ -129,7 +129,8 @@ def check_command(words: list[str]) -> None:
         check_python(rest)
     else:
         assert program == "pytest", f"{program}: no program of this repository"
-        assert rest in ([], ["-m", "gpu"])
+        assert not rest or (rest[0] == "-m" and rest[1] in ("gpu", "fuzz", "soak", "faults"))
+        assert all((ROOT / path).is_file() for path in rest[2:])
 
 
 @pytest.mark.parametrize(("block", "words"), COMMANDS, ids=[named(words) for _, words in COMMANDS])
@@ -161,7 +162,7 @@ def test_what_is_not_run_says_why() -> None:
     assert {block.language for block in BLOCKS} == {"sh", "python", "text"}
     for block in BLOCKS:
         if block.language != "sh":
-            assert block.needs is None, "snippets in Python run on the toy"
+            assert block.needs in (None, "a running server"), "other snippets in Python run on the toy"
         elif re.search(r"llama-2-|\./download\.sh|pip install|pytest", block.text):
             assert block.needs is not None, block.text
 
@@ -173,7 +174,7 @@ def test_snippets_run_one_after_another(
     monkeypatch.chdir(ROOT)
     names: dict[str, Any] = {"__name__": "snippet"}
     for block in blocks_of(page):
-        if block.language == "python":
+        if block.language == "python" and block.needs is None:
             exec(compile(block.text, f"{page.name}: {block.text[:40]!r}", "exec"), names)
     if page == README:
         assert "mayonnaise" in capsys.readouterr().out
