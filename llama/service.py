@@ -192,6 +192,7 @@ class Service:
 
     Attributes:
         error: what ended the service; None as long as it runs, and after `stop`.
+        n_generated: number of tokens that were generated for requests.
     """
 
     def __init__(self, llama: Llama, *, max_waiting: int = 256) -> None:
@@ -200,6 +201,7 @@ class Service:
         self.engine.announces = lambda: not self._inbox.empty()
         self.max_waiting = max_waiting
         self.error: BaseException | None = None
+        self.n_generated = 0
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._n_arriving = 0  # sequences in the inbox
         self._numbers = itertools.count()
@@ -348,10 +350,8 @@ class Service:
             else:
                 self._running[change.number] = self._start(change)
         except Exception as error:
-            self._tell(change.number, error)
+            self._fail(change.number, error)
             self._listeners.pop(change.number, None)
-            if runtime.model_parallel_size() > 1:
-                raise  # the ranks may have parted
         finally:
             if isinstance(change, _Added) and runtime.is_first_rank():
                 with self._lock:
@@ -418,14 +418,19 @@ class Service:
             call = running.call
             while call.steps:
                 step = call.steps.popleft()
+                self.n_generated += step.token is not None
                 self._tell(number, running.choices[step.sequence].piece(step))
             if call.is_over:
                 if call.error is not None:
-                    self._tell(number, call.error)
+                    self._fail(number, call.error)
                 del self._running[number]
                 self._listeners.pop(number, None)
-                if call.error is not None and runtime.model_parallel_size() > 1:
-                    raise call.error  # the ranks may have parted
+
+    def _fail(self, number: int, error: BaseException) -> None:
+        """Tells a request's listener that it failed. Under model parallelism all fail: the ranks may have parted."""
+        if runtime.model_parallel_size() > 1:
+            raise error
+        self._tell(number, error)
 
     def _tell(self, number: int, news: Any) -> None:
         if listener := self._listeners.get(number):

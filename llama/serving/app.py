@@ -64,6 +64,7 @@ class Server:
         self.metrics.watch("llama_requests_open", "Requests that are not finished.", lambda: service.n_requests)
         self.metrics.watch("llama_sequences_running", "Sequences in slots of the cache.", lambda: service.n_running)
         self.metrics.watch("llama_sequences_waiting", "Sequences that wait for a slot.", lambda: service.n_waiting)
+        self.metrics.watch_count("llama_generated_tokens", "Generated tokens.", lambda: service.n_generated)
         self.service = service
 
     def failed(self, error: BaseException) -> None:

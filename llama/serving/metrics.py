@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -23,7 +25,6 @@ class Metrics:
             registry=registry,
         )
         self.prompt_tokens = Counter("llama_prompt_tokens", "Tokens of accepted prompts.", registry=registry)
-        self.generated_tokens = Counter("llama_generated_tokens", "Generated tokens.", registry=registry)
         self.first_token = Histogram(
             "llama_time_to_first_token_seconds",
             "From the arrival of a request to its first token.",
@@ -47,6 +48,18 @@ class Metrics:
         """Adds a gauge that shows what `value` returns at the time."""
         Gauge(name, text, registry=self._registry).set_function(value)
 
+    def watch_count(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Adds a counter that shows what `value` returns at the time."""
+        self._registry.register(_Count(name, text, value))
+
     def text(self) -> bytes:
         """All of them."""
         return generate_latest(self._registry)
+
+
+class _Count(Collector):
+    def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
+        self._name, self._text, self._value = name, text, value
+
+    def collect(self) -> Iterable[Metric]:
+        yield CounterMetricFamily(self._name, self._text, value=self._value())

@@ -104,7 +104,6 @@ class Run:
 
     def _observe(self) -> None:
         metrics = self._metrics
-        metrics.generated_tokens.inc(self.n_generated)
         metrics.duration.observe(time.perf_counter() - self._arrived)
         if self._first is not None:
             metrics.first_token.observe(self._first - self._arrived)
