@@ -141,7 +141,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     peaks = rows.abs().amax(-1, keepdim=True)
     # A row of zeros is not a number here, and becomes any int8; its peak makes the products 0. The turned sign bit adds
     # the zero point of 128: a conversion to uint8 takes five times as long.
-    quantized = rows.mul_(127 / peaks).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+    quantized = rows.div_(peaks).mul_(127).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
     n_rows = len(quantized)
     if (padded := _row_bucket(n_rows)) != n_rows:
         quantized = F.pad(quantized, (0, 0, 0, padded - n_rows))
