@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from llama import Dialog, Llama, Message
 from llama.chat import SPECIAL_TAGS, encode_dialog, has_special_tags
@@ -19,13 +18,13 @@ from llama.checkpoint import find_tokenizer
 from llama.quoting import quote
 from llama.runtime import broadcast_object, is_first_rank
 from llama.tools import commandline
+from llama.tools.toy import toy_checkpoint
 
 try:
     import termios
 except ImportError:  # not a POSIX system: Ctrl-C then ends the program
     termios = None  # type: ignore[assignment]
 
-TINY_LLAMA = Path(__file__).parents[2] / "tiny-llama"
 PROMPT = "\nYou: "
 _CTRL_C = b"\x03"
 _KEEP_ALIVE_S = 60.0  # how often waiting ranks hear from the first one, well under any process group's timeout
@@ -185,7 +184,7 @@ def _follow(llama: Llama, temperature: float, top_p: float) -> None:
 
 
 def main(
-    ckpt_dir: str = str(TINY_LLAMA),
+    ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     system: str = "",
     temperature: float = 0.6,
@@ -193,6 +192,8 @@ def main(
     max_seq_len: int = 512,
     answer_len: int | None = None,
     seed: int = 1,
+    *,
+    quantize: str | None = None,
 ) -> None:
     """Chat in the terminal. Ctrl-C stops an answer, Ctrl-D leaves.
 
@@ -205,6 +206,7 @@ def main(
         max_seq_len: maximum number of tokens of the remembered turns and the answer.
         answer_len: number of these that are kept free for the answer; by default a quarter.
         seed: of sampling.
+        quantize: int8 for int8 weights and inputs of the linear layers, on a CPU.
     """
     if sys.stdin is None:
         raise ValueError("standard input must be a terminal, a file or a pipe, got a closed one")
@@ -212,7 +214,9 @@ def main(
         raise ValueError(
             f"system must be without the chat template's tags, {' '.join(SPECIAL_TAGS)}, got {quote(system)}"
         )
-    llama = Llama.build(ckpt_dir, tokenizer_path or find_tokenizer(ckpt_dir), max_seq_len, 1, seed=seed)
+    ckpt_dir = ckpt_dir or toy_checkpoint()
+    tokenizer_path = tokenizer_path or find_tokenizer(ckpt_dir)
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, quantize=quantize)
     if not is_first_rank():
         return _follow(llama, temperature, top_p)
     history = History(llama, system, max_seq_len - (answer_len or max_seq_len // 4))

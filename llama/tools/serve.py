@@ -174,6 +174,7 @@ def main(
     device: str | None = None,
     dtype: str | None = None,
     cuda_graphs: bool = True,
+    quantize: str | None = None,
     model_name: str | None = None,
     api_key: str | None = None,
     max_waiting: int = 256,
@@ -195,6 +196,7 @@ def main(
         device: cpu, cuda, cuda:N or mps; by default the fastest available.
         dtype: float16, bfloat16 or float32; by default bfloat16 on the CPU, else float16.
         cuda_graphs: whether steps on CUDA are captured once and replayed.
+        quantize: int8 for int8 weights and inputs of the linear layers, on a CPU.
         model_name: what clients call the network; by default the name of ckpt_dir.
         api_key: that clients must send; by default the environment variable LLAMA_API_KEY, where other users of this
             machine do not see it, or none.
@@ -225,6 +227,7 @@ def main(
             device=device,
             dtype=dtype,
             cuda_graphs=cuda_graphs,
+            quantize=quantize,
         )
 
     if runtime.world_size() > 1:
