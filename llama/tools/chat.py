@@ -215,8 +215,8 @@ def main(
             f"system must be without the chat template's tags, {' '.join(SPECIAL_TAGS)}, got {quote(system)}"
         )
     ckpt_dir = ckpt_dir or toy_checkpoint()
-    tokenizer_path = tokenizer_path or find_tokenizer(ckpt_dir)
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, quantize=quantize)
+    tokenizer = tokenizer_path or find_tokenizer(ckpt_dir)
+    llama = Llama.build(ckpt_dir, tokenizer, max_seq_len, 1, seed=seed, quantize=quantize)
     if not is_first_rank():
         return _follow(llama, temperature, top_p)
     history = History(llama, system, max_seq_len - (answer_len or max_seq_len // 4))
