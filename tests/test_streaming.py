@@ -316,6 +316,15 @@ def in_a_thread(work: Callable[[], Any]) -> Any:
         return pool.submit(work).result(timeout=60)
 
 
+def check_same(got: Any, expected: Any) -> None:
+    """Equal, but for the last bits of log-probabilities: the stream's row is in the batch, which rounds differently."""
+    if isinstance(expected, tuple) and expected[1] is not None:
+        (got, logprobs), (expected, expected_logprobs) = got, expected
+        for mine, theirs in zip(logprobs, expected_logprobs, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-5)
+    assert got == expected
+
+
 @pytest.mark.parametrize("name", OTHER_CALLS)
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_calls_between_the_pieces_change_neither_the_stream_nor_the_calls(
@@ -330,7 +339,7 @@ def test_calls_between_the_pieces_change_neither_the_stream_nor_the_calls(
         for i, piece in enumerate(stream):
             got += piece
             if i % every == 0:
-                assert other(llama) == expected
+                check_same(other(llama), expected)
         assert got == alone
 
 
