@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llama.model import takes_cache_positions
 from llama.runner import ModelRunner, use_of
-from llama.runtime import broadcast_from_first, to_device, to_host
+from llama.runtime import broadcast_from_first, model_parallel_size, to_device, to_host
 from llama.sampling import Sampler
 from llama.stepping import Stepper
 
@@ -133,7 +133,9 @@ class _Tokens:
     Attributes:
         sequences: those of the step, in the order of their slots.
         chosen: (bsz,) int64 on the device, the same on all ranks of a model-parallel group.
-        values: waits for the tokens, and returns them, followed by 1 if the first rank announces changes.
+        values: waits for the tokens, and returns them; under model parallelism followed by 1 if the first rank
+            announces changes.
+        announces: whether it does so, without model parallelism.
         logprobs: likewise their log-probabilities; None if no sequence asked for them.
         top: likewise, for each row, the most likely tokens and their log-probabilities.
     """
@@ -141,6 +143,7 @@ class _Tokens:
     sequences: list[Sequence]
     chosen: Tensor
     values: Callable[[], list[int]]
+    announces: bool
     logprobs: Callable[[], list[float]] | None
     top: tuple[Callable[[], list[list[int]]], Callable[[], list[list[float]]]] | None
 
@@ -148,21 +151,23 @@ class _Tokens:
     def choose(cls, logits: Tensor, sequences: list[Sequence], announces: bool) -> _Tokens:
         """Samples from logits (bsz, vocab)."""
         chosen = _sample(logits, sequences)
-        # One message has both: followers learn of changes with the tokens that they get anyway.
-        message = broadcast_from_first(torch.cat((chosen, chosen.new_tensor([announces]))))
-        chosen = message[:-1]
+        values = to_host(chosen) if model_parallel_size() == 1 else None
+        if values is None:  # one message has both: followers learn of changes with the tokens that they get anyway
+            message = broadcast_from_first(torch.cat((chosen, to_device([int(announces)], chosen.device))))
+            chosen, values, announces = message[:-1], to_host(message), False
         n_top = max(sequence.top_logprobs for sequence in sequences)
         logprobs = top = None
         if any(sequence.logprobs for sequence in sequences):
             logprobs = to_host(logprobs_of(logits, chosen))
         if n_top:
-            values, tokens = logits.log_softmax(-1).topk(min(n_top, logits.size(-1)))
-            top = to_host(tokens), to_host(values)
-        return cls(list(sequences), chosen, to_host(message), logprobs, top)
+            likely = logits.log_softmax(-1).topk(min(n_top, logits.size(-1)))
+            top = to_host(likely.indices), to_host(likely.values)
+        return cls(list(sequences), chosen, values, announces, logprobs, top)
 
     def on_host(self) -> tuple[list[tuple[Sequence, Step]], bool]:
         """The steps of those sequences that are not over, without reasons to finish; whether changes were announced."""
-        *tokens, announced = self.values()
+        tokens = self.values()
+        announced = self.announces or any(tokens[len(self.sequences) :])
         logprobs = self.logprobs() if self.logprobs else None
         top = [list(zip(*row, strict=True)) for row in zip(*(f() for f in self.top), strict=True)] if self.top else None
         steps = []
@@ -171,7 +176,7 @@ class _Tokens:
                 logprob = logprobs[row] if logprobs and sequence.logprobs else None
                 likely = tuple(top[row][: sequence.top_logprobs]) if top else ()
                 steps.append((sequence, Step(sequence.index, tokens[row], logprob, None, likely)))
-        return steps, bool(announced)
+        return steps, announced
 
     def give_back(self) -> None:
         """Undoes the draws of samplers that have no running sequence any more."""
