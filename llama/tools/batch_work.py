@@ -79,6 +79,7 @@ class Replica:
         return not self._running
 
     def start(self, job: Job) -> None:
+        """Has the engine work on a request, from its next step on."""
         params = job.params
         assert params.seed is not None
         generator = torch.Generator(device_of(self._llama.model)).manual_seed(params.seed)
