@@ -260,7 +260,7 @@ def load_shard(path: Path, args: ModelArgs, model_parallel_size: int) -> dict[st
     return state
 
 
-def move(state: dict[str, Tensor], path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
+def load_to_device(state: dict[str, Tensor], path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
     """Replaces the tensors read from `path` by copies on `device` in `dtype`; never holds two copies of the whole."""
     release = page_release(path)
     copy = _PinnedCopy(device) if device.type == "cuda" else partial(torch.Tensor.to, device=device)

@@ -15,13 +15,13 @@ from llama import runtime
 from llama.args import ModelArgs
 from llama.engine import Call, Engine, Step
 from llama.engine import Sequence as EngineSequence
+from llama.inputs import SamplingParams
 from llama.memory import out_of_memory_explained
-from llama.request import Completion, Request
-from llama.runner import device_of, dtype_of, use_of
+from llama.results import Completion
+from llama.runner import device_of, dtype_of, lock_of
 from llama.sampling import Sampler
 from llama.scoring import score
-from llama.text import GrowingText
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import IncrementalDetokenizer, Tokenizer
 
 Result = TypeVar("Result")
 _stream_numbers = itertools.count()  # alike on all ranks, which open the same streams
@@ -43,21 +43,25 @@ class Completer:
         self._tokenizer = tokenizer
         self._draw = draw
 
-    def complete(self, prompts: list[list[int]], request: Request) -> list[Completion]:
+    def complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """Completions in the prompts' order; each replica computes its share."""
         with runtime.rank_errors():
-            sampling = _Sampling(self._model, request, len(prompts), runtime.replica(), self._draw)
-            rows = self._spread(prompts, lambda mine: self._complete_share(mine, request, sampling))
+            sampling = _Sampling(self._model, params, len(prompts), runtime.replica(), self._draw)
+            rows = self._spread(prompts, lambda mine: self._complete_share(mine, params, sampling))
             sampling.end()
             return rows
 
-    def _complete_share(self, prompts: list[list[int]], request: Request, sampling: _Sampling) -> list[Completion]:
-        texts = [GrowingText(self._tokenizer, request.stop, prompt if request.echo else ()) for prompt in prompts]
-        rows = [Completion(tokens=list(prompt) if request.echo else []) for prompt in prompts]
-        if request.logprobs and request.echo:
+    def _complete_share(
+        self, prompts: list[list[int]], params: SamplingParams, sampling: _Sampling
+    ) -> list[Completion]:
+        texts = [
+            IncrementalDetokenizer(self._tokenizer, params.stop, prompt if params.echo else ()) for prompt in prompts
+        ]
+        rows = [Completion(tokens=list(prompt) if params.echo else []) for prompt in prompts]
+        if params.logprobs and params.echo:
             for row, logprobs in zip(rows, self._score_share(prompts), strict=True):
                 row.logprobs = logprobs
-        for step in self._steps(prompts, request, sampling, [_push(text) for text in texts]):
+        for step in self._steps(prompts, params, sampling, [_push(text) for text in texts]):
             row = rows[step.sequence]
             if step.token is not None:
                 row.tokens.append(step.token)
@@ -66,22 +70,22 @@ class Completer:
             row.finish_reason = step.finish_reason or row.finish_reason
         return [with_text(row, text) for row, text in zip(rows, texts, strict=True)]
 
-    def stream(self, prompt: list[int], request: Request) -> Generator[str, None, None]:
+    def stream(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
         """Completes one prompt, yielding its text as it becomes final."""
-        pieces = self._pieces(prompt, request)
+        pieces = self._pieces(prompt, params)
         next(pieces)  # enters its `with`, so that a stream closed before its first piece ends on the other ranks too
         return pieces
 
-    def _pieces(self, prompt: list[int], request: Request) -> Generator[str, None, None]:
-        text = GrowingText(self._tokenizer, request.stop, prompt if request.echo else ())
+    def _pieces(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
+        text = IncrementalDetokenizer(self._tokenizer, params.stop, prompt if params.echo else ())
         settled = deque(text.prefix_pieces)
 
         def ends(token: int) -> bool:
             settled.append(text.push(token))
             return text.stopped
 
-        sampling = _Sampling(self._model, request, 1, (0, 1), self._draw)  # every replica draws the whole stream
-        with closing(_InLockstep(self._steps([prompt], request, sampling, [ends]))) as steps:
+        sampling = _Sampling(self._model, params, 1, (0, 1), self._draw)  # every replica draws the whole stream
+        with closing(_InLockstep(self._steps([prompt], params, sampling, [ends]))) as steps:
             yield ""
             for _ in steps:
                 yield from _drain(settled)
@@ -94,25 +98,25 @@ class Completer:
             return self._spread(rows, self._score_share)
 
     def _score_share(self, rows: list[list[int]]) -> list[list[float]]:
-        with self._out_of_memory_explained(), use_of(self._model):
+        with self._out_of_memory_explained(), lock_of(self._model):
             return score(self._model, rows)
 
     def _steps(
         self,
         prompts: list[list[int]],
-        request: Request,
+        params: SamplingParams,
         sampling: _Sampling,
         ends: Sequence[Callable[[int], bool]],
     ) -> Generator[Step, None, None]:
-        if request.max_gen_len == 0:
+        if params.max_gen_len == 0:
             return
         call = Call(
             EngineSequence(
                 list(prompt),
                 *sampling.sampler_and_lane(place),
-                request.max_gen_len,
+                params.max_gen_len,
                 self._tokenizer.eos_id,
-                logprobs=request.logprobs,
+                logprobs=params.logprobs,
                 ends=end,
             )
             for place, (prompt, end) in enumerate(zip(prompts, ends, strict=True))
@@ -142,7 +146,7 @@ class _Sampling:
     def __init__(
         self,
         model: Any,
-        request: Request,
+        params: SamplingParams,
         n_prompts: int,
         replica: tuple[int, int],
         draw: Callable[[Tensor, float], Tensor] | None,
@@ -152,22 +156,22 @@ class _Sampling:
             n_prompts: of all replicas together.
             replica: this one's place among the replicas that share the prompts, and how many they are.
         """
-        self._request = request
+        self._params = params
         self._draw = draw
         self._device = device_of(model)
         self._vocab_size: int = model.params.vocab_size
         self._replica, self._n_replicas = replica
         self._n_shared = min(n_prompts, model.params.max_batch_size * self._n_replicas)
         generator = runtime.default_generator(self._device)
-        if request.seed is not None:
-            generator = torch.Generator(self._device).manual_seed(request.seed)
+        if params.seed is not None:
+            generator = torch.Generator(self._device).manual_seed(params.seed)
         self._shared = self._sampler(self._n_shared, generator)
-        self._seed = request.seed
-        if n_prompts > self._n_shared and request.seed is None and not self._shared.is_greedy:
+        self._seed = params.seed
+        if n_prompts > self._n_shared and params.seed is None and not self._shared.is_greedy:
             self._seed = int(torch.randint(2**62, (1,), generator=generator, device=self._device))
 
     def _sampler(self, n_lanes: int, generator: torch.Generator) -> Sampler:
-        return Sampler(self._request.temperature, self._request.top_p, n_lanes, generator, self._draw)
+        return Sampler(self._params.temperature, self._params.top_p, n_lanes, generator, self._draw)
 
     def sampler_and_lane(self, place: int) -> tuple[Sampler, int]:
         """Those of the prompt at that place of this replica's share."""
@@ -217,29 +221,33 @@ class _InLockstep:
 
 
 def complete_by_generate(
-    generate: Callable[..., Any], prompts: list[list[int]], request: Request, tokenizer: Tokenizer, max_seq_len: int
+    generate: Callable[..., Any],
+    prompts: list[list[int]],
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
 ) -> list[Completion]:
     """The completions by a replaced `generate`, called with the arguments that Meta's code passes."""
-    asked = {name: getattr(request, name) for name in ("max_gen_len", "temperature", "top_p", "logprobs", "echo")}
-    if request.seed is not None:
-        asked["seed"] = request.seed
+    asked = {name: getattr(params, name) for name in ("max_gen_len", "temperature", "top_p", "logprobs", "echo")}
+    if params.seed is not None:
+        asked["seed"] = params.seed
     tokens, logprobs = generate(prompt_tokens=prompts, **asked)
     rows = []
     for i, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
-        n_echoed = len(prompt) if request.echo else 0
-        text = GrowingText(tokenizer, request.stop, ids[:n_echoed])
+        n_echoed = len(prompt) if params.echo else 0
+        text = IncrementalDetokenizer(tokenizer, params.stop, ids[:n_echoed])
         for n_new, token in enumerate(ids[n_echoed:], start=1):
             text.push(token)
             if text.stopped:
                 ids = ids[: n_echoed + n_new]
         row = Completion(tokens=list(ids), logprobs=list(logprobs[i]) if logprobs else [])
-        limit = min(request.max_gen_len, max_seq_len - len(prompt))
+        limit = min(params.max_gen_len, max_seq_len - len(prompt))
         row.finish_reason = "stop" if len(ids) - n_echoed < limit else "length"
         rows.append(with_text(row, text))
     return rows
 
 
-def with_text(row: Completion, text: GrowingText) -> Completion:
+def with_text(row: Completion, text: IncrementalDetokenizer) -> Completion:
     """The row with the pieces of its finished text, cut at a stop string."""
     text.finish()
     if text.stopped:
@@ -249,7 +257,7 @@ def with_text(row: Completion, text: GrowingText) -> Completion:
     return row
 
 
-def _push(text: GrowingText) -> Callable[[int], bool]:
+def _push(text: IncrementalDetokenizer) -> Callable[[int], bool]:
     def ends(token: int) -> bool:
         text.push(token)
         return text.stopped

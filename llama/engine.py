@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llama.model import takes_cache_positions
-from llama.runner import ModelRunner, use_of
+from llama.runner import ModelRunner, lock_of
 from llama.runtime import broadcast_from_first, model_parallel_size, to_device, to_host
 from llama.sampling import Sampler
 from llama.stepping import Stepper
@@ -213,7 +213,7 @@ class Engine:
         self.announces: Callable[[], bool] = lambda: False
         self.changes_follow = False
         self._arrived: deque[Sequence] = deque()  # from any thread; its methods are atomic
-        self._use = use_of(model)  # its lock guards all that follows
+        self._lock = lock_of(model)  # its lock guards all that follows
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._runner: ModelRunner | None = None
@@ -263,7 +263,7 @@ class Engine:
                 raise call.error
             if call.is_over:
                 return None
-            with self._use:
+            with self._lock:
                 if not call.steps and not call.is_over:
                     self.step()
         return call.steps.popleft()
@@ -272,16 +272,16 @@ class Engine:
         """Ends the sequences of a call; their slots are free from the next step on."""
         if not call.is_over:
             call.abort()
-        if self._use.try_enter():  # else whoever holds it removes them
+        if self._lock.try_enter():  # else whoever holds it removes them
             try:
                 with torch.inference_mode():
                     self._take_changes()
             finally:
-                self._use.__exit__()
+                self._lock.__exit__()
 
     def advance(self) -> None:
         """`step`, with the network's lock held."""
-        with self._use:
+        with self._lock:
             self.step()
 
     @torch.inference_mode()
@@ -468,7 +468,7 @@ class Engine:
         self._waiting.extendleft(s for s in reversed(going_on) if len(s.tokens) == s.n_prompt)
         for sequence in self._running:
             sequence.length = len(sequence.tokens) - 1
-        self._use.last_writer = None
+        self._lock.last_writer = None
 
     def _drop_in_flight(self) -> None:
         if self._in_flight:
@@ -479,7 +479,7 @@ class Engine:
 
 def engine_of(model: Any, stepper: Stepper | None = None) -> Engine:
     """The engine that all users of a network with this stepper share; it lives as long as one of them keeps it."""
-    use = use_of(model)
+    use = lock_of(model)
     with _engines_lock:
         engine: Engine | None = use.engine() if use.engine else None
         if engine is None or engine.stepper is not stepper:

@@ -27,27 +27,27 @@ from llama.chat import (
 from llama.checkpoint import VocabularyError, find_shards, model_args
 from llama.completion import Completer, complete_by_generate
 from llama.engine import Engine, engine_of
-from llama.loading import Timings, check_quantize, load_model
-from llama.memory import available_memory, check_memory, out_of_memory_explained
-from llama.prompts import (
+from llama.inputs import (
+    SamplingParams,
     check_prompts,
+    check_seed,
     encode_checked_dialog,
     encode_continuations,
     encode_dialogs,
     encode_text,
     encode_texts,
 )
-from llama.request import (
+from llama.loading import Timings, check_quantize, load_model
+from llama.memory import available_memory, check_memory, out_of_memory_explained
+from llama.results import (
     ChatPrediction,
     Completion,
     CompletionPrediction,
-    Request,
     Score,
     chat_prediction,
-    check_seed,
     completion_prediction,
 )
-from llama.runner import use_of
+from llama.runner import lock_of
 from llama.sampling import sample_top_p
 from llama.stepping import Stepper, choose_stepper
 from llama.tokenizer import Tokenizer
@@ -226,12 +226,12 @@ class Llama:
         """
         args = self.model.params
 
-        def check() -> tuple[list[list[int]], Request]:
-            request = Request(temperature, top_p, max_gen_len, logprobs, echo, seed=seed)
-            return check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len), request
+        def check() -> tuple[list[list[int]], SamplingParams]:
+            params = SamplingParams(temperature, top_p, max_gen_len, logprobs, echo, seed=seed)
+            return check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len), params
 
-        prompts, request = self._same_on_all_ranks("generate", check)
-        rows = self._complete(prompts, request)
+        prompts, params = self._same_on_all_ranks("generate", check)
+        rows = self._complete(prompts, params)
         return [row.tokens for row in rows], [row.logprobs for row in rows] if logprobs else None
 
     def text_completion(
@@ -257,13 +257,13 @@ class Llama:
             the strings that joined give the text, and their "logprobs".
         """
 
-        def check() -> tuple[list[list[int]], Request]:
-            request = Request(temperature, top_p, self._max_gen_len(max_gen_len), logprobs, echo, stop, seed)
-            return self._encode(prompts, "prompts"), request
+        def check() -> tuple[list[list[int]], SamplingParams]:
+            params = SamplingParams(temperature, top_p, self._max_gen_len(max_gen_len), logprobs, echo, stop, seed)
+            return self._encode(prompts, "prompts"), params
 
-        ids, request = self._same_on_all_ranks("text_completion", check)
-        rows = self._complete_texts(ids, request)
-        return [completion_prediction(row, request) for row in rows]
+        ids, params = self._same_on_all_ranks("text_completion", check)
+        rows = self._complete_texts(ids, params)
+        return [completion_prediction(row, params) for row in rows]
 
     def chat_completion(
         self,
@@ -289,13 +289,13 @@ class Llama:
             logprobs also "tokens" and "logprobs".
         """
 
-        def check() -> tuple[list[list[int] | None], Request]:
-            request = Request(temperature, top_p, self._max_gen_len(max_gen_len), logprobs, stop=stop, seed=seed)
-            return encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len), request
+        def check() -> tuple[list[list[int] | None], SamplingParams]:
+            params = SamplingParams(temperature, top_p, self._max_gen_len(max_gen_len), logprobs, stop=stop, seed=seed)
+            return encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len), params
 
-        prompts, request = self._same_on_all_ranks("chat_completion", check)
-        rows = iter(self._complete_texts([prompt for prompt in prompts if prompt is not None], request))
-        return [chat_prediction(None if prompt is None else next(rows), request) for prompt in prompts]
+        prompts, params = self._same_on_all_ranks("chat_completion", check)
+        rows = iter(self._complete_texts([prompt for prompt in prompts if prompt is not None], params))
+        return [chat_prediction(None if prompt is None else next(rows), params) for prompt in prompts]
 
     def stream_text_completion(
         self,
@@ -315,12 +315,12 @@ class Llama:
         float32.
         """
 
-        def check() -> tuple[list[int], Request]:
-            request = Request(temperature, top_p, self._max_gen_len(max_gen_len), echo=echo, stop=stop, seed=seed)
-            return encode_text(prompt, "prompt", self.tokenizer, self.model.params.max_seq_len), request
+        def check() -> tuple[list[int], SamplingParams]:
+            params = SamplingParams(temperature, top_p, self._max_gen_len(max_gen_len), echo=echo, stop=stop, seed=seed)
+            return encode_text(prompt, "prompt", self.tokenizer, self.model.params.max_seq_len), params
 
-        ids, request = self._same_on_all_ranks("stream_text_completion", check)
-        return self._completer().stream(ids, request)
+        ids, params = self._same_on_all_ranks("stream_text_completion", check)
+        return self._completer().stream(ids, params)
 
     def stream_chat_completion(
         self,
@@ -334,13 +334,13 @@ class Llama:
     ) -> Generator[str, None, None]:
         """Answers one dialog, yielding the answer's pieces; otherwise as `stream_text_completion`."""
 
-        def check() -> tuple[list[int] | None, Request]:
-            request = Request(temperature, top_p, self._max_gen_len(max_gen_len), stop=stop, seed=seed)
+        def check() -> tuple[list[int] | None, SamplingParams]:
+            params = SamplingParams(temperature, top_p, self._max_gen_len(max_gen_len), stop=stop, seed=seed)
             max_seq_len = self.model.params.max_seq_len
-            return encode_checked_dialog(dialog, "dialog", self.tokenizer, max_seq_len), request
+            return encode_checked_dialog(dialog, "dialog", self.tokenizer, max_seq_len), params
 
-        prompt, request = self._same_on_all_ranks("stream_chat_completion", check)
-        return _refusal() if prompt is None else self._completer().stream(prompt, request)
+        prompt, params = self._same_on_all_ranks("stream_chat_completion", check)
+        return _refusal() if prompt is None else self._completer().stream(prompt, params)
 
     def score(self, texts: Iterable[str], contexts: Iterable[str] | None = None) -> list[Score]:
         """The log-probability of texts, or of completions given their contexts, without generating.
@@ -380,14 +380,14 @@ class Llama:
         )
         return self._completer().score(rows)
 
-    def _complete_texts(self, prompts: list[list[int]], request: Request) -> list[Completion]:
+    def _complete_texts(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """`_complete`, through `generate` if a subclass or an assignment replaced that."""
         if prompts and (type(self).generate is not _built_in_generate or "generate" in vars(self)):
-            return complete_by_generate(self.generate, prompts, request, self.tokenizer, self.model.params.max_seq_len)
-        return self._complete(prompts, request)
+            return complete_by_generate(self.generate, prompts, params, self.tokenizer, self.model.params.max_seq_len)
+        return self._complete(prompts, params)
 
-    def _complete(self, prompts: list[list[int]], request: Request) -> list[Completion]:
-        return self._completer().complete(prompts, request)
+    def _complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+        return self._completer().complete(prompts, params)
 
     def _completer(self) -> Completer:
         draw = None if sample_top_p is _built_in_sample_top_p else sample_top_p
@@ -395,7 +395,7 @@ class Llama:
 
     def _same_on_all_ranks(self, name: str, check: Callable[[], Result]) -> Result:
         """A call's checked arguments; raises RuntimeError on all ranks if they differ, before any compute."""
-        use_of(self.model).check_thread(several_ranks=runtime.has_several_ranks())
+        lock_of(self.model).check_thread(several_ranks=runtime.has_several_ranks())
         try:
             checked = check()
         except Exception:

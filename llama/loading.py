@@ -10,7 +10,7 @@ import torch
 
 from llama import runtime
 from llama.args import ModelArgs
-from llama.checkpoint import load_shard, move, page_release
+from llama.checkpoint import load_shard, load_to_device, page_release
 from llama.kernels import Kernels, can_pack, can_quantize, measure_kernels
 from llama.layers import packable_layers
 from llama.model import Transformer
@@ -74,7 +74,7 @@ def load_model(
         if runtime.is_first_rank():
             logger.info("Kernels measured: %s", kernels)
     if not packs:
-        move(state, path, device=device, dtype=dtype)
+        load_to_device(state, path, device=device, dtype=dtype)
     model = Transformer.from_state(args, state, cache_dtype=dtype)
     timings("weights")
     for layer in packable_layers(model):

@@ -22,7 +22,7 @@ from llama.stepping import PlainStepper, Stepper
 PASS_COST = {"cpu": 32}
 
 
-class ModelUse:
+class ModelLock:
     """What all users of one network share: whose turn it is, and who wrote to its KV cache last.
 
     Attributes:
@@ -66,17 +66,17 @@ class ModelUse:
         self.lock.release()
 
 
-_uses: WeakKeyDictionary[Any, ModelUse] = WeakKeyDictionary()
+_uses: WeakKeyDictionary[Any, ModelLock] = WeakKeyDictionary()
 _uses_lock = threading.Lock()
 
 
-def use_of(model: Any) -> ModelUse:
-    """The one `ModelUse` of a network."""
+def lock_of(model: Any) -> ModelLock:
+    """The one `ModelLock` of a network."""
     with _uses_lock:
         try:
-            return _uses.setdefault(model, ModelUse())
+            return _uses.setdefault(model, ModelLock())
         except TypeError:  # an object of a class that cannot be a key, as one that compares by value
-            use: ModelUse = vars(model).setdefault("_use", ModelUse())
+            use: ModelLock = vars(model).setdefault("_use", ModelLock())
             return use
 
 
@@ -102,7 +102,7 @@ class ModelRunner:
         self._args = ModelArgs.of(model.params)
         self.max_batch_size = self._args.max_batch_size
         self.max_seq_len = self._args.max_seq_len
-        self._use = use_of(model)
+        self._lock = lock_of(model)
         self._mark = object()
         self._seen: list[object] = []  # the cache as this runner left it
 
@@ -158,10 +158,10 @@ class ModelRunner:
 
     def has_lost_cache(self) -> bool:
         """Whether the cache has been written to by anybody else since this runner's last pass."""
-        return self._use.last_writer is not self._mark or self._seen != self._cache_state()
+        return self._lock.last_writer is not self._mark or self._seen != self._cache_state()
 
     def _note_cache(self) -> None:
-        self._use.last_writer = self._mark
+        self._lock.last_writer = self._mark
         self._seen = self._cache_state()
 
     def _cache_state(self) -> list[object]:

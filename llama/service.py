@@ -20,11 +20,11 @@ from llama import runtime
 from llama.engine import Call, FinishReason, Step, logprobs_of
 from llama.engine import Sequence as EngineSequence
 from llama.generation import Llama
-from llama.request import Request
-from llama.runner import ModelRunner, device_of, use_of
+from llama.inputs import SamplingParams
+from llama.runner import ModelRunner, device_of, lock_of
 from llama.sampling import Sampler
 from llama.scoring import score
-from llama.text import GrowingText
+from llama.tokenizer import IncrementalDetokenizer
 
 _SCORED_POSITIONS = 512  # whose logits are held at a time
 _HEARTBEAT_S = 2.0  # an idle first rank lets the others know as often that it is there, and learns that they are
@@ -88,7 +88,7 @@ class _Added:
 
     number: int
     prompts: list[list[int]]
-    params: Request
+    params: SamplingParams
     n: int
     top_logprobs: int
     continues: bool
@@ -119,7 +119,7 @@ class _Choice:
         logprobs: whether the pieces have tokens.
     """
 
-    def __init__(self, index: int, text: GrowingText, *, logprobs: bool) -> None:
+    def __init__(self, index: int, text: IncrementalDetokenizer, *, logprobs: bool) -> None:
         self._index = index
         self._text = text
         self._logprobs = logprobs
@@ -228,7 +228,7 @@ class Service:
     def submit(
         self,
         prompts: Sequence[Sequence[int]],
-        params: Request,
+        params: SamplingParams,
         on_piece: OnPiece,
         *,
         n: int = 1,
@@ -344,7 +344,7 @@ class Service:
         """Has a request join the engine's batch, or scores it; an error is its caller's."""
         try:
             if isinstance(change, _Scored):
-                with use_of(self.llama.model):
+                with lock_of(self.llama.model):
                     self._tell(change.number, score(self.llama.model, [change.tokens])[0])
                 self._listeners.pop(change.number, None)
             else:
@@ -365,7 +365,7 @@ class Service:
         for prompt in added.prompts:
             scores = self._score(prompt, added.top_logprobs) if params.echo and params.logprobs else []
             for i in range(added.n):
-                text = GrowingText(tokenizer, params.stop, prompt if added.continues or params.echo else ())
+                text = IncrementalDetokenizer(tokenizer, params.stop, prompt if added.continues or params.echo else ())
                 choice = _Choice(len(choices), text, logprobs=params.logprobs)
                 if params.echo:
                     self._tell(added.number, choice.echo(prompt, scores))
@@ -386,7 +386,7 @@ class Service:
         self.engine.add(call)
         return _Running(call, choices)
 
-    def _sampler(self, params: Request, index: int) -> Sampler:
+    def _sampler(self, params: SamplingParams, index: int) -> Sampler:
         """The sampler of a prompt's completion: each has its own, so that it does not depend on the others."""
         device = device_of(self.llama.model)
         if params.seed is None or params.temperature == 0:
@@ -401,7 +401,7 @@ class Service:
         Uses the cache from its first slot on; the engine computes anew what was there.
         """
         scores: Scores = [(None, ())]
-        with use_of(self.llama.model), torch.inference_mode():
+        with lock_of(self.llama.model), torch.inference_mode():
             runner = ModelRunner(self.llama.model)
             tokens = runner.pad([prompt])
             for start in range(0, len(prompt) - 1, _SCORED_POSITIONS):

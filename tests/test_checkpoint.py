@@ -26,8 +26,8 @@ from llama.checkpoint import (
     find_shards,
     list_shards,
     load_shard,
+    load_to_device,
     model_args,
-    move,
     read_params,
     read_shard,
     shard_dim,
@@ -559,7 +559,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_loaded_file_is_mapped_and_not_copied(one_file: Callable[..., Path], args: ModelArgs) -> None:
     path = one_file()
     shard = load_shard(path, args, 1)
-    move(shard, path, device=CPU, dtype=torch.float32)  # which they have
+    load_to_device(shard, path, device=CPU, dtype=torch.float32)  # which they have
     assert {mapped_file(tensor.data_ptr()) for tensor in shard.values()} == {str(path)}
 
 
@@ -571,7 +571,7 @@ def test_moved_tensors_are_copies_in_the_new_dtype(
     path = one_file()
     shard = load_shard(path, args, 1)
     mapped = dict(shard)
-    move(shard, path, device=CPU, dtype=dtype)
+    load_to_device(shard, path, device=CPU, dtype=dtype)
     for name, tensor in shard.items():
         assert torch.equal(tensor, state[name].to(dtype))
         assert mapped_file(tensor.data_ptr()) != str(path)
@@ -589,7 +589,7 @@ def test_moving_holds_no_second_copy(tmp_path: Path) -> None:
     mapped = dict(shard)
     assert all(tensor.sum() == tensor.numel() for tensor in mapped.values())
     assert resident(path) > 0.9 * path.stat().st_size
-    move(shard, path, device=CPU, dtype=torch.bfloat16)
+    load_to_device(shard, path, device=CPU, dtype=torch.bfloat16)
     assert resident(path) < 0.1 * path.stat().st_size
 
 
@@ -611,13 +611,13 @@ import json
 from pathlib import Path
 import torch
 from llama import ModelArgs
-from llama.checkpoint import load_shard, move, tensor_shapes
+from llama.checkpoint import load_shard, load_to_device, tensor_shapes
 args = ModelArgs(dim=1024, n_layers=1, n_heads=8, vocab_size=4096)
 path = Path({str(path)!r})
 torch.save({{name: torch.ones(1).expand(shape) for name, shape in tensor_shapes(args, 1).items()}}, path)
 try:
     shard = load_shard(path, args, 1)
-    move(shard, path, device=torch.device("cpu"), dtype=torch.bfloat16)
+    load_to_device(shard, path, device=torch.device("cpu"), dtype=torch.bfloat16)
     assert all((tensor == 1).all() for tensor in shard.values())
 except ValueError as error:
     assert str(path) in str(error)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llama import ModelArgs, Transformer, runtime
 from llama.model import CachePositions
-from llama.runner import ModelRunner, ModelUse, device_of, dtype_of, prefill_groups, use_of
+from llama.runner import ModelLock, ModelRunner, device_of, dtype_of, lock_of, prefill_groups
 from llama.stepping import StaticStepper
 from tests import oracle
 
@@ -239,9 +239,9 @@ def test_users_of_one_network_share_a_turn_and_those_of_others_do_not(model: Tra
 
     one, another = ForwardOnly(state), ForwardOnly(state)
     equal, too = Equal(), Equal()
-    uses = [use_of(x) for x in (model, one, another, equal, too)]
+    uses = [lock_of(x) for x in (model, one, another, equal, too)]
     assert len({id(use) for use in uses}) == 5
-    assert [use_of(x) for x in (model, one, another, equal, too)] == uses
+    assert [lock_of(x) for x in (model, one, another, equal, too)] == uses
 
 
 def test_a_used_network_can_be_freed(state: oracle.State) -> None:
@@ -249,7 +249,7 @@ def test_a_used_network_can_be_freed(state: oracle.State) -> None:
     runtime.init_process_groups(1, torch.device("cpu"))
     args = ModelArgs(**PARAMS, max_batch_size=1, max_seq_len=4)
     network = Transformer.from_state(args, dict(state))
-    with use_of(network):
+    with lock_of(network):
         ModelRunner(network).prefill([[1, 2]], [0])
     gone = weakref.ref(network)
     del network
@@ -258,7 +258,7 @@ def test_a_used_network_can_be_freed(state: oracle.State) -> None:
 
 
 def test_threads_take_turns() -> None:
-    use, inside, most = ModelUse(), [], []
+    use, inside, most = ModelLock(), [], []
 
     def work(i: int) -> None:
         for _ in range(50):
@@ -275,7 +275,7 @@ def test_threads_take_turns() -> None:
 
 
 def test_a_call_from_inside_of_another_is_an_error_and_not_a_deadlock() -> None:
-    use, errors = ModelUse(), []
+    use, errors = ModelLock(), []
 
     def call_inside() -> None:
         with use:
@@ -292,7 +292,7 @@ def test_a_call_from_inside_of_another_is_an_error_and_not_a_deadlock() -> None:
 
 
 def test_a_turn_is_tried_for_without_waiting() -> None:
-    use = ModelUse()
+    use = ModelLock()
     with use:
         assert not use.try_enter()
         with ThreadPoolExecutor(1) as pool:
@@ -304,7 +304,7 @@ def test_a_turn_is_tried_for_without_waiting() -> None:
 
 
 def test_a_call_that_fails_ends_its_turn() -> None:
-    use = ModelUse()
+    use = ModelLock()
     with pytest.raises(ZeroDivisionError), use:
         1 / 0  # noqa: B018
     with ThreadPoolExecutor(1) as pool:
@@ -313,7 +313,7 @@ def test_a_call_that_fails_ends_its_turn() -> None:
 
 
 def test_several_ranks_are_called_from_one_thread_only() -> None:
-    use, other = ModelUse(), ModelUse()
+    use, other = ModelLock(), ModelLock()
     for _ in range(2):
         use.check_thread(several_ranks=True)
         other.check_thread(several_ranks=False)

@@ -9,9 +9,8 @@ from typing import cast
 
 from llama.chat import SPECIAL_TAGS, Dialog, has_special_tags
 from llama.generation import Llama
-from llama.prompts import encode_checked_dialog, encode_text
+from llama.inputs import SamplingParams, encode_checked_dialog, encode_text
 from llama.quoting import quote
-from llama.request import Request
 from llama.serving.protocol import ApiError, ChatBody, CompletionBody
 from llama.tokenizer import PromptError
 
@@ -23,7 +22,7 @@ class Job:
     """The arguments of `Service.submit`."""
 
     prompts: list[list[int]]
-    params: Request
+    params: SamplingParams
     n: int
     top_logprobs: int
     continues: bool
@@ -131,8 +130,8 @@ class Planner:
         )
 
 
-def _params(body: ChatBody | CompletionBody, max_gen_len: int, *, logprobs: bool, echo: bool) -> Request:
-    return Request(body.temperature, body.top_p, max_gen_len, logprobs, echo, body.stop, body.seed)
+def _params(body: ChatBody | CompletionBody, max_gen_len: int, *, logprobs: bool, echo: bool) -> SamplingParams:
+    return SamplingParams(body.temperature, body.top_p, max_gen_len, logprobs, echo, body.stop, body.seed)
 
 
 def _api_error(error: PromptError) -> ApiError:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama.chat import UNSAFE_ERROR
-from llama.prompts import check_prompts, encode_checked_dialog, encode_text
+from llama.inputs import SamplingParams, check_prompts, encode_checked_dialog, encode_text
 from llama.quoting import quote
-from llama.request import Request
 from llama.tokenizer import PromptError, Tokenizer
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
@@ -135,7 +134,7 @@ class Reader:
     model: str
     seed: int
 
-    def __call__(self, line: Line) -> tuple[list[int], Request]:
+    def __call__(self, line: Line) -> tuple[list[int], SamplingParams]:
         """The prompt's ids, and how to complete it.
 
         Raises:
@@ -191,7 +190,7 @@ class Reader:
                 return check_prompts([prompt], self.vocab_size, room)[0]
         raise RequestError(f"prompt must be one string or one list of token ids, got {quote(prompt)}", "prompt")
 
-    def _params(self, body: Mapping[str, Any], url: str, custom_id: str) -> Request:
+    def _params(self, body: Mapping[str, Any], url: str, custom_id: str) -> SamplingParams:
         stop, seed = body.get("stop", ()), body.get("seed")
         if not isinstance(stop, (str, list, tuple)):
             raise RequestError(f"stop must be a string or a list of strings, got {quote(stop)}", "stop")
@@ -199,7 +198,7 @@ class Reader:
             digest = hashlib.sha256(f"{self.seed}:{custom_id}".encode(errors="replace")).digest()
             seed = int.from_bytes(digest[:7], "big")
         with _named(None):
-            return Request(
+            return SamplingParams(
                 temperature=body.get("temperature", 1),
                 top_p=body.get("top_p", 1),
                 max_gen_len=self._max_tokens(body, url),

@@ -22,10 +22,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from llama import Llama, runtime
 from llama.engine import Call, Engine
 from llama.engine import Sequence as EngineSequence
-from llama.request import Request
+from llama.inputs import SamplingParams
 from llama.runner import device_of
 from llama.sampling import Sampler
-from llama.text import GrowingText
+from llama.tokenizer import IncrementalDetokenizer
 from llama.tools.batch_file import Completion, Line, Reader, RequestError, error_result, result
 from llama.tools.batch_results import Results
 
@@ -47,13 +47,13 @@ class Job:
 
     number: int
     prompt: list[int]
-    params: Request
+    params: SamplingParams
 
 
 @dataclass
 class _Running:
     call: Call
-    text: GrowingText
+    text: IncrementalDetokenizer
     n_tokens: int = 0
 
 
@@ -83,7 +83,7 @@ class Replica:
         params = job.params
         assert params.seed is not None
         generator = torch.Generator(device_of(self._llama.model)).manual_seed(params.seed)
-        text = GrowingText(self._llama.tokenizer, params.stop)
+        text = IncrementalDetokenizer(self._llama.tokenizer, params.stop)
 
         def ends(token: int) -> bool:
             text.push(token)

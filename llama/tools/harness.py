@@ -20,9 +20,9 @@ from torch import Tensor
 from llama import Llama, Message, runtime
 from llama.chat import B_INST, B_SYS, E_INST, E_SYS, check_dialog
 from llama.checkpoint import find_tokenizer
+from llama.inputs import SamplingParams
 from llama.quoting import quote
-from llama.request import Request
-from llama.runner import ModelRunner, use_of
+from llama.runner import ModelRunner, lock_of
 from llama.tools.batch_work import Job, Replica
 
 try:
@@ -248,7 +248,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
     def _score(self, asked: Sequence[Row]) -> list[list[Score]]:
         """For each row, the scores of the continuations that end it."""
         scores: list[list[Score]] = [[] for _ in asked]
-        with use_of(self.llama.model):
+        with lock_of(self.llama.model):
             runner = ModelRunner(self.llama.model)
             for start in range(0, len(asked), runner.max_batch_size):
                 chunk = asked[start : start + runner.max_batch_size]
@@ -292,7 +292,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         until = given.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
         digest = hashlib.sha256(f"{self._seed}:{number}:{context}".encode(errors="replace")).digest()
-        params = Request(
+        params = SamplingParams(
             temperature=temperature if samples else 0.0,
             top_p=given.get("top_p", 1.0) if samples else 1.0,
             max_gen_len=max_gen_toks,

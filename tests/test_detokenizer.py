@@ -1,4 +1,4 @@
-"""GrowingText, against an oracle that decodes everything anew at each step and cuts at the first stop string."""
+"""IncrementalDetokenizer, against an oracle that decodes all tokens at each step and cuts at the first stop string."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from llama import Tokenizer
-from llama.text import GrowingText
+from llama.tokenizer import IncrementalDetokenizer
 from tests.test_tokenizer import byte_ids, random_ids, settled_text
 
 ALPHABET = "ab é€🙂"
@@ -56,7 +56,7 @@ def random_case(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], li
     return ids, stops
 
 
-def run(text: GrowingText, ids: Sequence[int]) -> tuple[list[str], int]:
+def run(text: IncrementalDetokenizer, ids: Sequence[int]) -> tuple[list[str], int]:
     """Pushes ids until the text is stopped; what came out each time, the end's included, and how many were pushed."""
     out = []
     for token in ids:
@@ -72,7 +72,7 @@ def test_text_and_its_end_are_those_of_the_oracle(tokenizer: Tokenizer) -> None:
     stopped = 0
     for _ in range(3000):
         ids, stops = random_case(tokenizer, rng)
-        growing = GrowingText(tokenizer, stops)
+        growing = IncrementalDetokenizer(tokenizer, stops)
         out, n = run(growing, ids)
         assert ("".join(out), n, growing.stopped) == expected(tokenizer, ids, stops), (ids, stops)
         stopped += growing.stopped
@@ -85,7 +85,7 @@ def test_streamed_text_is_final_and_as_early_as_it_can_be(tokenizer: Tokenizer) 
     for _ in range(1000):
         ids, stops = random_case(tokenizer, rng)
         final, _, _ = expected(tokenizer, ids, stops)
-        growing = GrowingText(tokenizer, stops)
+        growing = IncrementalDetokenizer(tokenizer, stops)
         out = ""
         for n, token in enumerate(ids, start=1):
             out += growing.push(token)
@@ -101,7 +101,7 @@ def test_pieces_joined_are_the_text(tokenizer: Tokenizer) -> None:
     rng = random.Random(2)
     for _ in range(1500):
         ids, stops = random_case(tokenizer, rng)
-        growing = GrowingText(tokenizer, stops)
+        growing = IncrementalDetokenizer(tokenizer, stops)
         out, n = run(growing, ids)
         whole = tokenizer.pieces(ids)
         assert "".join(growing.pieces) == "".join(out), (ids, stops)
@@ -124,7 +124,7 @@ def test_a_stop_string_is_found_at_every_split(tokenizer: Tokenizer) -> None:
         for start in range(len(text)):
             for end in range(start + 1, len(text) + 1):
                 stop = text[start:end]
-                growing = GrowingText(tokenizer, [stop])
+                growing = IncrementalDetokenizer(tokenizer, [stop])
                 out, n = run(growing, ids)
                 assert growing.stopped
                 assert "".join(out) == text[: text.find(stop)]
@@ -134,19 +134,19 @@ def test_a_stop_string_is_found_at_every_split(tokenizer: Tokenizer) -> None:
 def test_a_stop_string_over_many_tokens_is_found(tokenizer: Tokenizer) -> None:
     ids = byte_ids(tokenizer, "one €🙂 stop two".encode())
     for stop in ("€🙂 stop", "one €🙂 stop two", "🙂", "o"):
-        growing = GrowingText(tokenizer, [stop])
+        growing = IncrementalDetokenizer(tokenizer, [stop])
         out, _ = run(growing, ids)
         assert "".join(out) == "one €🙂 stop two".split(stop)[0]
 
 
 def test_a_beginning_of_a_stop_string_that_does_not_go_on_comes_out(tokenizer: Tokenizer) -> None:
-    growing = GrowingText(tokenizer, ["aab"])
+    growing = IncrementalDetokenizer(tokenizer, ["aab"])
     out, _ = run(growing, byte_ids(tokenizer, b"aaab"))
     assert out == ["", "", "a", "", ""]
-    growing = GrowingText(tokenizer, ["aab"])
+    growing = IncrementalDetokenizer(tokenizer, ["aab"])
     out, _ = run(growing, byte_ids(tokenizer, b"aac"))
     assert out == ["", "", "aac", ""]
-    growing = GrowingText(tokenizer, ["aab"])
+    growing = IncrementalDetokenizer(tokenizer, ["aab"])
     out, _ = run(growing, byte_ids(tokenizer, b"caa"))
     assert out == ["c", "", "", "aa"]
 
@@ -154,14 +154,14 @@ def test_a_beginning_of_a_stop_string_that_does_not_go_on_comes_out(tokenizer: T
 def test_of_two_stop_strings_the_first_in_the_text_counts(tokenizer: Tokenizer) -> None:
     (word,) = (i for i in range(tokenizer.n_words) if tokenizer.sp_model.id_to_piece(i) == "\u2581lazy")
     for stops in (["z", "a"], ["a", "z"]):
-        growing = GrowingText(tokenizer, stops)
+        growing = IncrementalDetokenizer(tokenizer, stops)
         out, _ = run(growing, [word])
         assert "".join(out) == "l"
 
 
 def test_a_prefix_is_not_searched_for_stop_strings(tokenizer: Tokenizer) -> None:
     """Not even for the beginning of one."""
-    growing = GrowingText(tokenizer, ["ab"], prefix=byte_ids(tokenizer, b"ab a"))
+    growing = IncrementalDetokenizer(tokenizer, ["ab"], prefix=byte_ids(tokenizer, b"ab a"))
     out, _ = run(growing, byte_ids(tokenizer, b"b ab"))
     assert ("".join(out), growing.stopped) == ("b ", True)
     assert "".join(growing.prefix_pieces) == "ab a"
@@ -174,7 +174,7 @@ def test_a_completion_behind_a_prefix_is_that_of_the_oracle(tokenizer: Tokenizer
         ids, stops = random_case(tokenizer, rng)
         if not ids:
             continue
-        growing = GrowingText(tokenizer, stops, prefix)
+        growing = IncrementalDetokenizer(tokenizer, stops, prefix)
         out, n = run(growing, ids)
         assert ("".join(out), n, growing.stopped) == expected(tokenizer, ids, stops, prefix), (prefix, ids, stops)
         assert growing.prefix_pieces == tokenizer.pieces(prefix)[: len(prefix) - 1] + growing.prefix_pieces[-1:]
@@ -185,14 +185,14 @@ def test_a_completion_behind_a_prefix_is_that_of_the_oracle(tokenizer: Tokenizer
 
 def test_the_first_space_is_kept_behind_a_prefix_only(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("fox", bos=False, eos=False)
-    alone, _ = run(GrowingText(tokenizer), ids)
-    behind, _ = run(GrowingText(tokenizer, prefix=tokenizer.encode("quick", bos=True, eos=False)), ids)
-    behind_bos, _ = run(GrowingText(tokenizer, prefix=[tokenizer.bos_id]), ids)
+    alone, _ = run(IncrementalDetokenizer(tokenizer), ids)
+    behind, _ = run(IncrementalDetokenizer(tokenizer, prefix=tokenizer.encode("quick", bos=True, eos=False)), ids)
+    behind_bos, _ = run(IncrementalDetokenizer(tokenizer, prefix=[tokenizer.bos_id]), ids)
     assert ("".join(alone), "".join(behind), "".join(behind_bos)) == ("fox", " fox", "fox")
 
 
 def test_without_ids_there_is_no_text(tokenizer: Tokenizer) -> None:
-    growing = GrowingText(tokenizer, ["a"], prefix=tokenizer.encode("a fox", bos=True, eos=False))
+    growing = IncrementalDetokenizer(tokenizer, ["a"], prefix=tokenizer.encode("a fox", bos=True, eos=False))
     assert growing.finish() == ""
     assert (growing.pieces, growing.stopped) == ([], False)
     assert "".join(growing.prefix_pieces) == "a fox"
@@ -200,7 +200,7 @@ def test_without_ids_there_is_no_text(tokenizer: Tokenizer) -> None:
 
 def test_the_rest_of_a_prefix_is_not_searched_for_stop_strings(tokenizer: Tokenizer) -> None:
     """A prefix that ends inside a character, and no id after it."""
-    growing = GrowingText(tokenizer, ["\ufffd"], prefix=byte_ids(tokenizer, "€".encode()[:2]))
+    growing = IncrementalDetokenizer(tokenizer, ["\ufffd"], prefix=byte_ids(tokenizer, "€".encode()[:2]))
     growing.finish()
     assert not growing.stopped
     assert "".join(growing.prefix_pieces) == "\ufffd\ufffd"
@@ -208,6 +208,6 @@ def test_the_rest_of_a_prefix_is_not_searched_for_stop_strings(tokenizer: Tokeni
 
 def test_a_token_behind_the_cut_has_no_piece(tokenizer: Tokenizer) -> None:
     """All three bytes of the stop string's character lie behind the cut, not just the last."""
-    growing = GrowingText(tokenizer, ["€"])
+    growing = IncrementalDetokenizer(tokenizer, ["€"])
     run(growing, byte_ids(tokenizer, "a€".encode()))
     assert growing.pieces == ["a"]

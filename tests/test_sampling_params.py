@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from llama.inputs import SamplingParams
 from llama.quoting import quote
-from llama.request import Completion, Request, chat_prediction, completion_prediction
+from llama.results import Completion, chat_prediction, completion_prediction
 from llama.tokenizer import PromptError
 
 GOOD: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": 8}
@@ -63,7 +64,7 @@ UNSAFE = "Error: special tags are not allowed as part of the prompt."
     ids=repr,
 )
 def test_what_is_in_range_is_accepted_and_becomes_pythons_own(fields: dict[str, Any]) -> None:
-    request = Request(**(GOOD | fields))
+    request = SamplingParams(**(GOOD | fields))
     assert {name: getattr(request, name) for name in fields} == fields
     assert type(request.temperature) is type(request.top_p) is float
     assert type(request.max_gen_len) is int and type(request.stop) is tuple
@@ -87,7 +88,7 @@ WRONG = [
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: quote(value)[:20])
 def test_what_is_out_of_range_is_named_with_what_it_must_be(name: str, value: object) -> None:
     with pytest.raises(PromptError, match=rf"^{name} must be {re.escape(MUST_BE[name])}, got ") as caught:
-        Request(**(GOOD | {name: value}))
+        SamplingParams(**(GOOD | {name: value}))
     if isinstance(value, (int, float, str)) and abs(hash(value)) < 10**9:
         assert str(caught.value).endswith(f", got {value!r}")
 
@@ -99,19 +100,19 @@ def test_what_an_error_quotes_is_short_and_printable(value: object) -> None:
     for name in ("temperature", "top_p", "max_gen_len", "stop", "seed"):
         if name != "stop" or not isinstance(value, np.ndarray):
             with pytest.raises(PromptError, match=f"^{name} must be") as caught:
-                Request(**(GOOD | {name: value}))
+                SamplingParams(**(GOOD | {name: value}))
             assert str(caught.value).isprintable()
             assert len(str(caught.value)) < 250
 
 
 def test_stop_strings_may_be_read_only_once() -> None:
-    assert Request(**(GOOD | {"stop": iter(["a", "b"])})).stop == ("a", "b")
+    assert SamplingParams(**(GOOD | {"stop": iter(["a", "b"])})).stop == ("a", "b")
 
 
 def test_a_text_completion_has_logprobs_only_if_asked_for() -> None:
     row = Completion([5, 6], ["a", " b"], [-1.0, -2.0], "stop")
-    assert completion_prediction(row, Request(**GOOD)) == {"generation": "a b", "finish_reason": "stop"}
-    assert completion_prediction(row, Request(**GOOD, logprobs=True)) == {
+    assert completion_prediction(row, SamplingParams(**GOOD)) == {"generation": "a b", "finish_reason": "stop"}
+    assert completion_prediction(row, SamplingParams(**GOOD, logprobs=True)) == {
         "generation": "a b",
         "finish_reason": "stop",
         "tokens": ["a", " b"],
@@ -122,8 +123,8 @@ def test_a_text_completion_has_logprobs_only_if_asked_for() -> None:
 def test_a_chat_answer_is_the_assistants() -> None:
     row = Completion([5, 6], ["a", " b"], [-1.0, -2.0], "length")
     answer = {"generation": {"role": "assistant", "content": "a b"}, "finish_reason": "length"}
-    assert chat_prediction(row, Request(**GOOD)) == answer
-    assert chat_prediction(row, Request(**GOOD, logprobs=True)) == answer | {
+    assert chat_prediction(row, SamplingParams(**GOOD)) == answer
+    assert chat_prediction(row, SamplingParams(**GOOD, logprobs=True)) == answer | {
         "tokens": ["a", " b"],
         "logprobs": [-1.0, -2.0],
     }
@@ -131,7 +132,7 @@ def test_a_chat_answer_is_the_assistants() -> None:
 
 def test_a_dialog_that_was_not_run_has_no_tokens() -> None:
     answer = {"role": "assistant", "content": UNSAFE}
-    assert chat_prediction(None, Request(**GOOD))["generation"] == answer
-    assert "tokens" not in chat_prediction(None, Request(**GOOD))
-    result = chat_prediction(None, Request(**GOOD, logprobs=True))
+    assert chat_prediction(None, SamplingParams(**GOOD))["generation"] == answer
+    assert "tokens" not in chat_prediction(None, SamplingParams(**GOOD))
+    result = chat_prediction(None, SamplingParams(**GOOD, logprobs=True))
     assert (result["generation"], result["tokens"], result["logprobs"]) == (answer, [], [])
