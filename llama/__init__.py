@@ -6,4 +6,6 @@ from llama.generation import Llama
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 
+__version__ = "0.2.0"
+
 __all__ = ["Dialog", "Llama", "Message", "ModelArgs", "Tokenizer", "Transformer"]
