@@ -13,14 +13,15 @@ from torch import Tensor
 
 from llama import runtime
 from llama.args import ModelArgs
-from llama.engine import Call, Engine, Step
-from llama.engine import Sequence as EngineSequence
+from llama.engine import Engine
 from llama.inputs import SamplingParams
 from llama.memory import out_of_memory_explained
 from llama.results import Completion
 from llama.runner import device_of, dtype_of, lock_of
 from llama.sampling import Sampler
 from llama.scoring import score
+from llama.sequence import Call, Step
+from llama.sequence import Sequence as EngineSequence
 from llama.tokenizer import IncrementalDetokenizer, Tokenizer
 
 Result = TypeVar("Result")
@@ -113,7 +114,7 @@ class Completer:
         call = Call(
             EngineSequence(
                 list(prompt),
-                *sampling.sampler_and_lane(place),
+                *sampling.sampler_and_noise_row(place),
                 params.max_gen_len,
                 self._tokenizer.eos_id,
                 logprobs=params.logprobs,
@@ -170,10 +171,10 @@ class _Sampling:
         if n_prompts > self._n_shared and params.seed is None and not self._shared.is_greedy:
             self._seed = int(torch.randint(2**62, (1,), generator=generator, device=self._device))
 
-    def _sampler(self, n_lanes: int, generator: torch.Generator) -> Sampler:
-        return Sampler(self._params.temperature, self._params.top_p, n_lanes, generator, self._draw)
+    def _sampler(self, n_rows: int, generator: torch.Generator) -> Sampler:
+        return Sampler(self._params.temperature, self._params.top_p, n_rows, generator, self._draw)
 
-    def sampler_and_lane(self, place: int) -> tuple[Sampler, int]:
+    def sampler_and_noise_row(self, place: int) -> tuple[Sampler, int]:
         """Those of the prompt at that place of this replica's share."""
         index = self._replica + place * self._n_replicas  # in the call
         if index < self._n_shared or self._seed is None:

@@ -10,180 +10,22 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llama.chosen import ChosenTokens, by_sampler
 from llama.model import takes_cache_positions
 from llama.runner import ModelRunner, lock_of
-from llama.runtime import broadcast_from_first, model_parallel_size, to_device, to_host
-from llama.sampling import Sampler
+from llama.runtime import to_device
+from llama.sequence import Call, Sequence, Step
+from llama.speculative import Counts, Speculator, pad
 from llama.stepping import Stepper
 
 _engines_lock = threading.Lock()
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step brought to one sequence.
-
-    Attributes:
-        sequence: its index in the call.
-        token: the new token; None if the sequence ended without one (at EOS, or with no room for a token).
-        logprob: log-probability of the token under the raw logits; only if asked for.
-        finish_reason: why this is the sequence's last step; None if it is not.
-        top_logprobs: the most likely tokens at this position and their log-probabilities; as many as asked for.
-    """
-
-    sequence: int
-    token: int | None
-    logprob: float | None
-    finish_reason: FinishReason | None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-
-
-def _never(token: int) -> bool:
-    return False
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A prompt and its completion. Its index in the engine's list of running sequences is its slot in the cache.
-
-    Attributes:
-        tokens: ids of the prompt, then of the completion so far.
-        sampler: draws its tokens; sequences that share one start together.
-        lane: which of the sampler's random numbers are its own.
-        max_gen_len: maximum number of new tokens; the end of the slot may come first.
-        eos_id: ends the sequence.
-        logprobs: whether the steps have log-probabilities.
-        top_logprobs: of how many of the most likely tokens the steps have them too.
-        ends: called with each new token; whether the sequence ends there.
-        call: the call that it belongs to, set by `Call`.
-        index: its index there, likewise.
-        length: number of its tokens whose keys and values are in the cache, from the first one on.
-        left: number of tokens that it may still bring.
-        is_over: whether it has ended.
-        n_prompt: number of the prompt's tokens.
-    """
-
-    tokens: list[int]
-    sampler: Sampler
-    lane: int
-    max_gen_len: int
-    eos_id: int
-    logprobs: bool = False
-    top_logprobs: int = 0
-    ends: Callable[[int], bool] = _never
-    call: Call = field(init=False, repr=False)
-    index: int = field(init=False)
-    length: int = field(default=0, init=False)
-    left: int = field(default=0, init=False)
-    is_over: bool = field(default=False, init=False)
-    n_prompt: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.n_prompt = len(self.tokens)
-
-
-class Call:
-    """The sequences that a caller waits for.
-
-    Attributes:
-        sequences: the call's.
-        steps: those that the caller has not taken yet, in order.
-        error: what ended the sequences; raised in the caller's thread.
-    """
-
-    def __init__(self, sequences: Iterable[Sequence]) -> None:
-        self.sequences = list(sequences)
-        self.steps: deque[Step] = deque()
-        self.error: BaseException | None = None
-        self._n_running = len(self.sequences)
-        for index, sequence in enumerate(self.sequences):
-            sequence.call, sequence.index = self, index
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no more steps come."""
-        return self._n_running == 0 or self.error is not None
-
-    def append(self, step: Step) -> None:
-        self._n_running -= step.finish_reason is not None
-        self.steps.append(step)
-
-    def abort(self, error: BaseException | None = None) -> None:
-        """Ends all of its sequences. The engine removes them before its next step."""
-        self.error = self.error or error
-        self._n_running = 0
-        for sequence in self.sequences:
-            sequence.is_over = True
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """The tokens that a step chose. Their values may still be on their way to the host.
-
-    Attributes:
-        sequences: those of the step, in the order of their slots.
-        chosen: (bsz,) int64 on the device, the same on all ranks of a model-parallel group.
-        values: waits for the tokens, and returns them; under model parallelism followed by 1 if the first rank
-            announces changes.
-        announces: whether it does so, without model parallelism.
-        logprobs: likewise their log-probabilities; None if no sequence asked for them.
-        top: likewise, for each row, the most likely tokens and their log-probabilities.
-    """
-
-    sequences: list[Sequence]
-    chosen: Tensor
-    values: Callable[[], list[int]]
-    announces: bool
-    logprobs: Callable[[], list[float]] | None
-    top: tuple[Callable[[], list[list[int]]], Callable[[], list[list[float]]]] | None
-
-    @classmethod
-    def choose(cls, logits: Tensor, sequences: list[Sequence], announces: bool) -> _Tokens:
-        """Samples from logits (bsz, vocab)."""
-        chosen = _sample(logits, sequences)
-        values = to_host(chosen) if model_parallel_size() == 1 else None
-        if values is None:  # one message has both: followers learn of changes with the tokens that they get anyway
-            message = broadcast_from_first(torch.cat((chosen, to_device([int(announces)], chosen.device))))
-            chosen, values, announces = message[:-1], to_host(message), False
-        n_top = max(sequence.top_logprobs for sequence in sequences)
-        logprobs = top = None
-        if any(sequence.logprobs for sequence in sequences):
-            logprobs = to_host(logprobs_of(logits, chosen))
-        if n_top:
-            likely = logits.log_softmax(-1).topk(min(n_top, logits.size(-1)))
-            top = to_host(likely.indices), to_host(likely.values)
-        return cls(list(sequences), chosen, values, announces, logprobs, top)
-
-    def on_host(self) -> tuple[list[tuple[Sequence, Step]], bool]:
-        """The steps of those sequences that are not over, without reasons to finish; whether changes were announced."""
-        tokens = self.values()
-        announced = self.announces or any(tokens[len(self.sequences) :])
-        logprobs = self.logprobs() if self.logprobs else None
-        top = [list(zip(*row, strict=True)) for row in zip(*(f() for f in self.top), strict=True)] if self.top else None
-        steps = []
-        for row, sequence in enumerate(self.sequences):
-            if not sequence.is_over:
-                logprob = logprobs[row] if logprobs and sequence.logprobs else None
-                likely = tuple(top[row][: sequence.top_logprobs]) if top else ()
-                steps.append((sequence, Step(sequence.index, tokens[row], logprob, None, likely)))
-        return steps, announced
-
-    def give_back(self) -> None:
-        """Undoes the draws of samplers that have no running sequence any more."""
-        running = {id(sequence.sampler) for sequence in self.sequences if not sequence.is_over}
-        for sampler in {id(sequence.sampler): sequence.sampler for sequence in self.sequences}.values():
-            if id(sampler) not in running:
-                sampler.step_back()
 
 
 class Engine:
@@ -201,15 +43,17 @@ class Engine:
     Args:
         model: a `Transformer`, or any object with `forward(tokens, start_pos)` and `params`.
         stepper: takes the decode steps of an unmodified network; None for plain calls.
+        draft: the runner of a smaller network that drafts tokens; None without one.
 
     Attributes:
         announces: asked at each step whether changes follow; the first rank's answer counts.
         changes_follow: whether the first rank announced changes with the newest step.
     """
 
-    def __init__(self, model: Any, stepper: Stepper | None = None) -> None:
+    def __init__(self, model: Any, stepper: Stepper | None = None, draft: ModelRunner | None = None) -> None:
         self.model = model
         self.stepper = stepper
+        self.draft = draft
         self.announces: Callable[[], bool] = lambda: False
         self.changes_follow = False
         self._arrived: deque[Sequence] = deque()  # from any thread; its methods are atomic
@@ -217,9 +61,15 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._runner: ModelRunner | None = None
-        self._in_flight: _Tokens | None = None  # a step that started before the tokens ahead of it were on the host
+        self._in_flight: ChosenTokens | None = None  # a step that started before the last one's tokens were on the host
         self._kind: object = None  # of the network, when the runner was made
         self._has_just_prefilled = False
+        self._speculator: Speculator | None = None  # made when it is first needed
+
+    @property
+    def draft_counts(self) -> Counts:
+        """How many tokens were drafted and accepted so far."""
+        return self._speculator.counts if self._speculator else Counts()
 
     @property
     def n_running(self) -> int:
@@ -307,20 +157,35 @@ class Engine:
         runner = self._runner
         assert runner is not None
         may_go_ahead = runner.looks_ahead and not self._waiting and len(tokens.sequences) == len(self._running)
-        if may_go_ahead and all(s.left > 1 and not s.is_over for s in self._running):
-            logits = self._pass(tokens.chosen)
-            self._in_flight = _Tokens.choose(logits, self._running, self.announces())
-        steps, self.changes_follow = tokens.on_host()
-        for sequence, step in steps:
-            sequence.call.append(_record(sequence, step))
-        if self._in_flight:
-            self._in_flight.give_back()
-            if all(sequence.is_over for sequence in self._running):
-                self._in_flight = None
+        if may_go_ahead and all(s.left > 1 and not s.is_over and not s.speculative for s in self._running):
+            newest = tokens.chosen.unsqueeze(1)
+            self._in_flight = ChosenTokens.choose(self._pass(newest), self._running, self.announces())
+        found, self.changes_follow = tokens.on_host()
+        for (sequence, steps), draft in zip(found, tokens.drafts, strict=True):
+            if not sequence.is_over:
+                self._take(sequence, steps, len(draft))
+        for sampler, sequences in by_sampler(tokens.sequences):
+            if running := [sequence.next_step for sequence in sequences if not sequence.is_over]:
+                sampler.release(min(running) - 1)  # a step that is interrupted is taken again
+            else:
+                sampler.rewind()
+        if self._in_flight and all(sequence.is_over for sequence in self._running):
+            self._in_flight = None
         if not self._in_flight:
             self._compact()
 
-    def _prefill(self) -> _Tokens | None:
+    def _take(self, sequence: Sequence, steps: list[Step], n_drafted: int) -> None:
+        """Gives a sequence the tokens that a pass brought: one, and the accepted drafted ones."""
+        n_accepted = len(steps) - 1
+        sequence.length += n_accepted
+        sequence.next_step += n_accepted
+        if self._speculator and sequence.drafting:
+            self._speculator.observe(sequence, n_drafted, n_accepted)
+        for step in steps:
+            if not sequence.is_over:
+                sequence.call.append(sequence.record(step))
+
+    def _prefill(self) -> ChosenTokens | None:
         """Takes waiting sequences into free slots, behind the running ones, and chooses their first tokens.
 
         Running sequences get a step between two prefills, each of which is one pass of the network for them.
@@ -336,12 +201,13 @@ class Engine:
         first = len(self._running)
         for sequence in new:
             sequence.left = min(sequence.max_gen_len, runner.max_seq_len - len(sequence.tokens))
+            sequence.first_step = sequence.next_step = sequence.sampler.used
         self._running += new
         logits = runner.prefill([sequence.tokens for sequence in new], range(first, len(self._running)))
         for sequence in new:
             sequence.length = len(sequence.tokens)
         self._has_just_prefilled = True
-        return _Tokens.choose(logits, new, self.announces())
+        return ChosenTokens.choose(logits.unsqueeze(1), new, self.announces())
 
     def _admit(self) -> list[Sequence]:
         """Removes from the waiting sequences those that get a slot now."""
@@ -398,23 +264,36 @@ class Engine:
         self._waiting = deque(sequence for sequence in self._waiting if id(sequence) not in ids)
         return taken
 
-    def _decode(self) -> _Tokens | None:
+    def _decode(self) -> ChosenTokens | None:
         if not self._running:
             return None
         self._has_just_prefilled = False
-        newest = [sequence.tokens[-1] for sequence in self._running]
+        drafts = self._drafts()
+        width = 1 + max(map(len, drafts))
+        newest = [(sequence.tokens[-1], *draft) for sequence, draft in zip(self._running, drafts, strict=True)]
         assert self._runner is not None
-        logits = self._pass(to_device(newest, self._runner.device))
-        return _Tokens.choose(logits, self._running, self.announces())
+        tokens = to_device(pad(newest, width), self._runner.device).view(len(newest), width)
+        return ChosenTokens.choose(self._pass(tokens), self._running, self.announces(), drafts)
 
-    def _pass(self, newest: Tensor) -> Tensor:
-        """Feeds each running sequence's newest token (bsz,); returns the logits (bsz, vocab) of the next ones."""
+    def _drafts(self) -> list[list[int]]:
+        """The drafted tokens for each running sequence."""
+        runner = self._runner
+        assert runner is not None
+        if runner.one_position or not any(sequence.speculative for sequence in self._running):
+            return [[] for _ in self._running]
+        if self._speculator is None:
+            self._speculator = Speculator(self.model, self.draft)
+        room = runner.max_seq_len - 1 - max(sequence.length for sequence in self._running)
+        return self._speculator.propose(self._running, room)
+
+    def _pass(self, tokens: Tensor) -> Tensor:
+        """Feeds tokens (bsz, width) to the running sequences, the first of each its newest one; returns the logits."""
         assert self._runner is not None
         self._restore()
         lengths = [sequence.length for sequence in self._running]
         for sequence in self._running:
             sequence.length += 1
-        return self._runner.step(newest, lengths)
+        return self._runner.step(tokens, lengths)
 
     def _restore(self) -> None:
         """Computes the running sequences' keys and values anew if another use of the network overwrote them."""
@@ -437,6 +316,8 @@ class Engine:
                 if slot < len(running):
                     running[slot] = last
                     runner.move_row(len(running), slot, last.length)
+                    if self._speculator:
+                        self._speculator.move_row(len(running), slot)
 
     def _take_changes(self) -> None:
         """Has the sequences that arrived wait, and removes those that were aborted."""
@@ -445,7 +326,7 @@ class Engine:
         if any(sequence.is_over for sequence in self._waiting):
             self._waiting = deque(sequence for sequence in self._waiting if not sequence.is_over)
         if self._in_flight:
-            self._in_flight.give_back()
+            self._in_flight.rewind()
             if not all(sequence.is_over for sequence in self._running):
                 return  # the step that is in flight still needs its slots as they are
             self._in_flight = None
@@ -471,55 +352,17 @@ class Engine:
         self._lock.last_writer = None
 
     def _drop_in_flight(self) -> None:
-        if self._in_flight:
-            for sampler in {id(s.sampler): s.sampler for s in self._in_flight.sequences}.values():
-                sampler.step_back()
         self._in_flight = None
+        for sequence in self._running:
+            sequence.next_step = sequence.first_step + sequence.n_generated
 
 
-def engine_of(model: Any, stepper: Stepper | None = None) -> Engine:
-    """The engine that all users of a network with this stepper share; it lives as long as one of them keeps it."""
+def engine_of(model: Any, stepper: Stepper | None = None, draft: ModelRunner | None = None) -> Engine:
+    """The engine that all users of a network with this stepper and draft share; it lives while one of them keeps it."""
     use = lock_of(model)
     with _engines_lock:
         engine: Engine | None = use.engine() if use.engine else None
-        if engine is None or engine.stepper is not stepper:
-            engine = Engine(model, stepper)
+        if engine is None or engine.stepper is not stepper or engine.draft is not draft:
+            engine = Engine(model, stepper, draft)
             use.engine = weakref.ref(engine)
         return engine
-
-
-def _sample(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """The next tokens (bsz,) int64, each drawn by its sequence's sampler."""
-    greedy = [sequence.sampler.is_greedy for sequence in sequences]
-    if all(greedy):
-        return logits.argmax(-1)
-    by_sampler: dict[int, list[int]] = {}
-    for slot, sequence in enumerate(sequences):
-        by_sampler.setdefault(0 if greedy[slot] else id(sequence.sampler), []).append(slot)
-    chosen = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
-    for slots in by_sampler.values():
-        lanes = to_device([sequences[slot].lane for slot in slots], logits.device)
-        if len(by_sampler) == 1:
-            return sequences[0].sampler(logits, lanes)
-        index = to_device(slots, logits.device)
-        chosen[index] = sequences[slots[0]].sampler(logits[index], lanes)
-    return chosen
-
-
-def _record(sequence: Sequence, step: Step) -> Step:
-    """Adds a step's token to its sequence; returns the step with the reason if the sequence is over."""
-    token = step.token
-    assert token is not None
-    if sequence.left == 0 or token == sequence.eos_id:
-        sequence.is_over = True
-        return Step(sequence.index, None, None, "stop" if sequence.left else "length")
-    sequence.tokens.append(token)
-    sequence.left -= 1
-    stopped = sequence.ends(token)
-    sequence.is_over = stopped or sequence.left == 0
-    return replace(step, finish_reason="stop" if stopped else "length") if sequence.is_over else step
-
-
-def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(logits)[token]: (..., vocab) and (...) -> (...)."""
-    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

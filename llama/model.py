@@ -28,6 +28,8 @@ from llama.layers import (
     row_parallel,
 )
 
+_FEW_POSITIONS = 16  # for more, the copies of keys for groups of query heads cost little beside the products
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang and Sennrich, 2019), the quotient in float32."""
@@ -229,15 +231,20 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *
     """
     bsz, n_heads, seqlen, head_dim = queries.shape
     n_kv_heads = keys.size(1)
+    n_rep = n_heads // n_kv_heads
     if mask is not None and mask.is_floating_point():
         mask = mask.to(queries.dtype)
-    if seqlen != 1:
-        return F.scaled_dot_product_attention(
-            queries, keys, values, mask, is_causal=is_causal, enable_gqa=n_kv_heads < n_heads
-        )
-    # One position: the query heads of a group stand in for a sequence, so that no key is copied for each of them.
-    grouped = queries.reshape(bsz, n_kv_heads, n_heads // n_kv_heads, head_dim)
-    return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(bsz, n_heads, 1, head_dim)
+    if seqlen == n_rep == 1 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
+        # Two equal queries take half the time of one: for a single row, torch leaves the kernel's blocked products.
+        return F.scaled_dot_product_attention(queries.expand(-1, -1, 2, -1), keys, values, mask)[:, :, :1]
+    per_head = mask is not None and mask.dim() == 4 and mask.size(1) > 1
+    if n_rep == 1 or seqlen > _FEW_POSITIONS or is_causal or per_head:
+        return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal, enable_gqa=n_rep > 1)
+    # The query heads of a group stand in for more positions, so that no key is copied for each of them.
+    grouped = queries.reshape(bsz, n_kv_heads, n_rep * seqlen, head_dim)
+    if mask is not None and seqlen > 1:
+        mask = mask.repeat(*[1] * (mask.dim() - 2), n_rep, 1)
+    return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(queries.shape)
 
 
 class FeedForward(nn.Module):

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from llama.chat import UNSAFE_ERROR, Message
-from llama.engine import FinishReason
 from llama.inputs import SamplingParams
+from llama.sequence import FinishReason
 
 
 class CompletionPrediction(TypedDict, total=False):

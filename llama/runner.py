@@ -88,12 +88,13 @@ class ModelRunner:
         stepper: takes the decode steps of an unmodified network; None for plain calls.
 
     Attributes:
+        model: the network.
         one_position: whether all rows of a pass have to stand at the same position.
         looks_ahead: whether the next step shall start before the tokens of this one have reached the host.
     """
 
     def __init__(self, model: Any, stepper: Stepper | None = None) -> None:
-        self._model = model
+        self.model = model
         self._call = model if callable(model) else model.forward
         self.one_position = not takes_cache_positions(model)
         self._stepper = stepper if stepper and not self.one_position else PlainStepper(self._call)
@@ -130,7 +131,10 @@ class ModelRunner:
         return torch.stack([logits[i] for i in range(len(prompts))])
 
     def step(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Feeds tokens (bsz,) to the first rows, which hold `lengths` tokens; returns the logits (bsz, vocab)."""
+        """Feeds tokens (bsz, width) to the first rows, which hold `lengths` tokens.
+
+        Returns the logits (bsz, width, vocab) float32.
+        """
         logits = self._stepper(tokens, lengths)
         self._note_cache()
         return logits.float()
@@ -152,7 +156,7 @@ class ModelRunner:
         """Copies the first `length` positions of one cache row over those of another, in every layer."""
         if self.has_lost_cache():
             return  # it will be computed anew where the row stands then
-        for cache in _caches(self._model):
+        for cache in _caches(self.model):
             cache[target, :length] = cache[source, :length]
         self._note_cache()
 
@@ -167,9 +171,9 @@ class ModelRunner:
     def _cache_state(self) -> list[object]:
         """Changes whenever something is written to the cache of `Attention` layers, or of others that are like them."""
         if self.one_position:  # any network: whatever of its modules has a cache
-            caches = _caches(self._model)
+            caches = _caches(self.model)
             return [(k.data_ptr(), None if k.is_inference() else k._version) for k in caches]
-        caches = [cache for layer in self._model.layers for cache in (layer.attention.keys, layer.attention.values)]
+        caches = [cache for layer in self.model.layers for cache in (layer.attention.keys, layer.attention.values)]
         return [(id(cache), None if cache.is_inference() else cache._version) for cache in caches]
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from llama.engine import logprobs_of
 from llama.runner import ModelRunner
+from llama.sampling import logprobs_of
 
 _LOGPROB_POSITIONS = 512  # positions whose logits are held at a time
 

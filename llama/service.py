@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from llama import runtime
-from llama.engine import Call, FinishReason, Step, logprobs_of
-from llama.engine import Sequence as EngineSequence
 from llama.generation import Llama
 from llama.inputs import SamplingParams
 from llama.runner import ModelRunner, device_of, lock_of
-from llama.sampling import Sampler
+from llama.sampling import Sampler, logprobs_of
 from llama.scoring import score
+from llama.sequence import Call, FinishReason, Step
+from llama.sequence import Sequence as EngineSequence
 from llama.tokenizer import IncrementalDetokenizer
 
 _SCORED_POSITIONS = 512  # whose logits are held at a time

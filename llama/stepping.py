@@ -1,4 +1,6 @@
-"""One decode step of the network: each row's newest token in, the logits of its next one out.
+"""One decode step of the network: each row's newest tokens in, the logits after each of them out.
+
+A plain step has one token per row. With speculative decoding, drafted tokens follow it.
 
 Two ways that give the same logits: the plain one, and a static one, in which neither shapes nor addresses nor the
 control flow change from token to token, so that a GPU can replay it as a CUDA graph.
@@ -19,6 +21,7 @@ from llama.model import CachePositions, Transformer, takes_cache_positions
 from llama.runtime import to_device
 
 KV_BUCKET = 256  # positions; a static step attends to a whole number of these, past the rows' ends by a mask
+MAX_WIDTH = 16  # tokens per row of a step
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +42,11 @@ class Stepper(Protocol):
         """Feeds tokens to the cache's first rows.
 
         Args:
-            tokens: (bsz,) int64, on the model's device.
-            lengths: the number of tokens that each row's cache holds already.
+            tokens: (bsz, width) int64, on the model's device. Rows with fewer tokens are padded at their end.
+            lengths: the number of tokens that each row's cache holds already; all have room for `width` more.
 
         Returns:
-            (bsz, vocab_size); the next call may overwrite it.
+            (bsz, width, vocab_size); the next call may overwrite it.
         """
 
 
@@ -62,8 +65,8 @@ class PlainStepper:
         longest = max(lengths)
         start_pos: int | CachePositions = longest
         if longest != min(lengths):
-            start_pos = CachePositions(to_device(lengths, tokens.device), kv_len=longest + 1)
-        return self._call(tokens.unsqueeze(1), start_pos)[:, -1]
+            start_pos = CachePositions(to_device(lengths, tokens.device), kv_len=longest + tokens.size(1))
+        return self._call(tokens, start_pos)
 
 
 class StaticStepper:
@@ -71,9 +74,9 @@ class StaticStepper:
 
     Args:
         model: the network.
-        graphs: whether each (rows, prefix) is captured as a CUDA graph when it first comes up, and replayed from then
-            on: one launch in place of hundreds. Where that fails, one warning is logged and the kernels are launched
-            one by one.
+        graphs: whether each (rows, width, prefix) is captured as a CUDA graph when it first comes up, and replayed from
+            then on: one launch in place of hundreds. Where that fails, one warning is logged, and kernels are launched one
+            by one.
     """
 
     looks_ahead = True
@@ -81,11 +84,11 @@ class StaticStepper:
     def __init__(self, model: Transformer, *, graphs: bool) -> None:
         device = model.norm.weight.device
         self._model = model
-        self._tokens = torch.zeros((model.params.max_batch_size, 1), dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(model.params.max_batch_size * MAX_WIDTH, dtype=torch.int64, device=device)
         self._positions = torch.zeros(model.params.max_batch_size, dtype=torch.int64, device=device)
         self._graphs = graphs
         self._pool = torch.cuda.graph_pool_handle() if graphs else None  # the graphs never run at the same time
-        self._steps: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        self._steps: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
         self._captured: tuple[list[Any], list[int]] = ([], [])  # what the graphs hold for good: see `_fixed_parts`
 
     def serves(self, model: object) -> bool:
@@ -103,23 +106,25 @@ class StaticStepper:
         return True
 
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        n_rows, params = len(lengths), self._model.params
-        # The rows behind are free: what padding leaves at their first position is overwritten by their next prompt.
+        (n_rows, width), params = tokens.shape, self._model.params
+        # The rows behind are free: what padding leaves at their first positions is overwritten by their next prompt.
         bsz = min(_power_of_two(n_rows), params.max_batch_size)
-        kv_len = min(_whole(max(lengths) + 1, KV_BUCKET), params.max_seq_len)
-        self._tokens[:n_rows, 0].copy_(tokens)
+        kv_len = min(_whole(max(lengths) + width, KV_BUCKET), params.max_seq_len)
+        self._tokens[: tokens.numel()].copy_(tokens.flatten())
         self._positions[:bsz].copy_(to_device([*lengths, *[0] * (bsz - n_rows)], tokens.device))
-        if (bsz, kv_len) not in self._steps:
-            self._steps[bsz, kv_len] = self._make_step(bsz, kv_len)
-        return self._steps[bsz, kv_len]()[:n_rows]
+        sizes = bsz, width, kv_len
+        if sizes not in self._steps:
+            self._steps[sizes] = self._make_step(*sizes)
+        return self._steps[sizes]()[:n_rows]
 
-    def _make_step(self, bsz: int, kv_len: int) -> Callable[[], Tensor]:
+    def _make_step(self, bsz: int, width: int, kv_len: int) -> Callable[[], Tensor]:
         """The step for these sizes, with the buffers as its input."""
+        tokens = self._tokens[: bsz * width].view(bsz, width)
 
         def step() -> Tensor:
             positions = CachePositions(self._positions[:bsz], kv_len=kv_len)
-            logits: Tensor = self._model(self._tokens[:bsz], positions)
-            return logits[:, -1]
+            logits: Tensor = self._model(tokens, positions)
+            return logits
 
         if not self._graphs:
             return step

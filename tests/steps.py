@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from llama.engine import Call, Step, engine_of
-from llama.engine import Sequence as EngineSequence
+from llama.engine import engine_of
 from llama.sampling import Sampler
+from llama.sequence import Call, Step
+from llama.sequence import Sequence as EngineSequence
 from llama.stepping import Stepper
 
 
@@ -19,25 +20,25 @@ def decode(
     prompts: Sequence[Sequence[int]],
     sampler: Sampler,
     *,
-    lanes: Sequence[int],
+    rows: Sequence[int],
     max_gen_len: int,
     eos_id: int,
     logprobs: bool = False,
     ends: Callable[[int, int], bool] = lambda prompt, token: False,
     stepper: Stepper | None = None,
 ) -> Iterator[Step]:
-    """The steps of one call. The first prompts share `sampler`, one lane each; those beyond have samplers of their own.
+    """The steps of one call. The first prompts share `sampler`; those beyond have samplers of their own.
 
     Args:
         ends: called with a prompt's place and its newest token.
     """
 
     def sequence(place: int, prompt: Sequence[int]) -> EngineSequence:
-        mine, lane = sampler, lanes[place % len(lanes)]
-        if place >= len(lanes) and not sampler.is_greedy:
+        mine, row = sampler, rows[place % len(rows)]
+        if place >= len(rows) and not sampler.is_greedy:
             generator = torch.Generator(sampler.generator.device).manual_seed(1000 + place)
-            mine, lane = Sampler(sampler.temperature, sampler.top_p, 1, generator), 0
-        return EngineSequence(list(prompt), mine, lane, max_gen_len, eos_id, logprobs, ends=partial(ends, place))
+            mine, row = Sampler(sampler.temperature, sampler.top_p, 1, generator), 0
+        return EngineSequence(list(prompt), mine, row, max_gen_len, eos_id, logprobs, ends=partial(ends, place))
 
     engine = engine_of(model, stepper)
     yield from engine.run(Call(sequence(place, prompt) for place, prompt in enumerate(prompts)))

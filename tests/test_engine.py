@@ -15,9 +15,9 @@ from torch import Tensor
 
 from llama import ModelArgs, Transformer, runtime
 from llama.completion import _InLockstep
-from llama.engine import Step
 from llama.sampling import Sampler
 from llama.scoring import score
+from llama.sequence import Step
 from llama.stepping import StaticStepper
 from tests import oracle
 from tests.steps import decode
@@ -56,8 +56,8 @@ def make(state: oracle.State) -> Callable[..., Transformer]:
     return make
 
 
-def sampler(temperature: float, n_lanes: int, seed: int = 0) -> Sampler:
-    return Sampler(temperature, 0.95, n_lanes, torch.Generator().manual_seed(seed))
+def sampler(temperature: float, n_rows: int, seed: int = 0) -> Sampler:
+    return Sampler(temperature, 0.95, n_rows, torch.Generator().manual_seed(seed))
 
 
 def drain(steps: Iterator[Step], n_prompts: int) -> list[list[Step]]:
@@ -78,12 +78,12 @@ def run(
     *,
     temperature: float = 0.0,
     eos_id: int = NO_EOS,
-    n_lanes: int | None = None,
+    n_rows: int | None = None,
     **options: Any,
 ) -> list[list[Step]]:
-    n_lanes = n_lanes or min(len(prompts), model.params.max_batch_size)
-    draws = sampler(temperature, n_lanes)
-    steps = decode(model, prompts, draws, lanes=range(n_lanes), max_gen_len=max_gen_len, eos_id=eos_id, **options)
+    n_rows = n_rows or min(len(prompts), model.params.max_batch_size)
+    draws = sampler(temperature, n_rows)
+    steps = decode(model, prompts, draws, rows=range(n_rows), max_gen_len=max_gen_len, eos_id=eos_id, **options)
     return drain(steps, len(prompts))
 
 
@@ -204,7 +204,7 @@ def test_a_batch_is_prefilled_in_one_pass_and_steps_carry_no_ended_row(make: Cal
 def test_a_step_is_computed_only_when_it_is_asked_for(make: Callable[..., Transformer]) -> None:
     model = make(2)
     passes = _Passes(model)
-    steps = decode(model, [[1, 2]], sampler(0, 1), lanes=[0], max_gen_len=9, eos_id=NO_EOS)
+    steps = decode(model, [[1, 2]], sampler(0, 1), rows=[0], max_gen_len=9, eos_id=NO_EOS)
     assert not passes.shapes
     next(steps)
     assert passes.shapes == [(1, 2)]
@@ -213,7 +213,7 @@ def test_a_step_is_computed_only_when_it_is_asked_for(make: Callable[..., Transf
 
 
 def test_between_steps_the_callers_grad_mode_holds(make: Callable[..., Transformer]) -> None:
-    for _ in decode(make(1), [[1, 2]], sampler(0, 1), lanes=[0], max_gen_len=3, eos_id=NO_EOS):
+    for _ in decode(make(1), [[1, 2]], sampler(0, 1), rows=[0], max_gen_len=3, eos_id=NO_EOS):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
@@ -223,7 +223,7 @@ def test_logprobs_are_those_of_the_raw_logits(
 ) -> None:
     prompts = random_prompts(random.Random(1), 7)
     for prompt, steps in zip(
-        prompts, run(make(3), prompts, 6, temperature=temperature, logprobs=True, n_lanes=3), strict=True
+        prompts, run(make(3), prompts, 6, temperature=temperature, logprobs=True, n_rows=3), strict=True
     ):
         answer = tokens_of(steps)
         logits = oracle.logits(state, PARAMS, torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
@@ -233,7 +233,7 @@ def test_logprobs_are_those_of_the_raw_logits(
     assert {step.logprob for steps in run(make(3), prompts, 3) for step in steps} == {None}
 
 
-def test_a_rows_draws_depend_on_its_lane_alone(make: Callable[..., Transformer]) -> None:
+def test_a_rows_draws_depend_on_its_noise_alone(make: Callable[..., Transformer]) -> None:
     """Whatever prompts stand beside it, of whatever lengths, and wherever they end."""
     model, mine = make(3), [1, 2, 3]
     expected = tokens_of(run(model, [[5], mine, [6]], 8, temperature=1.5)[1])
@@ -329,7 +329,7 @@ def test_prompts_of_one_length_go_together_where_one_position_is_taken(state: or
     ]
 
 
-def test_a_network_that_takes_one_position_draws_from_its_rows_lanes(
+def test_a_network_that_takes_one_position_draws_from_its_rows_noise(
     make: Callable[..., Transformer], state: oracle.State
 ) -> None:
     prompts = [[1, 2], [3, 4], [5, 6]]
@@ -355,9 +355,9 @@ def _disturb_by_a_call(model: Any) -> None:
 
 
 def _disturb_by_decoding(model: Any) -> None:
-    n_lanes = model.params.max_batch_size
-    prompts = [[9, 8, 7]] * n_lanes
-    list(decode(model, prompts, sampler(0, n_lanes), lanes=range(n_lanes), max_gen_len=4, eos_id=NO_EOS))
+    n_rows = model.params.max_batch_size
+    prompts = [[9, 8, 7]] * n_rows
+    list(decode(model, prompts, sampler(0, n_rows), rows=range(n_rows), max_gen_len=4, eos_id=NO_EOS))
 
 
 def _disturb_by_scoring(model: Any) -> None:
@@ -382,12 +382,12 @@ def test_what_others_overwrote_in_the_cache_is_computed_anew(
     if kind == "patched":
         patched(model)
     stepper = StaticStepper(model, graphs=False) if kind == "static" else None
-    n_lanes = min(len(prompts), max_batch_size)
-    draws = sampler(0.0, n_lanes)
+    n_rows = min(len(prompts), max_batch_size)
+    draws = sampler(0.0, n_rows)
     options: dict[str, Any] = {"max_gen_len": 6, "eos_id": NO_EOS, "stepper": stepper, "logprobs": True}
 
     def disturbed() -> Iterator[Step]:
-        for step in decode(model, prompts, draws, lanes=range(n_lanes), **options):
+        for step in decode(model, prompts, draws, rows=range(n_rows), **options):
             yield step
             if rng.random() < 0.5:
                 DISTURBANCES[disturbance](model)
@@ -402,7 +402,7 @@ def test_what_others_overwrote_in_the_cache_is_computed_anew(
 def test_two_loops_side_by_side_give_what_each_gives_alone(make: Callable[..., Transformer]) -> None:
     model, prompts = make(2), [[[1, 2, 3], [4], [5, 6]], [[7, 8], [9]]]
     expected = [run(model, mine, 8, temperature=1.5) for mine in prompts]
-    loops = [decode(model, mine, sampler(1.5, 2), lanes=range(2), max_gen_len=8, eos_id=NO_EOS) for mine in prompts]
+    loops = [decode(model, mine, sampler(1.5, 2), rows=range(2), max_gen_len=8, eos_id=NO_EOS) for mine in prompts]
     found: list[list[Step]] = [[], []]
     for steps in itertools.zip_longest(*loops):
         for mine, step in zip(found, steps, strict=True):
@@ -446,7 +446,7 @@ def test_one_process_keeps_its_own_step(make: Callable[..., Transformer]) -> Non
     model = make(2)
 
     def steps() -> Iterator[Step]:
-        return decode(model, [[1, 2]], sampler(0, 1), lanes=[0], max_gen_len=6, eos_id=NO_EOS)
+        return decode(model, [[1, 2]], sampler(0, 1), rows=[0], max_gen_len=6, eos_id=NO_EOS)
 
     assert list(_InLockstep(steps())) == list(steps())
     passes, cut = _Passes(model), _InLockstep(steps())

@@ -108,7 +108,7 @@ def test_prompts_go_into_the_rows_named_and_steps_go_on_from_there(
             close(mine, next_logits(state, texts[row]))
     for n_rows in (4, 3, 1):
         tokens = [rng.randrange(60) for _ in range(n_rows)]
-        logits = runner.step(torch.tensor(tokens), [len(text) for text in texts[:n_rows]])
+        logits = runner.step(torch.tensor(tokens).unsqueeze(1), [len(text) for text in texts[:n_rows]])[:, 0]
         assert logits.shape == (n_rows, 60)
         for text, token, mine in zip(texts, tokens, logits, strict=False):
             text.append(token)
@@ -126,7 +126,7 @@ def test_a_moved_row_goes_on_in_its_new_place(model: Transformer, state: oracle.
     assert not runner.has_lost_cache()
     for k, behind, others in zip(keys, *kept, strict=True):
         assert torch.equal(k[0, :, len(texts[2]) :], behind) and torch.equal(k[1:], others)
-    logits = runner.step(torch.tensor([5, 6]), [len(texts[2]), len(texts[1])])
+    logits = runner.step(torch.tensor([[5], [6]]), [len(texts[2]), len(texts[1])])[:, 0]
     close(logits[0], next_logits(state, [*texts[2], 5]))
     close(logits[1], next_logits(state, [*texts[1], 6]))
 
@@ -141,7 +141,7 @@ def test_a_network_of_anothers_code_gets_metas_calls(model: Transformer, state: 
         texts = [[1, 2, 3], [4, 5, 6]]
         for row, logits in enumerate(runner.prefill(texts, [0, 1])):
             close(logits, next_logits(state, texts[row]))
-        for row, logits in enumerate(runner.step(torch.tensor([7, 8]), [3, 3])):
+        for row, logits in enumerate(runner.step(torch.tensor([[7], [8]]), [3, 3])[:, 0]):
             close(logits, next_logits(state, [*texts[row], 7 + row]))
 
 
@@ -155,7 +155,7 @@ def test_logits_of_another_dtype_are_taken_as_float32(model: Transformer) -> Non
     model.register_forward_hook(lambda module, args, out: out.bfloat16())
     runner = ModelRunner(model)
     assert runner.prefill([[1, 2]], [0]).dtype == torch.float32
-    assert runner.step(torch.tensor([3]), [2]).dtype == torch.float32
+    assert runner.step(torch.tensor([[3]]), [2]).dtype == torch.float32
 
 
 def test_device_and_dtype_are_those_of_the_parameters_or_the_cpus(model: Transformer, state: oracle.State) -> None:
@@ -200,7 +200,7 @@ def test_a_lost_cache_is_noticed(use: str, is_patched: bool, inference: bool, mo
         assert runner.has_lost_cache()
         runner.prefill([[1, 2, 3]], [0])
         assert not runner.has_lost_cache()
-        runner.step(torch.tensor([4]), [3])
+        runner.step(torch.tensor([[4]]), [3])
         assert not runner.has_lost_cache()
         (WRITES | READS)[use](model)
         assert runner.has_lost_cache() == (use in WRITES)

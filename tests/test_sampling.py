@@ -43,12 +43,18 @@ def nucleus(weights: Sequence[int], top_p: Fraction) -> list[int]:
     return kept
 
 
+def take(sampler: Sampler, step: int, logits: Tensor) -> Tensor:
+    """The tokens of all of the sampler's rows at one step."""
+    n = len(logits)
+    return sampler(logits, range(n), [step] * n)
+
+
 def drawable(probs: Tensor, p: float) -> list[int]:
     """The ids that `sample_top_p` gives when each of the sorted places in turn gets a head start."""
     n = len(probs)
-    race = torch.full((n, n), 1e15)
-    race.fill_diagonal_(1e-15)
-    winners = sample_top_p(probs.expand(n, n), p, race=race).squeeze(-1)
+    noise = torch.full((n, n), 1e15)
+    noise.fill_diagonal_(1e-15)
+    winners = sample_top_p(probs.expand(n, n), p, noise=noise).squeeze(-1)
     return sorted(set(winners.tolist()))
 
 
@@ -109,7 +115,7 @@ def test_tokens_are_those_of_the_published_algorithm(
     torch.manual_seed(7)
     theirs = [published(logits, temperature, top_p) for logits in steps]
     sampler = Sampler(temperature, top_p, bsz, generator(7))
-    ours = [sampler(logits, torch.arange(bsz)) for logits in steps]
+    ours = [take(sampler, i, logits) for i, logits in enumerate(steps)]
     assert torch.equal(torch.stack(ours), torch.stack(theirs))
 
 
@@ -120,7 +126,7 @@ def test_tokens_of_equal_probability_are_drawn_as_published(temperature: float, 
     torch.manual_seed(9)
     theirs = [published(logits, temperature, top_p) for logits in steps]
     sampler = Sampler(temperature, top_p, 3, generator(9))
-    assert torch.equal(torch.stack([sampler(logits, torch.arange(3)) for logits in steps]), torch.stack(theirs))
+    assert torch.equal(torch.stack([take(sampler, i, logits) for i, logits in enumerate(steps)]), torch.stack(theirs))
 
 
 def test_the_stream_is_the_same_where_exponentials_are_not_logarithms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,14 +135,14 @@ def test_the_stream_is_the_same_where_exponentials_are_not_logarithms(monkeypatc
 
     def tokens() -> list[list[int]]:
         sampler = Sampler(0.8, 0.9, 2, generator(9))
-        return [sampler(logits, torch.arange(2)).tolist() for logits in steps]
+        return [take(sampler, i, logits).tolist() for i, logits in enumerate(steps)]
 
     expected = tokens()
     monkeypatch.setattr("llama.sampling._exponentials_are_logarithms", lambda: False)
     assert tokens() == expected
 
 
-def test_without_a_race_it_draws_from_the_default_stream() -> None:
+def test_without_noise_it_draws_from_the_default_stream() -> None:
     probs = torch.softmax(torch.randn(4, 300, generator=generator(1)) * 3, dim=-1)
     torch.manual_seed(3)
     drawn = [sample_top_p(probs, 0.9) for _ in range(20)]
@@ -156,8 +162,7 @@ def test_draws_are_as_frequent_as_the_renormalized_probabilities() -> None:
     kept = nucleus([round(10**9 * prob) for prob in probs], Fraction(97, 100))
     assert kept == [0, 1, 2, 3, 4]
     sampler = Sampler(temperature, top_p, n // 10, generator(5))
-    rows = torch.arange(n // 10)
-    draws = torch.cat([sampler(logits.expand(len(rows), -1), rows) for _ in range(10)])
+    draws = torch.cat([take(sampler, step, logits.expand(n // 10, -1)) for step in range(10)])
     counts = draws.bincount(minlength=len(weights)).tolist()
     mass = sum(probs[token] for token in kept)
     due = [n * probs[token] / mass for token in kept]
@@ -167,7 +172,7 @@ def test_draws_are_as_frequent_as_the_renormalized_probabilities() -> None:
 
 def test_rows_and_steps_draw_independently() -> None:
     sampler = Sampler(1.0, 1.0, 2, generator(0))
-    pairs = torch.stack([sampler(torch.zeros(2, 2), torch.arange(2)) for _ in range(1000)])
+    pairs = torch.stack([take(sampler, step, torch.zeros(2, 2)) for step in range(1000)])
     both = (pairs[:, 0] * 2 + pairs[:, 1]).bincount(minlength=4)
     following = (pairs[:-1, 0] * 2 + pairs[1:, 0]).bincount(minlength=4)
     for counts in (both, following):
@@ -177,21 +182,34 @@ def test_rows_and_steps_draw_independently() -> None:
 def test_rows_that_are_missing_do_not_shift_the_others_numbers() -> None:
     """A subset of the rows, in any order, draws what it draws in the whole batch, step after step."""
     rng = random.Random(1)
-    n_lanes, vocab_size = 6, 40
+    n_rows, vocab_size = 6, 40
     for seed in range(30):
-        whole, part = (Sampler(1.0, 0.95, n_lanes, generator(seed)) for _ in range(2))
-        for _ in range(8):
-            logits = torch.randn(n_lanes, vocab_size, generator=generator(rng.randrange(10**6)))
-            lanes = rng.sample(range(n_lanes), rng.randint(1, n_lanes))
-            tokens = whole(logits, torch.arange(n_lanes))
-            assert part(logits[lanes], torch.tensor(lanes)).tolist() == tokens[lanes].tolist()
+        whole, part = (Sampler(1.0, 0.95, n_rows, generator(seed)) for _ in range(2))
+        for step in range(8):
+            logits = torch.randn(n_rows, vocab_size, generator=generator(rng.randrange(10**6)))
+            rows = rng.sample(range(n_rows), rng.randint(1, n_rows))
+            tokens = take(whole, step, logits)
+            assert part(logits[rows], rows, [step] * len(rows)).tolist() == tokens[rows].tolist()
+
+
+def test_rows_may_stand_at_different_steps() -> None:
+    """Each draws with the noise of its own step, in any order and again, until that is released."""
+    whole, ragged = (Sampler(1.0, 0.95, 3, generator(2)) for _ in range(2))
+    logits = torch.randn(6, 3, 50, generator=generator(3))
+    tokens = torch.stack([take(whole, step, logits[step]) for step in range(6)])
+    rows, steps = [2, 0, 1, 2, 2], [5, 0, 3, 4, 5]
+    for _ in range(2):
+        assert ragged(logits[steps, rows], rows, steps).tolist() == tokens[steps, rows].tolist()
+    ragged.release(3)
+    assert take(ragged, 3, logits[3]).tolist() == tokens[3].tolist()
+    assert torch.equal(whole.generator.get_state(), ragged.generator.get_state())
 
 
 @pytest.mark.parametrize("bsz", [1, 4])
 def test_temperature_zero_takes_the_likeliest_token(bsz: int) -> None:
     logits = torch.randn(bsz, 100, generator=generator(2))
     stream = generator(0)
-    tokens = Sampler(0, 0.9, bsz, stream)(logits, torch.arange(bsz))
+    tokens = take(Sampler(0, 0.9, bsz, stream), 0, logits)
     assert tokens.tolist() == [max(range(100), key=row.__getitem__) for row in logits.tolist()]
     assert (tokens.dtype, tokens.shape) == (torch.int64, (bsz,))
     assert torch.equal(stream.get_state(), generator(0).get_state())
@@ -201,7 +219,7 @@ def test_temperature_zero_takes_the_likeliest_token(bsz: int) -> None:
 def test_the_default_stream_and_the_logits_are_left_alone(temperature: float) -> None:
     logits = torch.randn(3, 50, generator=generator(0))
     before, state = logits.clone(), torch.get_rng_state()
-    tokens = Sampler(temperature, 0.9, 3, generator(1))(logits, torch.arange(3))
+    tokens = take(Sampler(temperature, 0.9, 3, generator(1)), 0, logits)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(logits, before)
     assert (tokens.dtype, tokens.shape) == (torch.int64, (3,))
@@ -212,7 +230,7 @@ def test_a_seed_gives_the_same_tokens_again_and_another_seed_others() -> None:
 
     def tokens(seed: int) -> list[int]:
         sampler = Sampler(1.0, 1.0, 2, generator(seed))
-        return torch.cat([sampler(logits, torch.arange(2)) for _ in range(5)]).tolist()
+        return torch.cat([take(sampler, step, logits) for step in range(5)]).tolist()
 
     assert tokens(1) == tokens(1) != tokens(2)
 
@@ -220,13 +238,13 @@ def test_a_seed_gives_the_same_tokens_again_and_another_seed_others() -> None:
 @pytest.mark.parametrize("temperature", [1e-2, 1e-6, 1e-30])
 def test_a_low_temperature_nears_the_likeliest_token(temperature: float) -> None:
     logits = torch.tensor([[3.0, 20.0, -5.0, 19.0]])
-    assert Sampler(temperature, 1.0, 1, generator(0))(logits, torch.arange(1)).item() == 1
+    assert take(Sampler(temperature, 1.0, 1, generator(0)), 0, logits).item() == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-300])
 def test_the_lowest_temperatures_give_the_likeliest_token_too(temperature: float) -> None:
     logits = torch.tensor([[3.0, 20.0, -5.0, 19.0]])
-    assert Sampler(temperature, 1.0, 1, generator(0))(logits, torch.arange(1)).item() == 1
+    assert take(Sampler(temperature, 1.0, 1, generator(0)), 0, logits).item() == 1
 
 
 def test_a_replacement_of_sample_top_p_draws_instead() -> None:
@@ -239,54 +257,55 @@ def test_a_replacement_of_sample_top_p_draws_instead() -> None:
         return torch.tensor([[7], [8], [9]])
 
     stream = generator(1)
-    tokens = Sampler(0.5, 0.9, 3, stream, draw)(logits, torch.arange(3))
+    tokens = take(Sampler(0.5, 0.9, 3, stream, draw), 0, logits)
     assert tokens.tolist() == [7, 8, 9]
     ((probs, p),) = calls
     assert p == 0.9
     torch.testing.assert_close(probs, (2 * logits).exp() / (2 * logits).exp().sum(-1, keepdim=True))
     assert torch.equal(stream.get_state(), generator(1).get_state())
-    assert Sampler(0, 0.9, 3, stream, draw)(logits, torch.arange(3)).tolist() == logits.argmax(-1).tolist()
+    assert take(Sampler(0, 0.9, 3, stream, draw), 0, logits).tolist() == logits.argmax(-1).tolist()
     assert len(calls) == 1
 
 
-def test_a_step_can_be_given_back_to_the_stream() -> None:
-    """What it drew comes again, once; the steps before it stay drawn."""
+def test_what_was_drawn_ahead_is_given_back_to_the_stream() -> None:
+    """It comes again; the used steps stay drawn."""
     logits = torch.zeros(2, 1000)
     sampler = Sampler(1.0, 1.0, 2, generator(3))
-    first, second = (sampler(logits, torch.arange(2)) for _ in range(2))
-    assert sampler.steps == 2
-    sampler.step_back()
-    sampler.step_back()
+    first, second, _ = (take(sampler, step, logits) for step in range(3))
+    sampler.mark_used(1)
+    assert (sampler.steps, sampler.used) == (3, 1)
+    sampler.rewind()
+    sampler.rewind()
     assert sampler.steps == 1
-    assert torch.equal(sampler(logits, torch.arange(2)), second)
+    assert torch.equal(take(sampler, 1, logits), second)
     assert not torch.equal(first, second)
 
 
-def test_a_step_is_not_given_back_once_others_have_drawn() -> None:
+def test_nothing_is_given_back_once_others_have_drawn() -> None:
     """The stream may be torch's default one: setting it back would give others the same numbers again."""
     stream = generator(3)
     sampler = Sampler(1.0, 1.0, 2, stream)
-    sampler(torch.zeros(2, 1000), torch.arange(2))
+    take(sampler, 0, torch.zeros(2, 1000))
     torch.rand(1, generator=stream)
     state = stream.get_state()
-    sampler.step_back()
+    sampler.rewind()
     assert sampler.steps == 1 and torch.equal(stream.get_state(), state)
 
 
-def test_a_greedy_step_has_nothing_to_give_back() -> None:
+def test_greedy_steps_have_nothing_to_give_back() -> None:
     stream = generator(3)
     sampler = Sampler(0, 1.0, 2, stream)
-    sampler(torch.zeros(2, 10), torch.arange(2))
-    sampler.step_back()
+    take(sampler, 0, torch.zeros(2, 10))
+    sampler.rewind()
     assert sampler.steps == 0 and torch.equal(stream.get_state(), generator(3).get_state())
 
 
 def test_skipping_leaves_the_stream_where_steps_would_have() -> None:
     logits = torch.zeros(2, 1000)
     stepped, skipped = (Sampler(1.0, 1.0, 2, generator(3)) for _ in range(2))
-    for _ in range(4):
-        stepped(logits, torch.arange(2))
-    skipped(logits, torch.arange(2))
+    for step in range(4):
+        take(stepped, step, logits)
+    take(skipped, 0, logits)
     skipped.skip_to(4, 1000)
     assert torch.equal(stepped.generator.get_state(), skipped.generator.get_state())
     assert (stepped.steps, skipped.steps) == (4, 4)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama import Llama, ModelArgs, Transformer, runtime, stepping
-from llama.engine import Step
 from llama.model import CachePositions
 from llama.sampling import Sampler
+from llama.sequence import Step
 from llama.stepping import PlainStepper, StaticStepper, Stepper, choose_stepper
 from tests import oracle
 from tests.ranks import run_ranks
@@ -56,11 +56,11 @@ class Replaying(StaticStepper):
     def __init__(self, model: Transformer) -> None:
         super().__init__(model, graphs=False)
         self._graphs = True
-        self.captured: list[tuple[int, int]] = []
+        self.captured: list[tuple[int, int, int]] = []
 
-    def _make_step(self, bsz: int, kv_len: int) -> Callable[[], Tensor]:
-        self.captured.append((bsz, kv_len))
-        return super()._make_step(bsz, kv_len)
+    def _make_step(self, bsz: int, width: int, kv_len: int) -> Callable[[], Tensor]:
+        self.captured.append((bsz, width, kv_len))
+        return super()._make_step(bsz, width, kv_len)
 
     def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         step()
@@ -84,10 +84,10 @@ def run(
     model: Transformer, stepper: Stepper, prompts: Sequence[Sequence[int]], max_gen_len: int, **options: Any
 ) -> tuple[list[list[Step]], Tensor]:
     """The steps of each prompt, and where the random stream stands afterwards."""
-    lanes = range(min(len(prompts), model.params.max_batch_size))
-    sampler = Sampler(options.pop("temperature"), 0.95, len(lanes), torch.Generator().manual_seed(1))
+    rows = range(min(len(prompts), model.params.max_batch_size))
+    sampler = Sampler(options.pop("temperature"), 0.95, len(rows), torch.Generator().manual_seed(1))
     by_prompt: list[list[Step]] = [[] for _ in prompts]
-    for step in decode(model, prompts, sampler, lanes=lanes, max_gen_len=max_gen_len, stepper=stepper, **options):
+    for step in decode(model, prompts, sampler, rows=rows, max_gen_len=max_gen_len, stepper=stepper, **options):
         by_prompt[step.sequence].append(step)
     return by_prompt, sampler.generator.get_state()
 
@@ -121,7 +121,7 @@ def test_sizes_are_padded_so_that_few_graphs_serve() -> None:
     run(model, stepper, [[1]] * 6, 19, temperature=0.0, eos_id=-1)
     run(model, stepper, [[1]] * 5, 12, temperature=0.0, eos_id=-1)
     run(model, stepper, [[1, 2], [3]], 5, temperature=0.0, eos_id=-1)
-    assert stepper.captured == [(6, 8), (6, 16), (6, 20), (2, 8)]
+    assert stepper.captured == [(6, 1, 8), (6, 1, 16), (6, 1, 20), (2, 1, 8)]
 
 
 def test_padding_leaves_the_rows_at_work_alone() -> None:
@@ -133,7 +133,7 @@ def test_padding_leaves_the_rows_at_work_alone() -> None:
     caches = [cache for layer in model.layers for cache in (layer.attention.keys, layer.attention.values)]
     before = [cache.clone() for cache in caches]
     with torch.inference_mode():
-        logits = stepper(prompts[:, 2], [2, 2, 2])
+        logits = stepper(prompts[:, 2:], [2, 2, 2])[:, 0]
     torch.testing.assert_close(logits, expected[:, 2])
     for now, then in zip(caches, before, strict=True):
         torch.testing.assert_close(now[:3], then[:3])
@@ -166,7 +166,7 @@ def test_a_step_is_under_way_while_the_one_before_is_booked() -> None:
 
     sampler = Sampler(0.0, 1.0, 1, torch.Generator())
     stepper = Counting(model, graphs=False)
-    steps = decode(model, [[1, 2]], sampler, lanes=[0], max_gen_len=4, eos_id=-1, stepper=stepper)
+    steps = decode(model, [[1, 2]], sampler, rows=[0], max_gen_len=4, eos_id=-1, stepper=stepper)
     assert [len(taken) for _ in steps] == [1, 2, 3, 3]
 
 
@@ -175,7 +175,7 @@ def test_leaving_early_gives_back_what_the_step_ahead_drew() -> None:
 
     def stream_after(stepper: Stepper) -> Tensor:
         sampler = Sampler(1.0, 1.0, 1, torch.Generator().manual_seed(5))
-        steps = decode(model, [[1, 2]], sampler, lanes=[0], max_gen_len=9, eos_id=-1, stepper=stepper)
+        steps = decode(model, [[1, 2]], sampler, rows=[0], max_gen_len=9, eos_id=-1, stepper=stepper)
         for _ in range(3):
             next(steps)
         steps.close()  # type: ignore[attr-defined]
@@ -265,7 +265,7 @@ def test_graphs_are_dropped_where_they_would_no_longer_be_true(change: str) -> N
     for _ in range(2):
         assert stepper.serves(model)
         run(model, stepper, [[1, 2]], 4, temperature=0.0, eos_id=-1)
-        assert stepper.captured == [(1, 8)]
+        assert stepper.captured == [(1, 1, 8)]
     edit(model)
     assert stepper.serves(model)
     assert bool(stepper._steps) == stays
@@ -304,7 +304,9 @@ def test_logits_of_rows_with_one_position_and_with_several_are_the_same() -> Non
     expected = model(prompts, 0)
     seen: list[type] = []
     model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(type(args[1])))
-    torch.testing.assert_close(step(prompts[:, 2], [2, 2, 2]), expected[:, 2])
+    torch.testing.assert_close(step(prompts[:, 2:], [2, 2, 2])[:, 0], expected[:, 2])
     tokens = prompts[torch.arange(3), torch.tensor([2, 0, 1])]
-    torch.testing.assert_close(step(tokens, [2, 0, 1]), expected[torch.arange(3), torch.tensor([2, 0, 1])])
+    torch.testing.assert_close(
+        step(tokens.unsqueeze(1), [2, 0, 1])[:, 0], expected[torch.arange(3), torch.tensor([2, 0, 1])]
+    )
     assert seen == [int, CachePositions]
