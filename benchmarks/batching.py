@@ -14,39 +14,23 @@ import math
 import random
 import statistics
 import sys
-import time
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
+    sys.path[0] = str(Path(__file__).parent.parent)
+
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from llama import runtime
-from llama.args import ModelArgs
-from llama.checkpoint import tensor_shapes
-from llama.engine import Call, Sequence, engine_of
-from llama.kernels import can_pack
-from llama.model import Transformer
-from llama.sampling import Sampler
+from benchmarks.machine import seconds
+from benchmarks.ours import greedy_steps
+from benchmarks.shapes import SHAPES, check_shape, write_checkpoint, write_tokenizer
+from llama import Llama
 from llama.tools.commandline import run
 
-NO_EOS = -1
-
-
-def random_model(args: ModelArgs, dtype: torch.dtype) -> Transformer:
-    """A network of random weights on the CPU, in the form that `Llama.build` would give it."""
-    device = torch.device("cpu")
-    runtime.init_process_groups(1, device)
-    random_numbers = torch.Generator().manual_seed(0)
-    state = {
-        name: torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=random_numbers)
-        for name, shape in tensor_shapes(args, 1).items()
-    }
-    model = Transformer.from_state(args, state)
-    if can_pack(device, dtype):
-        model.pack()
-    return model
+MAX_SEQ_LEN = 512
+LONGEST = 255  # tokens of a prompt or an output
 
 
 def skewed_lengths(n: int, median: int, longest: int, seed: int) -> list[int]:
@@ -55,35 +39,34 @@ def skewed_lengths(n: int, median: int, longest: int, seed: int) -> list[int]:
     return [min(longest, max(1, round(draw.lognormvariate(math.log(median), 1.0)))) for _ in range(n)]
 
 
-def complete(model: Transformer, prompts: list[list[int]], targets: list[int]) -> None:
+def random_requests(n: int, prompt_median: int, output_median: int, vocab_size: int) -> list[tuple[list[int], int]]:
+    """Prompts of ids past the control pieces, and the number of tokens to generate for each."""
+    draw = random.Random(0)
+    lengths = skewed_lengths(n, prompt_median, LONGEST, seed=1)
+    prompts = [[draw.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
+    return list(zip(prompts, skewed_lengths(n, output_median, LONGEST, seed=2), strict=True))
+
+
+def complete(llama: Llama, prompts: list[list[int]], targets: list[int]) -> None:
     """Generates until each prompt has its target's number of tokens."""
-    greedy = Sampler(0.0, 1.0, 1, torch.Generator())
-    pairs = zip(prompts, targets, strict=True)
-    call = Call(Sequence(list(prompt), greedy, 0, target, NO_EOS) for prompt, target in pairs)
-    assert sum(1 for _ in engine_of(model).run(call)) == sum(targets)
+    assert sum(1 for _ in greedy_steps(llama, prompts, targets)) == sum(targets)
 
 
-def in_calls(model: Transformer, prompts: list[list[int]], targets: list[int], *, rows_stay: bool) -> None:
+def in_calls(llama: Llama, prompts: list[list[int]], targets: list[int], *, rows_stay: bool) -> None:
     """One call for each `max_batch_size` prompts.
 
     Args:
         rows_stay: whether all rows of a call go on until its longest one is through.
     """
-    size = model.params.max_batch_size
+    size = llama.model.params.max_batch_size
     for start in range(0, len(prompts), size):
         batch = targets[start : start + size]
-        complete(model, prompts[start : start + size], [max(batch)] * len(batch) if rows_stay else batch)
-
-
-def timed(work: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+        complete(llama, prompts[start : start + size], [max(batch)] * len(batch) if rows_stay else batch)
 
 
 def main(
-    dim: int = 1024,
-    n_layers: int = 12,
+    shape: str = "200m",
+    *,
     n_prompts: int = 64,
     batch: int = 8,
     prompt_median: int = 32,
@@ -91,28 +74,27 @@ def main(
     repeats: int = 3,
     dtype: str = "bfloat16",
 ) -> None:
-    """Prints tokens a second of each way and the ratios to it, median and range over the rounds, and a JSON line."""
-    args = ModelArgs(
-        dim=dim, n_layers=n_layers, n_heads=16, n_kv_heads=4, vocab_size=32000, max_batch_size=batch, max_seq_len=512
-    )
-    model = random_model(args, runtime.DTYPES[dtype])
-    draw = random.Random(0)
-    lengths = skewed_lengths(n_prompts, prompt_median, 255, seed=1)
-    prompts = [[draw.randrange(3, args.vocab_size) for _ in range(length)] for length in lengths]
-    targets = skewed_lengths(n_prompts, output_median, 255, seed=2)
+    """Prints tokens per second of each way and the ratios to it, median and range over the rounds, and a JSON line."""
+    check_shape(shape)
+    vocab_size = SHAPES[shape]["vocab_size"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(folder, shape, getattr(torch, dtype))
+        write_tokenizer(folder / "tokenizer.model", vocab_size)
+        llama = Llama.build(folder, folder / "tokenizer.model", MAX_SEQ_LEN, batch, device="cpu", dtype=dtype)
+    requests = random_requests(n_prompts, prompt_median, output_median, vocab_size)
+    prompts, targets = [prompt for prompt, _ in requests], [n_tokens for _, n_tokens in requests]
     tokens = sum(targets)
-    print(
-        f"{n_prompts} prompts of {min(lengths)} to {max(lengths)} tokens, outputs of {min(targets)} to {max(targets)}"
-    )
+    print(f"{n_prompts} prompts of up to {max(map(len, prompts))} tokens, outputs of {min(targets)} to {max(targets)}")
     ways: dict[str, Callable[[], None]] = {
-        "kept full": lambda: complete(model, prompts, targets),
-        f"calls of {batch}": lambda: in_calls(model, prompts, targets, rows_stay=False),
-        f"calls of {batch}, rows stay": lambda: in_calls(model, prompts, targets, rows_stay=True),
+        "kept full": lambda: complete(llama, prompts, targets),
+        f"calls of {batch}": lambda: in_calls(llama, prompts, targets, rows_stay=False),
+        f"calls of {batch}, rows stay": lambda: in_calls(llama, prompts, targets, rows_stay=True),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            rates[name].append(tokens / timed(way))
+            rates[name].append(tokens / seconds(way))
     for name, values in rates.items():
         ratios = [full / value for full, value in zip(rates["kept full"], values, strict=True)]
         print(

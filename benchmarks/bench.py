@@ -5,9 +5,10 @@ Reads top-down: the arguments, the checkpoint, the rounds, the report. Nothing i
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,11 @@ if __name__ == "__main__":  # run as a file: packages are looked for in the repo
 
 import torch
 
-from benchmarks import engines, report
-from benchmarks.job import Job
+from benchmarks import report
+from benchmarks.job import PEERS, PUBLISHED, Job
 from benchmarks.machine import available_cores, describe_machine
-from benchmarks.rounds import Plan, run_rounds, say
-from benchmarks.shapes import SHAPES, vocab_size_of, write_checkpoint, write_tokenizer
+from benchmarks.rounds import Plan, missing_packages, run_rounds, say
+from benchmarks.shapes import check_shape, vocab_size_of, write_checkpoint, write_tokenizer
 from llama import ModelArgs
 from llama.checkpoint import find_shards, read_params
 from llama.tools.commandline import run
@@ -37,6 +38,7 @@ def main(
     device: str = "cpu",
     dtype: str = "bfloat16",
     quantize: str | None = None,
+    compile: bool = False,
     repeats: int = 5,
     threads: int | None = None,
     batches: Sequence[int] = (1, 4, 8, 16),
@@ -53,13 +55,15 @@ def main(
     """Measures loading, prefill, decode, a ragged batch and memory; prints medians and ratios.
 
     Args:
-        shape: tiny, 1b, 7b or 13b, of random weights made on the spot; with `ckpt_dir` only a name for the report.
+        shape: tiny, 200m, 1b, 7b or 13b, of random weights; with `ckpt_dir` only a name for the report.
         ckpt_dir: a checkpoint in one file to measure instead.
-        peers: of hf, hf_compiled, llama_cpp, openvino and ctranslate2, those to run beside, and "eager", this library
-            without CUDA graphs; who is not installed is left out.
+        peers: of hf, hf_compiled, llama_cpp, llama_cpp_q8_0, llama_cpp_q4_0, openvino, openvino_int8, openvino_int4,
+            ctranslate2 (int8) and ours_eager (this library without CUDA graphs), those to run in turn with it; those
+            that are not installed are left out.
         device: "cpu" or "cuda".
-        dtype: of weights and arithmetic; an engine that lacks it on this processor says what it takes instead.
-        quantize: "int8" to measure this library with int8 weights too, in turn with the others.
+        dtype: "bfloat16", "float16" or "float32", of weights and arithmetic.
+        quantize: "int8" measures this library with int8 weights too, in turn with the others.
+        compile: measures this library with compiled steps too; with `quantize`, also both together.
         repeats: number of rounds.
         threads: of every engine; None for as many as there are cores.
         batches: sizes of the decode figures; the peers take part in 1 and 8.
@@ -71,54 +75,55 @@ def main(
         one_at_a_time: have an engine take all its figures before the next one is loaded. Without it they take turns at
             each figure, which needs memory for all of them at the same time, 16 GB at 1b in bfloat16 with all peers.
         peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
-        work_dir: keeps the weights in every engine's format there for the next run (1b in bfloat16: 11 GB with all
+        work_dir: keeps the weights in every engine's format there for the next run (1b in bfloat16: 14 GB with all
             peers); None for a temporary folder.
         plot: file to draw bars to.
-        json: file to write a JSON line a figure to.
+        json: file to write one JSON line per figure to.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}; it takes 1 or more")
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize is {quantize!r}; it takes int8")
-    for file in (plot, json):
-        if file and not Path(file).resolve().parent.is_dir():
-            raise ValueError(f"{file} cannot be written, its folder is not there")
-    draw = _plotter() if plot else None
+    _check(repeats, quantize, plot, json)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(work_dir or temporary).resolve() / f"{Path(ckpt_dir).name if ckpt_dir else shape}-{dtype}"
         args, job = _make_job(shape, ckpt_dir, folder, dtype)
         job = replace(job, device=device, threads=threads or available_cores())
         job = replace(job, decode_batches=_numbers(batches), decode_prompt=decode_prompt, decode_steps=decode_steps)
         job = replace(job, prefill_lengths=_numbers(prefills))
-        pythons = {"ours": sys.executable}
-        if device == "cpu" and 1 in job.decode_batches:
-            pythons["alone"] = sys.executable
-        if quantize:
-            pythons[quantize] = sys.executable
+        pythons = dict.fromkeys(_own_engines(job, quantize, compiled=compile), sys.executable)
         pythons |= _installed(_names(peers), _names(peer_python), device)
         if published_rounds:
-            pythons["published"] = sys.executable
+            pythons[PUBLISHED] = sys.executable
         rounds, versions = run_rounds(Plan(args, job, pythons, repeats, published_rounds, one_at_a_time))
     machine = describe_machine(device)
-    title = (
-        f"{job.shape}, {dtype}, {device}, {job.threads} threads, {repeats} round{'s' * (repeats > 1)}: {machine['cpu']}"
-    )
+    rounds_ = f"{repeats} round{'s' * (repeats > 1)}"
+    title = f"{job.shape}, {dtype}, {device}, {job.threads} threads, {rounds_}: {machine['cpu']}"
     lines, ratios = report.engine_lines(rounds), report.ratio_lines(rounds)
     print(report.page(title, versions, lines, ratios))
     if json:
         context = {"shape": job.shape, "device": device, "dtype": dtype, "threads": job.threads}
         context |= {"machine": machine, "versions": versions}
         Path(json).write_text(report.json_lines([*lines, *ratios], context), encoding="utf-8")
-    if draw and plot:
-        draw(lines, versions, title, Path(plot))
+    if plot:
+        report.plot(lines, versions, title, Path(plot))
+
+
+def _check(repeats: int, quantize: str | None, plot: str | None, json: str | None) -> None:
+    """Raises ValueError for an argument that would fail after the rounds, or make none."""
+    if repeats < 1:
+        raise ValueError(f"repeats must be 1 or more, got {repeats}")
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize must be 'int8', got {quantize!r}; leave it out for no quantization")
+    for file in (plot, json):
+        if file and not Path(file).resolve().parent.is_dir():
+            raise ValueError(f"--plot and --json must name files in folders that exist, got {file}; make its folder")
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib; pip install -c constraints.txt -e '.[bench]' brings it")
 
 
 def _make_job(shape: str, ckpt_dir: str | None, folder: Path, dtype: str) -> tuple[ModelArgs, Job]:
-    """The network and the job; makes what files are missing: random weights, a tokenizer of the right size."""
+    """The network and the job; makes the files that are missing: random weights, a tokenizer of the right size."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it takes {', '.join(DTYPES)}")
-    if ckpt_dir is None and shape not in SHAPES:
-        raise ValueError(f"shape is {shape!r}; it takes {', '.join(SHAPES)}, or a ckpt_dir")
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if ckpt_dir is None:
+        check_shape(shape)
     checkpoint = Path(ckpt_dir).resolve() if ckpt_dir else folder / "checkpoint"
     if ckpt_dir is None and not (checkpoint / "consolidated.00.pth").exists():
         say(f"making random weights: {shape}, {dtype}")
@@ -142,36 +147,36 @@ def _make_job(shape: str, ckpt_dir: str | None, folder: Path, dtype: str) -> tup
     return args, job
 
 
+def _own_engines(job: Job, quantize: str | None, *, compiled: bool) -> list[str]:
+    """The builds of this library that take part."""
+    names = ["ours"]
+    if job.device == "cpu" and 1 in job.decode_batches:
+        names.append("ours_max_batch_1")
+    names += ["ours_compiled"] * compiled
+    if quantize:
+        names += [f"ours_{quantize}"] + [f"ours_{quantize}_compiled"] * compiled
+    return names
+
+
 def _installed(peers: Sequence[str], peer_pythons: Sequence[str], device: str) -> dict[str, str]:
-    """The peers that can run here and their interpreters; says of the others what they lack."""
+    """The peers that can run here and their interpreters; prints what the others lack."""
     if wrong := [pair for pair in peer_pythons if "=" not in pair]:
-        raise ValueError(f"peer_python has {', '.join(wrong)}; it takes NAME=PYTHON,...")
+        raise ValueError(f"peer_python must be NAME=PYTHON,..., got {', '.join(wrong)}")
     pythons = dict(pair.split("=", 1) for pair in peer_pythons)
-    if unknown := [peer for peer in (*peers, *pythons) if peer not in engines.PEERS]:
-        raise ValueError(f"peers has {', '.join(unknown)}; it takes {', '.join(engines.PEERS)}")
+    if unknown := [peer for peer in (*peers, *pythons) if peer not in PEERS]:
+        raise ValueError(f"peers must be of {', '.join(PEERS)}, got {', '.join(unknown)}")
     found = {}
     for peer in peers:
         python = pythons.get(peer, sys.executable)
-        if device != "cpu" and peer in engines.CPU_ONLY:
-            say(f"{peer}: measured on the CPU only, left out")
-        elif missing := engines.missing_packages(peer, python):
-            say(f"{peer}: left out, {python} has no {', '.join(missing)}; {_how_to_install(peer)}")
+        if device != "cpu" and PEERS[peer].cpu_only:
+            say(f"{peer}: left out, it is measured on CPUs only")
+        elif missing := missing_packages(peer, python):
+            # The constraints keep pip from fetching another torch, with gigabytes of CUDA.
+            hint = f"pip install -c constraints.txt torch {PEERS[peer].install}"
+            say(f"{peer}: left out, {python} has no {', '.join(missing)}; {hint}")
         else:
             found[peer] = python
     return found
-
-
-def _how_to_install(peer: str) -> str:
-    """The constraints keep pip from fetching another torch, with gigabytes of CUDA."""
-    return f"pip install -c constraints.txt torch {engines.PEERS[peer][1]}"
-
-
-def _plotter() -> Callable[[Sequence[report.Line], dict[str, str], str, Path], None]:
-    try:
-        from benchmarks.plot import plot
-    except ImportError as error:
-        raise SystemExit(f"--plot needs matplotlib ({error}); pip install -c constraints.txt -e '.[bench]'") from error
-    return plot
 
 
 def _names(value: str | Sequence[str]) -> list[str]:

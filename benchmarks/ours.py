@@ -5,21 +5,41 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from benchmarks.job import Job
+from benchmarks.machine import typical_bandwidth
+from benchmarks.shapes import bytes_per_decode_step
+from benchmarks.worker import decode_rate
 from llama import Llama
-from llama.engine import Call, Sequence
+from llama.engine import Call, Step
+from llama.engine import Sequence as EngineSequence
 from llama.sampling import Sampler
+from llama.stepping import PlainStepper
 
-_NO_TOKEN = -1  # in place of EOS: random weights may choose any token, and every row shall run to its end
-
-
+_NO_EOS = -1  # random weights may choose any token, and every row shall run to its end
+_BANDWIDTH_TURNS = 5
 # Random weights give flat probabilities. Those of trained ones fall off: in a spread of logits like this, the set that
 # top_p=0.9 leaves at temperature 0.6 has some tens of tokens.
 _SPREAD = 3.0
+_OPTIONS: dict[str, dict[str, Any]] = {  # of `Llama.build`
+    "": {},
+    "max_batch_1": {},
+    "eager": {"cuda_graphs": False},
+    "compiled": {"compile": True},
+    "int8": {"quantize": "int8"},
+    "int8_compiled": {"quantize": "int8", "compile": True},
+}
+
+
+def greedy_steps(llama: Llama, prompts: Iterable[Iterable[int]], n_tokens: Sequence[int]) -> Iterator[Step]:
+    """Completes each prompt greedily by its number of tokens, past any EOS, in one call."""
+    sampler = Sampler(0.0, 1.0, 1, torch.Generator(llama.model.norm.weight.device))
+    pairs = zip(prompts, n_tokens, strict=True)
+    return llama.engine.run(Call(EngineSequence(list(prompt), sampler, 0, n, _NO_EOS) for prompt, n in pairs))
 
 
 class Ours:
@@ -31,9 +51,7 @@ class Ours:
         self.load_parts: dict[str, float] = {}
 
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
-        sampler = Sampler(0.0, 1.0, 1, torch.Generator(self.llama.model.norm.weight.device))
-        call = Call(Sequence(list(prompt), sampler, 0, n_tokens, _NO_TOKEN) for prompt in prompts)
-        for done, _ in enumerate(self.llama.engine.run(call), 1):
+        for done, _ in enumerate(greedy_steps(self.llama, prompts, [n_tokens] * len(prompts)), 1):
             if done % len(prompts) == 0:
                 tick()
 
@@ -48,49 +66,71 @@ class Ours:
         generator = torch.Generator(device).manual_seed(0)
         logits = _SPREAD * torch.randn(batch, self.llama.model.vocab_size, generator=generator, device=device)
         logits = logits.to(self.llama.model.norm.weight.dtype).float()  # with the equals that rounding brings
-        sampler, lanes = Sampler(0.6, 0.9, batch, generator), torch.arange(batch, device=device)
+        sampler = Sampler(0.6, 0.9, batch, generator)
         seconds = []
-        for _ in range(30):
+        for step in range(30):
             started = time.perf_counter()
-            sampler(logits, lanes).tolist()
+            sampler(logits, range(batch), [step] * batch).tolist()
+            sampler.release(step)
             seconds.append(time.perf_counter() - started)
         return statistics.median(seconds)
 
 
-class _Parts(logging.Handler):
-    """Keeps what `Llama.build` says of the parts of its time."""
+class OursForOneRow(Ours):
+    """A build with `max_batch_size=1`."""
 
-    seconds: dict[str, float] = {}  # noqa: RUF012
+    ragged = False
+
+    def extras(self, job: Job) -> Iterator[tuple[str, float]]:
+        yield "share_of_bandwidth_decode_1", self._share_of_bandwidth(job)
+
+    def _share_of_bandwidth(self, job: Job) -> float:
+        """The median of the bytes read per second in decode steps over the rate of plain reading right before each."""
+        bytes_per_step = bytes_per_decode_step(self.llama.model.params, job)
+        prompts = job.prompts([job.decode_prompt])
+        shares = []
+        for _ in range(_BANDWIDTH_TURNS):
+            bandwidth = typical_bandwidth(job.device)
+            shares.append(bytes_per_step * decode_rate(self, prompts, job.decode_steps // 2) / bandwidth)
+        return statistics.median(shares)
+
+
+class _LoadTimes(logging.Handler):
+    """Keeps the seconds of each part of `Llama.build`, which it logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         self.seconds = getattr(record, "parts", self.seconds)
 
 
-def version(job: Job) -> str:
-    return f"torch {torch.__version__}"
+def version(job: Job, variant: str) -> str:
+    return f"torch {torch.__version__}" + (", int8" if "int8" in variant else "")
 
 
-def prepare(job: Job) -> None:
+def prepare(job: Job, variant: str) -> None:
     """Nothing: the checkpoint is in this library's format."""
 
 
-def load(job: Job, quantize: str | None = None) -> Ours:
-    parts = _Parts()
+def load(job: Job, variant: str) -> Ours:
+    times = _LoadTimes()
     logger = logging.getLogger("llama")
-    logger.addHandler(parts)
+    logger.addHandler(times)
     logger.setLevel(logging.INFO)
-    engine = Ours(build(job, job.max_batch_size, quantize), job.decode_batches)
-    engine.load_parts = parts.seconds
-    return engine
-
-
-def build(job: Job, max_batch_size: int, quantize: str | None = None) -> Llama:
-    return Llama.build(
+    for_one = variant == "max_batch_1"
+    llama = Llama.build(
         job.ckpt_dir,
         job.tokenizer_path,
         max_seq_len=job.max_seq_len,
-        max_batch_size=max_batch_size,
+        max_batch_size=1 if for_one else job.max_batch_size,
         device=job.device,
         dtype=job.dtype,
-        quantize=quantize,
+        **_OPTIONS[variant],
     )
+    if variant == "eager":
+        llama.stepper = PlainStepper(llama.model)
+    engine = OursForOneRow(llama, (1,)) if for_one else Ours(llama, job.decode_batches)
+    engine.load_parts = times.seconds
+    return engine

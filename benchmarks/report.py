@@ -1,7 +1,7 @@
-"""From the rounds' figures to lines: medians of each engine, ratios of ours to each peer, as a table and as JSON.
+"""From the rounds' figures to a report: medians of each engine, ratios of ours to each peer; tables, JSON, a picture.
 
-A ratio is taken within a round, where both met the machine in the same mood, and always says how many times as good
-ours is: for seconds and bytes it is the peer's figure over ours. Knows nothing of how figures come about.
+A ratio is taken within a round, in which the engines took turns, and always says how many times as good ours is: for
+seconds and bytes it is the peer's figure over ours.
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.job import ENGINES, OURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Rounds = Sequence[dict[str, dict[str, float]]]  # [round][engine][figure]
-OURS = ("ours", "alone", "int8")  # this library, in a build for one row, and quantized
 _LESS_IS_BETTER = ("load", "first_token", "ragged_first_token", "peak_memory", "sampling")
 _SCALES = {"GiB": 2.0**30, "GB/s": 1e9, "GFLOP/s": 1e9, "ms": 1e-3, "%": 0.01}
 _UNITS = {  # by the first word of a figure's name
@@ -24,12 +29,18 @@ _UNITS = {  # by the first word of a figure's name
     "matmul": "GFLOP/s",
     "share": "%",
 }
-
-
+_PLOTTED = {
+    "decode_1": "decode, batch 1",
+    "decode_8": "decode, batch 8",
+    "prefill_128": "prefill, 128 tokens",
+    "ragged_first_token": "first tokens of a ragged batch of 8",
+    "peak_memory": "peak memory",
+}
 _LEGEND = """\
-ours, alone   this library in a build for the largest batch, and in one for a single row; int8: with quantize="int8";
-              published: a ragged batch as Meta's published code steps it, with plain layers; machine: its memory and
-              arithmetic
+ours_...      this library: max_batch_1 in a build for a single row, int8 with quantize="int8", compiled with
+              compile=True
+published     a ragged batch as Meta's published code steps it, with plain layers
+machine       its memory and arithmetic
 load          from the start of building or opening the network; imports are not counted
 first_token   from there to the first token of a prompt of 16
 ragged_...    first tokens of 8 prompts of 8 to 256 tokens
@@ -45,9 +56,9 @@ class Line:
 
     Attributes:
         figure: its name, such as "decode_8".
-        engine: whose it is; for a ratio "ours/PEER", "alone/PEER", "int8/PEER" or "int8/ours".
+        engine: whose it is; for a ratio "OURS/PEER", such as "ours_int8/llama_cpp_q8_0".
         unit: of values; "x" for a ratio.
-        values: one a round, in that unit.
+        values: one per round, in that unit.
     """
 
     figure: str
@@ -75,11 +86,10 @@ def engine_lines(rounds: Rounds) -> list[Line]:
 
 
 def ratio_lines(rounds: Rounds) -> list[Line]:
-    """How many times as good ours is, for every figure that a peer has too; and int8 than the default build."""
+    """How many times as good ours is, for every figure that a peer has too, and our other builds than the default."""
     lines = []
     for peer, figure, _ in _collect(rounds):
-        builds = {"ours": ("int8",), "alone": (), "int8": ()}.get(peer, OURS)
-        for ours in builds if figure != "memory_before" else ():
+        for ours in _compared_with(peer) if figure != "memory_before" else ():
             pairs = [
                 (r[ours][figure], r[peer][figure]) for r in rounds if _has(r, ours, figure) and _has(r, peer, figure)
             ]
@@ -87,6 +97,14 @@ def ratio_lines(rounds: Rounds) -> list[Line]:
             if pairs:
                 lines.append(Line(figure, f"{ours}/{peer}", "x", [b / a if less else a / b for a, b in pairs]))
     return lines
+
+
+def _compared_with(peer: str) -> list[str]:
+    """Our builds; those with quantized weights are compared with the default build and with other quantized engines."""
+    if peer in OURS:
+        return [ours for ours in OURS if ours != "ours"] if peer == "ours" else []
+    quantized_peer = peer in ENGINES and ENGINES[peer].quantized
+    return [ours for ours, spec in OURS.items() if quantized_peer or not spec.quantized]
 
 
 def _collect(rounds: Rounds) -> list[tuple[str, str, list[float]]]:
@@ -100,7 +118,7 @@ def _has(one_round: dict[str, dict[str, float]], engine: str, figure: str) -> bo
 
 
 def json_lines(lines: Sequence[Line], context: dict[str, Any]) -> str:
-    """One object a line, each complete with the run's `context`: shape, dtype, machine, versions."""
+    """One object per line, each complete with the run's `context`: shape, dtype, machine, versions."""
     objects = [
         {**asdict(line), "min": min(line.values), "median": line.median, "max": max(line.values), **context}
         for line in lines
@@ -109,7 +127,7 @@ def json_lines(lines: Sequence[Line], context: dict[str, Any]) -> str:
 
 
 def page(title: str, versions: dict[str, str], lines: Sequence[Line], ratios: Sequence[Line]) -> str:
-    """The whole report, to be read."""
+    """The whole report as text."""
     head = [title, *(f"{engine}: {version}" for engine, version in versions.items())]
     return "\n".join([*head, "", table(lines), "", ratio_table(ratios), "", _unsteady(lines), _LEGEND])
 
@@ -122,7 +140,7 @@ def _unsteady(lines: Sequence[Line]) -> str:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """A row a figure, a column an engine: medians."""
+    """One row per figure, one column per engine: medians."""
     engines = list(dict.fromkeys(line.engine for line in lines))
     found = {(line.figure, line.engine): line for line in lines}
     rows = [["median", "unit", *engines]]
@@ -133,7 +151,7 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def ratio_table(lines: Sequence[Line]) -> str:
-    """A row a ratio: min, median and max over the rounds."""
+    """One row per ratio: min, median and max over the rounds."""
     rows = [["times as good, in each round", "", "min", "median", "max"]]
     rows += [
         [line.engine, line.figure, *map(number, (min(line.values), line.median, max(line.values)))] for line in lines
@@ -157,6 +175,39 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def shown(figure: str, value: float) -> str:
-    """A single value as the tables would show it."""
+    """A single value as the tables show it."""
     unit = unit_of(figure)
     return f"{number(value / _SCALES.get(unit, 1))} {unit}"
+
+
+def plot(lines: Sequence[Line], versions: dict[str, str], title: str, path: Path) -> None:
+    """Writes a picture in the format of the file's ending: one panel per figure, one bar per engine. Needs matplotlib.
+
+    Error bars are the range over the rounds. Engines with quantized weights are marked as such.
+    """
+    from matplotlib.figure import Figure
+
+    labels = {engine: f"{engine}, int8" for engine, version in versions.items() if version.endswith("int8")}
+    figures = [figure for figure in _PLOTTED if any(line.figure == figure for line in lines)]
+    picture = Figure(figsize=(3.2 * len(figures), 3.6))
+    panels = picture.subplots(1, len(figures), squeeze=False)
+    for axes, figure in zip(panels[0], figures, strict=True):
+        _panel(axes, [line for line in lines if line.figure == figure], _PLOTTED[figure], labels)
+    picture.suptitle(title, fontsize=9)
+    picture.tight_layout()
+    picture.savefig(path, dpi=150)
+
+
+def _panel(axes: Axes, lines: Sequence[Line], title: str, labels: dict[str, str]) -> None:
+    names = [labels.get(line.engine, line.engine) for line in lines]
+    medians = [line.median for line in lines]
+    below = [line.median - min(line.values) for line in lines]
+    above = [max(line.values) - line.median for line in lines]
+    colors = ["tab:blue" if line.engine in OURS else "tab:gray" for line in lines]
+    bars = axes.bar(names, medians, width=0.7, yerr=(below, above), color=colors, capsize=3)
+    axes.bar_label(bars, labels=[number(median) for median in medians], fontsize=8, padding=2)
+    axes.set_title(title, fontsize=9)
+    axes.set_ylabel(lines[0].unit, fontsize=8)
+    axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
+    axes.set_xlim(-0.6, max(len(names), 2) - 0.4)
+    axes.margins(y=0.15)

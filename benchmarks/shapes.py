@@ -1,11 +1,10 @@
-"""The networks that are measured, with random weights made on the spot in the released format.
-
-Knows the sizes and the files, nothing of time.
-"""
+"""The networks that are measured: their files, with random weights, and what the formula says of their sizes."""
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,15 @@ import torch
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
+from benchmarks.job import Job
 from llama import ModelArgs
 from llama.checkpoint import tensor_shapes
+from llama.memory import MemoryPlan, plan_memory
+from llama.tools.convert import to_hf
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32},
+    "200m": {"dim": 1024, "n_layers": 12, "n_heads": 16, "n_kv_heads": 4, "vocab_size": 32000, "multiple_of": 256},
     "1b": {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "vocab_size": 32000, "multiple_of": 256},
     "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "multiple_of": 256},
     "13b": {"dim": 5120, "n_layers": 40, "n_heads": 40, "vocab_size": 32000, "multiple_of": 256},
@@ -29,8 +32,8 @@ _CONTROL_PIECES = 3
 def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype) -> None:
     """A checkpoint of random weights in one file.
 
-    Every layer holds the first one's numbers, shifted by a few places: drawing billions of them would take minutes,
-    and engines keep equal tensors only once, which would make them look smaller than they are.
+    Every layer has the first one's numbers, shifted by a few places: drawing billions of them would take minutes, and
+    engines keep equal tensors only once, which would make them look smaller than they are.
     """
     params = SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,50 @@ def write_tokenizer(path: Path, n_pieces: int) -> None:
     )
 
 
+def check_shape(shape: str) -> None:
+    if shape not in SHAPES:
+        raise ValueError(
+            f"shape must be one of {', '.join(SHAPES)}, got {shape!r}; --ckpt_dir measures another network"
+        )
+
+
+def write_hf_folder(job: Job) -> None:
+    """The checkpoint as transformers reads it, written on the first call."""
+    if not job.hf_folder.exists():
+        to_hf(job.ckpt_dir, job.tokenizer_path, job.hf_folder, dtype=job.dtype, quiet=True)
+
+
 def vocab_size_of(ckpt_dir: Path) -> int:
     """The vocabulary of a checkpoint whose `params.json` leaves it to the tokenizer."""
     shard = sorted(ckpt_dir.glob("*.pth"))[0]
     return len(torch.load(shard, map_location="cpu", weights_only=True, mmap=True)["tok_embeddings.weight"])
+
+
+def bytes_per_decode_step(args: ModelArgs, job: Job) -> float:
+    """Bytes that one decode step has to read at batch 1.
+
+    Every weight but the embedding table, of which it reads one row, and the keys and values that are there in the
+    middle of the timed steps.
+    """
+    shapes = tensor_shapes(args, 1)
+    weights = sum(math.prod(shape) for name, shape in shapes.items() if name != "tok_embeddings.weight")
+    kv_len = job.decode_prompt + job.decode_steps / 2
+    cached = 2 * args.n_layers * args.kv_heads * args.head_dim * kv_len
+    return _dtype(job).itemsize * (weights + cached)
+
+
+def operations_per_token(args: ModelArgs) -> float:
+    """Floating-point operations per token of a prompt in the layers' products; attention and logits are left out."""
+    shapes = tensor_shapes(args, 1)
+    return 2.0 * sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("layers."))
+
+
+def memory_plan(args: ModelArgs, job: Job) -> MemoryPlan:
+    """What `Llama.build` counts on for this job's cache sizes."""
+    sized = replace(args, max_batch_size=job.max_batch_size, max_seq_len=job.max_seq_len)
+    return plan_memory(sized, 1, _dtype(job))
+
+
+def _dtype(job: Job) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, job.dtype)
+    return dtype

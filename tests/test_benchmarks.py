@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from benchmarks import bench, ceiling, engines, report, rounds
-from benchmarks.job import Job
-from benchmarks.lines import parse
-from benchmarks.measure import LOAD, figure, turns
+from benchmarks import bench, report, rounds
+from benchmarks.job import Job, parse
 from benchmarks.ours import Ours
-from benchmarks.published_way import PublishedWay
-from benchmarks.rounds import Plan
-from benchmarks.shapes import SHAPES
+from benchmarks.published import PublishedWay
+from benchmarks.rounds import EngineProcess, Plan
+from benchmarks.shapes import SHAPES, bytes_per_decode_step
+from benchmarks.worker import LOAD, figure, turns
 from llama import Llama, ModelArgs
 from llama.checkpoint import read_shard
 
@@ -40,7 +39,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_every_figure_is_there_and_positive(lines: list[dict[str, Any]]) -> None:
     assert {line["figure"] for line in lines if line["engine"] == "ours"} >= OURS
-    assert {line["figure"] for line in lines if line["engine"] == "alone"} >= {
+    assert {line["figure"] for line in lines if line["engine"] == "ours_max_batch_1"} >= {
         "decode_1",
         "share_of_bandwidth_decode_1",
     }
@@ -97,7 +96,7 @@ class _FakeProcess:
     def __exit__(self, *_: object) -> None:
         self.running.remove(self.engine)
 
-    def take_turn(self, turn: str, on_figure: engines.OnFigure) -> engines.Figures:
+    def take_turn(self, turn: str, on_figure: rounds.OnFigure) -> rounds.Figures:
         self.taken.append((turn, self.engine))
         if (turn, self.engine) == ("decode_1", "hf"):
             raise RuntimeError("exit status 1: no room")
@@ -107,7 +106,7 @@ class _FakeProcess:
 def test_a_peer_that_fails_is_left_out_from_there_on(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engines, "Running", _FakeProcess)
+    monkeypatch.setattr(rounds, "EngineProcess", _FakeProcess)
     pythons = {"ours": sys.executable, "hf": sys.executable}
     found = rounds._take_turns(["ours", "hf"], pythons, job, Path("job.json"), "round 1/1")
     assert found == {
@@ -125,14 +124,14 @@ def test_a_process_that_ends_in_its_turn_leaves_its_last_words(job: Job, tmp_pat
     job.write(tmp_path / "job.json")
     there = replace(job, folder=str(tmp_path))
     ends = pytest.raises(RuntimeError, match=r"exit status 1: .*KeyError: 'nonsense'")
-    with engines.Running("nonsense", sys.executable, there, tmp_path / "job.json") as process, ends:
+    with EngineProcess("nonsense", sys.executable, there, tmp_path / "job.json") as process, ends:
         process.take_turn(LOAD, lambda *_: None)
 
 
 def test_unknown_peers_and_shapes_are_errors() -> None:
     with pytest.raises(ValueError, match="nonsense"):
         bench._installed(["nonsense"], [], "cpu")
-    with pytest.raises(ValueError, match=r"shape is '2b'; it takes tiny, 1b, 7b, 13b"):
+    with pytest.raises(ValueError, match=r"shape must be one of tiny, 200m, 1b, 7b, 13b, got '2b'"):
         bench.main("2b")
 
 
@@ -144,7 +143,7 @@ def test_lines_of_other_programs_are_no_figures() -> None:
 def test_a_decode_step_reads_all_but_the_embedding(job: Job) -> None:
     args = ModelArgs(**SHAPES["1b"])
     sized = Job(**asdict(job) | {"dtype": "bfloat16", "decode_prompt": 128, "decode_steps": 32})
-    assert ceiling.bytes_per_decode_step(args, sized) == 2 * (1_034_512_384 + 2 * 22 * 4 * 64 * 144)
+    assert bytes_per_decode_step(args, sized) == 2 * (1_034_512_384 + 2 * 22 * 4 * 64 * 144)
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +202,6 @@ def test_our_engine_ticks_once_a_token_of_all_rows(job: Job, llama: Llama) -> No
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[bench]'")
-    from benchmarks.plot import plot
-
     rounds = [{"ours": {"decode_1": 4.0}, "ctranslate2": {"decode_1": 2.0}}]
-    plot(report.engine_lines(rounds), {"ctranslate2": "ctranslate2 4, int8"}, "title", tmp_path / "bars.png")
+    report.plot(report.engine_lines(rounds), {"ctranslate2": "ctranslate2 4, int8"}, "title", tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")

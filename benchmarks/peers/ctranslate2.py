@@ -1,7 +1,4 @@
-"""CTranslate2: its own generator, in the job's dtype where the CPU's backend has it, else with int8 weights.
-
-A generator of int8 weights reads half as many bytes a token: the report names the type beside the version.
-"""
+"""CTranslate2: its own generator, with int8 weights, as it is mostly used on CPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +11,8 @@ from ctranslate2.converters.transformers import LlamaLoader
 from transformers import LlamaForCausalLM
 
 from benchmarks.job import Job
-from benchmarks.peers.hf_folder import write_hf_folder
+
+COMPUTE_TYPE = "int8"
 
 
 class CTranslate2:
@@ -42,29 +40,25 @@ class CTranslate2:
         )
 
 
-def compute_type(job: Job) -> str:
-    return job.dtype if job.dtype in ctranslate2.get_supported_compute_types(job.device) else "int8"
+def version(job: Job, variant: str) -> str:
+    return f"ctranslate2 {ctranslate2.__version__}, {COMPUTE_TYPE}"
 
 
-def version(job: Job) -> str:
-    return f"ctranslate2 {ctranslate2.__version__}, {compute_type(job)}"
-
-
-def prepare(job: Job) -> None:
+def prepare(job: Job, variant: str) -> None:
     """Converts in memory from transformers' model; ids stand for text, since a generator takes pieces."""
-    model = LlamaForCausalLM.from_pretrained(write_hf_folder(job), dtype=getattr(torch, job.dtype))
+    model = LlamaForCausalLM.from_pretrained(job.hf_folder, dtype=getattr(torch, job.dtype))
     spec = LlamaLoader().get_model_spec(model)
     spec.register_vocabulary([f"<{token}>" for token in range(job.vocab_size)])
     spec.config.layer_norm_epsilon = job.norm_eps
     spec.config.unk_token, spec.config.bos_token, spec.config.eos_token = "<0>", "<1>", "<2>"
     spec.validate()
-    spec.optimize(quantization=compute_type(job))
+    spec.optimize(quantization=COMPUTE_TYPE)
     folder = Path(job.folder) / "ctranslate2"
     folder.mkdir(exist_ok=True)
     spec.save(str(folder))
 
 
-def load(job: Job) -> CTranslate2:
+def load(job: Job, variant: str) -> CTranslate2:
     folder = str(Path(job.folder) / "ctranslate2")
-    kind, threads = compute_type(job), job.threads
-    return CTranslate2(ctranslate2.Generator(folder, job.device, compute_type=kind, intra_threads=threads))
+    generator = ctranslate2.Generator(folder, job.device, compute_type=COMPUTE_TYPE, intra_threads=job.threads)
+    return CTranslate2(generator)

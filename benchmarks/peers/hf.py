@@ -1,6 +1,7 @@
 """Hugging Face transformers: sdpa attention, a static cache, a greedy loop by hand, logits of the last position.
 
-Its dynamic cache, which grows by copying, takes a fifth longer for a step at batch 8, and as long at batch 1.
+Its dynamic cache, which grows by copying, takes a fifth longer for a step at batch 8, and as long at batch 1. The
+variant "compiled" is its own recipe for a GPU, a static cache and `torch.compile`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import transformers
 from transformers import LlamaForCausalLM, StaticCache
 
 from benchmarks.job import Job
-from benchmarks.peers.hf_folder import write_hf_folder
 
 
 class HuggingFace:
@@ -33,16 +33,52 @@ class HuggingFace:
             tick()
 
 
-def version(job: Job) -> str:
+class CompiledHuggingFace(HuggingFace):
+    """The prefill runs as it is, steps of one token as one compiled graph.
+
+    The cache is kept: a new one would have new addresses, and with them a new capture.
+    """
+
+    def __init__(self, model: transformers.PreTrainedModel, job: Job) -> None:
+        super().__init__(model)
+        self.max_seq_len = job.max_seq_len
+        self.caches: dict[int, StaticCache] = {}
+        self.step = torch.compile(self._step, mode="reduce-overhead", fullgraph=False)
+
+    def _step(self, tokens: torch.Tensor, position: torch.Tensor, cache: StaticCache) -> torch.Tensor:
+        return self.model(
+            input_ids=tokens, cache_position=position, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
+        tokens = torch.tensor(prompts, device=self.model.device)
+        bsz, length = tokens.shape
+        if bsz not in self.caches:
+            self.caches[bsz] = StaticCache(config=self.model.config, max_cache_len=self.max_seq_len)
+        cache = self.caches[bsz]
+        cache.reset()
+        step = self._step
+        position = torch.arange(length, device=tokens.device)
+        for _ in range(n_tokens):
+            logits = step(tokens, position, cache)
+            tokens = logits[:, -1:].argmax(-1).clone()
+            position = position[-1:] + 1
+            step = self.step
+            tokens.tolist()
+            tick()
+
+
+def version(job: Job, variant: str) -> str:
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
-def prepare(job: Job) -> None:
-    write_hf_folder(job)
+def prepare(job: Job, variant: str) -> None:
+    """Nothing: it reads `job.hf_folder`."""
 
 
-def load(job: Job) -> HuggingFace:
+def load(job: Job, variant: str) -> HuggingFace:
     dtype = getattr(torch, job.dtype)
-    model = LlamaForCausalLM.from_pretrained(write_hf_folder(job), dtype=dtype, attn_implementation="sdpa")
-    model.to(torch.device(job.device))
-    return HuggingFace(model.eval())
+    model = LlamaForCausalLM.from_pretrained(job.hf_folder, dtype=dtype, attn_implementation="sdpa")
+    model.to(torch.device(job.device)).eval()
+    return CompiledHuggingFace(model, job) if variant == "compiled" else HuggingFace(model)

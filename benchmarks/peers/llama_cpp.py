@@ -1,6 +1,7 @@
-"""llama.cpp through the C functions that llama-cpp-python exposes, on a GGUF file in the job's dtype.
+"""llama.cpp through the C functions that llama-cpp-python exposes, on a GGUF file.
 
-Its default flash attention and float16 cache; a sequence of its own for each prompt, as its batched benchmark has.
+Weights in the job's dtype, or in the variants "q8_0" and "q4_0" in blocks of 32. Its default flash attention and
+float16 cache; a sequence of its own for each prompt, as its batched benchmark has.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.job import Job
-from benchmarks.peers.state import read_state
 
-_TYPES = {
+_TYPES = {  # by the variant, or else the job's dtype
     "bfloat16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
 _NAMES = {"tok_embeddings.weight": "token_embd", "norm.weight": "output_norm", "output.weight": "output"}
 _NAMES_IN_LAYER = {
@@ -42,12 +44,12 @@ class LlamaCpp:
     batches = (1, 8)
     ragged = False
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, variant: str) -> None:
         self.vocab_size = job.vocab_size
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = 0
-        self.model = llama_cpp.llama_model_load_from_file(str(_file(job)).encode(), model_params)
+        self.model = llama_cpp.llama_model_load_from_file(str(gguf_file(job, variant)).encode(), model_params)
         n_seq = max(self.batches)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_seq * -(-job.max_seq_len // 256) * 256
@@ -90,15 +92,32 @@ class LlamaCpp:
         return int(np.ctypeslib.as_array(address, shape=(self.vocab_size,)).argmax())
 
 
-def version(job: Job) -> str:
-    return f"llama-cpp-python {package_version('llama-cpp-python')}"
+def version(job: Job, variant: str) -> str:
+    return f"llama-cpp-python {package_version('llama-cpp-python')}" + (f", {variant}" if variant else "")
 
 
-def prepare(job: Job) -> None:
+def prepare(job: Job, variant: str) -> None:
     """Writes the GGUF; the norms in float32, as llama.cpp wants them."""
-    kind, file_type = _TYPES[job.dtype]
-    writer = gguf.GGUFWriter(_file(job), "llama")
+    kind, file_type = _TYPES[variant or job.dtype]
+    writer = gguf.GGUFWriter(gguf_file(job, variant), "llama")
     writer.add_file_type(file_type)
+    _add_sizes(writer, job)
+    writer.add_tokenizer_model("no_vocab")
+    for name, tensor in _read_state(job).items():
+        if tensor.dim() == 1:
+            writer.add_tensor(_gguf_name(name), tensor.float().numpy())
+        elif variant:
+            values = gguf.quants.quantize(tensor.float().numpy(), kind)
+            writer.add_tensor(_gguf_name(name), values, raw_dtype=kind)
+        else:
+            writer.add_tensor(_gguf_name(name), _as_numpy(tensor), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_sizes(writer: gguf.GGUFWriter, job: Job) -> None:
     writer.add_context_length(4096)
     writer.add_embedding_length(job.dim)
     writer.add_block_count(job.n_layers)
@@ -109,20 +128,10 @@ def prepare(job: Job) -> None:
     writer.add_rope_dimension_count(job.head_dim)
     writer.add_rope_freq_base(job.rope_theta)
     writer.add_vocab_size(job.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    for name, tensor in read_state(job).items():
-        if tensor.dim() == 1:
-            writer.add_tensor(_gguf_name(name), tensor.float().numpy())
-        else:
-            writer.add_tensor(_gguf_name(name), _as_numpy(tensor), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
-def _file(job: Job) -> Path:
-    return Path(job.folder) / "model.gguf"
+def gguf_file(job: Job, variant: str) -> Path:
+    return Path(job.folder) / f"model-{variant or job.dtype}.gguf"
 
 
 def _gguf_name(name: str) -> str:
@@ -132,10 +141,18 @@ def _gguf_name(name: str) -> str:
     return f"blk.{layer}.{_NAMES_IN_LAYER[in_layer]}.weight"
 
 
+def _read_state(job: Job) -> dict[str, Tensor]:
+    """Released names -> tensors, memory-mapped, in the job's dtype."""
+    shard = next(Path(job.ckpt_dir).glob("*.pth"))
+    state = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+    state.pop("rope.freqs", None)
+    return {name: tensor.to(getattr(torch, job.dtype)) for name, tensor in state.items()}
+
+
 def _as_numpy(tensor: Tensor) -> np.ndarray:
     """The same bytes; numpy has no bfloat16."""
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def load(job: Job) -> LlamaCpp:
-    return LlamaCpp(job)
+def load(job: Job, variant: str) -> LlamaCpp:
+    return LlamaCpp(job, variant)

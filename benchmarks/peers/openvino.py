@@ -1,7 +1,7 @@
 """OpenVINO: a stateful model that optimum-intel exports from transformers, driven through its own infer request.
 
-Weights and arithmetic in the job's dtype, the cache too. The vocabulary projection is cut down to the last position,
-as OpenVINO's own text generation does.
+Weights and arithmetic in the job's dtype, the cache too; the variants "int8" and "int4" have weights that NNCF
+compressed. The vocabulary projection is applied to the last position alone, as OpenVINO's own text generation does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from benchmarks.job import Job
-from benchmarks.peers.hf_folder import write_hf_folder
 
 _PRECISIONS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -49,27 +48,37 @@ class OpenVino:
         return outputs["logits"]
 
 
-def version(job: Job) -> str:
-    return f"openvino {ov.__version__.split('-')[0]}"
+def version(job: Job, variant: str) -> str:
+    return f"openvino {ov.__version__.split('-')[0]}" + (f", {variant}" if variant else "")
 
 
-def prepare(job: Job) -> None:
-    from optimum.exporters.openvino import main_export  # here: they are no part of what is measured
-    from optimum.intel import OVConfig
+def prepare(job: Job, variant: str) -> None:
+    """Exports the model once; a variant compresses its weights."""
+    plain = _file(job, "")
+    if not plain.exists():
+        from optimum.exporters.openvino import main_export  # here: it is no part of what is measured
+        from optimum.intel import OVConfig
 
-    main_export(
-        str(write_hf_folder(job)),
-        output=_folder(job),
-        task="text-generation-with-past",
-        library_name="transformers",
-        local_files_only=True,
-        ov_config=OVConfig(),  # without one, weights of a larger network become int8
-    )
+        main_export(
+            str(job.hf_folder),
+            output=plain.parent,
+            task="text-generation-with-past",
+            library_name="transformers",
+            local_files_only=True,
+            ov_config=OVConfig(),  # without one, weights of a larger network become int8
+        )
+    if variant:
+        import nncf
+
+        mode = {"int8": nncf.CompressWeightsMode.INT8_ASYM, "int4": nncf.CompressWeightsMode.INT4_SYM}[variant]
+        options = {"group_size": 64, "all_layers": True} if variant == "int4" else {}
+        _file(job, variant).parent.mkdir(exist_ok=True)
+        ov.save_model(nncf.compress_weights(ov.Core().read_model(plain), mode, **options), _file(job, variant))
 
 
-def load(job: Job) -> OpenVino:
+def load(job: Job, variant: str) -> OpenVino:
     core = ov.Core()
-    model = core.read_model(_folder(job) / "openvino_model.xml")
+    model = core.read_model(_file(job, variant))
     _keep_last_position(model)
     precision = _PRECISIONS[job.dtype]
     settings = {
@@ -81,8 +90,8 @@ def load(job: Job) -> OpenVino:
     return OpenVino(core.compile_model(model, "CPU", settings))
 
 
-def _folder(job: Job) -> Path:
-    return Path(job.folder) / "openvino"
+def _file(job: Job, variant: str) -> Path:
+    return Path(job.folder) / f"openvino{variant}" / "openvino_model.xml"
 
 
 def _keep_last_position(model: ov.Model) -> None:

@@ -1,8 +1,8 @@
-"""The baseline of the ragged batch: how Meta's published code brings prompts of different lengths to their first token.
+"""The baseline of the ragged batch: how Meta's published code gets prompts of different lengths to their first token.
 
-The prompts are prefilled together as far as the shortest one goes; from there on the whole batch advances by a single
-position a pass, longer prompts being fed their own tokens. Logits are computed for every position, keys and values
-are repeated for each query head, layers are plain linear ones. Written anew with plain torch; it knows no llama code.
+The prompts are prefilled together up to the shortest one's end; from there on the whole batch advances by one position
+per pass, and longer prompts are fed their own tokens. Logits are computed for every position, keys and values are
+repeated for each query head, layers are plain linear ones. Written independently, with plain torch.
 """
 
 from __future__ import annotations
@@ -98,15 +98,15 @@ def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotations[:, None]).flatten(3).type_as(x)
 
 
-def version(job: Job) -> str:
+def version(job: Job, variant: str) -> str:
     return f"torch {torch.__version__}"
 
 
-def prepare(job: Job) -> None:
+def prepare(job: Job, variant: str) -> None:
     """Nothing: the checkpoint is read as it is."""
 
 
-def load(job: Job) -> PublishedWay:
+def load(job: Job, variant: str) -> PublishedWay:
     shard = next(Path(job.ckpt_dir).glob("*.pth"))
     state = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
     dtype = getattr(torch, job.dtype)
