@@ -6,6 +6,7 @@ oneDNN's operators for them are not documented by torch: `can_pack` and `can_qua
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import statistics
 import threading
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ _PROBE_BYTES = 96 * MiB  # weights that are read for a timing: more than most ca
 _CLEARLY = 0.97  # of another time, to be preferred to it
 _MOST_ROTATED = 32  # inputs per block of the rotation before quantization
 _QUANTIZED_ELEMENTS = 1 << 20  # of a weight that are quantized at a time, so that they stay in the processor's caches
+_TILE = 64  # outputs, and inputs, of oneDNN's blocks of int8 weights
 
 _NO_ZERO_POINT = torch.zeros(1, dtype=torch.int64, device="cpu")  # of symmetric weights
 _onednn_switch = threading.Lock()
@@ -105,16 +108,24 @@ class QuantizedWeight:
     rotation: Tensor
 
 
-@torch.no_grad()
 def quantize_weight(weight: Tensor) -> QuantizedWeight:
-    """Quantizes a weight (out, in) to int8, symmetrically, per output channel.
+    """A weight (out, in) of any dtype, quantized and blocked for `quantized_linear`."""
+    return block_quantized(*quantize_values(weight))
+
+
+@torch.no_grad()
+def quantize_values(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes a weight (out, in) to int8, symmetrically, per output channel. `dequantize` is the inverse.
 
     Inputs and weight are first rotated by a Hadamard matrix in blocks of up to 32 inputs. This leaves the product
     as it is, but spreads the few large inputs that trained networks have, which the scale of a token's inputs would
     otherwise be wasted on (QuaRot, Ashkboos et al. 2024).
+
+    Returns:
+        The numbers (out, in) int8, from -127 to 127, and the scales (out,) float32.
     """
     n_out, n_in = weight.shape
-    rotation = _hadamard(math.gcd(n_in, _MOST_ROTATED))
+    rotation = _rotation(n_in)
     block = rotation.size(0)
     values = torch.empty((n_out, n_in), dtype=torch.int8, device="cpu")
     peaks = torch.empty((n_out, 1), dtype=torch.float32, device="cpu")
@@ -125,9 +136,82 @@ def quantize_weight(weight: Tensor) -> QuantizedWeight:
         rotated = (part.float().reshape(-1, block) @ rotation).view(-1, n_in)
         torch.amax(rotated.abs(), dim=1, keepdim=True, out=peaks_of_part)
         values_of_part.copy_(rotated.mul_(127 / peaks_of_part.clamp_min(1e-30)).round_())
-    blocked = torch.ops.onednn.qlinear_prepack(values, None)
-    # The peaks of inputs are in units of 127 too, and the entries of the rotation are 1 and -1 instead of orthonormal.
-    return QuantizedWeight(blocked, peaks.flatten() / (127 * 127 * block), rotation)
+    return values, peaks.flatten() / (127 * block)  # entries of the rotation are 1 and -1 instead of orthonormal
+
+
+@torch.no_grad()
+def dequantize(values: Tensor, scales: Tensor) -> Tensor:
+    """The weight (out, in), in float32, that `quantize_values` rounded to these numbers and scales."""
+    rotation = _rotation(values.size(1)).to(values.device)
+    scaled = values.float() * scales.float().unsqueeze(1)
+    return (scaled.view(-1, rotation.size(0)) @ rotation).view(values.shape)
+
+
+@torch.no_grad()
+def block_quantized(values: Tensor, scales: Tensor) -> QuantizedWeight:
+    """Numbers and scales as of `quantize_values`, for `quantized_linear`."""
+    # The peaks of inputs are in units of 127 too.
+    return QuantizedWeight(_block_int8(values.contiguous()), scales.float() / 127, _rotation(values.size(1)))
+
+
+# Of each shape, a weight that oneDNN blocked, if `_rearrange` gives the same bytes; held by the layer that owns it.
+_blocked_by_onednn: WeakValueDictionary[torch.Size, Tensor] = WeakValueDictionary()
+
+
+def _block_int8(values: Tensor) -> Tensor:
+    """int8 numbers (out, in) in oneDNN's blocked layout, for inputs with a zero point.
+
+    oneDNN has no fast code for this: it takes five times as long as `_rearrange`. It blocks the first weight of a
+    shape, and the others too where its layout is another one.
+    """
+    example = _blocked_by_onednn.get(values.shape)
+    if example is not None:
+        copied = example.clone()
+        _rearrange(values, _memory_of(copied))
+        return copied
+    blocked: Tensor = torch.ops.onednn.qlinear_prepack(values, None)
+    if _is_rearranged(values, blocked):
+        _blocked_by_onednn[values.shape] = blocked
+    return blocked
+
+
+def _rearrange(values: Tensor, memory: Tensor) -> None:
+    """Writes int8 numbers (out, in) as oneDNN lays them out for AVX-512: in tiles of 64 outputs and 64 inputs.
+
+    In a tile, 4 inputs of an output stand together, then those of the next output. After all tiles comes what a zero
+    point of 1 adds to each output.
+
+    Args:
+        memory: int8, all of the blocked weight.
+    """
+    n_out, n_in = values.shape
+    tiles = values.view(torch.int32).view(n_out // _TILE, _TILE, n_in // _TILE, _TILE // 4).permute(0, 2, 3, 1)
+    memory[: values.numel()].view(torch.int32).view(tiles.shape).copy_(tiles)
+    sums = [part.float().sum(1) for part in values.split(max(1, _QUANTIZED_ELEMENTS // n_in))]  # faster than in int
+    memory[values.numel() :].view(torch.int32).copy_(torch.cat(sums).neg_())
+
+
+def _is_rearranged(values: Tensor, blocked: Tensor) -> bool:
+    """Whether `blocked` has the layout of `_rearrange`."""
+    n_out, n_in = values.shape
+    if n_out % _TILE or n_in % _TILE or values.storage_offset() % 4:
+        return False
+    try:
+        memory = _memory_of(blocked)
+    except (AttributeError, RuntimeError):  # torch does not promise to tell where it is
+        return False
+    if memory.numel() != values.numel() + 4 * n_out:
+        return False
+    expected = torch.empty_like(memory)
+    _rearrange(values, expected)
+    return torch.equal(memory, expected)
+
+
+def _memory_of(blocked: Tensor) -> Tensor:
+    """The bytes of an opaque tensor of oneDNN, as int8; valid as long as that tensor lives."""
+    n_bytes = torch.ops.mkldnn._nbytes(blocked)
+    pointer = torch.ops.mkldnn.data_ptr(blocked)
+    return torch.frombuffer((ctypes.c_char * n_bytes).from_address(pointer), dtype=torch.int8)
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -158,6 +242,11 @@ def _onednn_int8_linear(x: Tensor, blocked: Tensor, scales: Tensor) -> Tensor:
         x, 1.0, 128, blocked, scales, _NO_ZERO_POINT, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return out
+
+
+def _rotation(n_in: int) -> Tensor:
+    """What `n_in` inputs are rotated by, block after block."""
+    return _hadamard(math.gcd(n_in, _MOST_ROTATED))
 
 
 @cache
