@@ -119,6 +119,7 @@ class Completer:
                 self._tokenizer.eos_id,
                 logprobs=params.logprobs,
                 ends=end,
+                speculative=params.speculative,
             )
             for place, (prompt, end) in enumerate(zip(prompts, ends, strict=True))
         )

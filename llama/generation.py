@@ -38,7 +38,7 @@ from llama.inputs import (
     encode_texts,
 )
 from llama.loading import Timings, check_quantize, load_model
-from llama.memory import available_memory, check_memory, out_of_memory_explained
+from llama.memory import available_memory, check_memory, out_of_memory_explained, plan_memory
 from llama.results import (
     ChatPrediction,
     Completion,
@@ -47,10 +47,10 @@ from llama.results import (
     chat_prediction,
     completion_prediction,
 )
-from llama.runner import lock_of
+from llama.runner import ModelRunner, lock_of
 from llama.sampling import sample_top_p
 from llama.stepping import Stepper, choose_stepper
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import PromptError, Tokenizer
 
 __all__ = [
     "B_INST",
@@ -92,19 +92,33 @@ class Llama:
         tokenizer: the one that it was trained with.
         seed: for torch's default generators, as in `build`; None leaves them as they are.
         cuda_graphs: as in `build`.
+        draft_model: a smaller `Transformer` with the same vocabulary and cache sizes, for `speculative="draft"`.
     """
 
     model: Any
     tokenizer: Tokenizer
-    stepper: Stepper | None = None  # here for subclasses that do not call `__init__`
+    stepper: Stepper | None = None  # this and what follows: here for subclasses that do not call `__init__`
+    draft_model: Any = None
+    _draft: ModelRunner | None = None
     _engine: Engine | None = None
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, *, seed: int | None = None, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        *,
+        seed: int | None = None,
+        cuda_graphs: bool = True,
+        draft_model: Any = None,
+    ) -> None:
         if seed is not None:
             torch.manual_seed(check_seed(seed))
         self.model = model
         self.tokenizer = tokenizer
         self.stepper = choose_stepper(model, cuda_graphs=cuda_graphs)
+        self.draft_model = draft_model
+        if draft_model is not None:
+            self._draft = ModelRunner(draft_model, choose_stepper(draft_model, cuda_graphs=cuda_graphs))
 
     @staticmethod
     def build(
@@ -119,6 +133,7 @@ class Llama:
         dtype: str | torch.dtype | None = None,
         cuda_graphs: bool = True,
         quantize: str | None = None,
+        draft_ckpt_dir: str | Path | None = None,
     ) -> Llama:
         """Sets up the processes, under torchrun or without, and loads this rank's shard of a checkpoint.
 
@@ -136,6 +151,8 @@ class Llama:
             cuda_graphs: whether steps on CUDA are captured once and replayed; without effect elsewhere.
             quantize: "int8" computes the linear layers with weights and inputs rounded to int8, on CPUs with VNNI:
                 faster, in half the memory, and not faithful to the checkpoint. None for no such rounding.
+            draft_ckpt_dir: folder of a smaller checkpoint with the same vocabulary and as many files, which drafts
+                tokens for calls with `speculative="draft"`; it gets a KV cache of the same sizes.
 
         Raises:
             AssertionError: `ckpt_dir` holds no `*.pth` file, or not `model_parallel_size` of them.
@@ -147,35 +164,38 @@ class Llama:
         if seed is not None:
             check_seed(seed)
         mp = runtime.resolve_model_parallel_size(model_parallel_size)
-        shards = find_shards(ckpt_dir, mp)
+        folders = [ckpt_dir] if draft_ckpt_dir is None else [ckpt_dir, draft_ckpt_dir]
+        shards = [find_shards(folder, mp) for folder in folders]
         tokenizer = Tokenizer(tokenizer_path)
-        args = model_args(
-            ckpt_dir,
-            tokenizer.n_words,
-            max_batch_size=max_batch_size,
-            max_seq_len=max_seq_len,
-            tokenizer_path=tokenizer_path,
-        )
-        args.check_shards(mp)
+        sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
+        args = [model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path) for folder in folders]
+        for of_network in args:
+            of_network.check_shards(mp)
         device = runtime.select_device(device)
         dtype = runtime.select_dtype(dtype, device)
         check_quantize(quantize, device)
         available = available_memory(device) // runtime.processes_on(device)
-        check_memory(args, mp, dtype, available, str(device), quantize=quantize)
+        for of_network in reversed(args):  # the draft model first, which leaves the rest to the network
+            check_memory(of_network, mp, dtype, available, str(device), quantize=quantize)
+            available -= plan_memory(of_network, mp, dtype, quantize=quantize).total
         timings("checks")
         runtime.share_cores()
         runtime.init_process_groups(mp, device)
         timings("process group")
         same = ("build", args, mp, dtype, device.type)
         try:
-            with runtime.loading_together(same), out_of_memory_explained(args, mp, dtype, str(device)):
-                model = load_model(shards[runtime.model_parallel_rank()], args, mp, device, dtype, timings, quantize)
+            with runtime.loading_together(same), out_of_memory_explained(args[0], mp, dtype, str(device)):
+                models = [
+                    load_model(files[runtime.model_parallel_rank()], of_network, mp, device, dtype, timings, quantize)
+                    for files, of_network in zip(shards, args, strict=True)
+                ]
         except VocabularyError as error:
             raise ValueError(
                 f"{error}; the tokenizer {tokenizer_path} has {tokenizer.n_words} pieces: "
                 "give the tokenizer.model that this checkpoint was trained with"
             ) from error
-        generator = Llama(model, tokenizer, seed=seed, cuda_graphs=cuda_graphs)
+        draft_model = models[1] if len(models) > 1 else None
+        generator = Llama(models[0], tokenizer, seed=seed, cuda_graphs=cuda_graphs, draft_model=draft_model)
         if runtime.is_first_rank():
             parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in timings.seconds.items())
             total = sum(timings.seconds.values())
@@ -185,7 +205,7 @@ class Llama:
     @property
     def engine(self) -> Engine:
         """What runs the network. Calls from all threads, on every `Llama` of the network, share its batch."""
-        self._engine = engine_of(self.model, self.stepper)
+        self._engine = engine_of(self.model, self.stepper, self._draft)
         return self._engine
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,6 +221,7 @@ class Llama:
         echo: bool = False,
         *,
         seed: int | None = None,
+        speculative: str | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Completes prompts, given and returned as token ids.
 
@@ -216,6 +237,9 @@ class Llama:
             echo: whether the prompt is returned in front.
             seed: of this call alone; None draws from torch's default generator of the device, which `build` and
                 `torch.manual_seed` seed.
+            speculative: has tokens drafted and verified several at a time, which gives the same text, often in less
+                time: "prompt_lookup" drafts what followed earlier text that ended alike, "draft" has the model of
+                `draft_ckpt_dir` draft. None for one token per pass.
 
         Returns:
             The ids of each row, up to its first generated EOS, and their log-probabilities or None.
@@ -227,7 +251,7 @@ class Llama:
         args = self.model.params
 
         def check() -> tuple[list[list[int]], SamplingParams]:
-            params = SamplingParams(temperature, top_p, max_gen_len, logprobs, echo, seed=seed)
+            params = self._params(temperature, top_p, max_gen_len, logprobs, echo, seed=seed, speculative=speculative)
             return check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len), params
 
         prompts, params = self._same_on_all_ranks("generate", check)
@@ -245,6 +269,7 @@ class Llama:
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        speculative: str | None = None,
     ) -> list[CompletionPrediction]:
         """Completes texts; arguments as in `generate`.
 
@@ -258,7 +283,9 @@ class Llama:
         """
 
         def check() -> tuple[list[list[int]], SamplingParams]:
-            params = SamplingParams(temperature, top_p, self._max_gen_len(max_gen_len), logprobs, echo, stop, seed)
+            params = self._params(
+                temperature, top_p, self._max_gen_len(max_gen_len), logprobs, echo, stop, seed, speculative
+            )
             return self._encode(prompts, "prompts"), params
 
         ids, params = self._same_on_all_ranks("text_completion", check)
@@ -275,6 +302,7 @@ class Llama:
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        speculative: str | None = None,
     ) -> list[ChatPrediction]:
         """Answers dialogs; arguments as in `text_completion`.
 
@@ -290,7 +318,15 @@ class Llama:
         """
 
         def check() -> tuple[list[list[int] | None], SamplingParams]:
-            params = SamplingParams(temperature, top_p, self._max_gen_len(max_gen_len), logprobs, stop=stop, seed=seed)
+            params = self._params(
+                temperature,
+                top_p,
+                self._max_gen_len(max_gen_len),
+                logprobs,
+                stop=stop,
+                seed=seed,
+                speculative=speculative,
+            )
             return encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len), params
 
         prompts, params = self._same_on_all_ranks("chat_completion", check)
@@ -307,6 +343,7 @@ class Llama:
         echo: bool = False,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        speculative: str | None = None,
     ) -> Generator[str, None, None]:
         """Completes one text, yielding pieces as they become final; joined, they are what `text_completion` returns.
 
@@ -316,7 +353,15 @@ class Llama:
         """
 
         def check() -> tuple[list[int], SamplingParams]:
-            params = SamplingParams(temperature, top_p, self._max_gen_len(max_gen_len), echo=echo, stop=stop, seed=seed)
+            params = self._params(
+                temperature,
+                top_p,
+                self._max_gen_len(max_gen_len),
+                echo=echo,
+                stop=stop,
+                seed=seed,
+                speculative=speculative,
+            )
             return encode_text(prompt, "prompt", self.tokenizer, self.model.params.max_seq_len), params
 
         ids, params = self._same_on_all_ranks("stream_text_completion", check)
@@ -331,11 +376,14 @@ class Llama:
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        speculative: str | None = None,
     ) -> Generator[str, None, None]:
         """Answers one dialog, yielding the answer's pieces; otherwise as `stream_text_completion`."""
 
         def check() -> tuple[list[int] | None, SamplingParams]:
-            params = SamplingParams(temperature, top_p, self._max_gen_len(max_gen_len), stop=stop, seed=seed)
+            params = self._params(
+                temperature, top_p, self._max_gen_len(max_gen_len), stop=stop, seed=seed, speculative=speculative
+            )
             max_seq_len = self.model.params.max_seq_len
             return encode_checked_dialog(dialog, "dialog", self.tokenizer, max_seq_len), params
 
@@ -403,6 +451,14 @@ class Llama:
             raise
         runtime.compare_calls((name, checked))
         return checked
+
+    def _params(self, *args: Any, **kwargs: Any) -> SamplingParams:
+        params = SamplingParams(*args, **kwargs)
+        if params.speculative == "draft" and self._draft is None:
+            raise PromptError(
+                "speculative='draft' must have a draft model, got none; give draft_ckpt_dir to Llama.build"
+            )
+        return params
 
     def _encode(self, texts: Iterable[str], name: str) -> list[list[int]]:
         return encode_texts(texts, name, self.tokenizer, self.model.params.max_seq_len)

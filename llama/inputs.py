@@ -16,6 +16,8 @@ from llama.chat import Dialog, Message, check_dialog, encode_dialog, is_unsafe
 from llama.quoting import quote
 from llama.tokenizer import PromptError, Tokenizer
 
+SPECULATIVE = ("prompt_lookup", "draft")  # ways to draft tokens: see `speculative`
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -32,6 +34,7 @@ class SamplingParams:
     echo: bool = False
     stop: Sequence[str] = ()
     seed: int | None = None
+    speculative: str | None = None
 
     def __post_init__(self) -> None:
         temperature, top_p = _number(self.temperature), _number(self.top_p)
@@ -43,6 +46,9 @@ class SamplingParams:
         if max_gen_len is None or max_gen_len < 0:
             raise PromptError(f"max_gen_len must be an integer of 0 or above, got {quote(self.max_gen_len)}")
         seed = None if self.seed is None else check_seed(self.seed)
+        if self.speculative not in (None, *SPECULATIVE):
+            ways = " or ".join(map(repr, SPECULATIVE))
+            raise PromptError(f"speculative must be None, {ways}, got {quote(self.speculative)}")
         checked = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "seed": seed}
         flags = {name: _check_flag(getattr(self, name), name) for name in ("logprobs", "echo")}
         for name, value in (checked | flags | {"stop": _check_stop(self.stop)}).items():

@@ -28,7 +28,8 @@ class Timings:
 
     def __call__(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[name], self._since = now - self._since, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
 
 
 def check_quantize(quantize: str | None, device: torch.device) -> None:

@@ -380,6 +380,7 @@ class Service:
                         logprobs=params.logprobs,
                         top_logprobs=added.top_logprobs,
                         ends=choice.ends,
+                        speculative=params.speculative,
                     )
                 )
         call = Call(sequences)

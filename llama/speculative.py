@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
+from collections.abc import Callable
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,6 @@ from llama.runtime import broadcast_from_first, to_device
 from llama.sequence import Sequence
 from llama.stepping import MAX_WIDTH
 
-WAYS = ("prompt_lookup", "draft")  # values of `speculative`
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, MAX_WIDTH)  # tokens per row of a pass; few of them, since each needs kernels
 _GRAM_SIZES = (4, 2, 1)  # of the n-grams that earlier text is searched for, the longest first
 _MOST_PLACES = 16  # of an n-gram that are compared
@@ -36,6 +37,7 @@ _PRIOR_WEIGHT = 2.0  # drafts
 _EVIDENCE_KEPT = 0.9  # with each draft
 _MEASURED = (1, 2, 4, 8, 16, 32, 64, 128)  # positions of the passes that are timed
 _MEASURED_LAYERS = 4
+_ROUNDS = 4
 _CLEARLY = 1.01  # times the plain speed that drafting must promise
 
 
@@ -121,7 +123,8 @@ class PassCosts:
         Args:
             seconds: for each of `_MEASURED`.
         """
-        self._seconds = [max(seconds[: i + 1]) for i in range(len(seconds))]  # never less for more positions
+        # Disturbed timings are too long: a pass takes no longer than one of more positions.
+        self._seconds = [min(seconds[i:]) for i in range(len(seconds))]
 
     def __call__(self, n_positions: int) -> float:
         i = bisect_left(_MEASURED, n_positions)
@@ -142,27 +145,33 @@ class PassCosts:
         n_layers = min(len(model.layers), _MEASURED_LAYERS)
         part = _without_hooks(model, n_layers, max(_MEASURED))
         device = device_of(model)
-        seconds = []
+        passes, outputs = [], []
         for n in _MEASURED:
             tokens = torch.zeros((1, n), dtype=torch.int64, device=device)
             positions = CachePositions(torch.zeros(1, dtype=torch.int64, device=device), kv_len=n)
-            h = part.norm(part.tok_embeddings(tokens))
-            outside = _seconds(lambda h=h: part.output(h), device)
-            whole = _seconds(lambda tokens=tokens, positions=positions: part(tokens, positions), device)
-            seconds.append(outside + max(0.0, whole - outside) * len(model.layers) / n_layers)
+            passes.append(partial(part, tokens, positions))
+            outputs.append(partial(part.output, part.norm(part.tok_embeddings(tokens))))
+        n_whole = len(model.layers) / n_layers
+        seconds = [
+            outside + max(0.0, whole - outside) * n_whole
+            for whole, outside in zip(_least_seconds(passes, device), _least_seconds(outputs, device), strict=True)
+        ]
         times = torch.tensor(seconds, dtype=torch.float32, device=device)
         return cls(broadcast_from_first(times).tolist())
 
 
-def _seconds(work: Any, device: torch.device) -> float:
-    times = []
-    for _ in range(4):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+def _least_seconds(works: Listed[Callable[[], object]], device: torch.device) -> list[float]:
+    """The least time that each takes, of several rounds."""
+    times = [math.inf] * len(works)
+    for i in range(_ROUNDS + 1):
+        for place, work in enumerate(works):
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if i:  # first calls choose kernels
+                times[place] = min(times[place], time.perf_counter() - started)
+    return times
 
 
 def _without_hooks(model: nn.Module, n_layers: int, max_seq_len: int) -> Any:

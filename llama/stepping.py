@@ -75,8 +75,8 @@ class StaticStepper:
     Args:
         model: the network.
         graphs: whether each (rows, width, prefix) is captured as a CUDA graph when it first comes up, and replayed from
-            then on: one launch in place of hundreds. Where that fails, one warning is logged, and kernels are launched one
-            by one.
+            then on: one launch in place of hundreds. Where that fails, one warning is logged, and each kernel is
+            launched.
     """
 
     looks_ahead = True
