@@ -6,14 +6,12 @@ runs the toy checkpoint of this repository; add `--ckpt_dir llama-2-7b/` for a r
 """
 
 import logging
-from pathlib import Path
+from typing import Any
 
 from llama import Llama
-from llama.checkpoint import find_tokenizer
 from llama.runtime import is_first_rank
 from llama.tools import commandline
 
-TINY_LLAMA = Path(__file__).parent / "tiny-llama"
 PROMPTS = [
     "I think that the meaning of life is",
     "In plain words, the theory of relativity says that",
@@ -23,45 +21,36 @@ PROMPTS = [
 ]
 
 
+@commandline.with_build_flags
 def main(
-    ckpt_dir: str = str(TINY_LLAMA),
+    ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
     max_seq_len: int = 128,
     max_gen_len: int | None = 64,
     max_batch_size: int = 4,
-    seed: int = 1,
-    dtype: str | None = None,
-    device: str | None = None,
-    model_parallel_size: int | None = None,
+    **build: Any,
 ) -> None:
     """Print each prompt and its completion.
 
     Args:
-        ckpt_dir: folder of params.json and consolidated.NN.pth; start one process per file.
+        ckpt_dir: folder of params.json and consolidated.NN.pth; start one process per file. By default the toy one.
         tokenizer_path: the checkpoint's tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         temperature: of sampling; 0 for greedy decoding.
         top_p: samples from the smallest set of tokens whose probabilities exceed it in sum (nucleus sampling).
         max_seq_len: maximum number of tokens of a prompt and its completion.
         max_gen_len: maximum number of tokens of a completion.
         max_batch_size: maximum number of prompts that run at a time.
-        seed: of sampling.
-        dtype: float16, bfloat16 or float32; by default bfloat16 on CPU, float16 elsewhere.
-        device: cpu, cuda or mps; by default the fastest that is available.
-        model_parallel_size: processes that share one copy of the model; by default all of them. With twice as many
-            processes, two copies (replicas) share the prompts.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
     generator = Llama.build(
         ckpt_dir=ckpt_dir,
-        tokenizer_path=tokenizer_path or find_tokenizer(ckpt_dir),
+        tokenizer_path=tokenizer_path,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
-        model_parallel_size=model_parallel_size,
-        seed=seed,
-        device=device,
-        dtype=dtype,
+        **build,
     )
     results = generator.text_completion(PROMPTS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
     if is_first_rank():

@@ -18,18 +18,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llama import Llama, Tokenizer
+from llama import Llama
+from llama.serving.errors import ApiError
+from llama.serving.jobs import Job, Planner
 from llama.tools import batch_work
 from llama.tools.batch import main
-from llama.tools.batch_file import Reader, RequestError, read_line
+from llama.tools.batch_file import MAX_CHOICES, Reader, read_line
 from llama.tools.batch_results import Results
-from llama.tools.batch_work import Channel, Job, Replica
+from llama.tools.batch_work import Channel
+from llama.tools.replica import Replica
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.test_examples import clean_environment, free_port
 
-pytest.importorskip("tqdm", reason="batch files need the extra [batch]")
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+DIALOG: Any = [{"role": "user", "content": "Hi"}]
 N_REQUESTS = 150
 N_KILLS = 4
 
@@ -43,7 +46,10 @@ def requests(n: int) -> list[dict[str, Any]]:
     rng = random.Random(n)
     made = []
     for i in range(n):
-        body: dict[str, Any] = {"temperature": rng.choice([0, 0, 0.8]), "max_tokens": 1 + int(rng.expovariate(0.15))}
+        body: dict[str, Any] = {
+            "temperature": rng.choice([0, 0, 0.8]),
+            "max_tokens": 1 + min(20, int(rng.expovariate(0.15))),
+        }
         if i % 3:
             made.append(line(f"text-{i}", COMPLETIONS, prompt=f"The fox number {i}" * rng.randint(1, 3), **body))
         else:
@@ -85,24 +91,34 @@ def expected(tmp_path_factory: pytest.TempPathFactory, flags: dict[str, Any]) ->
 # ---- results ----
 
 
+@pytest.fixture(scope="module")
+def reader(llama: Llama) -> Reader:
+    return Reader(Planner(llama, MAX_CHOICES), "random", 1)
+
+
+def continuation(llama: Llama, prompt: str, **options: Any) -> str:
+    """What a completion adds to its prompt, with the space between them, which `text_completion` drops."""
+    ids = llama.tokenizer.encode(prompt, bos=True, eos=False)
+    return llama.tokenizer.decode(ids + llama.generate([ids], **options)[0][0])[len(prompt) :]
+
+
 def test_each_result_is_what_the_library_returns_for_the_request_alone(
-    expected: dict[str, Any], llama: Llama, tokenizer: Tokenizer
+    expected: dict[str, Any], llama: Llama, reader: Reader
 ) -> None:
-    reader = Reader(tokenizer, tokenizer.n_words, 64, "random", 1)
     assert len(expected) == N_REQUESTS
     for request in requests(N_REQUESTS)[:60]:
         body, url = request["body"], request["url"]
         answer = expected[request["custom_id"]]["response"]["body"]
-        _, params = reader(read_line(1, json.dumps(request).encode()))
+        seed = reader(read_line(1, json.dumps(request).encode())).job.params.seed
         options: dict[str, Any] = {"temperature": body["temperature"], "top_p": 1, "max_gen_len": body["max_tokens"]}
-        options["seed"] = params.seed
+        options["seed"] = seed
         choice = answer["choices"][0]
         if url == CHAT:
             alone = llama.chat_completion([body["messages"]], **options)[0]
-            assert choice["message"] == alone["generation"]
+            assert choice["message"] == alone["generation"] | {"refusal": None}
         else:
             alone = llama.text_completion([body["prompt"]], **options)[0]
-            assert choice["text"] == alone["generation"]
+            assert choice["text"] == continuation(llama, body["prompt"], **options)
         assert choice["finish_reason"] == alone["finish_reason"]
 
 
@@ -127,7 +143,7 @@ def test_the_official_clients_types_take_the_results(expected: dict[str, Any]) -
 
 
 def test_stop_strings_and_defaults_are_openais(tmp_path: Path, flags: dict[str, Any], llama: Llama) -> None:
-    whole = llama.text_completion(["The quick"], temperature=0, max_gen_len=16)[0]["generation"]
+    whole = continuation(llama, "The quick", temperature=0, max_gen_len=16)
     stop = whole[5:8]
     lines = [
         line("cut", COMPLETIONS, prompt="The quick", temperature=0, stop=stop),
@@ -135,18 +151,51 @@ def test_stop_strings_and_defaults_are_openais(tmp_path: Path, flags: dict[str, 
         line("ids", COMPLETIONS, prompt=llama.tokenizer.encode("The quick", bos=True, eos=False), temperature=0),
         line("chat", CHAT, messages=[{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], temperature=0),
     ]
-    main(str(write(tmp_path / "in", lines)), str(tmp_path / "out"), **flags)
-    bodies = {name: fields["response"]["body"]["choices"][0] for name, fields in read(tmp_path / "out").items()}
-    assert bodies["cut"]["text"] == whole[: whole.index(stop)]
-    assert bodies["cut"]["finish_reason"] == "stop"
-    assert bodies["whole"]["text"] == bodies["ids"]["text"] == whole  # 16 tokens, unless asked for more
-    dialog = [{"role": "user", "content": "Hi"}]
-    assert bodies["chat"]["message"] == llama.chat_completion([dialog], temperature=0)[0]["generation"]  # type: ignore[list-item]
+    choices = run(tmp_path, flags, lines)
+    assert choices["cut"][0]["text"] == whole[: whole.index(stop)]
+    assert choices["cut"][0]["finish_reason"] == "stop"
+    assert choices["whole"][0]["text"] == choices["ids"][0]["text"] == whole  # 16 tokens, unless asked for more
+    assert choices["chat"][0]["message"]["content"] == content(llama.chat_completion([DIALOG], temperature=0))
+
+
+def run(folder: Path, flags: dict[str, Any], lines: list[Any]) -> dict[str, Any]:
+    """The choices of each result."""
+    main(str(write(folder / "in", lines)), str(folder / "out"), **flags)
+    return {name: fields["response"]["body"]["choices"] for name, fields in read(folder / "out").items()}
+
+
+def content(answers: Any) -> str:
+    text: str = answers[0]["generation"]["content"]
+    return text
+
+
+def test_several_choices_and_prompts_and_log_probabilities_are_the_servers(
+    tmp_path: Path, flags: dict[str, Any], llama: Llama
+) -> None:
+    """What `n`, a list of prompts, `logprobs` and `echo` mean, by the library's own calls."""
+    lines = [
+        line("n", CHAT, messages=DIALOG, n=3, seed=5, max_tokens=6),
+        line("prompts", COMPLETIONS, prompt=["The", "A fox"], temperature=0, max_tokens=4, n=2),
+        line("scored", COMPLETIONS, prompt="The quick", temperature=0, max_tokens=3, logprobs=2, echo=True),
+        line("top", CHAT, messages=DIALOG, temperature=0, max_tokens=3, logprobs=True, top_logprobs=4),
+    ]
+    found = run(tmp_path, flags, lines)
+    answers = [content(llama.chat_completion([DIALOG], 1, 1, 6, seed=5 + i)) for i in range(3)]
+    assert [choice["message"]["content"] for choice in found["n"]] == answers
+    texts = [continuation(llama, prompt, temperature=0, max_gen_len=4) for prompt in ("The", "A fox") for _ in "ab"]
+    assert [choice["text"] for choice in found["prompts"]] == texts
+    ids = llama.tokenizer.encode("The quick", bos=True, eos=False)
+    rows, scores = llama.generate([ids], 3, 0, logprobs=True, echo=True)
+    scored = found["scored"][0]
+    assert scores and scored["text"] == llama.tokenizer.decode(rows[0])
+    assert scored["logprobs"]["token_logprobs"][0] is None
+    assert scored["logprobs"]["token_logprobs"][1:] == pytest.approx(scores[0][1:], abs=1e-4)
+    entries = found["top"][0]["logprobs"]["content"]
+    assert [len(entry["top_logprobs"]) for entry in entries] == [4, 4, 4]
+    assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] for entry in entries)  # greedy
 
 
 # ---- lines that are refused ----
-
-DIALOG = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.mark.parametrize(
@@ -155,29 +204,30 @@ DIALOG = [{"role": "user", "content": "Hi"}]
         (CHAT, {}, "messages"),
         (CHAT, {"messages": []}, "messages"),
         (CHAT, {"messages": "Hi"}, "messages"),
-        (CHAT, {"messages": [{"role": "tool", "content": "Hi"}]}, "messages"),
-        (CHAT, {"messages": [{"role": "user", "content": "[INST]"}]}, "messages"),
+        (CHAT, {"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "user", "content": "[INST]"}]}, "messages[0].content"),
         (CHAT, {"messages": [{"role": "user", "content": "Hi", "name": "x"}]}, "messages[0].name"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         (CHAT, {"messages": [{"role": "user", "content": "much " * 99}]}, "messages"),
         (CHAT, {"messages": DIALOG, "tools": [{}]}, "tools"),
-        (CHAT, {"messages": DIALOG, "n": 2}, "n"),
+        (CHAT, {"messages": DIALOG, "n": 0}, "n"),
         (CHAT, {"messages": DIALOG, "n": True}, "n"),
-        (CHAT, {"messages": DIALOG, "logprobs": True}, "logprobs"),
+        (CHAT, {"messages": DIALOG, "top_logprobs": 2}, "top_logprobs"),
         (CHAT, {"messages": DIALOG, "stream": True}, "stream"),
         (CHAT, {"messages": DIALOG, "response_format": {"type": "json_object"}}, "response_format"),
         (CHAT, {"messages": DIALOG, "frequency_penalty": 0.5}, "frequency_penalty"),
         (CHAT, {"messages": DIALOG, "prompt": "Hi"}, "prompt"),
         (CHAT, {"messages": DIALOG, "no_such_field": 1}, "no_such_field"),
-        (CHAT, {"messages": DIALOG, "max_tokens": 3, "max_completion_tokens": 3}, "max_completion_tokens"),
+        (CHAT, {"messages": DIALOG, "max_tokens": 3, "max_completion_tokens": 3}, "max_tokens"),
         (CHAT, {"messages": DIALOG, "model": "gpt-5"}, "model"),
         (COMPLETIONS, {}, "prompt"),
-        (COMPLETIONS, {"prompt": ["a", "b"]}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a"] * 100, "n": 100}, "prompt"),
+        (COMPLETIONS, {"prompt": "a", "max_tokens": 64}, "max_tokens"),
         (COMPLETIONS, {"prompt": [1, 99999]}, "prompt"),
         (COMPLETIONS, {"prompt": []}, "prompt"),
         (COMPLETIONS, {"prompt": "\ud800"}, "prompt"),
         (COMPLETIONS, {"prompt": "a", "max_completion_tokens": 3}, "max_completion_tokens"),
-        (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "a", "max_tokens": -1}, "max_tokens"),
         (COMPLETIONS, {"prompt": "a", "max_tokens": "many"}, "max_tokens"),
         (COMPLETIONS, {"prompt": "a", "max_tokens": True}, "max_tokens"),
         (COMPLETIONS, {"prompt": "a", "temperature": -1}, "temperature"),
@@ -186,21 +236,20 @@ DIALOG = [{"role": "user", "content": "Hi"}]
         (COMPLETIONS, {"prompt": "a", "seed": 0.5}, "seed"),
         (COMPLETIONS, {"prompt": "a", "stop": [""]}, "stop"),
         (COMPLETIONS, {"prompt": "a", "stop": 5}, "stop"),
-        (COMPLETIONS, {"prompt": "a", "logprobs": 0}, "logprobs"),
+        (COMPLETIONS, {"prompt": "a", "logprobs": 6}, "logprobs"),
         (COMPLETIONS, {"prompt": "a", "suffix": "z"}, "suffix"),
         ("/v1/embeddings", {}, "url"),
         (CHAT, [], "body"),
     ],
 )
 def test_what_is_wrong_or_not_supported_is_an_error_that_names_the_field(
-    url: str, body: Any, param: str, tokenizer: Tokenizer
+    url: str, body: Any, param: str, reader: Reader
 ) -> None:
-    reader = Reader(tokenizer, tokenizer.n_words, 64, "random", 1)
     raw = json.dumps({"custom_id": "a", "method": "POST", "url": url, "body": body}).encode()
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(ApiError) as refused:
         reader(read_line(1, raw))
     assert refused.value.param == param
-    assert param.split(".")[-1] in str(refused.value) or "special tags" in str(refused.value)
+    assert param in str(refused.value)
 
 
 def test_a_bad_line_becomes_an_error_line_and_the_others_run(
@@ -340,7 +389,7 @@ def complete(rank: int, source: str, target: str, flags: dict[str, Any]) -> int:
     """Runs the batch; returns how many requests this rank worked on. Only the first one gets paths that are there."""
     started: list[Job] = []
     start = Replica.start
-    Replica.start = lambda self, job: (started.append(job), start(self, job))[1]  # type: ignore[method-assign]
+    Replica.start = lambda self, n, job: (started.append(job), start(self, n, job))[1]  # type: ignore[method-assign]
     main(source if rank == 0 else "/nowhere/in", target if rank == 0 else "/nowhere/out", **flags)
     return len(started)
 

@@ -20,7 +20,7 @@ import torch
 
 import example_chat_completion
 import example_text_completion
-from llama import Tokenizer
+from llama import Llama, Tokenizer
 from llama.checkpoint import read_params
 from tests.conftest import ROOT
 
@@ -159,8 +159,10 @@ def test_an_unknown_flag_is_refused_before_anything_runs(
     ],
 )
 def test_flags_come_in_the_order_of_metas_scripts_and_ours_after_them(script: Any, names: list[str]) -> None:
-    ours = ["seed", "dtype", "device", "model_parallel_size"]
-    assert list(inspect.signature(script.main).parameters) == ["ckpt_dir", "tokenizer_path", *names, *ours]
+    metas = ["ckpt_dir", "tokenizer_path", *names]
+    ours = [name for name in inspect.signature(Llama.build).parameters if name not in metas]
+    assert {"seed", "dtype", "device", "model_parallel_size", "quantize"} <= set(ours)
+    assert list(inspect.signature(script.main).parameters) == metas + ours
 
 
 def completions(capsys: pytest.CaptureFixture[str], **flags: Any) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
@@ -19,10 +19,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.quoting import printable, quote
 from llama.service import Piece, Service
-from llama.serving.formats import Answer, ChatFormat, CompletionFormat, Format, event, usage
+from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, check_model, read_request
+from llama.serving.errors import ApiError
+from llama.serving.formats import Answer, Format, event, usage
 from llama.serving.jobs import Job, Planner
 from llama.serving.metrics import CONTENT_TYPE, Metrics
-from llama.serving.protocol import ApiError, ChatBody, CompletionBody, parse_body
+from llama.serving.protocol import parse_json
 from llama.serving.run import ClientLeftError, Run, while_connected
 
 _BODY_S = 30.0  # that a client has to send its body
@@ -44,14 +46,16 @@ class Server:
         api_key: that they must send; "" for none.
         max_body_bytes: of a request.
         timeout_s: time limit of a request.
+        chat_error: why the checkpoint cannot answer chats; None if it can.
         service, planner: None until the network is loaded.
-        error: why the network cannot be used any more.
+        error: why the network can no longer be used.
     """
 
     model_name: str
     api_key: str = ""
     max_body_bytes: int = 2**22
     timeout_s: float = 600.0
+    chat_error: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     service: Service | None = None
@@ -60,7 +64,7 @@ class Server:
 
     def ready(self, service: Service) -> None:
         """Starts to accept requests."""
-        self.planner = Planner(service.llama, service.max_waiting)
+        self.planner = Planner(service.llama, service.max_waiting, chat_error=self.chat_error)
         self.metrics.watch("llama_requests_open", "Requests that are not finished.", lambda: service.n_requests)
         self.metrics.watch("llama_sequences_running", "Sequences in slots of the cache.", lambda: service.n_running)
         self.metrics.watch("llama_sequences_waiting", "Sequences that wait for a slot.", lambda: service.n_waiting)
@@ -137,28 +141,16 @@ def _guarded_routes(server: Server) -> APIRouter:
 
     @routes.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        _check_model(server, name)
+        check_model(name, server.model_name)
         return JSONResponse(_model(server))
 
-    @routes.post("/v1/chat/completions")
+    @routes.post(CHAT_URL)
     async def chat_completions(request: Request) -> Response:
-        def plan(planner: Planner, raw: bytes) -> tuple[ChatBody, Job, Format]:
-            body = parse_body(raw, ChatBody)
-            _check_model(server, body.model)
-            return body, planner.chat(body), ChatFormat(planner.tokenizer, logprobs=body.logprobs)
+        return await _complete(server, request, CHAT_URL)
 
-        return await _complete(server, request, plan)
-
-    @routes.post("/v1/completions")
+    @routes.post(COMPLETIONS_URL)
     async def completions(request: Request) -> Response:
-        def plan(planner: Planner, raw: bytes) -> tuple[CompletionBody, Job, Format]:
-            body = parse_body(raw, CompletionBody)
-            _check_model(server, body.model)
-            n_top = body.logprobs
-            form = CompletionFormat(planner.tokenizer, logprobs=n_top is not None, top_logprobs=bool(n_top))
-            return body, planner.completion(body), form
-
-        return await _complete(server, request, plan)
+        return await _complete(server, request, COMPLETIONS_URL)
 
     return routes
 
@@ -169,26 +161,13 @@ def _model(server: Server) -> dict[str, Any]:
     return model | {"max_model_len": context}
 
 
-def _check_model(server: Server, name: str | None) -> None:
-    if name is not None and name != server.model_name:
-        raise ApiError(
-            f"model must be {quote(server.model_name)}, the one that this server has, got {quote(name)}",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
-
-
-async def _complete(
-    server: Server,
-    request: Request,
-    plan: Callable[[Planner, bytes], tuple[ChatBody | CompletionBody, Job, Format]],
-) -> Response:
+async def _complete(server: Server, request: Request, url: str) -> Response:
     """Answers a request for completions, as a whole or as a stream."""
     arrived = time.perf_counter()
     service, planner = server.parts()
     raw = await _read_body(request, server.max_body_bytes)
-    body, job, form = await asyncio.to_thread(plan, planner, raw)
+    asked = await asyncio.to_thread(lambda: read_request(url, parse_json(raw), planner, server.model_name))
+    body, job, form = asked.body, asked.job, asked.form
     run = Run(service, job, server.metrics, arrived=arrived, timeout_s=server.timeout_s)
     answer = Answer(form, server.model_name)
     if body.stream:

@@ -1,18 +1,20 @@
-"""From a request's body to what the service takes: ids that fit in the context, and sampling parameters."""
+"""From a checked body to the arguments of the service: ids that fit in the context, and sampling parameters."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from llama.chat import SPECIAL_TAGS, Dialog, has_special_tags
 from llama.generation import Llama
 from llama.inputs import SamplingParams, encode_checked_dialog, encode_text
 from llama.quoting import quote
-from llama.serving.protocol import ApiError, ChatBody, CompletionBody
+from llama.serving.errors import ApiError
 from llama.tokenizer import PromptError
+
+if TYPE_CHECKING:
+    from llama.serving.protocol import ChatBody, CompletionBody
 
 DEFAULT_MAX_TOKENS = 16  # of a completion; a chat's answer may fill the context
 
@@ -37,10 +39,12 @@ class Planner:
 
     Args:
         max_choices: maximum number of completions of a request, over all of its prompts.
+        chat_error: why the checkpoint cannot answer chats; None if it can.
     """
 
-    def __init__(self, llama: Llama, max_choices: int) -> None:
+    def __init__(self, llama: Llama, max_choices: int, *, chat_error: str | None = None) -> None:
         self.tokenizer = llama.tokenizer
+        self._chat_error = chat_error
         self._vocab_size: int = llama.model.params.vocab_size
         self.max_seq_len: int = llama.model.params.max_seq_len
         self._max_choices = max_choices
@@ -62,7 +66,9 @@ class Planner:
         return Job(prompts, params, body.n, body.logprobs or 0, continues=True)
 
     def chat(self, body: ChatBody) -> Job:
-        """Raises ApiError if the messages are not a dialog of the template's or do not fit."""
+        """Raises ApiError if the messages are not a dialog of the template's, or do not fit."""
+        if self._chat_error is not None:
+            raise ApiError(self._chat_error, param="messages", code="unsupported_chat_format")
         self._check_count(body.n, "n")
         prompt = self._dialog(cast(Dialog, body.messages))
         room = self.max_seq_len - len(prompt)
@@ -89,7 +95,7 @@ class Planner:
             try:
                 return encode_text(prompt, name, self.tokenizer, self.max_seq_len)
             except PromptError as error:
-                raise _api_error(error) from error
+                raise ApiError.of(error) from error
         if len(prompt) > self.max_seq_len:
             raise self._too_long(name, str(len(prompt)))
         if wrong := [token for token in prompt if not 0 <= token < self._vocab_size]:
@@ -108,15 +114,15 @@ class Planner:
         try:
             ids = encode_checked_dialog(dialog, "messages", self.tokenizer, self.max_seq_len)
         except PromptError as error:
-            raise _api_error(error) from error
+            raise ApiError.of(error) from error
         assert ids is not None
         return ids
 
     def _fitting(self, max_tokens: int, room: int, prompt: str, name: str) -> int:
         if max_tokens > room:
             raise ApiError(
-                f"{prompt} and {name} must together be at most {self.max_seq_len} tokens, the context of this server, "
-                f"got {self.max_seq_len - room} + {quote(max_tokens)}",
+                f"{prompt} and {name} must together be at most max_seq_len={self.max_seq_len} tokens, got "
+                f"{self.max_seq_len - room} + {quote(max_tokens)}",
                 param=name,
                 code="context_length_exceeded",
             )
@@ -124,7 +130,7 @@ class Planner:
 
     def _too_long(self, name: str, got: str) -> ApiError:
         return ApiError(
-            f"{name} must have fewer tokens than the context of this server, {self.max_seq_len}, got {got}",
+            f"{name} must have fewer than max_seq_len={self.max_seq_len} tokens, got {got}",
             param=name,
             code="context_length_exceeded",
         )
@@ -132,10 +138,3 @@ class Planner:
 
 def _params(body: ChatBody | CompletionBody, max_gen_len: int, *, logprobs: bool, echo: bool) -> SamplingParams:
     return SamplingParams(body.temperature, body.top_p, max_gen_len, logprobs, echo, body.stop, body.seed)
-
-
-def _api_error(error: PromptError) -> ApiError:
-    """The error with the name of the field, with which its message begins."""
-    name = re.match(r"[\w.\[\]]+", str(error))
-    code = "context_length_exceeded" if "max_seq_len" in str(error) else None
-    return ApiError(str(error), param=name.group() if name else None, code=code)

@@ -1,6 +1,6 @@
-"""The bodies of OpenAI's API: requests, checked field by field, and its form of errors.
+"""The bodies of requests in OpenAI's API, checked field by field: of the server, and of batch files.
 
-A field that this server does not have is an error that names it, unless its value asks for what happens anyway.
+A field that is not supported is an error that names it, unless its value asks for what happens anyway.
 """
 
 from __future__ import annotations
@@ -9,9 +9,16 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
 from llama.quoting import printable, quote
+from llama.serving.errors import ApiError
+
+try:
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+except ImportError as error:
+    raise ImportError(
+        "requests in OpenAI's format need pydantic, of the extras [serve] and [batch]; install it with: "
+        'pip install -e ".[batch]"'
+    ) from error
 
 MAX_CHOICES = 128  # per prompt
 MAX_STOPS = 4
@@ -23,7 +30,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
-    "metadata": ({},),
     "modalities": (["text"],),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
@@ -35,39 +41,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Likewise in messages: what a client that sends an answer back as it came has in it.
 _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}
-
-
-class ApiError(Exception):
-    """An error that the client gets.
-
-    Args:
-        message: for a person.
-        status: of HTTP.
-        param: the field that is wrong.
-        code: for a program.
-        headers: of the response.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
-
-    def body(self) -> dict[str, Any]:
-        """The JSON object that OpenAI's clients know."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
 
 
 class StreamOptions(BaseModel):
@@ -90,7 +63,8 @@ class _Body(BaseModel):
     stop: list[str] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str = ""
+    user: str = ""  # a label without effect, like the next one
+    metadata: dict[str, str] = {}
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -164,13 +138,28 @@ class ChatBody(_Body):
 Body = TypeVar("Body", ChatBody, CompletionBody)
 
 
-def parse_body(raw: bytes, kind: type[Body]) -> Body:
-    """The checked body of a request.
+def parse_json(raw: bytes) -> Any:
+    """The value of a body.
 
     Raises:
-        ApiError: it is not JSON, or a field is wrong; the error names the first one.
+        ApiError: it is not JSON.
     """
-    values = _parse_json(raw)
+    try:
+        return json.loads(raw.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else printable(error)
+        raise ApiError(f"the body must be JSON in UTF-8: {reason}", code="invalid_json") from error
+
+
+def check_body(values: Any, kind: type[Body]) -> Body:
+    """The checked body of a request.
+
+    Args:
+        values: as JSON has it.
+
+    Raises:
+        ApiError: a field is wrong; the error names the first one.
+    """
     if not isinstance(values, dict):
         raise ApiError(f"the body must be a JSON object, got {quote(values)}")
     values = {name: value for name, value in values.items() if value is not None}
@@ -183,14 +172,6 @@ def parse_body(raw: bytes, kind: type[Body]) -> Body:
         return kind.model_validate(values)
     except ValidationError as error:
         _raise_first(error)
-
-
-def _parse_json(raw: bytes) -> Any:
-    try:
-        return json.loads(raw.decode(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else printable(error)
-        raise ApiError(f"the body must be JSON in UTF-8: {reason}", code="invalid_json") from error
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -218,7 +199,7 @@ def _message(message: Any, name: str) -> dict[str, str]:
             and not _is_neutral(field, value, _NEUTRAL_IN_MESSAGE)
         ):
             field_name = f"{name}.{printable(field)}"
-            raise ApiError(f"{field_name} is not supported by this server; leave it out", param=field_name)
+            raise ApiError(f"{field_name} is not supported; leave it out", param=field_name)
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise ApiError(f"{name}.role must be one of {', '.join(_ROLES)}, got {quote(role)}", param=f"{name}.role")
@@ -246,7 +227,7 @@ def _raise_first(error: ValidationError) -> NoReturn:
     first = error.errors(include_url=False)[0]
     name = printable(".".join(map(str, first["loc"])))
     if first["type"] == "extra_forbidden":
-        message = f"{name} is not supported by this server; leave it out"
+        message = f"{name} is not supported; leave it out"
     elif first["type"] == "missing":
         message = f"{name} must be given"
     elif first["type"] == "value_error":

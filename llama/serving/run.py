@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from llama.lockstep import RankError
 from llama.quoting import printable
 from llama.service import Piece, QueueFullError, Service, ServiceStoppedError
+from llama.serving.errors import ApiError
 from llama.serving.jobs import Job
 from llama.serving.metrics import Metrics
-from llama.serving.protocol import ApiError
 
 Result = TypeVar("Result")
 RETRY_AFTER_S = 1

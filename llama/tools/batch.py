@@ -7,7 +7,6 @@ stopped.
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -15,44 +14,43 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llama import Llama, runtime
-from llama.checkpoint import find_tokenizer
 from llama.quoting import quote
+from llama.serving.jobs import Planner
 from llama.tools import commandline
-from llama.tools.batch_file import Reader
-from llama.tools.batch_results import Progress, Results, compare, read_requests
-from llama.tools.batch_work import Coordinator, Replica, Worker, complete_jobs
-from llama.tools.toy import toy_checkpoint
+from llama.tools.batch_file import MAX_CHOICES, Reader
+from llama.tools.batch_results import Completed, Results, compare, read_requests
+from llama.tools.batch_work import Coordinator, Worker, complete_jobs
+from llama.tools.progress import Progress
+from llama.tools.replica import Replica
 
 T = TypeVar("T")
-_PLAIN_S = 10.0  # between two updates of the progress bar where stderr is no terminal
 
 
-def fingerprint(llama: Llama, tokenizer_path: str | Path, seed: int) -> str:
-    """Identifies what results depend on besides the request: checkpoint, tokenizer, dtype, length, seed.
+def fingerprint(llama: Llama, tokenizer_path: str | Path, seed: int, quantize: str | None) -> str:
+    """Identifies what results depend on besides the request: checkpoint, tokenizer, dtype, int8, length, seed.
 
     It does not depend on the model-parallel size.
     """
     norm = llama.model.norm.weight.detach()  # whole on every rank
     params = llama.model.params
-    parts = (params.dim, params.n_layers, params.n_heads, params.vocab_size, params.max_seq_len, str(norm.dtype), seed)
-    digest = hashlib.sha256(repr(parts).encode())
+    sizes = params.dim, params.n_layers, params.n_heads, params.vocab_size, params.max_seq_len
+    digest = hashlib.sha256(repr((*sizes, str(norm.dtype), quantize, seed)).encode())
     digest.update(norm.float().cpu().numpy().tobytes())
     digest.update(Path(tokenizer_path).read_bytes())
     return f"fp_{digest.hexdigest()[:16]}"
 
 
-def _check_fingerprint(progress: Progress, mark: str, output: Path) -> None:
-    for other, number in progress.fingerprints.items():
+def _check_fingerprint(completed: Completed, mark: str, output: Path) -> None:
+    for other, number in completed.fingerprints.items():
         if other != mark:
             raise ValueError(
-                f"--output must be a new file, or results of the same checkpoint, tokenizer, dtype, max_seq_len and "
-                f"seed, got {output}, whose line {number} is a result of others (system_fingerprint {quote(other)}, "
-                f"now {mark})"
+                f"--output must be a new file, or results of the same checkpoint, tokenizer, dtype, quantize, "
+                f"max_seq_len and seed, got {output}, whose line {number} is a result of others (system_fingerprint "
+                f"{quote(other)}, now {mark})"
             )
 
 
-def _open(input: Path, output: Path) -> tuple[Results, Progress]:
-    _tqdm()  # if it is missing, that is said before any work
+def _open(input: Path, output: Path) -> tuple[Results, Completed]:
     if not input.is_file():
         raise FileNotFoundError(f"--input must be a file of requests, got {input}, where there is none")
     if output.exists() and (not output.is_file() or output.samefile(input)):
@@ -63,22 +61,6 @@ def _open(input: Path, output: Path) -> tuple[Results, Progress]:
     except BaseException:
         results.close()
         raise
-
-
-def _tqdm() -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            'the progress bar needs tqdm, of the extra [batch]; install it with: pip install -e ".[batch]"'
-        ) from error
-    return tqdm
-
-
-def _progress_bar(progress: Progress) -> Any:
-    interval = 0.2 if sys.stderr.isatty() else _PLAIN_S
-    n_done = len(progress.done)
-    return _tqdm()(total=progress.n_lines, initial=n_done, unit=" requests", smoothing=0, mininterval=interval)
 
 
 def _first_rank_does(work: Callable[[], T]) -> T | None:
@@ -95,6 +77,7 @@ def _first_rank_does(work: Callable[[], T]) -> T | None:
     return done
 
 
+@commandline.with_build_flags
 def main(
     input: str,
     output: str,
@@ -104,9 +87,7 @@ def main(
     max_batch_size: int = 8,
     model: str | None = None,
     seed: int = 1,
-    dtype: str | None = None,
-    device: str | None = None,
-    model_parallel_size: int | None = None,
+    **build: Any,
 ) -> None:
     """Completes the requests of a file in OpenAI's batch format. The same command goes on after an interruption.
 
@@ -119,47 +100,40 @@ def main(
         max_batch_size: number of requests that each replica works on at a time.
         model: name of the checkpoint in requests and results; by default that of its folder.
         seed: of requests that have none: each gets its own, derived from this one and its custom_id.
-        dtype: float16, bfloat16 or float32.
-        device: cpu, cuda, cuda:N or mps; by default the fastest available.
-        model_parallel_size: number of processes that share a network; with fewer than there are, replicas of it share
-            the requests. By default all of them.
     """
-    ckpt_dir = ckpt_dir or toy_checkpoint()
-    tokenizer_path = tokenizer_path or str(find_tokenizer(ckpt_dir))
+    ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
     name = model or Path(ckpt_dir).resolve().name
-    chosen = runtime.select_device(device)
-    runtime.init_process_groups(runtime.resolve_model_parallel_size(model_parallel_size), chosen)
+    mp = runtime.resolve_model_parallel_size(build.get("model_parallel_size"))
+    runtime.init_process_groups(mp, runtime.select_device(build.get("device")))
     opened = _first_rank_does(lambda: _open(Path(input), Path(output)))
     with closing(opened[0]) if opened else nullcontext():
         if runtime.broadcast_object(opened[1].is_complete if opened else None):
             if opened:
                 print(f"{output}: all {opened[1].n_lines} requests have results already")
             return
-        llama = Llama.build(
-            ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed, device=device, dtype=dtype
-        )
-        mark = fingerprint(llama, tokenizer_path, seed)
+        llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **build)
+        mark = fingerprint(llama, tokenizer_path, seed, build.get("quantize"))
         _first_rank_does(lambda: _check_fingerprint(opened[1], mark, Path(output)) if opened else None)
         if opened:
-            read = Reader(llama.tokenizer, llama.model.params.vocab_size, max_seq_len, name, seed)
-            _lead(llama, Path(input), read, *opened, mark)
+            _lead(llama, Path(input), Reader(Planner(llama, MAX_CHOICES), name, seed), *opened, mark)
         else:
             _follow(llama)
 
 
-def _lead(llama: Llama, input: Path, read: Reader, results: Results, progress: Progress, mark: str) -> None:
+def _lead(llama: Llama, input: Path, read: Reader, results: Results, completed: Completed, mark: str) -> None:
     """The first rank's part."""
-    lines = (line for line in read_requests(input) if line.number not in progress.done)
+    lines = (line for line in read_requests(input) if line.number not in completed.done)
+    n_done = len(completed.done)
     started = time.monotonic()
-    with runtime.rank_errors(), _progress_bar(progress) as bar:
+    with runtime.rank_errors(), Progress("batch", completed.n_lines, unit=" requests", done=n_done) as progress:
         n_ahead = 2 * llama.model.params.max_batch_size
-        desk = Coordinator(lines, read, results, mark, n_ahead, bar)
-        complete_jobs(Replica(llama), desk)
-        desk.finish()
+        coordinator = Coordinator(lines, read, results, mark, n_ahead, progress)
+        complete_jobs(Replica(llama), coordinator)
+        coordinator.finish()
     seconds = time.monotonic() - started
-    n_new, n_prompt = desk.n_new_tokens, desk.n_prompt_tokens
+    n_new, n_prompt = coordinator.n_new_tokens, coordinator.n_prompt_tokens
     print(
-        f"{progress.n_lines - len(progress.done)} requests, {desk.n_errors} of them refused: {n_prompt} prompt tokens, "
+        f"{completed.n_lines - n_done} requests, {coordinator.n_errors} of them refused: {n_prompt} prompt tokens, "
         f"{n_new} new tokens in {seconds:.1f} s ({n_new / seconds:.0f} tokens/s)"
     )
 

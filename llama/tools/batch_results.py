@@ -129,7 +129,7 @@ def read_requests(path: Path) -> Iterator[Line]:
 
 
 @dataclass
-class Progress:
+class Completed:
     """What is done already, found before any work.
 
     Attributes:
@@ -147,7 +147,7 @@ class Progress:
         return len(self.done) == self.n_lines
 
 
-def compare(input: Path, results: Results, output: Path) -> Progress:
+def compare(input: Path, results: Results, output: Path) -> Completed:
     """Finds which requests have results.
 
     Raises:
@@ -164,7 +164,7 @@ def compare(input: Path, results: Results, output: Path) -> Progress:
                 f"{input}: line {line.number} must have a custom_id of its own, got {quote(line.custom_id)}, which "
                 f"line {numbers[line.custom_id]} has too"
             )
-    progress = Progress(n_lines, set(), {})
+    completed = Completed(n_lines, set(), {})
     for number, fields in results.read():
         request = ids.get(fields["id"])
         custom_id = fields.get("custom_id")
@@ -175,12 +175,12 @@ def compare(input: Path, results: Results, output: Path) -> Progress:
                 f"--output must be a new file, or the results of the same --input, got {output}, whose line {number} "
                 f"is the result of custom_id {quote(custom_id)}: {now}"
             )
-        if request in progress.done:
+        if request in completed.done:
             raise ValueError(f"{output}, line {number}: custom_id {quote(custom_id)} must have one result, got two")
-        progress.done.add(request)
+        completed.done.add(request)
         if mark := _fingerprint(fields):
-            progress.fingerprints.setdefault(mark, number)
-    return progress
+            completed.fingerprints.setdefault(mark, number)
+    return completed
 
 
 def _fingerprint(fields: dict[str, Any]) -> str | None:

@@ -14,110 +14,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group, get_model_parallel_src_rank
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from llama import Llama, runtime
-from llama.engine import Call, Engine
-from llama.engine import Sequence as EngineSequence
-from llama.inputs import SamplingParams
-from llama.runner import device_of
-from llama.sampling import Sampler
-from llama.tokenizer import IncrementalDetokenizer
-from llama.tools.batch_file import Completion, Line, Reader, RequestError, error_result, result
+from llama import runtime
+from llama.service import Piece
+from llama.serving.endpoints import Request
+from llama.serving.errors import ApiError
+from llama.serving.jobs import Job
+from llama.tools.batch_file import Line, Reader, error_result, result
 from llama.tools.batch_results import Results
+from llama.tools.progress import Progress
+from llama.tools.replica import Replica
 
 T = TypeVar("T")
+Numbered = tuple[int, Job]  # a job, and the number of its line
+Ended = tuple[int, list[Piece]]  # the number of a job's line, and one piece for each of its choices
 _POLL_S = 0.01  # between two looks for a message while there is nothing else to do
 _HEARTBEAT_S = 5.0  # after which a replica that has nothing to say sends an empty message
-_SILENCE_S = 300.0  # after which a replica that has sent nothing is taken for lost
+_SILENCE_S = 300.0  # after which a replica that has sent nothing counts as lost
 _REPORT_S = 1.0  # between two reports of a replica while no request ends
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request as replicas get it.
-
-    Attributes:
-        number: of its line.
-        prompt: token ids.
-    """
-
-    number: int
-    prompt: list[int]
-    params: SamplingParams
-
-
-@dataclass
-class _Running:
-    call: Call
-    text: IncrementalDetokenizer
-    n_tokens: int = 0
-
-
-class Replica:
-    """Completes jobs on this replica of the network, as many at a time as its cache has rows.
-
-    All ranks of a model-parallel group start the same jobs between the same two steps.
-    """
-
-    def __init__(self, llama: Llama) -> None:
-        self._llama = llama
-        self._engine = Engine(llama.model, llama.stepper)
-        self._running: dict[int, _Running] = {}
-
-    @property
-    def n_free(self) -> int:
-        """Number of jobs that could start now."""
-        n_rows: int = self._llama.model.params.max_batch_size
-        return n_rows - self._engine.n_running - self._engine.n_waiting
-
-    @property
-    def is_idle(self) -> bool:
-        return not self._running
-
-    def start(self, job: Job) -> None:
-        """Has the engine work on a request, from its next step on."""
-        params = job.params
-        assert params.seed is not None
-        generator = torch.Generator(device_of(self._llama.model)).manual_seed(params.seed)
-        text = IncrementalDetokenizer(self._llama.tokenizer, params.stop)
-
-        def ends(token: int) -> bool:
-            text.push(token)
-            return text.stopped
-
-        sampler = Sampler(params.temperature, params.top_p, 1, generator)
-        eos_id = self._llama.tokenizer.eos_id
-        call = Call([EngineSequence(list(job.prompt), sampler, 0, params.max_gen_len, eos_id, ends=ends)])
-        self._running[job.number] = _Running(call, text)
-        self._engine.add(call)
-
-    def step(self) -> tuple[list[tuple[int, Completion]], int]:
-        """Advances all jobs. Returns those that ended, by their numbers, and the number of new tokens."""
-        self._engine.advance()
-        ended: list[tuple[int, Completion]] = []
-        n_new = 0
-        for number, running in list(self._running.items()):
-            steps = running.call.steps
-            while steps:
-                step = steps.popleft()
-                running.n_tokens += step.token is not None
-                n_new += step.token is not None
-                if step.finish_reason:
-                    del self._running[number]
-                    ended.append((number, _completion(running, step.finish_reason)))
-            if running.call.error is not None:
-                raise running.call.error
-        return ended, n_new
-
-
-def _completion(running: _Running, finish_reason: str) -> Completion:
-    running.text.finish()
-    reason = "stop" if running.text.stopped else finish_reason
-    return Completion("".join(running.text.pieces), running.n_tokens, reason)
 
 
 class Channel:
@@ -167,16 +84,16 @@ def _channel(replica: int, *, is_first_rank: bool) -> Channel:
 
 
 class Worker:
-    """On the first rank of another replica than the first: takes jobs from the first rank, and returns results."""
+    """On the first rank of each further replica: takes jobs from rank 0, and returns results."""
 
     def __init__(self, replica: int) -> None:
         self._channel = _channel(replica, is_first_rank=False)
-        self._jobs: deque[Job] = deque()
+        self._jobs: deque[Numbered] = deque()
         self._is_last = False
         self._n_new = 0
         self._reported = time.monotonic()
 
-    def take(self, n: int) -> list[Job] | None:
+    def take(self, n: int) -> list[Numbered] | None:
         """Up to `n` jobs, if there are any; None once no more will come."""
         for message in self._channel.receive():
             self._is_last |= message is None
@@ -185,7 +102,7 @@ class Worker:
             return None
         return [self._jobs.popleft() for _ in range(min(n, len(self._jobs)))]
 
-    def deliver(self, ended: Sequence[tuple[int, Completion]], n_new: int) -> None:
+    def deliver(self, ended: Sequence[Ended], n_new: int) -> None:
         self._n_new += n_new
         now = time.monotonic()
         if ended or now - self._reported > _REPORT_S:
@@ -195,13 +112,14 @@ class Worker:
 
 @dataclass
 class Coordinator:
-    """On the first rank: hands out the requests, and writes the results.
+    """On rank 0: hands out the requests, and writes the results.
 
     Args:
         lines: the requests without results.
         read: checks a request.
-        n_ahead: number of jobs that another replica has at a time: those in its batch, and some that wait.
-        bar: shows the progress.
+        fingerprint: goes into the results.
+        n_ahead: number of jobs that each further replica has at a time: those in its batch, and some that wait.
+        progress: counts the results.
     """
 
     lines: Iterator[Line]
@@ -209,13 +127,13 @@ class Coordinator:
     results: Results
     fingerprint: str
     n_ahead: int
-    bar: Any
+    progress: Progress
     n_errors: int = 0
     n_prompt_tokens: int = 0
     n_new_tokens: int = 0
     _channels: dict[int, Channel] = field(default_factory=dict)
-    _out: dict[int, tuple[int, Line, Job]] = field(default_factory=dict)  # by line: the replica that has it
-    _is_last: bool = False  # whether the requests are all handed out
+    _out: dict[int, tuple[int, Line, Request]] = field(default_factory=dict)  # by line number: its replica, ...
+    _is_last: bool = False  # whether all requests are handed out
     _is_last_told: bool = False
     _started: float = field(default_factory=time.monotonic)
 
@@ -223,13 +141,13 @@ class Coordinator:
         _, n_replicas = runtime.replica()
         self._channels = {i: _channel(i, is_first_rank=True) for i in range(1, n_replicas)}
 
-    def take(self, n: int) -> list[Job] | None:
+    def take(self, n: int) -> list[Numbered] | None:
         """Up to `n` jobs for the first replica; None if there are no more."""
         self.exchange()
         jobs = self._next(n, 0)
         return None if self._is_last and not jobs else jobs
 
-    def deliver(self, ended: Sequence[tuple[int, Completion]], n_new: int) -> None:
+    def deliver(self, ended: Sequence[Ended], n_new: int) -> None:
         """Writes results, and sees to the other replicas."""
         self._write(ended, n_new)
         self.exchange()
@@ -256,57 +174,56 @@ class Coordinator:
                 channel.send(None)
             self._is_last_told = True
 
-    def _next(self, n: int, replica: int) -> list[Job]:
+    def _next(self, n: int, replica: int) -> list[Numbered]:
         """Up to `n` jobs for a replica. A request that is wrong gets its result at once."""
-        jobs: list[Job] = []
+        jobs: list[Numbered] = []
         while len(jobs) < n and not self._is_last:
             line = next(self.lines, None)
             if line is None:
                 self._is_last = True
                 break
             try:
-                job = Job(line.number, *self.read(line))
-            except RequestError as error:
+                request = self.read(line)
+            except ApiError as error:
                 self.n_errors += 1
                 self._append(error_result(line, error))
                 continue
-            self._out[job.number] = replica, line, job
-            jobs.append(job)
+            self._out[line.number] = replica, line, request
+            jobs.append((line.number, request.job))
         return jobs
 
-    def _write(self, ended: Sequence[tuple[int, Completion]], n_new: int) -> None:
+    def _write(self, ended: Sequence[Ended], n_new: int) -> None:
         self.n_new_tokens += n_new
-        for number, completion in ended:
-            _, line, job = self._out.pop(number)
-            self.n_prompt_tokens += len(job.prompt)
-            self._append(result(line, job.prompt, completion, self.read.model, self.fingerprint))
+        for number, choices in ended:
+            _, line, request = self._out.pop(number)
+            self.n_prompt_tokens += sum(map(len, request.job.prompts))
+            self._append(result(line, request, choices, self.read.model, self.fingerprint))
 
     def _append(self, line: bytes) -> None:
         self.results.append(line)
         speed = self.n_new_tokens / max(time.monotonic() - self._started, 1e-9)
-        self.bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
-        self.bar.update()
+        self.progress.add(1, f"{speed:.0f} tokens/s")
 
 
-def complete_jobs(replica: Replica, desk: Coordinator | Worker | None) -> None:
+def complete_jobs(replica: Replica, source: Coordinator | Worker | None) -> None:
     """Completes jobs until there are no more.
 
     Args:
-        desk: on the first rank of each replica, where its jobs come from; None on the other ranks.
+        source: on the first rank of each replica, where its jobs come from; None on the other ranks.
     """
     may_come = True
     while may_come or not replica.is_idle:
         if may_come and replica.n_free > 0:
-            jobs = _share_in_group(desk.take(replica.n_free) if desk else None)
+            jobs = _share_in_group(source.take(replica.n_free) if source else None)
             may_come = jobs is not None
-            for job in jobs or ():
-                replica.start(job)
+            for number, job in jobs or ():
+                replica.start(number, job)
         if replica.is_idle:
             time.sleep(_POLL_S if may_come else 0)
             continue
         ended, n_new = replica.step()
-        if desk:
-            desk.deliver(ended, n_new)
+        if source:
+            source.deliver(ended, n_new)
 
 
 def _share_in_group(value: T) -> T:

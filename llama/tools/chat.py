@@ -11,14 +11,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from llama import Dialog, Llama, Message
 from llama.chat import SPECIAL_TAGS, encode_dialog, has_special_tags
-from llama.checkpoint import find_tokenizer
 from llama.quoting import quote
 from llama.runtime import broadcast_object, is_first_rank
 from llama.tools import commandline
-from llama.tools.toy import toy_checkpoint
 
 try:
     import termios
@@ -183,6 +182,7 @@ def _follow(llama: Llama, temperature: float, top_p: float) -> None:
                 pass
 
 
+@commandline.with_build_flags
 def main(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
@@ -191,9 +191,7 @@ def main(
     top_p: float = 0.9,
     max_seq_len: int = 512,
     answer_len: int | None = None,
-    seed: int = 1,
-    *,
-    quantize: str | None = None,
+    **build: Any,
 ) -> None:
     """Chat in the terminal. Ctrl-C stops an answer, Ctrl-D leaves.
 
@@ -205,8 +203,6 @@ def main(
         top_p: samples from the smallest set of tokens whose probabilities exceed it in sum (nucleus sampling).
         max_seq_len: maximum number of tokens of the remembered turns and the answer.
         answer_len: number of these that are kept free for the answer; by default a quarter.
-        seed: of sampling.
-        quantize: int8 for int8 weights and inputs of the linear layers, on a CPU.
     """
     if sys.stdin is None:
         raise ValueError("standard input must be a terminal, a file or a pipe, got a closed one")
@@ -214,9 +210,7 @@ def main(
         raise ValueError(
             f"system must be without the chat template's tags, {' '.join(SPECIAL_TAGS)}, got {quote(system)}"
         )
-    ckpt_dir = ckpt_dir or toy_checkpoint()
-    tokenizer = tokenizer_path or find_tokenizer(ckpt_dir)
-    llama = Llama.build(ckpt_dir, tokenizer, max_seq_len, 1, seed=seed, quantize=quantize)
+    llama = Llama.build(*commandline.checkpoint_paths(ckpt_dir, tokenizer_path), max_seq_len, 1, **build)
     if not is_first_rank():
         return _follow(llama, temperature, top_p)
     history = History(llama, system, max_seq_len - (answer_len or max_seq_len // 4))

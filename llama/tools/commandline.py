@@ -10,19 +10,48 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import fire
 import torch
-from fire import decorators
+from fire import decorators, docstrings
 
+from llama.checkpoint import find_tokenizer
+from llama.generation import Llama
 from llama.lockstep import RankError
 from llama.quoting import printable
+from llama.tools.toy import toy_checkpoint
 
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError)
+Function = TypeVar("Function", bound=Callable[..., Any])
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _MAX_MESSAGE = 4000  # characters of an error that are printed
 _ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # SIGHUP: the terminal was closed
+
+
+def with_build_flags(function: Function) -> Function:
+    """Gives a command `Llama.build`'s optional arguments as flags, by their names, defaults and documentation.
+
+    The function gets those that are given as `**build`, and passes them on. A flag of the function's own goes before
+    `build`'s of that name. The arguments have to be the last section of its docstring.
+    """
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    of_build = inspect.signature(Llama.build).parameters.values()
+    optional = [p for p in of_build if p.default is not p.empty and p.name not in signature.parameters]
+    added = [p.replace(kind=p.KEYWORD_ONLY) for p in optional]
+    function.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
+    if function.__doc__ and Llama.build.__doc__:  # not under python -OO
+        texts = {argument.name: argument.description for argument in docstrings.parse(Llama.build.__doc__).args}
+        lines = [f"        {p.name}: {texts[p.name]}" for p in added]
+        function.__doc__ = "\n".join([function.__doc__.rstrip(), *lines, "    "])
+    return function
+
+
+def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[str, str]:
+    """The folder and the tokenizer that a command uses: by default the toy checkpoint's, and that of the folder."""
+    folder = ckpt_dir or toy_checkpoint()
+    return folder, tokenizer_path or str(find_tokenizer(folder))
 
 
 class _Call:

@@ -9,12 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint import find_tokenizer
 from llama.runtime import is_first_rank
 from llama.tools import commandline
-from llama.tools.toy import toy_checkpoint
 
 
+@commandline.with_build_flags
 def main(
     tasks: str,
     ckpt_dir: str | None = None,
@@ -30,16 +29,13 @@ def main(
     output: str | None = None,
     log_samples: bool = False,
     use_cache: str | None = None,
-    seed: int = 1,
-    dtype: str | None = None,
-    device: str | None = None,
-    model_parallel_size: int | None = None,
+    **build: Any,
 ) -> None:
     """Prints the harness's table of results.
 
     Args:
         tasks: names of tasks or groups, with commas between them.
-        ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy checkpoint of the repository.
+        ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy one.
         tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         max_seq_len: maximum number of tokens of a context and its continuation; contexts are truncated from the left.
         max_batch_size: number of requests that each replica computes at a time.
@@ -52,10 +48,6 @@ def main(
         output: path of a JSON file for the results.
         log_samples: whether that file has the results of each document, too.
         use_cache: path of a cache of results; an interrupted evaluation goes on from it. One per checkpoint.
-        seed: of sampled generations.
-        dtype: float16, bfloat16 or float32.
-        device: cpu, cuda, cuda:N or mps; by default the fastest available.
-        model_parallel_size: number of processes that share a network; by default all of them.
     """
     from llama.tools.harness import LlamaLM  # the extra [eval]; its error names it
 
@@ -65,17 +57,7 @@ def main(
     if output and not Path(output).resolve().parent.is_dir():
         raise ValueError(f"--output must be a path in a folder that exists, got {output}")
     manager = _task_manager(names, include_path)
-    ckpt_dir = ckpt_dir or toy_checkpoint()
-    lm = LlamaLM(
-        ckpt_dir,
-        tokenizer_path or str(find_tokenizer(ckpt_dir)),
-        max_seq_len,
-        max_batch_size,
-        model_parallel_size=model_parallel_size,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-    )
+    lm = LlamaLM(*commandline.checkpoint_paths(ckpt_dir, tokenizer_path), max_seq_len, max_batch_size, **build)
     import lm_eval
 
     results = lm_eval.simple_evaluate(

@@ -23,7 +23,8 @@ from llama.checkpoint import find_tokenizer
 from llama.inputs import SamplingParams
 from llama.quoting import quote
 from llama.runner import ModelRunner, lock_of
-from llama.tools.batch_work import Job, Replica
+from llama.serving.jobs import Job
+from llama.tools.replica import Replica
 
 try:
     import lm_eval.models  # noqa: F401 (the harness's own classes, which it looks for only while there is none)
@@ -65,9 +66,9 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         add_bos_token: whether texts begin with BOS, as in "hf" with the tokenizer of a converted Llama 2.
         seed: of sampled generations.
         llama: a loaded model, instead of the arguments above.
-        model_parallel_size, dtype: as in `Llama.build`.
-        device: likewise; "cuda:0", which `lm_eval` passes unless told, means None.
+        device: as in `Llama.build`, but "cuda:0", which `lm_eval` passes by default, means None.
         max_batch_size: without effect; `lm_eval` passes it for its search for a batch size.
+        build: further arguments of `Llama.build`.
     """
 
     def __init__(
@@ -77,13 +78,12 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         max_seq_len: int = 2048,
         batch_size: int | str = 8,
         *,
-        model_parallel_size: int | None = None,
         device: str | None = None,
-        dtype: str | None = None,
         seed: int = 1,
         add_bos_token: bool = True,
         llama: Llama | None = None,
         max_batch_size: int | None = None,
+        **build: Any,
     ) -> None:
         super().__init__()
         if llama is None:
@@ -91,16 +91,14 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
                 raise ValueError(f"batch_size must be a number, got {quote(batch_size)}")
             if ckpt_dir is None:
                 raise ValueError("ckpt_dir must be given: the folder of params.json and consolidated.NN.pth")
-            tokenizer_path = tokenizer_path or str(find_tokenizer(ckpt_dir))
             llama = Llama.build(
                 ckpt_dir,
-                tokenizer_path,
+                tokenizer_path or find_tokenizer(ckpt_dir),
                 int(max_seq_len),
                 int(batch_size),
-                model_parallel_size,
-                seed,
+                seed=seed,
                 device=None if device == "cuda:0" else device,
-                dtype=dtype,
+                **build,
             )
         self.llama = llama
         self._name = Path(ckpt_dir or "llama").resolve().name
@@ -262,7 +260,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Completions of contexts, each up to its first stop string or EOS."""
-        jobs = [self._job(i, *request.args) for i, request in enumerate(requests)]
+        jobs = [(i, self._job(i, *request.args)) for i, request in enumerate(requests)]
         results = [""] * len(requests)
 
         def keep(number: int, text: str) -> None:
@@ -299,19 +297,19 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
             stop=[text for text in [*stop, self._eos] if text],
             seed=int.from_bytes(digest[:7], "big"),
         )
-        return Job(number, self.tok_encode(context)[-room:], params)
+        return Job([self.tok_encode(context)[-room:]], params, 1, 0, continues=False)
 
-    def _complete(self, jobs: Sequence[Job]) -> list[str]:
-        """The texts of this replica's jobs, as many of which run at a time as there are rows."""
+    def _complete(self, jobs: Sequence[tuple[int, Job]]) -> list[str]:
+        """The texts of this replica's numbered jobs, as many of which run at a time as the cache has rows."""
         replica = Replica(self.llama)
         texts: dict[int, str] = {}
         waiting = iter(jobs)
         while len(texts) < len(jobs):
-            for _, job in zip(range(replica.n_free), waiting, strict=False):
-                replica.start(job)
-            for number, completion in replica.step()[0]:
-                texts[number] = completion.text
-        return [texts[job.number] for job in jobs]
+            for _, (number, job) in zip(range(replica.n_free), waiting, strict=False):
+                replica.start(number, job)
+            for number, (piece,) in replica.step()[0]:
+                texts[number] = piece.text
+        return [texts[number] for number, _ in jobs]
 
     # ---- replicas ----
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from llama import Llama
 from llama.runtime import is_first_rank
 from llama.tools import commandline
-from llama.tools.toy import toy_checkpoint
 
 
 def windows(tokens: Sequence[int], size: int, stride: int, bos_id: int) -> Iterator[tuple[list[int], int]]:
@@ -51,6 +51,7 @@ def perplexity(llama: Llama, text: str, *, stride: int | None = None) -> tuple[f
     return math.exp(-total / len(tokens)), len(tokens)
 
 
+@commandline.with_build_flags
 def main(
     text: str,
     ckpt_dir: str | None = None,
@@ -58,25 +59,21 @@ def main(
     max_seq_len: int = 512,
     max_batch_size: int = 4,
     stride: int | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
+    **build: Any,
 ) -> None:
     """Prints the perplexity of a text file.
 
     Args:
         text: path of a UTF-8 text.
-        ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy checkpoint of the repository.
-        tokenizer_path: its tokenizer.model; by default the one in ckpt_dir.
+        ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy one.
+        tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         max_seq_len: size of the windows.
         max_batch_size: number of windows that are scored at a time.
         stride: number of tokens from one window to the next; by default half of max_seq_len.
-        dtype: float16, bfloat16 or float32.
-        quantize: int8 for int8 weights and inputs of the linear layers, on a CPU.
     """
     content = Path(text).read_text(encoding="utf-8")
-    ckpt_dir = ckpt_dir or toy_checkpoint()
-    tokenizer_path = tokenizer_path or str(Path(ckpt_dir) / "tokenizer.model")
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, dtype=dtype, quantize=quantize)
+    paths = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
+    llama = Llama.build(*paths, max_seq_len, max_batch_size, **build)
     value, n_tokens = perplexity(llama, content, stride=stride)
     if is_first_rank():
         print(f"perplexity {value:.4f} over {n_tokens} tokens, windows of {max_seq_len}")

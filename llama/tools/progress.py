@@ -1,32 +1,49 @@
-"""The progress of a long run over many bytes, on stderr."""
+"""Progress bars on stderr, by tqdm where it is installed."""
 
 from __future__ import annotations
 
 import sys
-import time
 from types import TracebackType
+from typing import Any
+
+try:
+    from tqdm import tqdm
+except ImportError:  # an extra of the tools; without it there are no bars
+    tqdm = None
 
 GB = 10**9
-_TERMINAL_S = 0.2  # between two updates of the line on a terminal
-_PLAIN_S = 5.0  # between two lines elsewhere
+_TERMINAL_S = 0.2  # from the start to the first update, and between two of them, on a terminal
+_PLAIN_S = 10.0  # likewise for lines elsewhere, such as in a log file
 
 
 class Progress:
-    """Shows bytes done, speed and time left: one line that is updated on a terminal, a line every 5 s elsewhere.
+    """Shows how much of a run is done, its speed and the time left. A context manager.
 
-    A context manager; at its end a last line gives the total.
+    Without tqdm it shows nothing.
 
     Args:
         label: start of the line.
-        total: number of bytes of the whole run.
+        total: units of the whole run.
+        unit: what is counted; bytes ("B") are shown in kB, MB or GB.
+        done: units that an earlier run did.
         quiet: shows nothing.
     """
 
-    def __init__(self, label: str, total: int, *, quiet: bool = False) -> None:
-        self._label, self._total, self._quiet = label, total, quiet
-        self._done = 0
-        self._terminal = sys.stderr.isatty()
-        self._started = self._shown = time.monotonic()
+    def __init__(self, label: str, total: int, *, unit: str = "B", done: int = 0, quiet: bool = False) -> None:
+        self._bar: Any = None
+        if tqdm is not None and not quiet:
+            interval = _TERMINAL_S if sys.stderr.isatty() else _PLAIN_S
+            self._bar = tqdm(
+                desc=label,
+                total=total,
+                initial=done,
+                unit=unit,
+                unit_scale=unit == "B",
+                smoothing=0,  # the mean speed, by which the time left does not jump
+                mininterval=interval,
+                delay=interval,  # a short run, or an error at its start, shows no bar
+                dynamic_ncols=True,
+            )
 
     def __enter__(self) -> Progress:
         return self
@@ -34,37 +51,12 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._terminal and self._shown > self._started:
-            print(file=sys.stderr)
-        if error is None and not self._quiet:
-            seconds = time.monotonic() - self._started
-            print(f"{self._label}: {self._done / GB:.2f} GB in {_duration(seconds)}", file=sys.stderr)
+        if self._bar is not None:
+            self._bar.close()
 
-    def add(self, n_bytes: int) -> None:
-        """Counts `n_bytes` as done."""
-        self._done += n_bytes
-        now = time.monotonic()
-        if not self._quiet and now - self._shown >= (_TERMINAL_S if self._terminal else _PLAIN_S):
-            self._show(now)
-
-    def _show(self, now: float) -> None:
-        self._shown = now
-        start, end = ("\r\033[K", "") if self._terminal else ("", "\n")
-        print(f"{start}{self.line(now - self._started)}", end=end, file=sys.stderr, flush=True)
-
-    def line(self, seconds: float) -> str:
-        """The line after `seconds`, such as "reshard: 1.10 of 2.20 GB (50%), 0.55 GB/s, 2 s left"."""
-        speed = self._done / max(seconds, 1e-9)
-        share = 100 * self._done // max(self._total, 1)
-        left = f", {_duration((self._total - self._done) / speed)} left" if speed else ""
-        return (
-            f"{self._label}: {self._done / GB:.2f} of {self._total / GB:.2f} GB ({share}%), {speed / GB:.2f} GB/s{left}"
-        )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    def add(self, n: int = 1, note: str = "") -> None:
+        """Counts `n` units as done. A note, such as another speed, is shown at the end of the line."""
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(n)

@@ -14,15 +14,15 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama import Llama, runtime
-from llama.checkpoint import find_tokenizer, list_shards
+from llama.checkpoint import list_shards
 from llama.quoting import quote
 from llama.service import Service
 from llama.tools import commandline
-from llama.tools.toy import toy_checkpoint
 
 if TYPE_CHECKING:
     from llama.serving.app import Server
@@ -162,6 +162,7 @@ def _is_loopback(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
+@commandline.with_build_flags
 def main(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
@@ -169,18 +170,13 @@ def main(
     port: int = 8000,
     max_seq_len: int = 512,
     max_batch_size: int = 8,
-    model_parallel_size: int | None = None,
-    seed: int | None = 1,
-    device: str | None = None,
-    dtype: str | None = None,
-    cuda_graphs: bool = True,
-    quantize: str | None = None,
     model_name: str | None = None,
     api_key: str | None = None,
     max_waiting: int = 256,
     max_body_bytes: int = 2**22,
     timeout_s: float = 600,
     grace_s: float = 20,
+    **build: Any,
 ) -> None:
     """Serve OpenAI's API for completions and chats, and a chat page at /. SIGTERM or Ctrl-C ends it.
 
@@ -191,12 +187,6 @@ def main(
         port: to listen on; 0 for a free one, which is printed.
         max_seq_len: maximum number of tokens of a prompt and its completion.
         max_batch_size: maximum number of completions that are generated at a time.
-        model_parallel_size: number of processes that share the network; all of them.
-        seed: of requests without a seed of their own.
-        device: cpu, cuda, cuda:N or mps; by default the fastest available.
-        dtype: float16, bfloat16 or float32; by default bfloat16 on the CPU, else float16.
-        cuda_graphs: whether steps on CUDA are captured once and replayed.
-        quantize: int8 for int8 weights and inputs of the linear layers, on a CPU.
         model_name: what clients call the network; by default the name of ckpt_dir.
         api_key: that clients must send; by default the environment variable LLAMA_API_KEY, where other users of this
             machine do not see it, or none.
@@ -212,28 +202,13 @@ def main(
             f'the server needs the extra [serve] ({error}); install it with: pip install -e ".[serve]"'
         ) from error
     _check_limits(max_waiting=max_waiting, max_body_bytes=max_body_bytes, timeout_s=timeout_s, grace_s=grace_s)
-    ckpt_dir = ckpt_dir or toy_checkpoint()
-    _check_ranks(ckpt_dir, model_parallel_size)
-    tokenizer = tokenizer_path or find_tokenizer(ckpt_dir)
-
-    def build() -> Llama:
-        return Llama.build(
-            ckpt_dir,
-            tokenizer,
-            max_seq_len,
-            max_batch_size,
-            model_parallel_size,
-            seed,
-            device=device,
-            dtype=dtype,
-            cuda_graphs=cuda_graphs,
-            quantize=quantize,
-        )
-
+    ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
+    _check_ranks(ckpt_dir, build.get("model_parallel_size"))
+    load = partial(Llama.build, ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, **build)
     if runtime.world_size() > 1:
-        runtime.init_process_groups(runtime.world_size(), runtime.select_device(device))
+        runtime.init_process_groups(runtime.world_size(), runtime.select_device(build.get("device")))
         if not runtime.is_first_rank():
-            return _follow(build)
+            return _follow(load)
     key = os.environ.get("LLAMA_API_KEY", "") if api_key is None else api_key
     name = model_name or Path(ckpt_dir).resolve().name
     server = Server(name, api_key=key, max_body_bytes=max_body_bytes, timeout_s=timeout_s)
@@ -242,7 +217,7 @@ def main(
             print("warning: anybody who reaches this address can use it; set LLAMA_API_KEY", file=sys.stderr)
         address = f"[{host}]" if ":" in host else host
         print(f"{name} at http://{address}:{listener.getsockname()[1]}, once it is loaded", flush=True)
-        FirstRank(server, build, max_waiting=max_waiting, grace_s=grace_s).serve(listener)
+        FirstRank(server, load, max_waiting=max_waiting, grace_s=grace_s).serve(listener)
 
 
 def _check_limits(**limits: Any) -> None:

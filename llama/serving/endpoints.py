@@ -1,0 +1,58 @@
+"""The two endpoints of the server and of batch files: what a body asks for, and the form of its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llama.quoting import quote
+from llama.serving.errors import ApiError
+from llama.serving.formats import ChatFormat, CompletionFormat, Format
+from llama.serving.jobs import Job, Planner
+from llama.serving.protocol import ChatBody, CompletionBody, check_body
+
+CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked body.
+
+    Attributes:
+        job: its work.
+        form: the form of its answer.
+    """
+
+    body: ChatBody | CompletionBody
+    job: Job
+    form: Format
+
+
+def read_request(url: str, values: Any, planner: Planner, model_name: str) -> Request:
+    """Checks a body.
+
+    Args:
+        url: `CHAT_URL` or `COMPLETIONS_URL`.
+        values: the body, as JSON has it.
+        model_name: the name of the network, which the body may leave out.
+
+    Raises:
+        ApiError: a field is wrong or not supported.
+    """
+    if url == CHAT_URL:
+        chat = check_body(values, ChatBody)
+        check_model(chat.model, model_name)
+        return Request(chat, planner.chat(chat), ChatFormat(planner.tokenizer, logprobs=chat.logprobs))
+    text = check_body(values, CompletionBody)
+    check_model(text.model, model_name)
+    n_top = text.logprobs
+    form = CompletionFormat(planner.tokenizer, logprobs=n_top is not None, top_logprobs=bool(n_top))
+    return Request(text, planner.completion(text), form)
+
+
+def check_model(name: str | None, expected: str) -> None:
+    """Raises ApiError for a model of another name."""
+    if name is not None and name != expected:
+        raise ApiError(
+            f"model must be {quote(expected)}, got {quote(name)}", status=404, param="model", code="model_not_found"
+        )

@@ -1,0 +1,48 @@
+"""Errors in the form of OpenAI's API."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from llama.tokenizer import PromptError
+
+
+class ApiError(Exception):
+    """An error that the client gets.
+
+    Args:
+        message: for a person.
+        status: of HTTP.
+        param: the field that is wrong; None for the whole body.
+        code: for a program.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @classmethod
+    def of(cls, error: PromptError) -> ApiError:
+        """The error with the name of the field, with which its message begins."""
+        name = re.match(r"[\w.\[\]]+", str(error))
+        code = "context_length_exceeded" if "max_seq_len" in str(error) else None
+        return cls(str(error), param=name.group() if name else None, code=code)
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object that OpenAI's clients know."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
