@@ -21,11 +21,9 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
     sys.path[0] = str(Path(__file__).parent.parent)
 
-import torch
-
 from benchmarks.machine import seconds
 from benchmarks.ours import greedy_steps
-from benchmarks.shapes import SHAPES, check_shape, write_checkpoint, write_tokenizer
+from benchmarks.shapes import make_job
 from llama import Llama
 from llama.tools.commandline import run
 
@@ -75,14 +73,10 @@ def main(
     dtype: str = "bfloat16",
 ) -> None:
     """Prints tokens per second of each way and the ratios to it, median and range over the rounds, and a JSON line."""
-    check_shape(shape)
-    vocab_size = SHAPES[shape]["vocab_size"]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_checkpoint(folder, shape, getattr(torch, dtype))
-        write_tokenizer(folder / "tokenizer.model", vocab_size)
-        llama = Llama.build(folder, folder / "tokenizer.model", MAX_SEQ_LEN, batch, device="cpu", dtype=dtype)
-    requests = random_requests(n_prompts, prompt_median, output_median, vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        args, job = make_job(shape, None, Path(folder), dtype)
+        llama = Llama.build(job.ckpt_dir, job.tokenizer_path, MAX_SEQ_LEN, batch, device="cpu", dtype=dtype)
+    requests = random_requests(n_prompts, prompt_median, output_median, args.vocab_size)
     prompts, targets = [prompt for prompt, _ in requests], [n_tokens for _, n_tokens in requests]
     tokens = sum(targets)
     print(f"{n_prompts} prompts of up to {max(map(len, prompts))} tokens, outputs of {min(targets)} to {max(targets)}")

@@ -15,19 +15,12 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
     sys.path[0] = str(Path(__file__).parent.parent)
 
-import torch
-
 from benchmarks import report
 from benchmarks.job import PEERS, PUBLISHED, Job
 from benchmarks.machine import available_cores, describe_machine
-from benchmarks.rounds import Plan, missing_packages, run_rounds, say
-from benchmarks.shapes import check_shape, vocab_size_of, write_checkpoint, write_tokenizer
-from llama import ModelArgs
-from llama.checkpoint import find_shards, read_params
+from benchmarks.rounds import Plan, missing_packages, peer_pythons, run_rounds, say
+from benchmarks.shapes import make_job
 from llama.tools.commandline import run
-
-DTYPES = ("bfloat16", "float16", "float32")
-SIZES = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "norm_eps", "rope_theta")
 
 
 def main(
@@ -83,12 +76,12 @@ def main(
     _check(repeats, quantize, plot, json)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(work_dir or temporary).resolve() / f"{Path(ckpt_dir).name if ckpt_dir else shape}-{dtype}"
-        args, job = _make_job(shape, ckpt_dir, folder, dtype)
+        args, job = make_job(shape, ckpt_dir, folder, dtype)
         job = replace(job, device=device, threads=threads or available_cores())
         job = replace(job, decode_batches=_numbers(batches), decode_prompt=decode_prompt, decode_steps=decode_steps)
         job = replace(job, prefill_lengths=_numbers(prefills))
         pythons = dict.fromkeys(_own_engines(job, quantize, compiled=compile), sys.executable)
-        pythons |= _installed(_names(peers), _names(peer_python), device)
+        pythons |= _installed(peers, peer_python, device)
         if published_rounds:
             pythons[PUBLISHED] = sys.executable
         rounds, versions = run_rounds(Plan(args, job, pythons, repeats, published_rounds, one_at_a_time))
@@ -118,35 +111,6 @@ def _check(repeats: int, quantize: str | None, plot: str | None, json: str | Non
         raise SystemExit("--plot needs matplotlib; pip install -c constraints.txt -e '.[bench]' brings it")
 
 
-def _make_job(shape: str, ckpt_dir: str | None, folder: Path, dtype: str) -> tuple[ModelArgs, Job]:
-    """The network and the job; makes the files that are missing: random weights, a tokenizer of the right size."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if ckpt_dir is None:
-        check_shape(shape)
-    checkpoint = Path(ckpt_dir).resolve() if ckpt_dir else folder / "checkpoint"
-    if ckpt_dir is None and not (checkpoint / "consolidated.00.pth").exists():
-        say(f"making random weights: {shape}, {dtype}")
-        write_checkpoint(checkpoint, shape, getattr(torch, dtype))
-    find_shards(checkpoint, 1)
-    params = read_params(checkpoint)
-    if params.get("vocab_size", -1) == -1:
-        params["vocab_size"] = vocab_size_of(checkpoint)
-    args = ModelArgs(**params)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder / "tokenizer.model", args.vocab_size)
-    job = Job(
-        shape=checkpoint.name if ckpt_dir else shape,
-        ckpt_dir=str(checkpoint),
-        tokenizer_path=str(folder / "tokenizer.model"),
-        folder=str(folder),
-        n_kv_heads=args.kv_heads,
-        dtype=dtype,
-        **{name: getattr(args, name) for name in SIZES},
-    )
-    return args, job
-
-
 def _own_engines(job: Job, quantize: str | None, *, compiled: bool) -> list[str]:
     """The builds of this library that take part."""
     names = ["ours"]
@@ -158,16 +122,10 @@ def _own_engines(job: Job, quantize: str | None, *, compiled: bool) -> list[str]
     return names
 
 
-def _installed(peers: Sequence[str], peer_pythons: Sequence[str], device: str) -> dict[str, str]:
+def _installed(peers: str | Sequence[str], peer_python: str | Sequence[str], device: str) -> dict[str, str]:
     """The peers that can run here and their interpreters; prints what the others lack."""
-    if wrong := [pair for pair in peer_pythons if "=" not in pair]:
-        raise ValueError(f"peer_python must be NAME=PYTHON,..., got {', '.join(wrong)}")
-    pythons = dict(pair.split("=", 1) for pair in peer_pythons)
-    if unknown := [peer for peer in (*peers, *pythons) if peer not in PEERS]:
-        raise ValueError(f"peers must be of {', '.join(PEERS)}, got {', '.join(unknown)}")
     found = {}
-    for peer in peers:
-        python = pythons.get(peer, sys.executable)
+    for peer, python in peer_pythons(peers, peer_python, PEERS).items():
         if device != "cpu" and PEERS[peer].cpu_only:
             say(f"{peer}: left out, it is measured on CPUs only")
         elif missing := missing_packages(peer, python):
@@ -177,11 +135,6 @@ def _installed(peers: Sequence[str], peer_pythons: Sequence[str], device: str) -
         else:
             found[peer] = python
     return found
-
-
-def _names(value: str | Sequence[str]) -> list[str]:
-    """A command line gives one str, other callers may give a list."""
-    return [name for name in (value.split(",") if isinstance(value, str) else value) if name]
 
 
 def _numbers(value: int | Sequence[int]) -> tuple[int, ...]:

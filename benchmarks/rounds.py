@@ -151,6 +151,25 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def peer_pythons(peers: str | Sequence[str], peer_python: str | Sequence[str], known: Iterable[str]) -> dict[str, str]:
+    """The interpreter of each of the peers: NAME=PYTHON of `peer_python`, else this one.
+
+    Args:
+        peers: names, as a command line's NAME,NAME or as a sequence; `peer_python` likewise.
+        known: the names that there are.
+    """
+    names, pairs = (
+        [name for name in (value.split(",") if isinstance(value, str) else value) if name]
+        for value in (peers, peer_python)
+    )
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise ValueError(f"peer_python must be NAME=PYTHON,..., got {', '.join(wrong)}")
+    pythons = dict(pair.split("=", 1) for pair in pairs)
+    if unknown := [name for name in (*names, *pythons) if name not in known]:
+        raise ValueError(f"peers must be of {', '.join(known)}, got {', '.join(unknown)}")
+    return {name: pythons.get(name, sys.executable) for name in names}
+
+
 def missing_packages(peer: str, python: str) -> list[str]:
     """Those of a peer's packages that its environment lacks."""
     found = subprocess.run([python, "-c", _FIND, *PEERS[peer].imports], capture_output=True, text=True, check=False)

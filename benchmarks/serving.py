@@ -1,47 +1,49 @@
-"""The HTTP server under closed-loop clients: each sends its next request when the last one is answered.
+"""HTTP servers under closed-loop clients: each client sends its next request when the last one is answered.
 
-    python benchmarks/serving.py
+    python benchmarks/serving.py --peers llama_cpp,hf
 
-64 requests by 1, 4 and 8 clients over loopback, prompts and outputs of log-normal lengths, greedy, streamed, on a
-network of random weights. In each round the clients' numbers take turns, and with them the same work in one process
-without HTTP, the batch kept full (see batching.py). `--url` measures another server of OpenAI's API instead.
+64 requests over loopback by 1, 4, 8 and 16 clients, prompts and outputs of log-normal lengths, greedy, streamed, on a
+network of random weights whose tokens are one character each. In each round the servers and the numbers of clients take
+turns, and with them the same requests in one process without HTTP: the batch kept full (see batching.py), and one call
+per request from 8 Python threads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import random
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 import httpx
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks.batching import complete, random_model, skewed_lengths, timed
-from llama import Tokenizer, runtime
-from llama.args import ModelArgs
-from llama.checkpoint import tensor_shapes
+from benchmarks.batching import MAX_SEQ_LEN, complete, random_requests
+from benchmarks.machine import available_cores, cpu_model, seconds
+from benchmarks.servers import RunningServer, installed
+from benchmarks.shapes import make_job
+from llama import Llama, Tokenizer
 from llama.tools.commandline import run
-from llama.tools.toy import toy_checkpoint
 
 LONGEST_S = 600.0
+N_THREADS = 8  # of Python, in the reference without HTTP
+
+Requests = list[tuple[list[int], int]]  # prompts, and how many tokens to generate
 
 
 @dataclass
 class Round:
-    """What one round of one number of clients measured.
+    """What one round of one server and one number of clients measured.
 
     Attributes:
         seconds: from the first request to the last answer.
@@ -55,159 +57,174 @@ class Round:
     first: list[float] = field(default_factory=list)
     per_token: list[float] = field(default_factory=list)
 
-
-def write_checkpoint(folder: Path, args: ModelArgs, dtype: torch.dtype) -> None:
-    """Random weights in the released layout."""
-    numbers = torch.Generator().manual_seed(0)
-    state = {
-        name: torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=numbers)
-        for name, shape in tensor_shapes(args, 1).items()
-    }
-    torch.save(state, folder / "consolidated.00.pth")
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps")
-    (folder / "params.json").write_text(json.dumps({name: getattr(args, name) for name in names}))
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
 
 
-@contextmanager
-def started_server(folder: Path, args: ModelArgs, dtype: str) -> Iterator[str]:
-    """The address of a server of this library's."""
-    command = [sys.executable, "-m", "llama.tools.serve", "--ckpt_dir", str(folder), "--port", "0", "--dtype", dtype]
-    command += ["--tokenizer_path", str(Path(toy_checkpoint()) / "tokenizer.model"), "--model_name", "model"]
-    command += ["--max_seq_len", str(args.max_seq_len), "--max_batch_size", str(args.max_batch_size)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
-    try:
-        assert server.stdout
-        line = server.stdout.readline()
-        url = line[line.index("http://") :].partition(",")[0]
-        while httpx.get(f"{url}/health").status_code != 200:
-            time.sleep(0.1)
-        yield url
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait()
-
-
-async def ask(web: httpx.AsyncClient, model: str, prompt: list[int], max_tokens: int, results: Round) -> None:
-    """One streamed request."""
+async def ask(web: httpx.AsyncClient, model: str, prompt: str, max_tokens: int, results: Round) -> None:
+    """One streamed request. A character is a token."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-    body["stream_options"] = {"include_usage": True}
     sent = time.perf_counter()
-    first = last = None
+    first = last = sent
     n_tokens = 0
     async with web.stream("POST", "/v1/completions", json=body) as answer:
         if answer.status_code != 200:
             raise RuntimeError(f"the server answered {answer.status_code}: {(await answer.aread())[:200]!r}")
         async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                chunk = json.loads(line[6:])
-                if chunk["choices"]:
-                    last = time.perf_counter()
-                    first = first or last
-                elif chunk.get("usage"):
-                    n_tokens = chunk["usage"]["completion_tokens"]
+            choices = json.loads(line[6:]).get("choices") if line.startswith("data: {") else None
+            if choices and choices[0].get("text"):
+                last = time.perf_counter()
+                first = last if n_tokens == 0 else first
+                n_tokens += len(choices[0]["text"])
     results.tokens += n_tokens
-    if first is not None and last is not None:
+    if n_tokens:
         results.first.append(first - sent)
-        if n_tokens > 1:
-            results.per_token.append((last - first) / (n_tokens - 1))
+    if n_tokens > 1:
+        results.per_token.append((last - first) / (n_tokens - 1))
 
 
-async def closed_loop(url: str, model: str, n_clients: int, requests: list[tuple[list[int], int]]) -> Round:
+async def closed_loop(server: RunningServer, n_clients: int, requests: Sequence[tuple[str, int]]) -> Round:
     """All requests, by that many clients."""
     results, waiting = Round(), list(reversed(requests))
 
     async def client(web: httpx.AsyncClient) -> None:
         while waiting:
-            await ask(web, model, *waiting.pop(), results)
+            await ask(web, server.model, *waiting.pop(), results)
 
-    async with httpx.AsyncClient(base_url=url, timeout=LONGEST_S, trust_env=False) as web:
+    async with httpx.AsyncClient(base_url=server.url, timeout=LONGEST_S, trust_env=False) as web:
         started = time.perf_counter()
         await asyncio.gather(*(client(web) for _ in range(n_clients)))
         results.seconds = time.perf_counter() - started
     return results
 
 
-def measure_round(url: str, model: str, requests: list[tuple[list[int], int]], rounds: dict[int, list[Round]]) -> None:
-    """Adds one round to those of each number of clients."""
-    for n_clients, measured in rounds.items():
-        result = asyncio.run(closed_loop(url, model, n_clients, requests))
-        print(f"{n_clients} clients: {result.tokens / result.seconds:.1f} tok/s", file=sys.stderr)
-        measured.append(result)
+def in_threads(llama: Llama, requests: Requests) -> Round:
+    """All requests, one call each, by `N_THREADS` Python threads of one process."""
+    results, waiting = Round(), list(reversed(requests))
+
+    def work() -> None:
+        while waiting:
+            try:
+                prompt, n_tokens = waiting.pop()
+            except IndexError:  # another thread was faster
+                return
+            (tokens,), _ = llama.generate([prompt], n_tokens, temperature=0)
+            results.tokens += len(tokens)
+
+    threads = [threading.Thread(target=work) for _ in range(N_THREADS)]
+
+    def all_of_them() -> None:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    results.seconds = seconds(all_of_them)
+    return results
 
 
-def percentile(values: list[float], q: float) -> float:
+def kept_full(llama: Llama, requests: Requests) -> Round:
+    """All requests in one call."""
+    prompts, targets = [prompt for prompt, _ in requests], [n_tokens for _, n_tokens in requests]
+    return Round(seconds(lambda: complete(llama, prompts, targets)), sum(targets))
+
+
+def measure(ways: dict[str, Callable[[], Round]], repeats: int) -> dict[str, list[Round]]:
+    """The rounds of each way of answering the requests, all in turn, each time with another one first."""
+    rounds: dict[str, list[Round]] = {name: [] for name in ways}
+    for i in range(repeats):
+        names = list(ways)
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            rounds[name].append(ways[name]())
+            print(f"round {i + 1}/{repeats}  {name}: {rounds[name][-1].rate:.1f} tok/s", file=sys.stderr, flush=True)
+    return rounds
+
+
+def percentile(values: Sequence[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, round(q * (len(values) - 1)))]
 
 
-def report(n_clients: int, rounds: list[Round], references: list[float]) -> str:
-    """A line: the median over the rounds of the rate; over all requests of the times."""
-    rates = [each.tokens / each.seconds for each in rounds]
-    first = [1000 * t for each in rounds for t in each.first]
-    gaps = [1000 * t for each in rounds for t in each.per_token]
-    line = (
-        f"{n_clients:3} clients {statistics.median(rates):7.1f} tok/s ({min(rates):.1f} to {max(rates):.1f})   "
-        f"first token {statistics.median(first):6.0f} ms, p95 {percentile(first, 0.95):6.0f}   "
-        f"per token {statistics.median(gaps):5.1f} ms, p95 {percentile(gaps, 0.95):5.1f}"
-    )
-    if references:
-        ratios = [rate / reference for rate, reference in zip(rates, references, strict=True)]
-        line += f"   {statistics.median(ratios):.2f} of kept full ({min(ratios):.2f} to {max(ratios):.2f})"
-    return line
+def report(rounds: dict[str, list[Round]], reference: str, n_ours: str) -> str:
+    """A line per way: the median over the rounds of its rate, over all requests of the times; ratios within rounds."""
+    lines = [f"{'':22}    tok/s              first token, p95        per token, p95   of {reference}"]
+    for name, measured in rounds.items():
+        rates = [each.rate for each in measured]
+        line = f"{name:22} {statistics.median(rates):8.1f} ({min(rates):.1f} to {max(rates):.1f})".ljust(50)
+        first = [1000 * t for each in measured for t in each.first]
+        gaps = [1000 * t for each in measured for t in each.per_token]
+        line += f"{statistics.median(first):7.0f} {percentile(first, 0.95):7.0f} ms" if first else " " * 18
+        line += f"{statistics.median(gaps):9.1f} {percentile(gaps, 0.95):7.1f} ms" if gaps else " " * 20
+        ratios = [each.rate / full.rate for each, full in zip(measured, rounds[reference], strict=True)]
+        lines.append(f"{line}   {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    for name, measured in rounds.items():
+        server, _, clients = name.partition(", ")
+        if clients and server != n_ours:
+            pairs = zip(rounds[f"{n_ours}, {clients}"], measured, strict=True)
+            ratios = [ours.rate / theirs.rate for ours, theirs in pairs]
+            span = f"({min(ratios):.2f} to {max(ratios):.2f})"
+            lines.append(f"{n_ours} is {statistics.median(ratios):.2f} times as fast as {name} {span}")
+    return "\n".join(lines)
 
 
 def main(
-    dim: int = 1024,
-    n_layers: int = 12,
+    shape: str = "200m",
+    *,
     n_requests: int = 64,
-    clients: str = "1,4,8",
+    clients: Sequence[int] = (1, 4, 8, 16),
     batch: int = 8,
     prompt_median: int = 32,
     output_median: int = 32,
     repeats: int = 3,
     dtype: str = "bfloat16",
-    url: str | None = None,
-    model: str = "model",
+    threads: int | None = None,
+    peers: str | Sequence[str] = "",
+    peer_python: str | Sequence[str] = "",
 ) -> None:
-    """Prints for each number of clients tokens a second, time to the first token and per token, and a JSON line.
+    """Prints for each server and number of clients tokens per second, time to the first token and per token.
 
     Args:
-        url: of a server that runs already, without /v1; by default one of this library is started.
-        model: its name there.
+        shape: tiny, 200m, 1b, 7b or 13b, of random weights.
+        batch: `max_batch_size` of this library.
+        threads: of every server; None for as many as there are cores.
+        peers: of llama_cpp (llama-cpp-python's server), hf (`transformers serve`) and hf_batching (with its continuous
+            batching), those to run in turn with it; those that are not installed are left out.
+        peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
     """
-    n_words = Tokenizer(Path(toy_checkpoint()) / "tokenizer.model").n_words
-    args = ModelArgs(
-        dim=dim, n_layers=n_layers, n_heads=16, n_kv_heads=4, vocab_size=n_words, max_batch_size=batch, max_seq_len=512
-    )
-    draw = random.Random(0)
-    prompts = [
-        [1, *(draw.randrange(259, n_words) for _ in range(length))]
-        for length in skewed_lengths(n_requests, prompt_median, 255, seed=1)
-    ]
-    targets = skewed_lengths(n_requests, output_median, 255, seed=2)
-    requests = list(zip(prompts, targets, strict=True))
-    counts = [int(n) for n in clients.split(",")]
-    rounds: dict[int, list[Round]] = {n: [] for n in counts}
-    references: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
-        if url is None:
-            write_checkpoint(Path(folder), args, runtime.DTYPES[dtype])
-            with started_server(Path(folder), args, dtype) as own:
-                network = random_model(args, runtime.DTYPES[dtype])
-                complete(network, prompts[:batch], [4] * batch)
-                for _ in range(repeats):
-                    references.append(sum(targets) / timed(lambda: complete(network, prompts, targets)))
-                    print(f"kept full: {references[-1]:.1f} tok/s", file=sys.stderr)
-                    measure_round(own, model, requests, rounds)
-        else:
-            for _ in range(repeats):
-                measure_round(url, model, requests, rounds)
-    print(f"{n_requests} requests, prompts of up to {max(map(len, prompts))} tokens, outputs of up to {max(targets)}")
-    if references:
-        print(f"kept full, without HTTP: {statistics.median(references):.1f} tok/s")
-    for n in counts:
-        print(report(n, rounds[n], references))
-    figures = {n: [[each.tokens, each.seconds] for each in rounds[n]] for n in counts}
-    print(json.dumps({"benchmark": "serving", "cores": os.cpu_count(), "rounds": figures, "kept_full": references}))
+    threads = threads or available_cores()
+    torch.set_num_threads(threads)
+    counts = [clients] if isinstance(clients, int) else list(clients)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        _, job = make_job(shape, None, Path(folder), dtype)
+        job = replace(job, threads=threads, decode_batches=(batch,), ragged_lengths=(MAX_SEQ_LEN - 2,))
+        requests = random_requests(n_requests, prompt_median, output_median, job.vocab_size)
+        tokenizer = Tokenizer(job.tokenizer_path)
+        texts = [(tokenizer.decode(prompt), n_tokens) for prompt, n_tokens in requests]
+        servers = [
+            stack.enter_context(RunningServer(name, python, job))
+            for name, python in {"ours": sys.executable, **installed(peers, peer_python)}.items()
+        ]
+        llama = Llama.build(job.ckpt_dir, job.tokenizer_path, MAX_SEQ_LEN, batch, device="cpu", dtype=dtype)
+        ways: dict[str, Callable[[], Round]] = {
+            "kept full": lambda: kept_full(llama, requests),
+            f"{N_THREADS} Python threads": lambda: in_threads(llama, requests),
+        }
+        for server in servers:
+            asyncio.run(closed_loop(server, batch, texts[: 2 * batch]))  # warms up
+            for n in counts:
+                ways[f"{server.name}, {n} clients"] = _bound(server, n, texts)
+        ways["kept full"]()
+        rounds = measure(ways, repeats)
+    longest = max(len(prompt) for prompt, _ in requests)
+    print(f"{cpu_model()}, {shape}, {dtype}, {n_requests} requests, prompts of up to {longest} tokens")
+    print(report(rounds, "kept full", "ours"))
+    figures = {name: [[each.tokens, each.seconds] for each in measured] for name, measured in rounds.items()}
+    print(json.dumps({"benchmark": "serving", "shape": shape, "rounds": figures}))
+
+
+def _bound(server: RunningServer, n_clients: int, texts: Sequence[tuple[str, int]]) -> Callable[[], Round]:
+    return lambda: asyncio.run(closed_loop(server, n_clients, texts))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The networks that are measured: their files, with random weights, and what the formula says of their sizes."""
+"""The networks that are measured: their files, with random weights, and what follows from their sizes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
 from benchmarks.job import Job
-from llama import ModelArgs
-from llama.checkpoint import tensor_shapes
+from llama import ModelArgs, Tokenizer
+from llama.checkpoint import find_shards, read_params, tensor_shapes
 from llama.memory import MemoryPlan, plan_memory
 from llama.tools.convert import to_hf
 
@@ -25,6 +25,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "multiple_of": 256},
     "13b": {"dim": 5120, "n_layers": 40, "n_heads": 40, "vocab_size": 32000, "multiple_of": 256},
 }
+DTYPES = ("bfloat16", "float16", "float32")
+_SIZES = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "norm_eps", "rope_theta")
 _FIRST_CHARACTER = 0x20000  # of a plane with more ideographs than any vocabulary has pieces
 _CONTROL_PIECES = 3
 
@@ -78,10 +80,53 @@ def check_shape(shape: str) -> None:
         )
 
 
+def make_job(shape: str, ckpt_dir: str | None, folder: Path, dtype: str) -> tuple[ModelArgs, Job]:
+    """The network and a job for it; makes the files that are missing: random weights, a tokenizer of the right size."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if ckpt_dir is None:
+        check_shape(shape)
+    checkpoint = Path(ckpt_dir).resolve() if ckpt_dir else folder / "checkpoint"
+    if ckpt_dir is None and not (checkpoint / "consolidated.00.pth").exists():
+        write_checkpoint(checkpoint, shape, getattr(torch, dtype))
+    find_shards(checkpoint, 1)
+    params = read_params(checkpoint)
+    if params.get("vocab_size", -1) == -1:
+        params["vocab_size"] = vocab_size_of(checkpoint)
+    args = ModelArgs(**params)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder / "tokenizer.model", args.vocab_size)
+    job = Job(
+        shape=checkpoint.name if ckpt_dir else shape,
+        ckpt_dir=str(checkpoint),
+        tokenizer_path=str(folder / "tokenizer.model"),
+        folder=str(folder),
+        n_kv_heads=args.kv_heads,
+        dtype=dtype,
+        **{name: getattr(args, name) for name in _SIZES},
+    )
+    return args, job
+
+
 def write_hf_folder(job: Job) -> None:
-    """The checkpoint as transformers reads it, written on the first call."""
-    if not job.hf_folder.exists():
-        to_hf(job.ckpt_dir, job.tokenizer_path, job.hf_folder, dtype=job.dtype, quiet=True)
+    """The checkpoint as transformers reads it, written on the first call, with a tokenizer of single characters."""
+    if job.hf_folder.exists():
+        return
+    to_hf(job.ckpt_dir, job.tokenizer_path, job.hf_folder, dtype=job.dtype, quiet=True)
+    (job.hf_folder / "tokenizer.model").unlink()  # transformers cannot read SentencePiece models of this type
+    tokenizer = Tokenizer(job.tokenizer_path)
+    pieces = [tokenizer.sp_model.id_to_piece(i) for i in range(tokenizer.n_words)]
+    flags = {"special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
+    content = {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": pieces[i], **flags} for i in range(_CONTROL_PIECES)],
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "BPE", "unk_token": pieces[0], "vocab": {p: i for i, p in enumerate(pieces)}, "merges": []},
+    }
+    (job.hf_folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), pieces[:_CONTROL_PIECES], strict=True))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    (job.hf_folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def vocab_size_of(ckpt_dir: Path) -> int:

@@ -68,7 +68,7 @@ def test_ratios_say_how_many_times_as_good_ours_is() -> None:
 
 
 def test_a_peer_that_is_not_installed_is_left_out_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    installed = bench._installed(["llama_cpp"], ["llama_cpp=/usr/bin/env"], "cuda")
+    installed = bench._installed("llama_cpp", "llama_cpp=/usr/bin/env", "cuda")
     assert installed == {} and "llama_cpp" in capsys.readouterr().err
 
 
@@ -130,7 +130,7 @@ def test_a_process_that_ends_in_its_turn_leaves_its_last_words(job: Job, tmp_pat
 
 def test_unknown_peers_and_shapes_are_errors() -> None:
     with pytest.raises(ValueError, match="nonsense"):
-        bench._installed(["nonsense"], [], "cpu")
+        bench._installed("nonsense", "", "cpu")
     with pytest.raises(ValueError, match=r"shape must be one of tiny, 200m, 1b, 7b, 13b, got '2b'"):
         bench.main("2b")
 

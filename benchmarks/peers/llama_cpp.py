@@ -102,7 +102,7 @@ def prepare(job: Job, variant: str) -> None:
     writer = gguf.GGUFWriter(gguf_file(job, variant), "llama")
     writer.add_file_type(file_type)
     _add_sizes(writer, job)
-    writer.add_tokenizer_model("no_vocab")
+    _add_vocabulary(writer, Path(job.tokenizer_path).with_suffix(".vocab"))
     for name, tensor in _read_state(job).items():
         if tensor.dim() == 1:
             writer.add_tensor(_gguf_name(name), tensor.float().numpy())
@@ -128,6 +128,19 @@ def _add_sizes(writer: gguf.GGUFWriter, job: Job) -> None:
     writer.add_rope_dimension_count(job.head_dim)
     writer.add_rope_freq_base(job.rope_theta)
     writer.add_vocab_size(job.vocab_size)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, path: Path) -> None:
+    """That of SentencePiece's list of pieces and scores: the unknown and the control pieces first."""
+    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    kinds = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(lines) - 3)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([piece for piece, _ in lines])
+    writer.add_token_scores([float(score) for _, score in lines])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_space_prefix(False)
 
 
 def gguf_file(job: Job, variant: str) -> Path:
