@@ -240,8 +240,6 @@ class DraftModel:
 
     def _sample(self, logits: Tensor, sequences: Listed[Sequence], ahead: int) -> Tensor:
         """Draws with the noise that the network's own tokens will be drawn with: likely the same ones."""
-        if any(sequence.sampler.draw is not None for sequence in sequences):
-            return logits.argmax(-1)
         return sample(logits, [(sequence, sequence.next_step + ahead) for sequence in sequences])
 
     def move_row(self, source: int, target: int) -> None:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import destroy_model_parallel
 
 from llama import Llama
+from llama.speculative import PassCosts
 from tests import oracle
 from tests.conftest import ROOT
 from tests.ranks import FAULT, run_faulty_ranks, run_ranks
@@ -58,6 +59,7 @@ class Checkpoint:
     size: int | None  # None: as many as there are processes
     seed: int | None = 1
     dtype: str | None = "float32"
+    draft: Path | None = None
 
     def build(self, **changes: Any) -> Llama:
         chosen = replace(self, **changes)
@@ -70,6 +72,7 @@ class Checkpoint:
             chosen.seed,
             device="cpu",
             dtype=chosen.dtype,
+            draft_ckpt_dir=chosen.draft,
         )
 
 
@@ -189,6 +192,22 @@ def stream_beside_calls(llama: Llama) -> list[Any]:
     return [first + "".join(stream), row, texts]
 
 
+def speculative_calls(llama: Llama) -> tuple[list[Any], list[Any], int]:
+    """Calls without and with drafts, which always seem to pay; and how many drafted tokens were accepted."""
+    costs = {id(llama.model): PassCosts([1.0] * 8), id(llama.draft_model): PassCosts([0.01] * 8)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PassCosts, "measure", lambda model: costs[id(model)])
+        prompts = [[7, 8, 9] * 8, [11] * 5, [20, 21, 22, 23] * 3, [30], [7, 8] * 9]
+        calls: list[Callable[..., Any]] = [
+            lambda **way: llama.generate(prompts, 20, temperature=0, **way)[0],
+            lambda **way: llama.generate(prompts, 20, temperature=0.2, seed=3, **way)[0],
+            lambda **way: "".join(llama.stream_text_completion("fox fox fox", 0.2, max_gen_len=20, seed=3, **way)),
+        ]
+        plain = [call() for call in calls]
+        found = [call(speculative=way) for way in ("prompt_lookup", "draft") for call in calls]
+    return plain * 2, found, llama.engine.draft_counts.accepted
+
+
 def two_ranks(rank: int, halves: Checkpoint, whole: Checkpoint) -> Result:
     faulthandler.dump_traceback_later(DEADLINE, exit=True)
     result: Result = {
@@ -210,6 +229,7 @@ def two_ranks(rank: int, halves: Checkpoint, whole: Checkpoint) -> Result:
     result["early exits"] = early_exits(llama, rank)
     result["beside"] = stream_beside_calls(llama)
     result["another size"] = message(lambda: whole.build(size=1))
+    result["speculative"] = speculative_calls(halves.build(draft=halves.folder))
     second = halves.build()
     result["second build"] = second.generate(PROMPTS, 8, temperature=0)[0]
     result["first build"] = llama.generate(PROMPTS, 8, temperature=0)[0]
@@ -232,6 +252,14 @@ def world_2(split: Callable[..., Checkpoint]) -> list[Result]:
 def test_mp_2_equals_one_process(world_2: list[Result], one_process: Result) -> None:
     for result in world_2:
         check(result["calls"], one_process)
+
+
+def test_drafted_tokens_change_nothing_at_mp_2(world_2: list[Result]) -> None:
+    for result in world_2:
+        plain, found, n_accepted = result["speculative"]
+        assert found == plain
+        assert n_accepted > 10
+    assert world_2[0]["speculative"] == world_2[1]["speculative"]
 
 
 def test_each_rank_holds_its_part(world_2: list[Result], params: dict[str, Any]) -> None:
