@@ -20,6 +20,7 @@ from llama.tools import commandline
 from llama.tools.batch_file import MAX_CHOICES, Reader
 from llama.tools.batch_results import Completed, Results, compare, read_requests
 from llama.tools.batch_work import Coordinator, Worker, complete_jobs
+from llama.tools.chat_format import chat_error
 from llama.tools.progress import Progress
 from llama.tools.replica import Replica
 
@@ -115,7 +116,8 @@ def main(
         mark = fingerprint(llama, tokenizer_path, seed, build.get("quantize"))
         _first_rank_does(lambda: _check_fingerprint(opened[1], mark, Path(output)) if opened else None)
         if opened:
-            _lead(llama, Path(input), Reader(Planner(llama, MAX_CHOICES), name, seed), *opened, mark)
+            planner = Planner(llama, MAX_CHOICES, chat_error=chat_error(ckpt_dir))
+            _lead(llama, Path(input), Reader(planner, name, seed), *opened, mark)
         else:
             _follow(llama)
 

@@ -18,6 +18,7 @@ from llama.chat import SPECIAL_TAGS, encode_dialog, has_special_tags
 from llama.quoting import quote
 from llama.runtime import broadcast_object, is_first_rank
 from llama.tools import commandline
+from llama.tools.chat_format import chat_error
 
 try:
     import termios
@@ -210,7 +211,10 @@ def main(
         raise ValueError(
             f"system must be without the chat template's tags, {' '.join(SPECIAL_TAGS)}, got {quote(system)}"
         )
-    llama = Llama.build(*commandline.checkpoint_paths(ckpt_dir, tokenizer_path), max_seq_len, 1, **build)
+    ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
+    if error := chat_error(ckpt_dir):
+        raise ValueError(error)
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, **build)
     if not is_first_rank():
         return _follow(llama, temperature, top_p)
     history = History(llama, system, max_seq_len - (answer_len or max_seq_len // 4))

@@ -21,6 +21,7 @@ from llama.checkpoint import split_tensor, tensor_shapes
 from llama.quoting import printable, quote
 from llama.runtime import DTYPES
 from llama.tokenizer import Tokenizer
+from llama.tools.chat_format import CHAT_FORMAT_FILE, copy_chat_format
 from llama.tools.commandline import run
 from llama.tools.hf_folder import INDEX_SUFFIX, HuggingFaceFolder
 from llama.tools.huggingface import (
@@ -57,7 +58,7 @@ def from_hf(
 
     Args:
         hf_dir: folder of config.json and *.safetensors (or pytorch_model*.bin); tokenizer.model is copied if it is
-            there.
+            there, and a chat template if it is not Llama 2's (see `llama.tools.chat_format`).
         output_dir: folder to make; it appears when it is complete.
         model_parallel_size: number of files to write, one per process (GPU) that will run the model.
         dtype: float16, bfloat16 or float32; by default each tensor keeps its own.
@@ -89,6 +90,8 @@ def from_hf(
     ):
         _write_json(folder / "params.json", _params(args))
         _copy_tokenizer(Path(hf_dir), folder, quiet=quiet)
+        if copy_chat_format(Path(hf_dir), folder) and not quiet:
+            print(f"the chat template is not Llama 2's ({CHAT_FORMAT_FILE}): chats will be refused", file=sys.stderr)
         paths = [folder / f"consolidated.{rank:02d}.pth" for rank in range(model_parallel_size)]
         files = [stack.enter_context(lay_out_pth(path, parts)) for path in paths]
         for ours, theirs in names.items():

@@ -24,6 +24,7 @@ from llama.inputs import SamplingParams
 from llama.quoting import quote
 from llama.runner import ModelRunner, lock_of
 from llama.serving.jobs import Job
+from llama.tools.chat_format import chat_error
 from llama.tools.replica import Replica
 
 try:
@@ -102,6 +103,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
             )
         self.llama = llama
         self._name = Path(ckpt_dir or "llama").resolve().name
+        self._chat_error = chat_error(ckpt_dir) if ckpt_dir else None
         self._seed = seed
         self._add_bos_token = add_bos_token
         sp_model = llama.tokenizer.sp_model
@@ -172,6 +174,8 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         Args:
             add_generation_prompt: False for a dialog whose last message is the beginning of the answer.
         """
+        if self._chat_error:
+            raise ValueError(self._chat_error)
         history = list(chat_history)
         answer = None if add_generation_prompt else history.pop()["content"].strip()
         check_dialog(history, "chat_history")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llama.checkpoint import split_tensor
 from llama.quoting import quote
+from llama.tools.chat_format import CHAT_FORMAT_FILE
 from llama.tools.commandline import run
 from llama.tools.progress import Progress
 from llama.tools.sharded import ShardedCheckpoint
@@ -24,7 +25,8 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
 
     Args:
         ckpt_dir: folder of params.json and consolidated.NN.pth, any number of them.
-        output_dir: folder to make. params.json is copied there, and tokenizer.model if it is in ckpt_dir.
+        output_dir: folder to make. params.json is copied there, and tokenizer.model and chat_format.json if they are
+            in ckpt_dir.
         model_parallel_size: number of files to write, one per process (GPU) that will run the model.
         quiet: shows no progress.
 
@@ -46,7 +48,7 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
         Progress("reshard", n_bytes, quiet=quiet) as progress,
         ExitStack() as stack,
     ):
-        for name in ("params.json", "tokenizer.model"):
+        for name in ("params.json", "tokenizer.model", CHAT_FORMAT_FILE):
             if (Path(ckpt_dir) / name).exists():
                 shutil.copyfile(Path(ckpt_dir) / name, folder / name)
         paths = [folder / f"consolidated.{rank:02d}.pth" for rank in range(model_parallel_size)]

@@ -23,6 +23,7 @@ from llama.checkpoint import list_shards
 from llama.quoting import quote
 from llama.service import Service
 from llama.tools import commandline
+from llama.tools.chat_format import chat_error
 
 if TYPE_CHECKING:
     from llama.serving.app import Server
@@ -211,7 +212,9 @@ def main(
             return _follow(load)
     key = os.environ.get("LLAMA_API_KEY", "") if api_key is None else api_key
     name = model_name or Path(ckpt_dir).resolve().name
-    server = Server(name, api_key=key, max_body_bytes=max_body_bytes, timeout_s=timeout_s)
+    server = Server(
+        name, api_key=key, max_body_bytes=max_body_bytes, timeout_s=timeout_s, chat_error=chat_error(ckpt_dir)
+    )
     with _open_port(host, port) as listener:
         if not key and not _is_loopback(listener):
             print("warning: anybody who reaches this address can use it; set LLAMA_API_KEY", file=sys.stderr)
