@@ -10,10 +10,8 @@ import json
 import mmap
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import fields, replace
-from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +43,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KNOWN_EXTRA = "rope.freqs"  # released files carry it; it follows from params.json
 _RUN_SIZES = {"max_batch_size", "max_seq_len"}  # fields of ModelArgs that are a run's, not a checkpoint's
 _PARAM_NAMES = {field.name for field in fields(ModelArgs)} - _RUN_SIZES
+_QUANTIZE = "quantize"  # the key of params.json that names the form of quantized weights
+STORED_FORMS = ("int8",)  # what it may be
+_SCALES = ".scales"
 _MAX_JSON_BYTES = 4 * 1024**2  # some 60 times the index of a published 70B model's tensors
 
 
@@ -62,6 +63,21 @@ def shard_dim(name: str) -> int | None:
     return _LAYER_SHARD_DIMS[in_layer]
 
 
+def is_linear(name: str) -> bool:
+    """Whether a tensor is the weight of a linear layer, which a quantized checkpoint has as numbers and scales."""
+    return name != "tok_embeddings.weight" and not name.endswith(_SCALES) and shard_dim(name) is not None
+
+
+def scales_of(name: str) -> str:
+    """The name of the scales of a quantized weight."""
+    return name.removesuffix(".weight") + _SCALES
+
+
+def is_repeated(name: str) -> bool:
+    """Whether every file of a checkpoint holds the whole tensor, the same in each; scales are each file's own."""
+    return not name.endswith(_SCALES) and shard_dim(name) is None
+
+
 def split_tensor(name: str, whole: Tensor, parts: int) -> list[Tensor]:
     """What each of `parts` files holds of a tensor; views."""
     dim = shard_dim(name)
@@ -74,8 +90,12 @@ def join_tensor(name: str, parts: list[Tensor]) -> Tensor:
     return parts[0] if dim is None or len(parts) == 1 else torch.cat(parts, dim)
 
 
-def tensor_shapes(args: ModelArgs, model_parallel_size: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor that one file of a checkpoint holds, in the released order, with its shape there."""
+def tensor_shapes(args: ModelArgs, model_parallel_size: int, quantize: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Every tensor that one file of a checkpoint holds, in the released order, with its shape there.
+
+    Args:
+        quantize: the form that its linear layers are stored in, by `stored_quantize`; their scales come last.
+    """
     kv_dim = args.kv_heads * args.head_dim
     in_layer: dict[str, tuple[int, ...]] = {
         "attention.wq.weight": (args.dim, args.dim),
@@ -95,7 +115,16 @@ def tensor_shapes(args: ModelArgs, model_parallel_size: int) -> dict[str, tuple[
     whole["output.weight"] = (args.vocab_size, args.dim)
     for i in range(args.n_layers):
         whole |= {f"layers.{i}.{name}": shape for name, shape in in_layer.items()}
-    return {name: _shard_shape(shape, shard_dim(name), model_parallel_size) for name, shape in whole.items()}
+    shapes = {name: _shard_shape(shape, shard_dim(name), model_parallel_size) for name, shape in whole.items()}
+    scales = {} if quantize is None else {scales_of(name): shapes[name][:1] for name in shapes if is_linear(name)}
+    return shapes | scales
+
+
+def stored_dtypes(name: str, names: Container[str]) -> tuple[torch.dtype, ...]:
+    """The dtypes that a tensor of a file with these `names` may have."""
+    if name.endswith(_SCALES):
+        return (torch.float32,)
+    return (torch.int8,) if scales_of(name) in names else _DTYPES
 
 
 def _shard_shape(shape: tuple[int, ...], dim: int | None, parts: int) -> tuple[int, ...]:
@@ -139,21 +168,42 @@ def find_shards(ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
 
 
 def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
-    """The content of `params.json`, its keys checked; `ModelArgs` checks the values.
+    """The fields of `ModelArgs` in `params.json`, the names checked; `ModelArgs` checks the values.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a JSON object, or has a key that this library does not know.
     """
+    params = _read_all_params(ckpt_dir)
+    params.pop(_QUANTIZE, None)
+    return params
+
+
+def stored_quantize(ckpt_dir: str | Path) -> str | None:
+    """The form in which `llama.tools.quantize` wrote a checkpoint's linear layers; None for plain weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as for `read_params`.
+    """
+    form: str | None = _read_all_params(ckpt_dir).get(_QUANTIZE)
+    return form
+
+
+def _read_all_params(ckpt_dir: str | Path) -> dict[str, Any]:
     path = Path(ckpt_dir) / "params.json"
     if not path.is_file():
         raise FileNotFoundError(f"no params.json in {ckpt_dir}; it is released beside the .pth files")
     params = read_json_object(path)
-    unknown = sorted(params.keys() - _PARAM_NAMES)
+    unknown = sorted(params.keys() - _PARAM_NAMES - {_QUANTIZE})
     if unknown:
         raise ValueError(
             f"{path}: keys must be among {', '.join(sorted(_PARAM_NAMES))}, "
             f"got {_some([quote(key) for key in unknown])}; remove what Llama 2 does not have"
+        )
+    if _QUANTIZE in params and params[_QUANTIZE] not in STORED_FORMS:
+        raise ValueError(
+            f"{path}: {_QUANTIZE} must be {' or '.join(map(repr, STORED_FORMS))}, got {quote(params[_QUANTIZE])}; "
+            "use the version of this library that wrote the checkpoint, or quantize it again"
         )
     return params
 
@@ -245,10 +295,13 @@ def check_layer_count(path: Path, args: ModelArgs, n_tensors: int) -> None:
         )
 
 
-def load_shard(path: Path, args: ModelArgs, model_parallel_size: int) -> dict[str, Tensor]:
+def load_shard(path: Path, args: ModelArgs, model_parallel_size: int, quantize: str | None = None) -> dict[str, Tensor]:
     """The tensors of one file, checked to be exactly those that `args` describes.
 
     The file is memory-mapped: the tensors are views of the page cache, in the file's dtype, read when first used.
+
+    Args:
+        quantize: the checkpoint's `stored_quantize`.
 
     Raises:
         ValueError: the file is damaged or holds other objects than tensors; a tensor is missing, unknown or mis-shaped.
@@ -256,50 +309,8 @@ def load_shard(path: Path, args: ModelArgs, model_parallel_size: int) -> dict[st
     state = read_shard(path)
     state.pop(KNOWN_EXTRA, None)
     check_layer_count(path, args, len(state))
-    check_tensors(path, state, tensor_shapes(args, model_parallel_size))
+    check_tensors(path, state, tensor_shapes(args, model_parallel_size, quantize))
     return state
-
-
-def load_to_device(state: dict[str, Tensor], path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Replaces the tensors read from `path` by copies on `device` in `dtype`; never holds two copies of the whole."""
-    release = page_release(path)
-    copy = _PinnedCopy(device) if device.type == "cuda" else partial(torch.Tensor.to, device=device)
-    for name, tensor in state.items():
-        state[name] = copy(tensor).to(dtype)
-        if state[name] is not tensor:
-            release(tensor)
-
-
-class _PinnedCopy:
-    """Copies tensors to a CUDA device through pinned memory: one buffer is filled while the other one travels.
-
-    The driver would otherwise copy mapped pages to a small pinned buffer of its own, with the device waiting for it.
-    """
-
-    def __init__(self, device: torch.device, buffer_bytes: int = 64 * 1024**2) -> None:
-        self._device = device
-        self._size = buffer_bytes
-        self._ring = cycle([(_pinned(buffer_bytes), torch.cuda.Event()) for _ in range(2)])
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
-        parts = [_bytes_of(t).split(self._size) for t in (tensor.contiguous(), copied)]
-        for source, target in zip(*parts, strict=True):
-            buffer, arrived = next(self._ring)
-            arrived.synchronize()
-            staged = buffer[: len(source)].copy_(source)
-            target.copy_(staged, non_blocking=True)
-            arrived.record(torch.cuda.current_stream(self._device))
-        return copied
-
-
-def _pinned(n_bytes: int) -> Tensor:
-    return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """A view of a contiguous tensor's memory."""
-    return tensor.flatten().view(torch.uint8)
 
 
 def page_release(path: Path) -> Callable[[Tensor], None]:
@@ -373,8 +384,9 @@ def check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple[
             )
         if tensor.layout != torch.strided or tensor.device.type == "meta":
             raise ValueError(f"{path}: {name} must be a dense tensor, got one without values of its own")
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{path}: {name} must have dtype float16, bfloat16 or float32, got {tensor.dtype}")
+        if tensor.dtype not in (dtypes := stored_dtypes(name, shapes)):
+            must = " or ".join(", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes).rsplit(", ", 1))
+            raise ValueError(f"{path}: {name} must have dtype {must}, got {tensor.dtype}")
 
 
 def _some(names: list[str]) -> str:

@@ -37,7 +37,7 @@ from llama.inputs import (
     encode_text,
     encode_texts,
 )
-from llama.loading import Timings, check_quantize, load_model
+from llama.loading import Timings, choose_quantize, load_model
 from llama.memory import available_memory, check_memory, out_of_memory_explained, plan_memory
 from llama.results import (
     ChatPrediction,
@@ -150,7 +150,8 @@ class Llama:
             dtype: "float16", "bfloat16" or "float32", of weights and cache; None: bfloat16 on CPU, else float16.
             cuda_graphs: whether steps on CUDA are captured once and replayed; without effect elsewhere.
             quantize: "int8" computes the linear layers with weights and inputs rounded to int8, on CPUs with VNNI:
-                faster, in half the memory, and not faithful to the checkpoint. None for no such rounding.
+                faster, in half the memory, and not faithful to the checkpoint. None for no such rounding, or for the
+                form of a checkpoint that `llama.tools.quantize` wrote.
             draft_ckpt_dir: folder of a smaller checkpoint with the same vocabulary and as many files, which drafts
                 tokens for calls with `speculative="draft"`; it gets a KV cache of the same sizes.
 
@@ -173,21 +174,22 @@ class Llama:
             of_network.check_shards(mp)
         device = runtime.select_device(device)
         dtype = runtime.select_dtype(dtype, device)
-        check_quantize(quantize, device)
+        forms = [choose_quantize(quantize, folder, device) for folder in folders]
         available = available_memory(device) // runtime.processes_on(device)
-        for of_network in reversed(args):  # the draft model first, which leaves the rest to the network
-            check_memory(of_network, mp, dtype, available, str(device), quantize=quantize)
-            available -= plan_memory(of_network, mp, dtype, quantize=quantize).total
+        # the draft model first, which leaves the rest to the network
+        for of_network, form in reversed(list(zip(args, forms, strict=True))):
+            check_memory(of_network, mp, dtype, available, str(device), quantize=form)
+            available -= plan_memory(of_network, mp, dtype, quantize=form).total
         timings("checks")
         runtime.share_cores()
         runtime.init_process_groups(mp, device)
         timings("process group")
-        same = ("build", args, mp, dtype, device.type)
+        same = ("build", args, mp, dtype, device.type, forms)
         try:
             with runtime.loading_together(same), out_of_memory_explained(args[0], mp, dtype, str(device)):
                 models = [
-                    load_model(files[runtime.model_parallel_rank()], of_network, mp, device, dtype, timings, quantize)
-                    for files, of_network in zip(shards, args, strict=True)
+                    load_model(files[runtime.model_parallel_rank()], of_network, mp, device, dtype, timings, form)
+                    for files, of_network, form in zip(shards, args, forms, strict=True)
                 ]
         except VocabularyError as error:
             raise ValueError(

@@ -139,7 +139,6 @@ def quantize_values(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, peaks.flatten() / (127 * block)  # entries of the rotation are 1 and -1 instead of orthonormal
 
 
-@torch.no_grad()
 def dequantize(values: Tensor, scales: Tensor) -> Tensor:
     """The weight (out, in), in float32, that `quantize_values` rounded to these numbers and scales."""
     rotation = _rotation(values.size(1)).to(values.device)

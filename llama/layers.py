@@ -3,6 +3,8 @@
 On a CPU, a weight in oneDNN's blocked layout (packed), as bfloat16 or quantized to int8, is read faster than a plain
 one. The packed form is derived from the layer's own parameter and stands aside for good when that parameter changes,
 whichever way; the layer then computes with the parameter itself. Nothing outside a layer knows which form served.
+
+A layer of a quantized checkpoint has int8 numbers as its weight, and their scales as a second parameter.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from llama.kernels import (
     DEFAULT_KERNELS,
     Kernels,
     QuantizedWeight,
+    block_quantized,
+    dequantize,
     native_linear,
     pack_weight,
     packed_linear,
@@ -95,15 +99,26 @@ for _name in ("numpy", "__array__", "__dlpack__", "storage", "untyped_storage", 
 @dataclass(frozen=True)
 class _Packed:
     """A weight in oneDNN's blocked layout, bfloat16 (opaque: no operation but the packed product takes it) or int8,
-    and what it was made from."""
+    and the parameters that it was made from: the weight and, if that is quantized itself, its scales."""
 
-    weight: nn.Parameter
-    version: int
+    sources: tuple[nn.Parameter, ...]
+    versions: tuple[int, ...]
     form: Tensor | QuantizedWeight
 
-    def is_current(self, weight: Tensor) -> bool:
-        """Whether `weight` still is what this was made from."""
-        return weight is self.weight and type(weight) is PackedParameter and weight._version == self.version
+    @classmethod
+    def of(cls, sources: tuple[nn.Parameter, ...], form: Tensor | QuantizedWeight) -> _Packed:
+        for source in sources:
+            if type(source) is nn.Parameter:
+                source.__class__ = PackedParameter
+        return cls(sources, tuple(source._version for source in sources), form)
+
+    def is_current(self, weight: Tensor, scales: Tensor | None) -> bool:
+        """Whether these parameters still are what this was made from."""
+        now = (weight,) if scales is None or weight.dtype != torch.int8 else (weight, scales)
+        return len(now) == len(self.sources) and all(
+            tensor is source and type(tensor) is PackedParameter and tensor._version == version
+            for tensor, source, version in zip(now, self.sources, self.versions, strict=True)
+        )
 
     def product(self, x: Tensor, kernels: Kernels) -> Tensor | None:
         """x (..., in) times the weight, transposed; None where the form is not for the dtype of x."""
@@ -118,10 +133,13 @@ class _OwnsPackedForm(nn.Module):
     Attributes:
         kernels: which products it takes, equal but for their speed; `Llama.build` measures them, and any others may be
             assigned at any time.
-        quantize: which form `pack` makes: None for bfloat16, "int8" for a quantized one.
+        quantize: which form `pack` makes of a weight that is not quantized: None for bfloat16, "int8" for a quantized
+            one.
+        scales: (out,) float32, if the weight is int8 numbers of a quantized checkpoint; None otherwise.
     """
 
     weight: nn.Parameter
+    scales: nn.Parameter | None
     bias: nn.Parameter | None
     kernels: Kernels = DEFAULT_KERNELS
     quantize: str | None = None
@@ -130,6 +148,7 @@ class _OwnsPackedForm(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_parallel_size: int = get_model_parallel_world_size()
+        self.register_parameter("scales", None)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) times the weight, transposed, plus the bias: (..., out), in the dtype of x."""
@@ -141,12 +160,15 @@ class _OwnsPackedForm(nn.Module):
                 return out if bias is None else out + bias
             if self.kernels.native_row and x.numel() == x.size(-1) and weight.dtype == x.dtype == torch.bfloat16:
                 return native_linear(x, weight, bias)
-        return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), bias)
+        plain: Tensor = weight
+        if weight.dtype == torch.int8 and self.scales is not None:
+            plain = dequantize(weight, self.scales)
+        return F.linear(x, plain if plain.dtype == x.dtype else plain.to(x.dtype), bias)
 
     def _packed_form(self, weight: Tensor) -> _Packed | None:
         """The packed form if there is one that is true to the weight; drops one that is not."""
         packed = self._packed
-        if packed is None or packed.is_current(weight):
+        if packed is None or packed.is_current(weight, self.scales):
             return packed
         self._packed = None
         logger.info("a packed weight was changed, or its memory handed out; its layer computes unpacked from now on")
@@ -166,10 +188,28 @@ class _OwnsPackedForm(nn.Module):
         weight = self._parameters.get("weight")
         if weight is None or weight.requires_grad:
             return
-        form = quantize_weight(weight) if self.quantize else _packed_values(weight.detach(), dtype, scratch)
-        if type(weight) is nn.Parameter:
-            weight.__class__ = PackedParameter
-        self._packed = _Packed(weight, weight._version, form)
+        if weight.dtype == torch.int8 and self.scales is not None:
+            self._packed = _Packed.of((weight, self.scales), block_quantized(weight.detach(), self.scales.detach()))
+        elif self.quantize:
+            self._packed = _Packed.of((weight,), quantize_weight(weight))
+        else:
+            self._packed = _Packed.of((weight,), _packed_values(weight.detach(), dtype, scratch))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """nn.Module's, which has a layer quantized if its part of `state_dict` is."""
+        local_metadata, _, _, _, errors = args
+        values, scales = (state_dict.get(prefix + name) for name in ("weight", "scales"))
+        if values is not None and (values.dtype == torch.int8) != (self.weight.dtype == torch.int8):
+            if not local_metadata.get("assign_to_params_buffers", False):
+                errors.append(
+                    f"{prefix}weight must have dtype {self.weight.dtype}, as it has here, got {values.dtype}; "
+                    "numbers with scales and plain weights take each other's place with assign=True only"
+                )
+                return
+            self.scales = None
+        if scales is not None and self.scales is None:
+            self.scales = nn.Parameter(torch.empty_like(scales), requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles go without: the packed form is tied to this very parameter, and nothing can copy it.

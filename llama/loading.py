@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llama import runtime
 from llama.args import ModelArgs
-from llama.checkpoint import load_shard, load_to_device, page_release
+from llama.checkpoint import STORED_FORMS, load_shard, page_release, stored_quantize
 from llama.kernels import Kernels, can_pack, can_quantize, measure_kernels
 from llama.layers import packable_layers
 from llama.model import Transformer
@@ -32,21 +35,27 @@ class Timings:
         self._since = now
 
 
-def check_quantize(quantize: str | None, device: torch.device) -> None:
-    """Raises ValueError unless `quantize` is None, or a form that layers on the device can have."""
-    if quantize is None:
-        return
-    if quantize != "int8":
+def choose_quantize(quantize: str | None, ckpt_dir: str | Path, device: torch.device) -> str | None:
+    """The form of the linear layers: the one that is asked for, or that the checkpoint is stored in, or None.
+
+    Raises:
+        ValueError: there is no such form, or the device cannot have it.
+    """
+    if quantize not in (None, *STORED_FORMS):
         raise ValueError(f"quantize must be None or 'int8', got {quote(quantize)}")
+    stored = stored_quantize(ckpt_dir)
+    if (quantize := quantize or stored) is None:
+        return None
+    what = f"{quantize!r} weights, as {ckpt_dir} has," if stored else f"quantize={quantize!r}"
+    otherwise = "use the checkpoint that it was made from" if stored else "leave it out"
     if device.type != "cpu":
-        raise ValueError(
-            f"quantize='int8' must be used on a CPU, got device {device}; leave it out, or use device='cpu'"
-        )
+        raise ValueError(f"{what} must be used on a CPU, got device {device}; {otherwise}, or use device='cpu'")
     if not can_quantize(device):
         raise ValueError(
-            "quantize='int8' must have a processor and a build of torch with fast and exact int8 products in oneDNN, "
-            "got ones without (on x86, AVX-VNNI or AVX-512 VNNI is needed); leave it out"
+            f"{what} must have a processor and a build of torch with fast and exact int8 products in oneDNN, "
+            f"got ones without (on x86, AVX-VNNI or AVX-512 VNNI is needed); {otherwise}"
         )
+    return quantize
 
 
 def load_model(
@@ -64,8 +73,11 @@ def load_model(
     file, in its dtype. A cache of one row makes do with the plain weights where these are as fast for a single row.
     Quantized forms are held like packed ones, for any dtype. Elsewhere the weights are moved to the device and the
     dtype.
+
+    Args:
+        quantize: as `choose_quantize` returns it.
     """
-    state = load_shard(path, args, model_parallel_size)
+    state = load_shard(path, args, model_parallel_size, stored_quantize(path.parent))
     kernels, packs = Kernels(), quantize is not None or can_pack(device, dtype)
     if packs and quantize is None:
         one_row = args.max_batch_size == 1
@@ -85,3 +97,45 @@ def load_model(
         model.pack(dtype, release=page_release(path))
         timings("packing" if quantize is None else "quantizing")
     return model
+
+
+def load_to_device(state: dict[str, Tensor], path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Replaces the tensors read from `path` by copies on `device` in `dtype`; never holds two copies of the whole."""
+    release = page_release(path)
+    copy = _PinnedCopy(device) if device.type == "cuda" else partial(torch.Tensor.to, device=device)
+    for name, tensor in state.items():
+        state[name] = copy(tensor).to(dtype)
+        if state[name] is not tensor:
+            release(tensor)
+
+
+class _PinnedCopy:
+    """Copies tensors to a CUDA device through pinned memory: one buffer is filled while the other one travels.
+
+    The driver would otherwise copy mapped pages to a small pinned buffer of its own, with the device waiting for it.
+    """
+
+    def __init__(self, device: torch.device, buffer_bytes: int = 64 * 1024**2) -> None:
+        self._device = device
+        self._size = buffer_bytes
+        self._ring = cycle([(_pinned(buffer_bytes), torch.cuda.Event()) for _ in range(2)])
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        parts = [_bytes_of(t).split(self._size) for t in (tensor.contiguous(), copied)]
+        for source, target in zip(*parts, strict=True):
+            buffer, arrived = next(self._ring)
+            arrived.synchronize()
+            staged = buffer[: len(source)].copy_(source)
+            target.copy_(staged, non_blocking=True)
+            arrived.record(torch.cuda.current_stream(self._device))
+        return copied
+
+
+def _pinned(n_bytes: int) -> Tensor:
+    return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """A view of a contiguous tensor's memory."""
+    return tensor.flatten().view(torch.uint8)

@@ -20,19 +20,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama import Llama, ModelArgs
-from llama import checkpoint as checkpoint_module
+from llama import Llama, ModelArgs, loading
 from llama.checkpoint import (
     find_shards,
     list_shards,
     load_shard,
-    load_to_device,
     model_args,
     read_params,
     read_shard,
     shard_dim,
     tensor_shapes,
 )
+from llama.loading import load_to_device
 from tests import oracle
 from tests.conftest import ROOT
 from tests.test_args import RELEASED
@@ -611,7 +610,8 @@ import json
 from pathlib import Path
 import torch
 from llama import ModelArgs
-from llama.checkpoint import load_shard, load_to_device, tensor_shapes
+from llama.checkpoint import load_shard, tensor_shapes
+from llama.loading import load_to_device
 args = ModelArgs(dim=1024, n_layers=1, n_heads=8, vocab_size=4096)
 path = Path({str(path)!r})
 torch.save({{name: torch.ones(1).expand(shape) for name, shape in tensor_shapes(args, 1).items()}}, path)
@@ -649,8 +649,8 @@ def test_staging_copies_every_byte(monkeypatch: pytest.MonkeyPatch, shape: tuple
     """Tensors smaller and larger than its buffers, contiguous and not; on the CPU, with CUDA's parts stood in for."""
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(checkpoint_module, "_pinned", lambda n_bytes: torch.empty(n_bytes, dtype=torch.uint8))
-    copy = checkpoint_module._PinnedCopy(torch.device("cpu"), buffer_bytes=64)
+    monkeypatch.setattr(loading, "_pinned", lambda n_bytes: torch.empty(n_bytes, dtype=torch.uint8))
+    copy = loading._PinnedCopy(torch.device("cpu"), buffer_bytes=64)
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     for source in (tensor, tensor.t() if tensor.dim() == 2 else tensor, tensor):
         FakeEvent.recorded = 0

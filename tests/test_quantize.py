@@ -292,10 +292,10 @@ def test_another_quantization_is_refused_before_loading(quantize: Any, checkpoin
 
 
 @pytest.mark.parametrize("name", ["cuda:0", "mps"])
-def test_other_devices_are_refused_with_the_reason(name: str) -> None:
-    loading.check_quantize(None, torch.device(name))
+def test_other_devices_are_refused_with_the_reason(name: str, checkpoint: Path) -> None:
+    assert loading.choose_quantize(None, checkpoint, torch.device(name)) is None
     with pytest.raises(ValueError, match=rf"must be used on a CPU, got device {name}; leave it out, or use"):
-        loading.check_quantize("int8", torch.device(name))
+        loading.choose_quantize("int8", checkpoint, torch.device(name))
 
 
 def test_a_processor_without_int8_products_is_refused_before_loading(

@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama.args import ModelArgs
+from llama.checkpoint import STORED_FORMS, list_shards, read_shard, stored_quantize
 from llama.memory import GIB, MemoryPlan, largest, plan_memory
 from llama.quoting import quote
 from llama.runtime import DTYPES
 from llama.tools.commandline import run
 from llama.tools.released import RELEASES, TRAINED_SEQ_LEN
-from llama.tools.sharded import ShardedCheckpoint
+from llama.tools.sharded import ShardedCheckpoint, network_args
 
 _UNITS = {"GiB": GIB, "G": GIB, "GB": 10**9, "MiB": 1024**2, "M": 1024**2, "MB": 10**6}
 _MOST = 2**20  # the largest batch or sequence that is tried
@@ -42,7 +43,8 @@ def memory_table(
         max_batch_size: as for `Llama.build`.
         model_parallel_size: number of processes that share the model; by default that of the checkpoint's files.
         dtype: float16, bfloat16 or float32, of weights and cache.
-        quantize: "int8" for int8 weights of the linear layers, as for `Llama.build` on a CPU.
+        quantize: "int8" for int8 weights of the linear layers, as for `Llama.build` on a CPU; by default the form of
+            the checkpoint.
         device_memory: memory of each process's device, such as 24GiB or 80GB.
 
     Raises:
@@ -50,7 +52,10 @@ def memory_table(
     """
     if (ckpt_dir is None) == (model is None):
         raise ValueError(f"either ckpt_dir, a folder, or model ({', '.join(RELEASES)}) must be given, and not both")
-    args, n_files = _of_checkpoint(ckpt_dir) if ckpt_dir is not None else _of_release(str(model))
+    if quantize not in (None, *STORED_FORMS):
+        raise ValueError(f"quantize must be None or 'int8', got {quote(quantize)}")
+    stored = stored_quantize(ckpt_dir) if ckpt_dir is not None else None
+    args, n_files = _of_checkpoint(ckpt_dir, stored) if ckpt_dir is not None else _of_release(str(model))
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     args.validate()
     ranks = n_files if model_parallel_size is None else model_parallel_size
@@ -59,14 +64,18 @@ def memory_table(
     args.check_shards(ranks)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {quote(dtype)}")
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize must be None or 'int8', got {quote(quantize)}")
+    if stored and ranks != n_files:
+        raise ValueError(
+            f"model_parallel_size must be the number of files of a quantized checkpoint, {n_files}, got {ranks}; "
+            "reshard the checkpoint that it was made from"
+        )
+    form = quantize or stored
 
     def plan(args: ModelArgs) -> MemoryPlan:
-        return plan_memory(args, ranks, DTYPES[dtype], quantize=quantize)
+        return plan_memory(args, ranks, DTYPES[dtype], quantize=form)
 
-    form = dtype if quantize is None else f"{dtype}, {quantize}"
-    head = f"{model or ckpt_dir}: {form}, MP={ranks}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
+    what = dtype if form is None else f"{dtype}, {form}"
+    head = f"{model or ckpt_dir}: {what}, MP={ranks}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
     lines = [head, *_table(plan(args), ranks)]
     if device_memory is not None:
         lines += ["", *_fit(args, plan, parse_memory(device_memory))]
@@ -82,7 +91,10 @@ def parse_memory(text: str) -> int:
     return int(float(found[1]) * units[found[2].lower()])
 
 
-def _of_checkpoint(ckpt_dir: str | Path) -> tuple[ModelArgs, int]:
+def _of_checkpoint(ckpt_dir: str | Path, stored: str | None) -> tuple[ModelArgs, int]:
+    if stored is not None:
+        shards = list_shards(ckpt_dir)
+        return network_args(ckpt_dir, read_shard(shards[0])), len(shards)
     checkpoint = ShardedCheckpoint(ckpt_dir)
     return checkpoint.args, checkpoint.n_files
 

@@ -22,12 +22,15 @@ from llama.checkpoint import (
     read_params,
     read_shard,
     shard_dim,
+    stored_quantize,
     tensor_shapes,
 )
 
 
 class ShardedCheckpoint:
     """The whole tensors of a checkpoint; all names and shapes are checked before the first is read.
+
+    Quantized checkpoints have no whole tensors: each file's scales are for its own part of a layer's inputs.
 
     Attributes:
         args: the network; its vocabulary is that of the embedding where params.json has -1.
@@ -38,11 +41,17 @@ class ShardedCheckpoint:
     Raises:
         AssertionError: the folder holds no `*.pth` file.
         FileNotFoundError: it holds no params.json.
-        ValueError: params.json or a file is wrong, or a tensor that every file repeats differs.
+        ValueError: params.json or a file is wrong, or a tensor that every file repeats differs, or the checkpoint is
+            quantized.
     """
 
     def __init__(self, ckpt_dir: str | Path) -> None:
         self._shards = list_shards(ckpt_dir)
+        if (form := stored_quantize(ckpt_dir)) is not None:
+            raise ValueError(
+                f"{ckpt_dir} must have plain weights for this, got {form} weights; use the checkpoint that it was "
+                "made from, and quantize the result"
+            )
         self.n_files = len(self._shards)
         self._states = [read_shard(path) for path in self._shards]
         self._page_release = [page_release(path) for path in self._shards]

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from llama.checkpoint import (
     KNOWN_EXTRA,
+    is_repeated,
     list_shards,
     page_release,
     read_shard,
-    shard_dim,
+    stored_dtypes,
+    stored_quantize,
     tensor_shapes,
 )
 from llama.quoting import printable, quote
-from llama.runtime import DTYPES
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run
 from llama.tools.progress import Progress
@@ -171,7 +172,7 @@ def _expected_shapes(
         found.problems.append(
             f"{folder}: the vocabulary must be tokenizer.model's {n_words} pieces, got {args.vocab_size}"
         )
-    return tensor_shapes(args, parts)
+    return tensor_shapes(args, parts, stored_quantize(folder))
 
 
 def _faults(
@@ -191,7 +192,7 @@ def _faults(
     release = page_release(path)
     for name, tensor in state.items():
         if name in shapes:
-            fault = _fault(name, tensor, shapes[name], first)
+            fault = _fault(name, tensor, shapes[name], stored_dtypes(name, shapes), first)
             if fault is None:
                 release(tensor)
             else:
@@ -202,15 +203,17 @@ def _faults(
     return {kind: names for kind, names in faults.items() if names}
 
 
-def _fault(name: str, tensor: Tensor, shape: tuple[int, ...], first: dict[str, Tensor]) -> tuple[str, str] | None:
+def _fault(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], first: dict[str, Tensor]
+) -> tuple[str, str] | None:
     """The kind of the fault of a tensor and a description, or None."""
     if tuple(tensor.shape) != shape:
         return "wrong shape", f"{name} must be {shape} by params.json, got {quote(tuple(tensor.shape))}"
-    if tensor.dtype not in DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
-        return f"not a dense tensor of {', '.join(DTYPES)}", name
+    if tensor.dtype not in dtypes or tensor.layout != torch.strided or tensor.is_meta:
+        return f"not a dense tensor of {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}", name
     if n_bad := _count_not_finite(tensor):
         return "NaN or infinite values", f"{name} has {n_bad}"
-    known = first.setdefault(name, tensor.to("meta") if shard_dim(name) is not None else tensor.clone())
+    known = first.setdefault(name, tensor.clone() if is_repeated(name) else tensor.to("meta"))
     if known.dtype != tensor.dtype:
         return "another dtype than in the first file", f"{name} is {tensor.dtype}, there {known.dtype}"
     if not known.is_meta and not same_bits(known, tensor):

@@ -1,0 +1,101 @@
+"""A checkpoint with int8 weights: `python -m llama.tools.quantize --ckpt_dir llama-2-7b --output_dir llama-2-7b-int8`.
+
+`Llama.build` loads it as what `quantize="int8"` makes of the original while loading: about half the bytes to keep and
+to read, and none of the rounding left to do.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+from llama.checkpoint import (
+    STORED_FORMS,
+    is_linear,
+    list_shards,
+    load_shard,
+    page_release,
+    read_json_object,
+    scales_of,
+    stored_quantize,
+    tensor_shapes,
+)
+from llama.kernels import quantize_values
+from llama.quoting import quote
+from llama.tools.commandline import run
+from llama.tools.progress import Progress
+from llama.tools.reshard import check_places
+from llama.tools.sharded import ShardedCheckpoint
+from llama.tools.staging import staged_folder
+from llama.tools.tensor_file import TensorFile, lay_out_pth
+
+
+def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *, quiet: bool = False) -> None:
+    """Writes a checkpoint whose linear layers are int8 numbers with scales; it has as many files as the original.
+
+    It computes exactly what `Llama.build(..., quantize="int8")` computes with the original on as many ranks. To have it
+    for another number of ranks, reshard the original first: the scales of `wo` and `w2` belong to one rank's inputs.
+
+    Needs a few times the memory of the largest tensor. `output_dir` appears when it is complete: a run that is
+    interrupted leaves nothing.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.NN.pth, any number of them.
+        output_dir: folder to make. tokenizer.model is copied there if it is in ckpt_dir.
+        form: "int8", of the weights of linear layers; everything else stays as it is.
+        quiet: shows no progress.
+
+    Raises:
+        AssertionError: `ckpt_dir` holds no checkpoint files.
+        FileNotFoundError: it holds no params.json.
+        FileExistsError: `output_dir` exists and is not empty.
+        ValueError: the checkpoint is damaged, or quantized already.
+        OSError: the disk does not have enough space.
+    """
+    check_places(ckpt_dir, output_dir)
+    if form not in STORED_FORMS:
+        raise ValueError(f"form must be {' or '.join(STORED_FORMS)}, got {quote(form)}")
+    if (stored := stored_quantize(ckpt_dir)) is not None:
+        raise ValueError(f"ckpt_dir must not be quantized yet, got {ckpt_dir}, which holds {stored} weights")
+    source = ShardedCheckpoint(ckpt_dir)
+    shards = list_shards(ckpt_dir)
+    layout = _layout(source, form)
+    n_bytes = len(shards) * sum(tensor.nbytes for tensor in layout.values())
+    with staged_folder(output_dir, n_bytes) as folder, Progress("quantize", n_bytes, quiet=quiet) as progress:
+        params = read_json_object(Path(ckpt_dir) / "params.json") | {"quantize": form}
+        (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
+        if (Path(ckpt_dir) / "tokenizer.model").exists():
+            shutil.copyfile(Path(ckpt_dir) / "tokenizer.model", folder / "tokenizer.model")
+        for rank, path in enumerate(shards):
+            with lay_out_pth(folder / f"consolidated.{rank:02d}.pth", layout) as file:
+                _quantize_file(path, source.args, len(shards), file, progress)
+
+
+def _layout(source: ShardedCheckpoint, form: str) -> dict[str, Tensor]:
+    """The tensors of one file, on the meta device."""
+    shapes = tensor_shapes(source.args, source.n_files, form)
+    dtypes = {name: torch.int8 if is_linear(name) else source.layout[name].dtype for name in source.names}
+    return {
+        name: torch.empty(shape, dtype=dtypes.get(name, torch.float32), device="meta") for name, shape in shapes.items()
+    }
+
+
+def _quantize_file(path: Path, args: ModelArgs, n_files: int, file: TensorFile, progress: Progress) -> None:
+    """Writes one file's tensors, with one of them in memory at a time."""
+    release = page_release(path)
+    for name, tensor in load_shard(path, args, n_files).items():
+        if is_linear(name):
+            values, scales = quantize_values(tensor)
+            progress.add(file.write(name, values) + file.write(scales_of(name), scales))
+        else:
+            progress.add(file.write(name, tensor))
+        release(tensor)
+
+
+if __name__ == "__main__":
+    run(quantize)
