@@ -50,6 +50,12 @@ def reshard() -> None:
     run(main, n_threads=1)
 
 
+def quantize() -> None:
+    from llama.tools.quantize import quantize as main
+
+    run(main)
+
+
 def convert() -> None:
     from llama.tools.convert import from_hf, to_hf
 
