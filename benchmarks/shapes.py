@@ -20,6 +20,7 @@ from llama.tools.convert import to_hf
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32},
+    "110m": {"dim": 768, "n_layers": 10, "n_heads": 12, "n_kv_heads": 4, "vocab_size": 32000, "multiple_of": 256},
     "200m": {"dim": 1024, "n_layers": 12, "n_heads": 16, "n_kv_heads": 4, "vocab_size": 32000, "multiple_of": 256},
     "1b": {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "vocab_size": 32000, "multiple_of": 256},
     "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "multiple_of": 256},

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from benchmarks.job import ENGINES, Job, emit, emit_over
 
@@ -132,8 +133,10 @@ def measure(name: str, job: Job) -> None:
         emit_over()
 
 
-def _take_turn(engine: Engine, turn: str, job: Job) -> Iterator[tuple[str, float]]:
-    if turn == END:
+def _take_turn(engine: Any, turn: str, job: Job) -> Iterator[tuple[str, float]]:
+    if turn.startswith("{"):
+        yield from engine.decode_script(**json.loads(turn)).items()
+    elif turn == END:
         yield "peak_memory", peak_memory(job.device)
         yield from engine.extras(job) if hasattr(engine, "extras") else ()
     elif (value := figure(engine, turn, job)) is not None:

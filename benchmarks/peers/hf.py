@@ -6,11 +6,12 @@ variant "compiled" is its own recipe for a GPU, a static cache and `torch.compil
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
 import transformers
-from transformers import LlamaForCausalLM, StaticCache
+from transformers import LlamaForCausalLM, LogitsProcessorList, StaticCache
 
 from benchmarks.job import Job
 
@@ -31,6 +32,30 @@ class HuggingFace:
             tokens = logits[:, -1:].argmax(-1)
             tokens.tolist()
             tick()
+
+    @torch.inference_mode()
+    def decode_script(self, prompt: list[int], output: list[int], prompt_lookup: bool) -> dict[str, float]:
+        """Seconds and passes from the first token to the last, by its `generate`, which is made to choose `output`."""
+        script = torch.tensor(prompt + output)
+        ends: list[float] = []
+
+        def force(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if ids.size(1) < len(script):  # drafts may reach past the end
+                scores[:, script[ids.size(1)]] = 1e4
+            return scores
+
+        hook = self.model.register_forward_hook(lambda *_: ends.append(time.perf_counter()))
+        self.model.generate(
+            script[None, : len(prompt)],
+            max_new_tokens=len(output),
+            do_sample=False,
+            eos_token_id=None,
+            logits_processor=LogitsProcessorList([force]),
+            **({"prompt_lookup_num_tokens": 10} if prompt_lookup else {}),
+        )
+        ended = time.perf_counter()
+        hook.remove()
+        return {"seconds": ended - ends[0], "passes": max(1, len(ends) - 1)}
 
 
 class CompiledHuggingFace(HuggingFace):

@@ -7,14 +7,17 @@ float16 cache; a sequence of its own for each prompt, as its batched benchmark h
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from importlib.metadata import version as package_version
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp
 import numpy as np
 import torch
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from torch import Tensor
 
 from benchmarks.job import Job
@@ -45,6 +48,7 @@ class LlamaCpp:
     ragged = False
 
     def __init__(self, job: Job, variant: str) -> None:
+        self.job, self.variant = job, variant
         self.vocab_size = job.vocab_size
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
@@ -90,6 +94,38 @@ class LlamaCpp:
         logits = llama_cpp.llama_get_logits_ith(self.context, place)
         address = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
         return int(np.ctypeslib.as_array(address, shape=(self.vocab_size,)).argmax())
+
+    def decode_script(self, prompt: list[int], output: list[int], prompt_lookup: bool) -> dict[str, float]:
+        """Seconds and passes from the first token to the last, by `Llama.generate`, made to choose `output`."""
+        script = prompt + output
+        passes = 0
+
+        def force(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+            if len(ids) < len(script):  # drafts may reach past the end
+                scores[script[len(ids)]] = 1e4
+            return scores
+
+        class Counting(LlamaPromptLookupDecoding):
+            def __call__(self, ids: np.ndarray, /, **options: Any) -> np.ndarray:
+                nonlocal passes
+                passes += 1
+                return super().__call__(ids, **options)
+
+        lookup = Counting(num_pred_tokens=10) if prompt_lookup else None
+        llama = llama_cpp.Llama(
+            str(gguf_file(self.job, self.variant)),
+            n_ctx=self.job.max_seq_len,
+            n_threads=self.job.threads,
+            n_threads_batch=self.job.threads,
+            draft_model=lookup,
+            verbose=False,
+        )
+        tokens = llama.generate(prompt, temp=0.0, logits_processor=llama_cpp.LogitsProcessorList([force]))
+        next(tokens)
+        passes, started = 0, time.perf_counter()
+        for _ in range(len(output) - 1):
+            next(tokens)
+        return {"seconds": time.perf_counter() - started, "passes": passes if prompt_lookup else len(output) - 1}
 
 
 def version(job: Job, variant: str) -> str:
