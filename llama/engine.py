@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from llama.chosen import ChosenTokens, by_sampler
 from llama.model import takes_cache_positions
+from llama.prefill import PrefillPass
 from llama.runner import ModelRunner, lock_of
 from llama.runtime import to_device
 from llama.sequence import Call, Sequence, Step
@@ -26,6 +28,27 @@ from llama.speculative import Counts, Speculator, pad
 from llama.stepping import Stepper
 
 _engines_lock = threading.Lock()
+
+
+@dataclass
+class _Prefill:
+    """Sequences whose prompts are on their way into the cache, a pass at a time.
+
+    Attributes:
+        sequences: those that start together; they have the slots behind the running ones.
+        slot: that of the first one.
+        passes: those that are still to be taken.
+        logits: (vocab,) after each prompt that is in the cache, by its place.
+    """
+
+    sequences: list[Sequence]
+    slot: int
+    passes: deque[PrefillPass]
+    logits: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> range:
+        return range(self.slot, self.slot + len(self.sequences))
 
 
 class Engine:
@@ -63,6 +86,7 @@ class Engine:
         self._runner: ModelRunner | None = None
         self._in_flight: ChosenTokens | None = None  # a step that started before the last one's tokens were on the host
         self._kind: object = None  # of the network, when the runner was made
+        self._prefilling: _Prefill | None = None
         self._has_just_prefilled = False
         self._speculator: Speculator | None = None  # made when it is first needed
 
@@ -74,7 +98,7 @@ class Engine:
     @property
     def n_running(self) -> int:
         """Number of sequences that have a slot."""
-        return len(self._running)
+        return len(self._running) + (len(self._prefilling.sequences) if self._prefilling else 0)
 
     @property
     def n_waiting(self) -> int:
@@ -84,7 +108,7 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether no sequence runs or waits."""
-        return not (self._running or self._waiting or self._arrived)
+        return not (self._running or self._prefilling or self._waiting or self._arrived)
 
     def add(self, call: Call) -> None:
         """Has the call's sequences wait for slots, in their order, behind those that wait already."""
@@ -156,8 +180,9 @@ class Engine:
             return
         runner = self._runner
         assert runner is not None
-        may_go_ahead = runner.looks_ahead and not self._waiting and len(tokens.sequences) == len(self._running)
-        if may_go_ahead and all(s.left > 1 and not s.is_over and not s.speculative for s in self._running):
+        may_go_ahead = runner.looks_ahead and not (self._waiting or self._prefilling)
+        all_go_on = all(s.left > 1 and not s.is_over and not s.speculative for s in self._running)
+        if may_go_ahead and all_go_on and len(tokens.sequences) == len(self._running):
             newest = tokens.chosen.unsqueeze(1)
             self._in_flight = ChosenTokens.choose(self._pass(newest), self._running, self.announces())
         found, self.changes_follow = tokens.on_host()
@@ -188,26 +213,57 @@ class Engine:
     def _prefill(self) -> ChosenTokens | None:
         """Takes waiting sequences into free slots, behind the running ones, and chooses their first tokens.
 
-        Running sequences get a step between two prefills, each of which is one pass of the network for them.
+        Running sequences get a step between two passes of a prefill.
         """
         if self._running and self._has_just_prefilled:
             return None
-        new = self._admit()
-        if not new:
-            return None
+        prefill = self._prefilling = self._prefilling or self._start_prefill()
         runner = self._runner
-        assert runner is not None
+        if prefill is None or runner is None:
+            return None
+        self._follow(prefill)
         self._restore()
-        first = len(self._running)
+        prompts = [sequence.tokens for sequence in prefill.sequences]
+        if runner.one_position:
+            prefill.logits = dict(enumerate(runner.prefill(prompts, prefill.slots)))
+        while prefill.passes:
+            one_pass = prefill.passes.popleft()
+            prefill.logits |= runner.prefill_pass(one_pass, prompts, prefill.slots)
+            for i in one_pass.places:
+                prefill.sequences[i].length = min(one_pass.end, len(prompts[i]))
+            self._has_just_prefilled = True
+            if self._running and prefill.passes:
+                return None
+        self._prefilling = None
+        self._has_just_prefilled = True
+        for sequence in prefill.sequences:
+            sequence.length = len(sequence.tokens)
+        self._running += prefill.sequences
+        logits = torch.stack([prefill.logits[i] for i in range(len(prompts))])
+        return ChosenTokens.choose(logits.unsqueeze(1), prefill.sequences, self.announces())
+
+    def _start_prefill(self) -> _Prefill | None:
+        """Admits waiting sequences, and plans the passes of their prefill."""
+        new = self._admit()
+        runner = self._runner
+        if not new or runner is None:
+            return None
         for sequence in new:
             sequence.left = min(sequence.max_gen_len, runner.max_seq_len - len(sequence.tokens))
             sequence.first_step = sequence.next_step = sequence.sampler.used
-        self._running += new
-        logits = runner.prefill([sequence.tokens for sequence in new], range(first, len(self._running)))
-        for sequence in new:
-            sequence.length = len(sequence.tokens)
-        self._has_just_prefilled = True
-        return ChosenTokens.choose(logits.unsqueeze(1), new, self.announces())
+            sequence.length = 0
+        lengths = [len(sequence.tokens) for sequence in new]
+        passes = [] if runner.one_position else runner.plan_prefill(lengths, in_chunks=bool(self._running))
+        return _Prefill(new, len(self._running), deque(passes))
+
+    def _follow(self, prefill: _Prefill) -> None:
+        """Moves what is in the cache of a prefill behind the sequences that still run."""
+        slot = len(self._running)
+        if slot != prefill.slot:
+            assert self._runner is not None
+            for i, sequence in enumerate(prefill.sequences):
+                self._runner.move_row(prefill.slot + i, slot + i, sequence.length)
+            prefill.slot = slot
 
     def _admit(self) -> list[Sequence]:
         """Removes from the waiting sequences those that get a slot now."""
@@ -227,12 +283,6 @@ class Engine:
             starting += [self._waiting.popleft() for _ in range(n_together)]
             if n_together > 1:
                 return starting
-        if self._running and starting:  # one pass now, the rest after a step of the running ones
-            kept = set(runner.groups([len(sequence.tokens) for sequence in starting])[0])
-            kept = kept if 0 in kept else {0}  # the first in line is never left behind
-            rest = [sequence for i, sequence in enumerate(starting) if i not in kept]
-            self._waiting.extendleft(reversed(rest))
-            starting = [sequence for i, sequence in enumerate(starting) if i in kept]
         return starting
 
     def _runner_for_new(self) -> ModelRunner | None:
@@ -296,11 +346,13 @@ class Engine:
         return self._runner.step(tokens, lengths)
 
     def _restore(self) -> None:
-        """Computes the running sequences' keys and values anew if another use of the network overwrote them."""
+        """Computes the sequences' keys and values anew if another use of the network overwrote them."""
         assert self._runner is not None
-        if self._running and self._runner.has_lost_cache():
-            cached = [sequence.tokens[: sequence.length] for sequence in self._running]
-            self._runner.prefill(cached, range(len(self._running)))
+        started = [*self._running, *(self._prefilling.sequences if self._prefilling else ())]
+        if started and self._runner.has_lost_cache():
+            cached = [(slot, s.tokens[: s.length]) for slot, s in enumerate(started) if s.length]
+            if cached:
+                self._runner.prefill([tokens for _, tokens in cached], [slot for slot, _ in cached])
 
     def _compact(self) -> None:
         """Removes the sequences that are over, and moves running ones from the end into the gaps.
@@ -330,21 +382,27 @@ class Engine:
             if not all(sequence.is_over for sequence in self._running):
                 return  # the step that is in flight still needs its slots as they are
             self._in_flight = None
+        if self._prefilling and all(sequence.is_over for sequence in self._prefilling.sequences):
+            self._prefilling = None
         if any(sequence.is_over for sequence in self._running):
             self._compact()
 
     def _fail(self, error: Exception) -> None:
         """Ends the calls of all sequences that have a slot; where none has, that of the first one waiting."""
-        for sequence in self._running or list(self._waiting)[:1]:
+        started = [*self._running, *(self._prefilling.sequences if self._prefilling else ())]
+        for sequence in started or list(self._waiting)[:1]:
             if not sequence.is_over:
                 sequence.call.abort(error)
         self._drop_in_flight()
         self._running.clear()
+        self._prefilling = None
 
     def _interrupt(self) -> None:
         """Brings the sequences to where they stood before the step, without what it may have left in the cache."""
         self._drop_in_flight()
-        going_on = [sequence for sequence in self._running if not sequence.is_over]
+        started = [*self._running, *(self._prefilling.sequences if self._prefilling else ())]
+        going_on = [sequence for sequence in started if not sequence.is_over]
+        self._prefilling = None
         self._running = [sequence for sequence in going_on if len(sequence.tokens) > sequence.n_prompt]
         self._waiting.extendleft(s for s in reversed(going_on) if len(s.tokens) == s.n_prompt)
         for sequence in self._running:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from llama.args import ModelArgs
 from llama.model import CachePositions, takes_cache_positions
+from llama.prefill import PrefillPass, plan_prefill
 from llama.stepping import PlainStepper, Stepper
 
 # What a prefill pass costs whatever its size, in positions: reading the weights, and on a GPU launching the kernels.
 PASS_COST = {"cpu": 32}
+_CHUNK_IN_PASS_COSTS = 16  # a prefill in chunks costs at most a sixteenth more
 
 
 class ModelLock:
@@ -118,17 +120,36 @@ class ModelRunner:
         if self.one_position:  # the rows are the first ones, and of one length
             return self.run(self.pad(prompts), 0)[:, -1]
         logits: dict[int, Tensor] = {}
-        for group in self.groups([len(prompt) for prompt in prompts]):
-            tokens = self.pad([prompts[i] for i in group])
-            positions = CachePositions(
-                start=torch.zeros(len(group), dtype=torch.int64, device=self.device),
-                kv_len=tokens.size(1),
-                rows=torch.tensor([rows[i] for i in group], device=self.device),
-                from_zero=True,
-                last=torch.tensor([len(prompts[i]) - 1 for i in group], device=self.device),
-            )
-            logits |= zip(group, self.run(tokens, positions)[:, 0], strict=True)
+        for one_pass in self.plan_prefill([len(prompt) for prompt in prompts]):
+            logits |= self.prefill_pass(one_pass, prompts, rows)
         return torch.stack([logits[i] for i in range(len(prompts))])
+
+    def plan_prefill(self, lengths: Sequence[int], *, in_chunks: bool = False) -> list[PrefillPass]:
+        """The passes that put prompts into the cache.
+
+        Args:
+            in_chunks: bounds the time of each pass, for steps of other sequences in between.
+        """
+        pass_cost = PASS_COST.get(self.device.type, 512)
+        chunk = min(self._args.prefill_tokens, _CHUNK_IN_PASS_COSTS * pass_cost) if in_chunks else None
+        return plan_prefill(lengths, self._args.prefill_tokens, pass_cost, chunk)
+
+    def prefill_pass(
+        self, one_pass: PrefillPass, prompts: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """Takes one pass of a prefill; returns the logits (vocab,) after the last token of each prompt that it ends."""
+        start, end, n_prompts = one_pass.start, one_pass.end, len(one_pass.places)
+        tokens = self.pad([prompts[i][start:end] for i in one_pass.places])
+        last = [min(len(prompts[i]), end) - 1 - start for i in one_pass.places]
+        positions = CachePositions(
+            start=torch.full((n_prompts,), start, dtype=torch.int64, device=self.device),
+            kv_len=start + tokens.size(1),
+            rows=torch.tensor([rows[i] for i in one_pass.places], device=self.device),
+            from_zero=start == 0,
+            last=torch.tensor(last, device=self.device),
+        )
+        logits = self.run(tokens, positions)[:, 0]
+        return {i: row for i, row in zip(one_pass.places, logits, strict=True) if len(prompts[i]) <= end}
 
     def step(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Feeds tokens (bsz, width) to the first rows, which hold `lengths` tokens.
@@ -147,10 +168,6 @@ class ModelRunner:
         """
         width = max(map(len, prompts))
         return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self.device)
-
-    def groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The places of the prompts that go through each pass of a prefill."""
-        return prefill_groups(lengths, self._args.prefill_tokens, PASS_COST.get(self.device.type, 512))
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of one cache row over those of another, in every layer."""
@@ -194,32 +211,3 @@ def _caches(model: Any) -> list[Tensor]:
     modules: Iterable[Any] = model.modules() if hasattr(model, "modules") else ()
     owners = [module for module in modules if isinstance(getattr(module, "cache_k", None), Tensor)]
     return [cache for owner in owners for cache in (owner.cache_k, owner.cache_v)]
-
-
-def prefill_groups(lengths: Sequence[int], most_positions: int, pass_cost: int) -> list[list[int]]:
-    """Splits prompts into passes of like lengths, such that padding and passes together cost least.
-
-    Args:
-        lengths: of the prompts.
-        most_positions: that a pass may have, padding counted, unless it is of one prompt.
-        pass_cost: what each pass costs besides its positions, in positions.
-
-    Returns:
-        The places of each pass's prompts, in ascending order.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    best: list[tuple[int, int]] = [(0, 0)]  # for the first n prompts in order: the least cost, the last pass's start
-    for end in range(1, len(order) + 1):
-        costs = []
-        for start in range(end):
-            positions = lengths[order[start]] * (end - start)
-            if positions <= most_positions or end - start == 1:
-                costs.append((best[start][0] + positions + pass_cost, start))
-        best.append(min(costs))
-    groups: list[list[int]] = []
-    end = len(order)
-    while end:
-        start = best[end][1]
-        groups.append(sorted(order[start:end]))
-        end = start
-    return groups[::-1]

@@ -107,11 +107,13 @@ class StaticStepper:
 
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         (n_rows, width), params = tokens.shape, self._model.params
-        # The rows behind are free: what padding leaves at their first positions is overwritten by their next prompt.
+        # Padding goes to the last positions of the rows behind, which are free, or whose prefill has not come that far.
         bsz = min(_power_of_two(n_rows), params.max_batch_size)
         kv_len = min(_whole(max(lengths) + width, KV_BUCKET), params.max_seq_len)
         self._tokens[: tokens.numel()].copy_(tokens.flatten())
-        self._positions[:bsz].copy_(to_device([*lengths, *[0] * (bsz - n_rows)], tokens.device))
+        self._positions[:bsz].copy_(
+            to_device([*lengths, *[params.max_seq_len - width] * (bsz - n_rows)], tokens.device)
+        )
         sizes = bsz, width, kv_len
         if sizes not in self._steps:
             self._steps[sizes] = self._make_step(*sizes)

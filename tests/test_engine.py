@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Listed
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from llama import ModelArgs, Transformer, runtime
 from llama.completion import _InLockstep
+from llama.engine import Engine
 from llama.sampling import Sampler
 from llama.scoring import score
-from llama.sequence import Step
-from llama.stepping import StaticStepper
+from llama.sequence import Call, Sequence, Step
+from llama.stepping import MAX_WIDTH, StaticStepper
 from tests import oracle
 from tests.steps import decode
 
@@ -73,7 +75,7 @@ def drain(steps: Iterator[Step], n_prompts: int) -> list[list[Step]]:
 
 def run(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
+    prompts: Listed[Listed[int]],
     max_gen_len: int,
     *,
     temperature: float = 0.0,
@@ -87,7 +89,7 @@ def run(
     return drain(steps, len(prompts))
 
 
-def tokens_of(steps: Sequence[Step]) -> list[int]:
+def tokens_of(steps: Listed[Step]) -> list[int]:
     return [step.token for step in steps if step.token is not None]
 
 
@@ -191,6 +193,59 @@ def test_a_free_row_is_refilled_while_the_others_go_on(make: Callable[..., Trans
     assert len(single) == 16  # the long prompt's own tokens after its first one
     assert sum(bsz for bsz, _ in single) == 16 + 8
     assert sum(bsz for bsz, seqlen in passes.shapes if seqlen > 1) == 9  # each prompt is prefilled once
+
+
+@pytest.fixture
+def chunks_of_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama.runner.PASS_COST", {"cpu": 2})
+    monkeypatch.setattr("llama.runner._CHUNK_IN_PASS_COSTS", 4)
+
+
+@pytest.mark.usefixtures("chunks_of_8")
+def test_running_sequences_get_a_step_between_the_chunks_of_long_prompts(make: Callable[..., Transformer]) -> None:
+    """No pass between two of their steps has more positions than a chunk and the rest that is too small for another."""
+    model = make(4, max_seq_len=64)
+    passes = _Passes(model)
+    engine = Engine(model)
+    running = Call([Sequence([1, 2], sampler(0, 1), 0, 40, NO_EOS)])
+    engine.add(running)
+    engine.advance()
+    engine.add(Call(Sequence([3 + i] * length, sampler(0, 1), 0, 2, NO_EOS) for i, length in enumerate((50, 7, 60))))
+    while not engine.is_idle:
+        engine.advance()
+    long_passes = [bsz * seqlen for bsz, seqlen in passes.shapes[1:] if seqlen > 1]
+    assert sum(long_passes) == 50 + 7 + 60
+    assert max(long_passes) <= 8 + MAX_WIDTH
+    kinds = ["prefill" if seqlen > 1 else "step" for _, seqlen in passes.shapes]
+    assert not any(pair == ("prefill", "prefill") for pair in itertools.pairwise(kinds))
+
+
+@pytest.mark.usefixtures("chunks_of_8")
+@pytest.mark.parametrize("seed", range(6))
+def test_sequences_that_join_leave_or_lose_the_cache_at_any_time_get_what_the_oracle_gives(
+    make: Callable[..., Transformer], state: oracle.State, seed: int
+) -> None:
+    """Prompts in chunks beside running sequences, some aborted halfway, others using the network in between."""
+    rng = random.Random(seed)
+    model = make(3, max_seq_len=64)
+    engine = Engine(model, StaticStepper(model, graphs=False) if seed % 2 else None)
+    calls: list[Call] = []
+    for prompt in random_prompts(rng, 14, longest=60):
+        calls.append(Call([Sequence(prompt, sampler(0, 1), 0, rng.randint(1, 20), NO_EOS)]))
+        engine.add(calls[-1])
+        for _ in range(rng.randint(0, 4)):
+            engine.advance()
+            if rng.random() < 0.15:
+                engine.abort(rng.choice(calls))
+            if rng.random() < 0.15:
+                with torch.no_grad():
+                    model(torch.tensor([[1, 2, 3]]), 0)
+    while not engine.is_idle:
+        engine.advance()
+    for call in calls:
+        (sequence,) = call.sequences
+        check_greedy(state, sequence.tokens[: sequence.n_prompt], sequence.tokens[sequence.n_prompt :])
+    assert sum(sequence.left == 0 for call in calls for sequence in call.sequences) > 5
 
 
 def test_a_batch_is_prefilled_in_one_pass_and_steps_carry_no_ended_row(make: Callable[..., Transformer]) -> None:
@@ -417,7 +472,7 @@ def test_a_cache_that_nobody_touched_is_not_computed_anew(make: Callable[..., Tr
     assert sum(bsz for bsz, seqlen in passes.shapes if seqlen > 1) == 4
 
 
-def oracle_scores(state: oracle.State, text: Sequence[int]) -> list[float]:
+def oracle_scores(state: oracle.State, text: Listed[int]) -> list[float]:
     logprobs = oracle.logits(state, PARAMS, torch.tensor([text]))[0].log_softmax(-1)
     return [0.0, *(logprobs[i - 1, token].item() for i, token in enumerate(text) if i)]
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from llama import ModelArgs, Transformer, runtime
 from llama.model import CachePositions
-from llama.runner import ModelLock, ModelRunner, device_of, dtype_of, lock_of, prefill_groups
+from llama.prefill import prefill_groups
+from llama.runner import ModelLock, ModelRunner, device_of, dtype_of, lock_of
 from llama.stepping import StaticStepper
 from tests import oracle
 

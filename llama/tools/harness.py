@@ -1,7 +1,7 @@
 """A model class of the Language Model Evaluation Harness, under the name "llama-meta".
 
-Importing this module registers it, so that `lm_eval` takes `--model llama-meta`. It computes what the harness's own
-"hf" class computes on the same weights: likewise encoded, truncated from the left, and stopped.
+Importing this module registers it, for `lm_eval --model llama-meta`. It computes what the harness's own "hf" class
+computes on the same weights, with the same encoding, truncation (from the left) and stop strings.
 
 https://github.com/EleutherAI/lm-evaluation-harness
 """
@@ -28,7 +28,7 @@ from llama.tools.chat_format import chat_error
 from llama.tools.replica import Replica
 
 try:
-    import lm_eval.models  # noqa: F401 (the harness's own classes, which it looks for only while there is none)
+    import lm_eval.models  # noqa: F401 (registers the harness's own classes, as it does only before any other)
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -42,11 +42,11 @@ except ImportError as error:
 T = TypeVar("T")
 Work = TypeVar("Work")
 Score = tuple[float, bool]  # a continuation's log-probability, and whether greedy decoding gives it
-Row = tuple[list[int], list[list[int]]]  # ids, and the continuations that they end with but for the last token
+Row = tuple[list[int], list[list[int]]]  # ids, and the continuations that end them, whose last token is not in them
 _LOGIT_POSITIONS = 512  # positions whose logits are held at a time
 _ROUNDS = 16  # batches of each replica between two exchanges of results
 _MAX_GEN_TOKS = 256  # the harness's default
-# What a task may ask of a generation besides these is refused, unless it has the value that changes nothing.
+# Other generation arguments of a task are refused, except with a value that has no effect.
 _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
 _ALIASES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "top_k": 0}
@@ -152,7 +152,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
     # ---- texts ----
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text. The names of BOS and EOS in it, which `apply_chat_template` writes, become these tokens.
+        """The ids of a text. The names of BOS and EOS in it, which `apply_chat_template` writes, become those tokens.
 
         Args:
             add_special_tokens: whether BOS goes in front; None: as the model was told, unless the text begins with it.
@@ -189,9 +189,9 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         return "".join([*finished, last] if answer is None else [*finished, last, " ", answer])
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What identifies the template in the file of results; there is only one."""
+        """The name of the only template, for the file of results."""
         if isinstance(chat_template, str):
-            raise ValueError(f"the chat template must be Llama 2's, the only one, got {quote(chat_template)}")
+            raise ValueError(f"the chat template must be Llama 2's, the only one there is, got {quote(chat_template)}")
         return "Llama 2 chat" if chat_template else None
 
     # ---- log-likelihoods ----
@@ -221,7 +221,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
     ) -> list[Score]:
         """The log-probability of each continuation, and whether it is what greedy decoding gives."""
         rows = [self._row(context, continuation) for _, context, continuation in requests]
-        # Continuations of one token, as letters of choices are, have their row in common.
+        # Continuations of one token, such as the letters of choices, share a row.
         by_tokens: dict[tuple[int, ...], list[int]] = {}
         for i, (ids, _continuation) in enumerate(rows):
             by_tokens.setdefault(tuple(ids), []).append(i)
@@ -239,7 +239,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         return results
 
     def _row(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """The ids that go through the network, truncated from the left, and those that they have to predict."""
+        """The ids that are fed, truncated from the left, and the continuation that they predict."""
         if not continuation or len(continuation) > self.max_length:
             raise ValueError(
                 f"a continuation must have 1 to max_seq_len={self.max_length} tokens, got {len(continuation)}"
@@ -254,7 +254,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
             runner = ModelRunner(self.llama.model)
             for start in range(0, len(asked), runner.max_batch_size):
                 chunk = asked[start : start + runner.max_batch_size]
-                for group in runner.groups([len(tokens) for tokens, _ in chunk]):
+                for group in (one.places for one in runner.plan_prefill([len(tokens) for tokens, _ in chunk])):
                     found = _score_rows(runner, [chunk[i] for i in group])
                     for i, row in zip(group, found, strict=True):
                         scores[start + i] = row
@@ -326,12 +326,12 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         *,
         disable_tqdm: bool,
     ) -> None:
-        """Has each replica `do` its share of the work; all ranks `keep` each result with its number.
+        """Each replica does its share of the work; all ranks keep each result with its number.
 
-        Results come in rounds, and go into the harness's cache with each, so that little is lost in a kill.
+        After each round, the results go into the harness's cache, so that a kill loses little.
 
         Raises:
-            RankError: the ranks have not the same work, as with caches that differ.
+            RankError: the ranks have different work, as with caches that differ.
         """
         runtime.compare_calls((name, list(work)))
         replica, n_replicas = runtime.replica()
@@ -349,7 +349,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
 def _score_rows(runner: ModelRunner, rows: Sequence[Row]) -> list[list[Score]]:
     """The scores of continuations, which end right-padded rows of one batch.
 
-    The logits of a few hundred positions are there at a time.
+    At most `_LOGIT_POSITIONS` positions' logits are held at a time.
     """
     tokens = runner.pad([row for row, _ in rows])
     sums = [[0.0] * len(continuations) for _, continuations in rows]
@@ -366,7 +366,7 @@ def _score_rows(runner: ModelRunner, rows: Sequence[Row]) -> list[list[Score]]:
 
 
 def _sum_of_logprobs(logits: Tensor, tokens: Tensor) -> float:
-    """That of tokens (seqlen,) under logits (seqlen, vocab)."""
+    """The sum of the log-probabilities of tokens (seqlen,) under logits (seqlen, vocab)."""
     return float(logits.log_softmax(-1).gather(-1, tokens[:, None]).sum())
 
 
@@ -374,7 +374,7 @@ def _expected(rows: Sequence[Row], start: int, end: int) -> Iterator[tuple[int, 
     """The parts of continuations that positions from `start` to `end` predict.
 
     Yields:
-        A row, which of its continuations, the tokens, and the position that predicts the first of them.
+        The row, the index of the continuation in it, the tokens, and the position that predicts the first of them.
     """
     for row, (tokens, continuations) in enumerate(rows):
         for i, continuation in enumerate(continuations):
