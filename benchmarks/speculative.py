@@ -77,7 +77,10 @@ class PassTimes:
 
     def __init__(self, network: nn.Module) -> None:
         self.ends: list[float] = []
-        network.register_forward_hook(lambda *_: self.ends.append(time.perf_counter()))
+        self._handle = network.register_forward_hook(lambda *_: self.ends.append(time.perf_counter()))
+
+    def remove(self) -> None:
+        self._handle.remove()
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def report(name: str, repetition: float | None, plain: Sequence[Run], drafted: S
     """Prints a row; returns its figures."""
     ratios = [b.rate / a.rate for a, b in zip(plain, drafted, strict=True)]
     accepted = [r.accepted for r in drafted if r.accepted is not None]
-    same = sum(a.tokens == b.tokens for a, b in zip(plain, drafted, strict=True))
+    same = sum(a.tokens == b.tokens for a, b in zip(plain, drafted, strict=True)) if plain[0].tokens else None
     figures = {
         "text": name,
         "repeated_8grams": repetition,
@@ -134,13 +137,14 @@ def report(name: str, repetition: float | None, plain: Sequence[Run], drafted: S
         "tokens_per_pass": statistics.median(r.per_pass for r in drafted),
         "accepted": statistics.median(accepted) if accepted else None,
         "ratios": ratios,
-        "same": same / len(plain),
+        "same": None if same is None else same / len(plain),
     }
     shown = "        " if repetition is None else f"{repetition:7.0%} "
     share = "      -" if not accepted else f"{statistics.median(accepted):7.0%}"
     print(
         f"{name:34}{shown}{figures['plain']:8.1f}{figures['speculative']:8.1f} {statistics.median(ratios):6.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f}){figures['tokens_per_pass']:7.2f}{share}{same:5}/{len(plain)}",
+        f"({min(ratios):.2f} to {max(ratios):.2f}){figures['tokens_per_pass']:7.2f}{share}"
+        + ("" if same is None else f"{same:5}/{len(plain)}"),
         flush=True,
     )
     return figures
@@ -168,6 +172,7 @@ def scripted_texts(llama: Llama, seeds: range, n_prompt: int, n_tokens: int, rep
             drafted += more[1]
         rows.append(report(f"prompt lookup, {kind}", statistics.mean(repetition), plain, drafted))
     hook.remove()
+    times.remove()
     return rows
 
 
@@ -191,6 +196,7 @@ def scripted_draft(
         draft_hook.remove()
         rows.append(report(f"draft model, agreement {agreement}", None, plain, drafted))
     hook.remove()
+    times.remove()
     return rows
 
 
@@ -272,6 +278,7 @@ def main(
         peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
         work_dir: keeps the weights there for the next run, for `bench.py` too; None for a temporary folder.
     """
+    agreements = [agreements] if isinstance(agreements, float) else list(agreements)
     torch.set_num_threads(threads or available_cores())
     print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, batch 1")
     length = 2048 if ckpt_dir else n_prompt + n_tokens + 1
@@ -285,7 +292,7 @@ def main(
         rows = own_texts(llama, texts, ways, n_tokens, max(2, repeats))
     else:
         sizes = {"seeds": range(n_texts), "n_prompt": n_prompt, "n_tokens": n_tokens, "repeats": repeats}
-        rows = _scripted(shape, dtype, max_batch_size, list(agreements), sizes, peers, peer_python, work_dir)
+        rows = _scripted(shape, dtype, max_batch_size, agreements, sizes, peers, peer_python, work_dir)
     print(json.dumps({"benchmark": "speculative", "shape": ckpt_dir or shape, "rows": rows}))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from benchmarks import bench, report, rounds
+from benchmarks import bench, report, rounds, serving, speculative
 from benchmarks.job import Job, parse
 from benchmarks.ours import Ours
 from benchmarks.published import PublishedWay
 from benchmarks.rounds import EngineProcess, Plan
+from benchmarks.scripts import SCRIPTS, Script, repeated_ngrams
 from benchmarks.shapes import SHAPES, bytes_per_decode_step
 from benchmarks.worker import LOAD, figure, turns
 from llama import Llama, ModelArgs
@@ -65,6 +67,13 @@ def test_ratios_say_how_many_times_as_good_ours_is() -> None:
     ratios = {line.figure: line.values for line in report.ratio_lines(rounds)}
     assert ratios == {"decode_1": [2.0, 3.0], "load": [1.5, 0.5]}
     assert "ours/hf" in report.ratio_table(report.ratio_lines(rounds))
+
+
+def test_int8_is_compared_with_quantized_engines_and_with_our_own_default() -> None:
+    rounds = [{name: {"decode_1": 1.0} for name in ("ours", "ours_int8", "hf", "llama_cpp_q8_0", "machine")}]
+    assert [line.engine for line in report.ratio_lines(rounds)] == [
+        *("ours_int8/ours", "ours/hf", "ours/llama_cpp_q8_0", "ours_int8/llama_cpp_q8_0", "ours/machine")
+    ]
 
 
 def test_a_peer_that_is_not_installed_is_left_out_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +140,7 @@ def test_a_process_that_ends_in_its_turn_leaves_its_last_words(job: Job, tmp_pat
 def test_unknown_peers_and_shapes_are_errors() -> None:
     with pytest.raises(ValueError, match="nonsense"):
         bench._installed("nonsense", "", "cpu")
-    with pytest.raises(ValueError, match=r"shape must be one of tiny, 200m, 1b, 7b, 13b, got '2b'"):
+    with pytest.raises(ValueError, match=r"shape must be one of tiny, 110m, 200m, 1b, 7b, 13b, got '2b'"):
         bench.main("2b")
 
 
@@ -205,3 +214,44 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     rounds = [{"ours": {"decode_1": 4.0}, "ctranslate2": {"decode_1": 2.0}}]
     report.plot(report.engine_lines(rounds), {"ctranslate2": "ctranslate2 4, int8"}, "title", tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_repeated_ngrams_are_those_that_occurred_before() -> None:
+    assert repeated_ngrams(Script([1, 2, 3], [1, 2, 3]), size=2) == 2 / 3  # (3, 1) is new
+    assert repeated_ngrams(Script([5], [6, 6, 6]), size=2) == 1 / 3  # the second (6, 6)
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("code edit", 0.5, 0.9), ("without repetition", 0.0, 0.05)])
+def test_scripts_repeat_as_much_as_their_kind(kind: str, least: float, most: float) -> None:
+    for seed in range(5):
+        script = SCRIPTS[kind](random.Random(seed), 32000, 200, 128)
+        assert (len(script.prompt), len(script.output)) == (200, 128)
+        assert least <= repeated_ngrams(script) <= most
+        assert script == SCRIPTS[kind](random.Random(seed), 32000, 200, 128)
+
+
+@pytest.mark.parametrize("way", [None, "prompt_lookup"])
+def test_a_scripted_network_writes_the_script(way: str | None, llama: Llama, job: Job) -> None:
+    draw = random.Random(0)
+    prompt = [draw.randrange(3, job.vocab_size) for _ in range(9)]
+    output = [*prompt, *(draw.randrange(3, job.vocab_size) for _ in range(3))]
+    hook, times = speculative.Scripted(llama.model), speculative.PassTimes(llama.model)
+    try:
+        hook.start(prompt + output, seed=0)
+        run = speculative.decode(llama, times, prompt, len(output), way)
+    finally:
+        hook.remove()
+        times.remove()
+    assert run.tokens == output and run.rate > 0
+    assert run.per_pass >= 1 if way else run.per_pass == 1
+    assert llama.generate([prompt], len(output), temperature=0)[0] != [output]
+
+
+def test_a_round_of_serving_answers_every_request(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fastapi", reason="needs the extra [serve]")
+    serving.main("tiny", n_requests=5, clients=(2,), batch=2, output_median=4, repeats=1, threads=1)
+    *_, last = capsys.readouterr().out.splitlines()
+    rounds = json.loads(last)["rounds"]
+    assert rounds.keys() == {"kept full", "8 Python threads", "ours, 2 clients"}
+    ((expected, _),) = rounds["kept full"]
+    assert all(0 < tokens <= expected + 5 for ((tokens, _),) in rounds.values())
