@@ -1,4 +1,4 @@
-"""The hyperparameters of a Llama 2 network, and every size that follows from them."""
+"""The hyperparameters of a Llama 2 network, and all sizes derived from them."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from dataclasses import dataclass, fields
 
 from llama.quoting import quote
 
-PREFILL_TOKENS = 1024  # enough to keep the arithmetic units busy; more cost memory
+PREFILL_TOKENS = 1024  # enough to be compute-bound; more would only take more memory
 
 
 @dataclass
 class ModelArgs:
     """The hyperparameters in `params.json`, and the two sizes of the KV cache.
 
-    Field names and defaults are those of Meta's package. The fields may be assigned, and a subclass may add fields of
-    its own; `validate` is called when a network is made of them.
+    Field names and defaults are those of Meta's package. Fields may be assigned, and a subclass may add more;
+    `validate` is called when a network is created.
 
     Attributes:
-        vocab_size: -1 stands for the tokenizer's number of pieces, and must be replaced before a network is made.
-        max_batch_size, max_seq_len: rows and positions of the KV cache.
+        vocab_size: number of tokens; -1 means the tokenizer's, and must be replaced before a network is created.
+        max_batch_size, max_seq_len: number of rows and of positions in the KV cache.
     """
 
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int | None = None  # None: as many as n_heads (multi-head attention)
+    n_kv_heads: int | None = None  # None for n_heads (multi-head attention)
     vocab_size: int = -1
     multiple_of: int = 256  # the hidden size of the feed-forward is rounded up to a multiple of this
     ffn_dim_multiplier: float | None = None
@@ -36,7 +36,7 @@ class ModelArgs:
 
     @classmethod
     def of(cls, params: object) -> ModelArgs:
-        """`params` itself, or a `ModelArgs` of the fields that another project's arguments have by the same names.
+        """Returns `params` if it is a `ModelArgs`, else a `ModelArgs` made from its attributes of the same names.
 
         Raises:
             ValueError: a field has the wrong type or range, or the head counts do not divide each other.
@@ -49,17 +49,17 @@ class ModelArgs:
         return args
 
     def validate(self) -> None:
-        """Checks each field's type and range, and that they go together.
+        """Checks each field's type and range, and that the fields are consistent.
 
         Raises:
-            ValueError: they do not; the message names the field and its value.
+            ValueError: a check failed; the message names the field and its value.
         """
         for field in fields(ModelArgs):
             _check_field(field.name, field.type, getattr(self, field.name))
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(
                 f"dim={self.dim} divided by n_heads={self.n_heads} must be a whole, even head size, "
-                "as rotary embedding needs"
+                "which rotary embedding requires"
             )
         if self.hidden_dim < 1:
             raise ValueError(
@@ -74,7 +74,7 @@ class ModelArgs:
 
     @property
     def kv_heads(self) -> int:
-        """Number of key/value heads; fewer than `n_heads` under grouped-query attention."""
+        """Number of key/value heads; with grouped-query attention it is less than `n_heads`."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
@@ -84,11 +84,11 @@ class ModelArgs:
 
     @property
     def prefill_tokens(self) -> int:
-        """Most positions that one pass of a prefill computes; more rows are taken in groups, to bound activations."""
+        """Maximum number of positions, over all rows, in one prefill pass; it bounds the memory of activations."""
         return min(self.max_batch_size * self.max_seq_len, max(self.max_seq_len, PREFILL_TOKENS))
 
     def check_shards(self, model_parallel_size: int) -> None:
-        """Raises ValueError, with the numbers, unless the network can be sharded evenly over that many ranks."""
+        """Raises ValueError unless the network can be sharded evenly over `model_parallel_size` ranks."""
         sizes = {
             "n_heads": self.n_heads,
             "n_kv_heads": self.kv_heads,
@@ -107,7 +107,7 @@ class ModelArgs:
 def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
     """2/3 of `hidden_dim`, times `ffn_dim_multiplier` if given, rounded up to a multiple of `multiple_of`.
 
-    SwiGLU has three matrices where a plain feed-forward has two: 2/3 of the width keeps the number of weights.
+    SwiGLU has three matrices instead of two; 2/3 of the width keeps the number of weights the same.
     """
     width = int(2 * hidden_dim / 3)
     if ffn_dim_multiplier is not None:
@@ -116,7 +116,7 @@ def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: fl
 
 
 def _check_field(name: str, annotation: object, value: object) -> None:
-    """One field's type and range. Annotations are strings here: `from __future__ import annotations`."""
+    """Checks a field's type and range. `annotation` is a string, due to `from __future__ import annotations`."""
     if value is None and "None" in str(annotation):
         return
     takes_float = "float" in str(annotation)

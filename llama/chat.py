@@ -1,4 +1,4 @@
-"""The Llama 2 chat template: from a dialog to the token ids that the chat models were tuned on."""
+"""The Llama 2 chat template, which turns a dialog into token ids in the form that the chat models were tuned on."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
 def is_unsafe(dialog: Dialog) -> bool:
-    """Whether a message contains one of the template's own tags, which would let it pose as another turn."""
+    """Whether a message contains a tag of the template, with which it could fake another turn."""
     return any(has_special_tags(message["content"]) for message in dialog)
 
 
 def has_special_tags(text: str) -> bool:
-    """Whether a text contains one of the template's own tags."""
+    """Whether a text contains a tag of the template."""
     return any(tag in text for tag in SPECIAL_TAGS)
 
 
 def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a checked dialog, after which the model writes its next answer.
+    """Encodes a checked dialog as the prompt for the assistant's next answer.
 
-    Each finished pair of turns is encoded on its own, between BOS and EOS; the last user turn has BOS alone.
+    Each pair of a user message and its answer is encoded separately, with BOS and EOS; the last user message has only
+    BOS.
     """
     texts = _turns(dialog)
     tokens: list[int] = []
@@ -47,7 +48,7 @@ def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
 
 
 def _turns(dialog: Dialog) -> list[str]:
-    """The stripped texts of user, assistant, ..., user, with a system message folded into the first."""
+    """The stripped texts of user, assistant, ..., user, with any system message folded into the first one."""
     texts = [message["content"] for message in dialog]
     if dialog[0]["role"] == "system":
         texts = [B_SYS + texts[0] + E_SYS + texts[1], *texts[2:]]
@@ -58,15 +59,15 @@ def check_dialog(dialog: Dialog, name: str) -> None:
     """Checks that the turns are an optional system message, then user, assistant, ..., user.
 
     Args:
-        name: what errors call the dialog, such as "dialogs[3]".
+        name: name of the dialog in error messages, such as "dialogs[3]".
 
     Raises:
-        PromptError: they are not; the message names the first wrong one.
+        PromptError: they are not; the error names the first message that is wrong.
     """
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
         raise PromptError(f"{name} must be a list of messages, got {type(dialog).__name__}")
     if not dialog:
-        raise PromptError(f"{name} must have at least one message, the user's, got none")
+        raise PromptError(f"{name} must have at least one message from the user, got none")
     dialog = list(dialog)
     for i, message in enumerate(dialog):
         _check_message(message, f"{name}[{i}]")
@@ -76,12 +77,12 @@ def check_dialog(dialog: Dialog, name: str) -> None:
         if message["role"] != role:
             raise PromptError(
                 f"{name}[{i + with_system}] must have role {role!r}, got {message['role']!r}; a dialog is an optional "
-                "system message, then messages of the user and the assistant in turn"
+                "system message, then user and assistant messages that alternate"
             )
     if dialog[-1]["role"] != "user":
         raise PromptError(
-            f"{name}[{len(dialog) - 1}], the last message, must have role 'user', got {dialog[-1]['role']!r}; it is "
-            "what the model answers"
+            f"{name}[{len(dialog) - 1}], the last message, must have role 'user', got {dialog[-1]['role']!r}; the "
+            "model answers the last message"
         )
 
 

@@ -1,6 +1,6 @@
-"""What callers pass, checked: sampling parameters, and texts, dialogs or ids as lists of token ids.
+"""Validation of what callers pass: sampling parameters, and prompts as texts, dialogs or token ids.
 
-Errors name each prompt by its argument and index.
+Errors name a prompt by its argument and index, such as `prompts[3]`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,25 @@ from llama.chat import Dialog, Message, check_dialog, encode_dialog, is_unsafe
 from llama.quoting import quote
 from llama.tokenizer import PromptError, Tokenizer
 
-SPECULATIVE = ("prompt_lookup", "draft")  # ways to draft tokens: see `speculative`
+SPECULATIVE = ("prompt_lookup", "draft")  # ways to draft tokens: see `speculative.py`
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The parameters of a call, besides its prompts; checked when made. Numbers may be those of numpy and torch.
+    """The parameters of a call, apart from its prompts. Numbers may be Python's, numpy's or torch's.
+
+    Attributes:
+        temperature: divides the logits; 0 for greedy decoding.
+        top_p: nucleus sampling: the probability mass that tokens are drawn from, 0 to 1.
+        max_gen_len: maximum number of new tokens per prompt.
+        logprobs: whether to return the log-probability of each token.
+        echo: whether the result starts with the prompt.
+        stop: stop strings, before which a completion ends.
+        seed: seeds a generator for this call; None to use torch's default generator.
+        speculative: how to draft tokens, one of `SPECULATIVE`; None for plain decoding.
 
     Raises:
-        PromptError: a value is of the wrong type or out of range; the message names it and says what it must be.
+        PromptError: a value has the wrong type or is out of range.
     """
 
     temperature: float
@@ -39,16 +49,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         temperature, top_p = _number(self.temperature), _number(self.top_p)
         if temperature is None or not 0 <= temperature < math.inf:
-            raise PromptError(f"temperature must be 0 (greedy) or a finite number above, got {quote(self.temperature)}")
+            raise PromptError(
+                f"temperature must be 0 (greedy) or a finite number above 0, got {quote(self.temperature)}"
+            )
         if top_p is None or not 0 <= top_p <= 1:
             raise PromptError(f"top_p must be a number from 0 to 1, got {quote(self.top_p)}")
         max_gen_len = _integer(self.max_gen_len)
         if max_gen_len is None or max_gen_len < 0:
-            raise PromptError(f"max_gen_len must be an integer of 0 or above, got {quote(self.max_gen_len)}")
+            raise PromptError(f"max_gen_len must be an integer of at least 0, got {quote(self.max_gen_len)}")
         seed = None if self.seed is None else check_seed(self.seed)
         if self.speculative not in (None, *SPECULATIVE):
-            ways = " or ".join(map(repr, SPECULATIVE))
-            raise PromptError(f"speculative must be None, {ways}, got {quote(self.speculative)}")
+            choices = " or ".join(map(repr, SPECULATIVE))
+            raise PromptError(f"speculative must be None, {choices}, got {quote(self.speculative)}")
         checked = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "seed": seed}
         flags = {name: _check_flag(getattr(self, name), name) for name in ("logprobs", "echo")}
         for name, value in (checked | flags | {"stop": _check_stop(self.stop)}).items():
@@ -56,10 +68,13 @@ class SamplingParams:
 
 
 def check_prompts(prompts: Iterable[Iterable[int]], vocab_size: int, max_seq_len: int) -> list[list[int]]:
-    """Prompts of ids, as lists of int. The prompts, and each one's ids, may come as tensors, arrays or any iterable.
+    """Checks prompts of token ids, and returns them as lists of int.
+
+    Args:
+        prompts: tensors, arrays or any other iterables of ids, in any of these.
 
     Raises:
-        PromptError: there are none, or one is empty, too long, or has an id outside the vocabulary.
+        PromptError: there are no prompts, or one is empty, too long, or has an id outside the vocabulary.
     """
     return [
         _check_ids(prompt, f"prompt_tokens[{i}]", vocab_size, max_seq_len)
@@ -74,13 +89,13 @@ def _check_ids(prompt: Iterable[int], name: str, vocab_size: int, max_seq_len: i
         raise PromptError(f"{name} must be a list of token ids, got {quote(prompt)}") from error
     _check_length(ids, name, max_seq_len)
     if not 0 <= min(ids) <= max(ids) < vocab_size:
-        wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise PromptError(f"{name} must have ids from 0 to {vocab_size - 1}, got {quote(wrong)}")
+        invalid = next(token for token in ids if not 0 <= token < vocab_size)
+        raise PromptError(f"{name} must have ids from 0 to {vocab_size - 1}, got {quote(invalid)}")
     return ids
 
 
 def encode_text(text: str, name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[int]:
-    """The ids of a text, with BOS in front."""
+    """Checks and encodes a text, with BOS in front. `name` is the text's name in errors."""
     if not isinstance(text, str):
         raise PromptError(f"{name} must be a str, got {type(text).__name__}")
     try:
@@ -92,7 +107,7 @@ def encode_text(text: str, name: str, tokenizer: Tokenizer, max_seq_len: int) ->
 
 
 def encode_texts(texts: Iterable[str], name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[list[int]]:
-    """The ids of texts, each with BOS in front."""
+    """Checks and encodes texts, each with BOS in front. `name` is the argument's name in errors."""
     return [
         encode_text(text, f"{name}[{i}]", tokenizer, max_seq_len) for i, text in enumerate(_as_list(texts, name, "str"))
     ]
@@ -101,7 +116,7 @@ def encode_texts(texts: Iterable[str], name: str, tokenizer: Tokenizer, max_seq_
 def encode_checked_dialog(
     dialog: Iterable[Message], name: str, tokenizer: Tokenizer, max_seq_len: int
 ) -> list[int] | None:
-    """The ids of a dialog; None for one that must not be run, since it contains the template's own tags."""
+    """Checks and encodes a dialog; returns None if it must not be run because it contains the template's tags."""
     dialog = _as_list(dialog, name, "messages")
     check_dialog(dialog, name)
     if is_unsafe(dialog):
@@ -115,7 +130,7 @@ def encode_checked_dialog(
 
 
 def encode_dialogs(dialogs: Iterable[Dialog], tokenizer: Tokenizer, max_seq_len: int) -> list[list[int] | None]:
-    """The ids of dialogs, None for those that must not be run."""
+    """Checks and encodes dialogs; None for each one that must not be run."""
     return [
         encode_checked_dialog(dialog, f"dialogs[{i}]", tokenizer, max_seq_len)
         for i, dialog in enumerate(_as_list(dialogs, "dialogs", "dialogs"))
@@ -125,32 +140,36 @@ def encode_dialogs(dialogs: Iterable[Dialog], tokenizer: Tokenizer, max_seq_len:
 def encode_continuations(
     contexts: Iterable[str], texts: Iterable[str], tokenizer: Tokenizer, max_seq_len: int
 ) -> tuple[list[list[int]], list[int]]:
-    """The ids of each context and its text as one string, and how many of these ids are the context's own."""
+    """Encodes each context and its text as one string.
+
+    Returns:
+        The ids of each such string, and for each the number of leading ids that belong to the context.
+    """
     contexts, texts = _as_list(contexts, "contexts", "str"), _as_list(texts, "texts", "str")
     if len(contexts) != len(texts):
         raise PromptError(
             f"contexts must have one element per text, got {len(contexts)} contexts and {len(texts)} texts"
         )
-    heads = encode_texts(contexts, "contexts", tokenizer, max_seq_len)
+    prefixes = encode_texts(contexts, "contexts", tokenizer, max_seq_len)
     encode_texts(texts, "texts", tokenizer, max_seq_len)
     joined = [context + text for context, text in zip(contexts, texts, strict=True)]
     whole = encode_texts(joined, "contexts + texts", tokenizer, max_seq_len)
-    return whole, [_common_length(head, ids) for head, ids in zip(heads, whole, strict=True)]
+    return whole, [_common_length(prefix, ids) for prefix, ids in zip(prefixes, whole, strict=True)]
 
 
 def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of ids that two sequences begin with in common."""
+    """Length of the longest common prefix of two sequences."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _as_list(values: Any, name: str, of: str, *, may_be_empty: bool = False) -> list[Any]:
-    """Any iterable except texts and mappings as a list; tensors and arrays as lists of numbers."""
+    """Converts any iterable except texts and mappings to a list; `of` names the elements in errors."""
     if hasattr(values, "tolist"):
         try:
             values = values.tolist()
         except (TypeError, ValueError, RuntimeError) as error:  # such as a tensor on the meta device
-            raise PromptError(f"{name} must be a list of {of}, got {quote(values)}, which has no values") from error
+            raise PromptError(f"{name} must be a list of {of}, got {quote(values)}, which holds no values") from error
     if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
         raise PromptError(f"{name} must be a list of {of}, got {type(values).__name__}")
     listed = list(values)
@@ -169,10 +188,10 @@ def _check_length(ids: Sequence[int], name: str, max_seq_len: int) -> None:
 def _check_stop(stop: Any) -> tuple[str, ...]:
     try:
         texts = (None,) if isinstance(stop, (str, bytes)) else tuple(stop)
-    except (TypeError, RuntimeError):  # not iterable, such as an array without dimensions
+    except (TypeError, RuntimeError):  # not iterable, such as a zero-dimensional array
         texts = (None,)
     if not all(isinstance(text, str) and text for text in texts):
-        raise PromptError(f"stop must be a list of strings that are not empty, got {quote(stop)}")
+        raise PromptError(f"stop must be a list of non-empty strings, got {quote(stop)}")
     return texts
 
 
@@ -184,7 +203,7 @@ def _check_flag(value: Any, name: str) -> bool:
 
 
 def check_seed(seed: object) -> int:
-    """The seed as an int; raises PromptError if it is not an integer that a torch.Generator takes."""
+    """Returns the seed as an int; raises PromptError if `torch.Generator` would not accept it."""
     value = _integer(seed)
     if value is None or not -(2**63) <= value < 2**64:
         raise PromptError(f"seed must be None or an integer from -2**63 to 2**64 - 1, got {quote(seed)}")
@@ -192,7 +211,7 @@ def check_seed(seed: object) -> int:
 
 
 def _number(value: Any) -> float | None:
-    """A number of Python's, numpy's or torch's as a float; None for anything else, and for one that is too large."""
+    """Converts a Python, numpy or torch number to a float; None for anything else, and for numbers too large."""
     try:
         value = value.item() if hasattr(value, "item") else value
         return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
@@ -201,7 +220,7 @@ def _number(value: Any) -> float | None:
 
 
 def _integer(value: Any) -> int | None:
-    """An integer of Python's, numpy's or torch's as an int; None for anything else."""
+    """Converts a Python, numpy or torch integer to an int; None for anything else."""
     try:
         return None if isinstance(value, bool) else index(value)
     except (TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""The results of calls."""
+"""What `text_completion`, `chat_completion` and scoring return."""
 
 from __future__ import annotations
 
@@ -25,14 +25,21 @@ class ChatPrediction(TypedDict, total=False):
 
 
 class Score(TypedDict):
-    logprob: float  # the sum of logprobs
+    logprob: float  # sum of `logprobs`
     tokens: list[str]
     logprobs: list[float]
 
 
 @dataclass
 class Completion:
-    """The result for one prompt: ids, their texts, and log-probabilities if asked for; with echo the prompt's too."""
+    """The result for one prompt; with echo, its lists start with the prompt's tokens.
+
+    Attributes:
+        tokens: ids.
+        pieces: the text of each token.
+        logprobs: the log-probability of each token; empty if not asked for.
+        finish_reason: why generation ended.
+    """
 
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -41,7 +48,7 @@ class Completion:
 
 
 def completion_prediction(row: Completion, params: SamplingParams) -> CompletionPrediction:
-    """`text_completion`'s result for one prompt."""
+    """Converts a completion to `text_completion`'s result for one prompt."""
     result = CompletionPrediction(generation="".join(row.pieces), finish_reason=row.finish_reason)
     if params.logprobs:
         result |= {"tokens": row.pieces, "logprobs": row.logprobs}
@@ -49,7 +56,7 @@ def completion_prediction(row: Completion, params: SamplingParams) -> Completion
 
 
 def chat_prediction(row: Completion | None, params: SamplingParams) -> ChatPrediction:
-    """`chat_completion`'s result for one dialog; `row` is None for a dialog that was not run."""
+    """Converts a completion to `chat_completion`'s result for one dialog; `row` is None if the dialog was not run."""
     text = UNSAFE_ERROR if row is None else "".join(row.pieces)
     answer = Message(role="assistant", content=text)
     result = ChatPrediction(generation=answer, finish_reason="stop" if row is None else row.finish_reason)

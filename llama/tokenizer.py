@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the SentencePiece model that is released beside the weights."""
+"""Converts text to token ids and back, with the SentencePiece model that is released with the weights."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from sentencepiece import SentencePieceProcessor
 
 from llama.quoting import printable, quote
 
-_SPACE = "\u2581"  # SentencePiece writes a space as LOWER ONE EIGHTH BLOCK
+_SPACE = "\u2581"  # LOWER ONE EIGHTH BLOCK, which stands for a space in SentencePiece's pieces
 _REPLACEMENT = "\ufffd"
 _MAX_FILE_SIZE = 2**28  # bytes; the released model has half a million
 
 
 class PromptError(ValueError, AssertionError):
-    """A prompt or an argument that a call does not take. Where Meta's package raises, it is an AssertionError."""
+    """An invalid prompt or argument. It is an AssertionError too, because Meta's package raises that."""
 
 
 class TokenizerNotFoundError(FileNotFoundError, AssertionError):
-    """There is no tokenizer model at the path. Meta's package raises AssertionError."""
+    """No tokenizer model at the path. It is an AssertionError too, because Meta's package raises that."""
 
 
 class Tokenizer:
     """SentencePiece with byte fallback, as Llama 2 uses it.
 
     Attributes:
-        n_words: number of pieces, control pieces included.
-        bos_id, eos_id: begin and end of a sequence.
+        n_words: number of pieces, including control pieces.
+        bos_id, eos_id: ids that mark the beginning and the end of a sequence.
         pad_id: -1 in the released model, which has no padding piece.
 
     Raises:
-        FileNotFoundError: there is no file at `model_path`. It is an AssertionError too, as in Meta's package.
+        TokenizerNotFoundError: there is no file at `model_path`; both a FileNotFoundError and an AssertionError.
         OSError: the file cannot be read.
         ValueError: the file is not a SentencePiece model, is damaged, or has no BOS or no EOS piece.
     """
@@ -45,34 +45,34 @@ class Tokenizer:
         self.pad_id: int = self.sp_model.pad_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(
-                f"{model_path} must have a BOS and an EOS piece, as Llama's tokenizers have, got bos_id={self.bos_id} "
-                f"and eos_id={self.eos_id}"
+                f"{model_path} must have a BOS and an EOS piece, got bos_id={self.bos_id} and eos_id={self.eos_id}; "
+                "use the tokenizer.model that was released with the weights"
             )
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of `s`, with BOS in front and EOS behind if asked for. Control pieces in `s` stay plain text."""
+        """Encodes `s`, with BOS in front and EOS at the end if asked for. Control pieces in `s` are plain text."""
         if not isinstance(s, str):
             raise PromptError(f"text must be a str, got {type(s).__name__}")
         try:
             s.encode()
         except UnicodeEncodeError as error:
             found = f"{quote(s[error.start])} at position {error.start}"
-            raise PromptError(f"text must be without halves of surrogate pairs, got {found}") from error
+            raise PromptError(f"text must not contain unpaired surrogates, got {found}") from error
         ids: list[int] = self.sp_model.encode(s)
         return [self.bos_id] * bool(bos) + ids + [self.eos_id] * bool(eos)
 
     def decode(self, t: Any) -> Any:
-        """The text of ids; control pieces give none, and the first piece's leading space is dropped.
+        """Decodes ids. Control pieces have no text, and the leading space of the first piece is dropped.
 
         Args:
-            t: a sequence or a tensor of ids, or one id. A sequence of sequences gives a list of texts.
+            t: a sequence or a tensor of ids, or one id. For a sequence of sequences, returns a list of texts.
         """
         return self.sp_model.decode(t.tolist() if hasattr(t, "tolist") else t)
 
     def pieces(self, t: Sequence[int]) -> list[str]:
-        """The part of `decode(t)` that each id brings: as many strings as ids, which joined give that text.
+        """Splits `decode(t)` into one string per id.
 
-        A character made of several byte pieces belongs to the last of them; the others get "".
+        A character that consists of several byte pieces is attributed to the last one; the others get "".
         """
         decoder = StreamDecoder(self)
         texts = [decoder.push(token) for token in t]
@@ -82,9 +82,9 @@ class Tokenizer:
 
 
 def _load(path: Path) -> SentencePieceProcessor:
-    """The SentencePiece model in a file, with every piece's text checked."""
+    """Loads a SentencePiece model, and checks that the text of every piece can be decoded."""
     if not path.is_file():
-        raise TokenizerNotFoundError(f"tokenizer_path must be a tokenizer.model file, got {path}, where there is none")
+        raise TokenizerNotFoundError(f"tokenizer_path must be a tokenizer.model file, got {path}, which is not a file")
     if (size := path.stat().st_size) > _MAX_FILE_SIZE:
         raise ValueError(f"{path} must be a SentencePiece model, got a file of {size} bytes; is it a checkpoint?")
     try:
@@ -93,16 +93,17 @@ def _load(path: Path) -> SentencePieceProcessor:
         sp_model.id_to_piece(list(range(sp_model.vocab_size())))
     except (RuntimeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} must be a SentencePiece model, got a file that is damaged, cut short or something else "
+            f"{path} must be a SentencePiece model, got a file that is damaged, truncated or in another format "
             f"({printable(error)})"
         ) from error
     return sp_model
 
 
 class StreamDecoder:
-    """Decodes ids one by one: what `push` and the final `flush` return, joined, is `Tokenizer.decode` of all ids.
+    """Decodes ids one at a time.
 
-    Text is returned as soon as it is final: bytes that could still become a character wait for the next ones.
+    Text is returned as soon as it is final; bytes of an incomplete character are held back. The concatenated return
+    values of `push` and of a final `flush` equal `Tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -111,11 +112,11 @@ class StreamDecoder:
         self._at_start = True
 
     def push(self, token: int) -> str:
-        """The text that this id makes final; often a word, sometimes nothing."""
+        """Adds an id; returns the text that is now final, which may be empty."""
         if self._sp.is_byte(token):
             self._at_start = False
             self._bytes += bytes([int(self._sp.id_to_piece(token)[3:5], 16)])  # a piece such as <0xE2>
-            return self._settle(final=False)
+            return self._decode_bytes(final=False)
         if self._sp.is_control(token):
             return self.flush()
         text = self.flush() + self._text(token)
@@ -123,8 +124,8 @@ class StreamDecoder:
         return text
 
     def flush(self) -> str:
-        """What is still held back, with U+FFFD for each byte that is part of no character."""
-        return self._settle(final=True)
+        """Returns the text still held back, with U+FFFD for each byte that is not part of a character."""
+        return self._decode_bytes(final=True)
 
     def _text(self, token: int) -> str:
         if self._sp.is_unknown(token):
@@ -132,8 +133,8 @@ class StreamDecoder:
         text: str = self._sp.id_to_piece(token).replace(_SPACE, " ")
         return text[1:] if self._at_start and text.startswith(" ") else text
 
-    def _settle(self, *, final: bool) -> str:
-        """Takes whole characters off the held bytes, and U+FFFD for each byte that cannot begin one."""
+    def _decode_bytes(self, *, final: bool) -> str:
+        """Removes complete characters from the held bytes; a byte that cannot start a character gives U+FFFD."""
         text = ""
         while self._bytes:
             try:
@@ -151,22 +152,23 @@ class StreamDecoder:
 
 
 class IncrementalDetokenizer:
-    """An incremental detokenizer: takes token ids, returns the text that is final, and ends before a stop string.
+    """Decodes a completion one id at a time, and ends it before a stop string.
 
-    What `push` and the final `finish` return, joined, is the completion's text. It never contains a part of a stop
-    string: text that could still become one is held back.
+    The concatenated return values of `push` and of a final `finish` are the completion's text. Text that could still
+    become a stop string is held back.
 
     Attributes:
         prefix_pieces: the text of each prefix token.
-        pieces: the text of each pushed token, cut at a stop string; tokens after the cut have none.
+        pieces: the text of each pushed token, up to the stop string; tokens after that have no entry.
         stopped: whether a stop string was found.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prefix: Sequence[int] = ()) -> None:
         """
         Args:
-            prefix: ids before the completion, which are not searched for stop strings. After them, the leading space
-                of the completion's first piece is kept.
+            stop: stop strings; none may be empty.
+            prefix: ids before the completion. They are not searched for stop strings; if there are any, the leading
+                space of the completion's first piece is kept.
         """
         self._decoder = StreamDecoder(tokenizer)
         self._stop = tuple(stop)
@@ -176,13 +178,13 @@ class IncrementalDetokenizer:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that this id makes final."""
+        """Adds an id; returns the text that is now final, which may be empty."""
         piece = self._decoder.push(token)
         self.pieces.append(piece)
-        return self._settle(piece, final=False)
+        return self._release(piece, final=False)
 
     def finish(self) -> str:
-        """The text still held back, to be called when no id follows."""
+        """Returns the text still held back. To be called after the last id."""
         if self.stopped:
             return ""
         rest = self._decoder.flush()
@@ -190,19 +192,20 @@ class IncrementalDetokenizer:
             self.prefix_pieces[-1:] = [piece + rest for piece in self.prefix_pieces[-1:]]
             return rest
         self.pieces[-1] += rest
-        return self._settle(rest, final=True)
+        return self._release(rest, final=True)
 
-    def _settle(self, text: str, *, final: bool) -> str:
+    def _release(self, text: str, *, final: bool) -> str:
+        """Adds text to what is held back; returns the part that cannot become a stop string any more."""
         held = self._held + text
         starts = [start for stop in self._stop if (start := held.find(stop)) >= 0]
         if starts:
             self.stopped = True
             self._cut(len(held) - min(starts))
-            settled = held[: min(starts)]
+            released = held[: min(starts)]
         else:
-            settled = held if final else held[: len(held) - self._possible_stop(held)]
-        self._held = held[len(settled) :]
-        return settled
+            released = held if final else held[: len(held) - self._possible_stop(held)]
+        self._held = held[len(released) :]
+        return released
 
     def _possible_stop(self, text: str) -> int:
         """Length of the longest suffix of `text` that is a prefix of a stop string."""
@@ -211,7 +214,7 @@ class IncrementalDetokenizer:
         return next(ends, 0)
 
     def _cut(self, n_chars: int) -> None:
-        """Removes characters from the end of the pieces, and the tokens of their first bytes, which have no text."""
+        """Removes the last `n_chars` characters of `pieces`, and any empty pieces that are then last."""
         while n_chars or (self.pieces and not self.pieces[-1]):
             piece = self.pieces.pop()
             kept = max(0, len(piece) - n_chars)

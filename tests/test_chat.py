@@ -141,8 +141,8 @@ def test_turns_are_refused_unless_in_order() -> None:
 @pytest.mark.parametrize(
     ("dialog", "message"),
     [
-        ([], " must have at least one message, the user's, got none"),
-        ((), " must have at least one message, the user's, got none"),
+        ([], " must have at least one message from the user, got none"),
+        ((), " must have at least one message from the user, got none"),
         ("hello", " must be a list of messages, got str"),
         (user("hello"), " must be a list of messages, got dict"),
         (None, " must be a list of messages, got NoneType"),

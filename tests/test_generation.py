@@ -600,7 +600,7 @@ def test_any_temperature_there_is_gives_tokens(llama: Llama, temperature: float)
 def test_wrong_stop_strings_are_named(llama: Llama, stop: Any) -> None:
     for call in (llama.text_completion, llama.stream_text_completion):
         prompt: Any = "a" if call == llama.stream_text_completion else ["a"]
-        with no_compute(llama), pytest.raises(ValueError, match="stop must be a list of strings that are not empty"):
+        with no_compute(llama), pytest.raises(ValueError, match="stop must be a list of non-empty strings"):
             call(prompt, stop=stop)
 
 

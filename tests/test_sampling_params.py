@@ -18,12 +18,12 @@ from llama.tokenizer import PromptError
 
 GOOD: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": 8}
 MUST_BE = {
-    "temperature": "0 (greedy) or a finite number above",
+    "temperature": "0 (greedy) or a finite number above 0",
     "top_p": "a number from 0 to 1",
-    "max_gen_len": "an integer of 0 or above",
+    "max_gen_len": "an integer of at least 0",
     "logprobs": "True or False",
     "echo": "True or False",
-    "stop": "a list of strings that are not empty",
+    "stop": "a list of non-empty strings",
     "seed": "None or an integer from -2**63 to 2**64 - 1",
 }
 UNSAFE = "Error: special tags are not allowed as part of the prompt."

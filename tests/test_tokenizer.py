@@ -120,7 +120,7 @@ def test_what_is_no_text_is_refused(tokenizer: Tokenizer, text: object) -> None:
 
 def test_half_of_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
     """Such text comes of files read with `errors="surrogateescape"` and of JSON."""
-    with pytest.raises(PromptError, match=r"surrogate pairs, got '\\ud83d' at position 2$"):
+    with pytest.raises(PromptError, match=r"unpaired surrogates, got '\\ud83d' at position 2$"):
         tokenizer.encode("a \ud83d", bos=True, eos=False)
 
 
@@ -192,7 +192,7 @@ def test_decoders_do_not_share_state(tokenizer: Tokenizer) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "tokenizer.model", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"got {path}, where there is none"):
+        with pytest.raises(FileNotFoundError, match=f"got {path}, which is not a file"):
             Tokenizer(path)
         with pytest.raises(AssertionError):  # which Meta's package raises
             Tokenizer(path)
