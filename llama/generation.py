@@ -25,6 +25,7 @@ from llama.chat import (
     Role,
 )
 from llama.checkpoint import VocabularyError, find_shards, model_args
+from llama.compiling import compiled_stepper
 from llama.completion import Completer, complete_by_generate
 from llama.engine import Engine, engine_of
 from llama.inputs import (
@@ -134,6 +135,7 @@ class Llama:
         cuda_graphs: bool = True,
         quantize: str | None = None,
         draft_ckpt_dir: str | Path | None = None,
+        compile: bool = False,
     ) -> Llama:
         """Sets up the processes, under torchrun or without, and loads this rank's shard of a checkpoint.
 
@@ -154,6 +156,9 @@ class Llama:
                 form of a checkpoint that `llama.tools.quantize` wrote.
             draft_ckpt_dir: folder of a smaller checkpoint with the same vocabulary and as many files, which drafts
                 tokens for calls with `speculative="draft"`; it gets a KV cache of the same sizes.
+            compile: whether steps of one token per row run through blocks that `torch.compile`'s compiler, inductor,
+                made; on a CPU, in one process, with a C++ compiler. The first steps of one row and of several wait for
+                it; later processes find what it made on disk. Rounds differently outside of float32.
 
         Raises:
             AssertionError: `ckpt_dir` holds no `*.pth` file, or not `model_parallel_size` of them.
@@ -198,6 +203,8 @@ class Llama:
             ) from error
         draft_model = models[1] if len(models) > 1 else None
         generator = Llama(models[0], tokenizer, seed=seed, cuda_graphs=cuda_graphs, draft_model=draft_model)
+        if compile:
+            generator.stepper = compiled_stepper(models[0]) or generator.stepper
         if runtime.is_first_rank():
             parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in timings.seconds.items())
             total = sum(timings.seconds.values())
