@@ -57,7 +57,7 @@ class Tokenizer:
             s.encode()
         except UnicodeEncodeError as error:
             found = f"{quote(s[error.start])} at position {error.start}"
-            raise PromptError(f"text must not contain unpaired surrogates, got {found}") from error
+            raise PromptError(f"text must be valid Unicode, without unpaired surrogates, got {found}") from error
         ids: list[int] = self.sp_model.encode(s)
         return [self.bos_id] * bool(bos) + ids + [self.eos_id] * bool(eos)
 
