@@ -72,8 +72,9 @@ def prepare(job: Job, variant: str) -> None:
 
         mode = {"int8": nncf.CompressWeightsMode.INT8_ASYM, "int4": nncf.CompressWeightsMode.INT4_SYM}[variant]
         options = {"group_size": 64, "all_layers": True} if variant == "int4" else {}
+        model = nncf.compress_weights(ov.Core().read_model(plain), mode=mode, **options)
         _file(job, variant).parent.mkdir(exist_ok=True)
-        ov.save_model(nncf.compress_weights(ov.Core().read_model(plain), mode, **options), _file(job, variant))
+        ov.save_model(model, _file(job, variant), compress_to_fp16=False)
 
 
 def load(job: Job, variant: str) -> OpenVino:
