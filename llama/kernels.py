@@ -25,7 +25,7 @@ _PADDED_ROWS = 5  # what fewer rows are padded to where that pays
 _PROBE_BYTES = 96 * MiB  # weights that are read for a timing: more than most caches hold
 _CLEARLY = 0.97  # of another time, to be preferred to it
 _MOST_ROTATED = 32  # inputs per block of the rotation before quantization
-_QUANTIZED_ELEMENTS = 1 << 20  # of a weight that are quantized at a time, so that they stay in the processor's caches
+_QUANTIZED_ELEMENTS = 1 << 18  # of a weight that are quantized at a time, so that they stay in the processor's caches
 _TILE = 64  # outputs, and inputs, of oneDNN's blocks of int8 weights
 
 _NO_ZERO_POINT = torch.zeros(1, dtype=torch.int64, device="cpu")  # of symmetric weights

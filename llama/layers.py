@@ -10,7 +10,9 @@ A layer of a quantized checkpoint has int8 numbers as its weight, and their scal
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -257,6 +259,43 @@ def leave_undefined(weight: Tensor) -> Tensor:
 def packable_layers(module: nn.Module) -> list[_OwnsPackedForm]:
     """The layers in a module's tree that can own a packed form."""
     return [layer for layer in module.modules() if isinstance(layer, _OwnsPackedForm)]
+
+
+def pack_layers(
+    layers: Sequence[_OwnsPackedForm], dtype: torch.dtype, release: Callable[[Tensor], None] | None = None
+) -> None:
+    """Packs layers side by side, each in a single thread, in as many as torch has for an operation.
+
+    Threads that share the many small operations of a layer would wait for each other after each of them, above all
+    where other programs use the processor. A thread of the caller's own that calls torch for the first time in the
+    meantime gets one thread for its operations.
+
+    Args:
+        dtype: as for a layer's `pack`.
+        release: called with each weight once it is packed.
+    """
+    memory = threading.local()  # to convert weights in
+    size = max((layer.weight.numel() for layer in layers if layer.weight.dtype != dtype), default=0)
+
+    def pack(layer: _OwnsPackedForm) -> None:
+        if size and not hasattr(memory, "scratch"):
+            memory.scratch = torch.empty(size, dtype=dtype, device="cpu")  # costs nothing until it is written to
+        layer.pack(dtype, getattr(memory, "scratch", None))
+        if release is not None:
+            release(layer.weight.detach())
+
+    n_threads = torch.get_num_threads()
+    if n_threads == 1:
+        for layer in layers:
+            pack(layer)
+        return
+    pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for _ in pool.map(pack, layers):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(n_threads)  # torch keeps a number for the process beside that of each thread
 
 
 def _packed_values(values: Tensor, dtype: torch.dtype, scratch: Tensor | None) -> Tensor:

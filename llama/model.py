@@ -1,8 +1,8 @@
-"""The Llama 2 network (Touvron et al., 2023), read top-down: parts first, the blocks and the whole at the end.
+"""The Llama 2 network (Touvron et al., 2023): first its parts, then the blocks, then the whole network.
 
 Names, signatures and call order are those of Meta's `llama.model`; parameters have the names of the released
-checkpoints. Each rank of the model-parallel group holds its shard of every layer. Every module in the tree is called at
-every pass: hooks run, and a replaced module or an edited weight counts.
+checkpoints. Each rank of the model-parallel group holds its shard of every layer. Every module in the tree is called in
+every pass: hooks run, and replaced modules and edited weights take effect.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from llama.layers import (
     EmptyOnMeta,
     column_parallel,
     leave_undefined,
+    pack_layers,
     packable_layers,
     row_parallel,
 )
 
-_FEW_POSITIONS = 16  # for more, the copies of keys for groups of query heads cost little beside the products
+_FEW_POSITIONS = 16  # with more, copying keys for each query head of a group costs little beside the matrix products
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich, 2019), the quotient in float32."""
+    """x / rms(x) * weight (Zhang and Sennrich, 2019); x / rms(x) is computed in float32."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -40,12 +41,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Rounded to the working dtype before the weight, which is why `rms_norm` does not get it.
+        # `rms_norm` does not get the weight: its result is rounded to the dtype of x before the multiplication.
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
-    """The rotations exp(i * position * theta^(-2j/dim)) of positions 0 to `end` - 1.
+    """Computes the rotations exp(i * position * theta^(-2j/dim)) for positions 0 to `end` - 1.
 
     Args:
         dim: size of a head.
@@ -62,7 +63,7 @@ def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
 
 
 def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
-    """Views rotations (seqlen, d) or (bsz, seqlen, d) such that they broadcast over x (bsz, seqlen, heads, d)."""
+    """Views `freqs_cis`, (seqlen, d) or (bsz, seqlen, d), so that it broadcasts over x (bsz, seqlen, heads, d)."""
     expected = (x.size(0), x.size(1), x.size(-1))[-freqs_cis.ndim :]
     if tuple(freqs_cis.shape) != expected:
         raise AssertionError(f"freqs_cis must have shape {expected}, got {tuple(freqs_cis.shape)}")
@@ -74,10 +75,10 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
 
     Args:
         xq, xk: (bsz, seqlen, number of heads, head_dim).
-        freqs_cis: (seqlen, head_dim / 2) or (bsz, seqlen, head_dim / 2) complex64, the rotation of each position.
+        freqs_cis: (seqlen, head_dim / 2) or (bsz, seqlen, head_dim / 2) complex64, the rotation for each position.
 
     Returns:
-        Both, rotated, in their own dtype.
+        The rotated `xq` and `xk`, in their dtype.
     """
     heads = torch.cat((xq, xk), dim=2)
     pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
@@ -88,24 +89,24 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
     """Repeats each head of x (bsz, seqlen, heads, head_dim) `n_rep` times: (bsz, seqlen, heads * n_rep, head_dim).
 
-    The network itself has no need of it: its attention lets a group of query heads share a key/value head.
+    Part of Meta's interface; `Attention` does not use it, because `attend` lets query heads share a key/value head.
     """
     return x.repeat_interleave(n_rep, dim=2) if n_rep > 1 else x
 
 
 @dataclass(frozen=True)
 class CachePositions:
-    """Where the rows of a pass stand in the KV cache, in place of an int `start_pos` that is the same for all rows.
+    """The rows and positions of a pass in the KV cache, for rows that do not share one int `start_pos`.
 
     Attributes:
         start: (bsz,) int64, the position of each row's first token.
-        kv_len: the largest position of any row, plus one, or more: the cached positions that a pass looks at.
-        rows: (bsz,) int64, the cache rows of the sequences; None for the first ones.
-        from_zero: whether all rows start at position 0, where the keys of the pass itself are all there is. Attention
-            is causal then, and no mask is made.
-        last: (bsz,) int64, each row's position in this pass whose logits are wanted; None for all positions.
-        slots: (bsz * seqlen * n_local_kv_heads,) int64, where the keys of each token and head go in a cache that is
-            seen as vectors of head_dim. `Transformer.forward` works it out once for all layers.
+        kv_len: number of cached positions to attend to; above the position of every token in the pass.
+        rows: (bsz,) int64, the cache row of each sequence; None for the first bsz rows.
+        from_zero: whether all rows start at position 0. Attention then needs only the keys of the pass itself, and is
+            causal without a mask tensor.
+        last: (bsz,) int64, the index in this pass of the one token per row whose logits are returned; None for all.
+        slots: (bsz * seqlen * n_local_kv_heads,) int64, where the keys of each token and head are stored in the cache
+            when it is viewed as (-1, head_dim). `Transformer.forward` computes it once for all layers.
     """
 
     start: Tensor
@@ -117,12 +118,12 @@ class CachePositions:
 
 
 class Attention(nn.Module):
-    """Multi-head attention; grouped-query (Ainslie et al., 2023) where there are fewer key/value heads.
+    """Multi-head attention; grouped-query attention (Ainslie et al., 2023) if n_kv_heads < n_heads.
 
     Attributes:
         keys, values: the KV cache, each (max_batch_size, n_local_kv_heads, max_seq_len, head_dim).
-        cache_k, cache_v: the same with Meta's axes, (max_batch_size, max_seq_len, n_local_kv_heads, head_dim): views.
-            What is assigned is copied.
+        cache_k, cache_v: views of the KV cache with Meta's axes, (max_batch_size, max_seq_len, n_local_kv_heads,
+            head_dim). An assigned tensor is copied.
     """
 
     keys: Tensor
@@ -147,13 +148,13 @@ class Attention(nn.Module):
         self.register_buffer("values", torch.zeros(cache), persistent=False)
 
     def forward(self, x: Tensor, start_pos: int | CachePositions, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
-        """Attends to the cached positions and those of `x`, whose keys and values are stored.
+        """Stores the keys and values of `x` in the cache, and attends to all cached positions.
 
         Args:
             x: (bsz, seqlen, dim).
-            start_pos: the position of the first token, for the cache's first bsz rows, or each row's own place.
+            start_pos: position of the first token in the cache's first bsz rows, or each row's own place.
             freqs_cis: (seqlen, head_dim / 2) or (bsz, seqlen, head_dim / 2) complex64.
-            mask: added to the scores (..., seqlen, kv_len); None for none.
+            mask: added to the attention scores (..., seqlen, kv_len); None for no mask.
 
         Returns:
             (bsz, seqlen, dim).
@@ -171,10 +172,10 @@ class Attention(nn.Module):
     def update_cache(self, xk: Tensor, xv: Tensor, start_pos: int | CachePositions) -> tuple[Tensor, Tensor]:
         """Stores keys and values (bsz, n_local_kv_heads, seqlen, head_dim); returns those to attend to.
 
-        The cache holds no gradients: they flow through what is returned.
+        The cache is detached: gradients flow through the returned tensors.
         """
         if self.keys.dtype != xk.dtype or self.keys.device != xk.device:
-            with torch.inference_mode(False):  # a cache made in it could not be written to outside of it
+            with torch.inference_mode(False):  # inference tensors could not be written to outside of inference mode
                 self.keys, self.values = self.keys.to(xk), self.values.to(xk)
         if isinstance(start_pos, CachePositions):
             return self._update_rows(xk, xv, start_pos)
@@ -190,10 +191,13 @@ class Attention(nn.Module):
 
     def _update_rows(self, xk: Tensor, xv: Tensor, positions: CachePositions) -> tuple[Tensor, Tensor]:
         if not positions.from_zero and (xk.requires_grad or xv.requires_grad):
-            raise RuntimeError("gradients need an int start_pos; pass rows of one start_pos, or use torch.no_grad()")
+            raise RuntimeError(
+                "start_pos must be an int when gradients are required, got a position per row; pass rows with the same "
+                "start_pos, or use torch.no_grad()"
+            )
         assert positions.slots is not None
         for cached, new in ((self.keys, xk), (self.values, xv)):
-            vectors = new.detach().transpose(1, 2).flatten(0, 2)  # by row, token, head, as the slots are
+            vectors = new.detach().transpose(1, 2).flatten(0, 2)  # in the order of the slots: by row, token, head
             cached.flatten(0, 2).index_copy_(0, positions.slots, vectors)
         if positions.from_zero:
             return xk, xv
@@ -218,13 +222,13 @@ class Attention(nn.Module):
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim) + mask) v.
+    """Computes softmax(q k^T / sqrt(head_dim) + mask) v.
 
     Args:
         queries: (bsz, n_heads, seqlen, head_dim).
-        keys, values: (bsz, n_kv_heads, kv_len, head_dim); each serves n_heads / n_kv_heads query heads.
-        mask: broadcasts to (bsz, n_heads, seqlen, kv_len).
-        is_causal: as if a causal mask were given; kv_len is seqlen then.
+        keys, values: (bsz, n_kv_heads, kv_len, head_dim); n_heads / n_kv_heads query heads share each of them.
+        mask: broadcastable to (bsz, n_heads, seqlen, kv_len); None for no mask.
+        is_causal: applies a causal mask; kv_len must equal seqlen.
 
     Returns:
         (bsz, n_heads, seqlen, head_dim).
@@ -235,12 +239,13 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *
     if mask is not None and mask.is_floating_point():
         mask = mask.to(queries.dtype)
     if seqlen == n_rep == 1 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
-        # Two equal queries take half the time of one: for a single row, torch leaves the kernel's blocked products.
+        # Two copies of the query take half the time of one: with a single row, torch's kernel does not use its blocked
+        # matrix products.
         return F.scaled_dot_product_attention(queries.expand(-1, -1, 2, -1), keys, values, mask)[:, :, :1]
     per_head = mask is not None and mask.dim() == 4 and mask.size(1) > 1
     if n_rep == 1 or seqlen > _FEW_POSITIONS or is_causal or per_head:
         return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal, enable_gqa=n_rep > 1)
-    # The query heads of a group stand in for more positions, so that no key is copied for each of them.
+    # The query heads of a group are treated as further positions of one head, so that keys need not be copied.
     grouped = queries.reshape(bsz, n_kv_heads, n_rep * seqlen, head_dim)
     if mask is not None and seqlen > 1:
         mask = mask.repeat(*[1] * (mask.dim() - 2), n_rep, 1)
@@ -252,9 +257,9 @@ class FeedForward(nn.Module):
 
     Args:
         dim: size of inputs and outputs.
-        hidden_dim: that of a feed-forward with two matrices, 4 * dim; this one, with three, takes 2/3 of it.
+        hidden_dim: hidden size before scaling, usually 4 * dim; 2/3 of it is used, because there are three matrices.
         multiple_of: the hidden size is rounded up to a multiple of this.
-        ffn_dim_multiplier: scales the hidden size before it is rounded; None for 1.
+        ffn_dim_multiplier: scales the hidden size before rounding; None for 1.
     """
 
     def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> None:
@@ -270,7 +275,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each normed before and added to the residual stream."""
+    """Attention and feed-forward, each with RMSNorm on its input and a residual connection."""
 
     def __init__(self, layer_id: int, args: ModelArgs) -> None:
         super().__init__()
@@ -285,21 +290,21 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(sizes.dim, sizes.norm_eps)
 
     def forward(self, x: Tensor, start_pos: int | CachePositions, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
-        """Arguments and result as in `Attention.forward`."""
+        """Arguments and result are those of `Attention.forward`."""
         h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         out: Tensor = h + self.feed_forward(self.ffn_norm(h))
         return out
 
 
 class Transformer(nn.Module):
-    """The decoder. It needs an initialized model-parallel group; its weights are undefined until a shard is loaded.
+    """The decoder. Requires an initialized model-parallel group. Weights are uninitialized until a shard is loaded.
 
     Args:
-        params: a `ModelArgs`, or other arguments with the same field names.
+        params: a `ModelArgs`, or another object with the same field names.
 
     Attributes:
-        params: what it was made with; `max_batch_size` and `max_seq_len` are the KV cache's.
-        freqs_cis: (2 * max_seq_len, head_dim / 2) complex64, the rotation of each position.
+        params: the constructor's argument; its `max_batch_size` and `max_seq_len` are the size of the KV cache.
+        freqs_cis: (2 * max_seq_len, head_dim / 2) complex64, the rotation for each position.
     """
 
     def __init__(self, params: ModelArgs) -> None:
@@ -315,19 +320,19 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(sizes.n_layers))
         self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.output = column_parallel(sizes.dim, sizes.vocab_size, gather_output=True)
-        # Not a buffer: a module's change of dtype would drop the imaginary parts.
+        # Not a buffer: `module.to(dtype)` would discard the imaginary parts.
         self.freqs_cis = precompute_freqs_cis(sizes.head_dim, 2 * sizes.max_seq_len, sizes.rope_theta)
 
     def forward(self, tokens: Tensor, start_pos: int | Tensor | CachePositions) -> Tensor:
-        """Computes the logits of tokens, and stores their keys and values in the cache.
+        """Computes the logits after each token, and stores the tokens' keys and values in the cache.
 
         Args:
             tokens: (bsz, seqlen) int64.
-            start_pos: the position of the first token in the cache's first bsz rows; a tensor (bsz,) int64 for the
-                position of each row; or a `CachePositions`. All earlier positions must be in the cache.
+            start_pos: position of the first token in the cache's first bsz rows: an int, or a tensor (bsz,) int64 with
+                one per row; or a `CachePositions`. All earlier positions must be in the cache.
 
         Returns:
-            (bsz, seqlen, vocab_size) float32; (bsz, 1, vocab_size) where `CachePositions.last` chooses a position.
+            (bsz, seqlen, vocab_size) float32; (bsz, 1, vocab_size) if `CachePositions.last` is given.
 
         Raises:
             ValueError: the batch or the last position exceeds the cache.
@@ -336,7 +341,7 @@ class Transformer(nn.Module):
         start_pos = self._checked(start_pos, tokens)
         h = self.tok_embeddings(tokens)
         if self.freqs_cis.device != h.device:
-            with torch.inference_mode(False):  # a tensor made in it could not be used in training later
+            with torch.inference_mode(False):  # an inference tensor could not be used in training later
                 self.freqs_cis = self.freqs_cis.to(h.device)
         if isinstance(start_pos, CachePositions):
             start_pos, freqs_cis, mask = self._prepare(start_pos, seqlen, h)
@@ -352,9 +357,9 @@ class Transformer(nn.Module):
         return logits.float()
 
     def _checked(self, start_pos: int | Tensor | CachePositions, tokens: Tensor) -> int | CachePositions:
-        """`start_pos` as an int or a `CachePositions`, within the cache."""
+        """Converts `start_pos` to an int or a `CachePositions`, and checks that the tokens fit in the cache."""
         if isinstance(start_pos, CachePositions):
-            return start_pos  # the generation loop's own, which fits by its making
+            return start_pos  # made by the engine, which ensures that it fits
         bsz, seqlen = tokens.shape
         starts = start_pos.flatten().tolist() if isinstance(start_pos, Tensor) else [index(start_pos)]
         if len(starts) not in (1, bsz):
@@ -363,7 +368,7 @@ class Transformer(nn.Module):
         max_batch_size, max_seq_len = self.params.max_batch_size, self.params.max_seq_len
         if first < 0 or bsz > max_batch_size or end > max_seq_len:
             raise ValueError(
-                f"the batch must fit into the cache of max_batch_size={max_batch_size} and max_seq_len={max_seq_len}, "
+                f"the batch must fit in the KV cache of max_batch_size={max_batch_size} and max_seq_len={max_seq_len}, "
                 f"got {bsz} rows from position {first} to {end}"
             )
         if not isinstance(start_pos, Tensor) or len(starts) == 1:
@@ -373,7 +378,7 @@ class Transformer(nn.Module):
     def _prepare(
         self, positions: CachePositions, seqlen: int, h: Tensor
     ) -> tuple[CachePositions, Tensor, Tensor | None]:
-        """What all layers share in a pass of rows at places of their own: cache slots, rotations, mask."""
+        """Computes what all layers share in a pass with a position per row: cache slots, rotations and mask."""
         bsz, device = h.size(0), h.device
         pos = positions.start.unsqueeze(1) + torch.arange(seqlen, device=device)  # (bsz, seqlen)
         mask = None
@@ -394,17 +399,17 @@ class Transformer(nn.Module):
     def from_state(
         cls, params: ModelArgs, state: dict[str, Tensor], *, cache_dtype: torch.dtype | None = None
     ) -> Transformer:
-        """Makes the network with `state`'s own tensors as its parameters; nothing of their size is allocated.
+        """Creates the network with the tensors of `state` as its parameters, without copying or allocating weights.
 
-        The parameters do not require gradients: `model.requires_grad_()` turns them on for training.
+        The parameters do not require gradients; call `model.requires_grad_()` for training.
 
         Args:
-            cache_dtype: of the KV cache, which is made on the tensors' device; None for that of the tensors.
+            cache_dtype: dtype of the KV cache; None for the tensors' dtype. Its device is the tensors' device.
         """
         weight = state.get("norm.weight", next(iter(state.values())))
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(cache_dtype or weight.dtype)
-        try:  # caches are made as they stay, those of a replaced Attention class too; parameters get no memory
+        try:  # caches get their final dtype and device, also in a replaced Attention class; parameters get no memory
             with torch.device(weight.device), EmptyOnMeta():
                 model = cls(params)
         finally:
@@ -419,52 +424,46 @@ class Transformer(nn.Module):
         *,
         release: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """Makes the packed forms of the linear layers' weights as they are now, replacing those of before.
+        """Packs the current weights of the linear layers into a faster layout, replacing earlier packed forms.
 
-        `Llama.build` calls it where it pays. Call it after edits, from which on a layer computes unpacked. It needs a
-        CPU on which `kernels.can_pack` holds. What is later written to memory that was handed out before (by `.data`,
-        by `numpy`) is not seen.
+        `Llama.build` calls this where it makes the network faster. An edited layer computes unpacked until this is
+        called again. Writes through aliases obtained before (`.data`, `numpy`) are not detected. Requires a CPU for
+        which `kernels.can_pack` is true.
 
         Args:
-            dtype: of the computation, for weights of another dtype; None for that of the norms.
-            release: called with each weight once it is packed, to give back memory that can be read again.
+            dtype: dtype of the computation; None for the dtype of the norms.
+            release: called with each weight after it is packed, to free memory-mapped pages, which can be read again.
         """
         dtype = dtype or next(self.norm.parameters()).dtype
         layers = packable_layers(self)
         for module in set(self.modules()).difference(layers):
             for weight in module.parameters(recurse=False):
-                if weight.is_floating_point() and not weight.requires_grad:  # those in training keep their own
+                if weight.is_floating_point() and not weight.requires_grad:  # weights in training keep their dtype
                     weight.data = weight.data.to(dtype)
-        scratch = None
-        if any(layer.weight.dtype != dtype for layer in layers):
-            scratch = torch.empty(max(layer.weight.numel() for layer in layers), dtype=dtype)
-        for layer in layers:
-            layer.pack(dtype, scratch)
-            if release is not None:
-                release(layer.weight.detach())
+        pack_layers(layers, dtype, release)
 
 
-# As they are here: a patch counts in a class as it does in an instance.
+# The original functions, to detect patched classes as well as patched instances.
 _FORWARDS = (Transformer.forward, TransformerBlock.forward, Attention.forward)
 
 
 def takes_cache_positions(model: Any) -> bool:
-    """Whether a model is a `Transformer` whose own code handles `start_pos` all the way down.
+    """Whether `model` is a `Transformer` that accepts `CachePositions`.
 
-    It does not where the `forward` of the model, a block or an attention was patched, overridden or compiled, or where
-    one of them was replaced: such code may know only Meta's int.
+    False if the model, a block or an attention was replaced, or its `forward` was patched, overridden or compiled: such
+    code may support only Meta's int `start_pos`.
     """
     whole, block, attention = _FORWARDS
     return _runs(model, whole) and all(_runs(x, block) and _runs(x.attention, attention) for x in model.layers)
 
 
 def _runs(module: Any, forward: Callable[..., Tensor]) -> bool:
-    """Whether calling the module calls this function and no other."""
-    has_own = getattr(type(module), "forward", None) is forward and "forward" not in vars(module)
-    return has_own and module._compiled_call_impl is None
+    """Whether calling the module runs exactly the function `forward`."""
+    is_original = getattr(type(module), "forward", None) is forward and "forward" not in vars(module)
+    return is_original and module._compiled_call_impl is None
 
 
 def _causal_mask(seqlen: int, start_pos: int, h: Tensor) -> Tensor:
-    """(seqlen, start_pos + seqlen) in h's dtype: 0 where a token attends, -inf at the positions after its own."""
+    """A mask (seqlen, start_pos + seqlen) in the dtype of h: 0 up to each token's own position, -inf after it."""
     positions = torch.arange(start_pos + seqlen, device=h.device)
     return torch.where(positions > positions[start_pos:].unsqueeze(1), -math.inf, 0.0).to(h.dtype)

@@ -8,7 +8,7 @@ import logging
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +29,7 @@ from llama.layers import (
     PackedParameter,
     RowParallelLinear,
     column_parallel,
+    pack_layers,
     packable_layers,
     row_parallel,
 )
@@ -626,3 +627,50 @@ def test_new_tensors_go_to_the_meta_device() -> None:
         assert torch.empty(3).is_meta
         assert column_parallel(4, 6).weight.is_meta and row_parallel(4, 6).weight.is_meta
     assert not torch.empty(3).is_meta
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_packing
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_that_are_packed_side_by_side_are_packed_as_one_by_one(file_dtype: torch.dtype) -> None:
+    made = []
+    for seed in range(9):
+        layer = column_parallel(IN, OUT * (seed % 3 + 1))
+        layer.weight = nn.Parameter(normal(OUT * (seed % 3 + 1), IN, seed=seed).to(file_dtype), False)
+        made.append(layer)
+    x = normal(3, IN, seed=1).bfloat16()
+    expected = []
+    for layer in made:
+        layer.pack(torch.bfloat16)
+        expected.append(layer(x))
+        layer._packed = None
+    released: list[int] = []
+    with torch.inference_mode():
+        pack_layers(made, torch.bfloat16, lambda weight: released.append(weight.data_ptr()))
+    assert sorted(released) == sorted(layer.weight.data_ptr() for layer in made)
+    for layer, out in zip(made, expected, strict=True):
+        assert layer._packed is not None and torch.equal(layer(x), out)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_packing_leaves_the_number_of_threads_as_it_was_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def pack(weight: Tensor) -> Tensor:
+        seen.append(torch.get_num_threads())
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(layers, "pack_weight", pack)
+    with pytest.raises(ZeroDivisionError):
+        pack_layers([make() for _ in range(50)], torch.bfloat16)
+    assert set(seen) == {1} and len(seen) < 50
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 3
