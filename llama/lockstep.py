@@ -1,7 +1,7 @@
-"""Lockstep of the ranks: all of them make the same calls, and when one fails, ends or is missing, the others are told.
+"""Keeps ranks in lockstep: checks that all make the same calls, and tells the others when one fails, exits or hangs.
 
-The ranks exchange short texts through the key-value store of their process group. It serves every backend, names the
-rank that is missing, and still works when a connection of the group is broken.
+Ranks exchange short strings through the key-value store of their process group. Unlike a collective, the store works
+with every backend, shows which rank is missing, and still works when a connection of the group is broken.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from torch.distributed.distributed_c10d import Store
 
 REFUSED = "refused"
 TIMEOUT_VARIABLE = "LLAMA_RANK_TIMEOUT"
-_SPIN_S = 0.002  # how long a rank waits for the others without sleeping
-_LOOK_S = 0.5  # how often a waiting rank looks whether the others are still there
-_LINGER_S = 1.0
-_GRACE_S = 5.0  # how long a rank that failed waits to see whether all the others fail in the same way
+_SPIN_S = 0.002  # a waiting rank polls without sleeping for this long
+_CHECK_INTERVAL_S = 0.5  # between a waiting rank's checks that the others are still running
+_LINGER_S = 1.0  # maximum time for which rank 0 keeps the store open at exit
+_GRACE_S = 5.0  # how long a rank that failed waits to see whether all others fail in the same way
 _STORE_ENDED = "the process that holds the ranks' key-value store ended (rank 0, or torchrun)"
 _COMMUNICATION = ("gloo", "NCCL", "Connection closed", "Connection reset", "pair closure", "ProcessGroup")
 
 
 class RankError(RuntimeError):
-    """Another rank failed, ended, is missing, or made another call."""
+    """Another rank failed, ended, did not respond in time, or made a different call."""
 
 
 class Lockstep:
-    """One rank's view of the others. Not safe for use from several threads.
+    """Synchronizes this rank with the others. Not thread-safe.
 
     Args:
-        store: a key-value store that all ranks reach, used by nothing else.
-        rank: this process's own.
+        store: a key-value store that all ranks can reach, used for nothing else.
+        rank: this process's rank.
         world_size: number of ranks.
-        timeout_s: maximum time to wait for the other ranks to make the same call.
+        timeout_s: maximum time in seconds to wait for the other ranks to make the same call.
 
     Attributes:
-        failure: why the ranks can no longer work together; None as long as they can.
+        failure: why the ranks can no longer work together; None while they can.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, timeout_s: float) -> None:
@@ -62,16 +62,16 @@ class Lockstep:
         self._wait(keys, self._timeout_s, "start")
 
     def leave(self) -> None:
-        """Tells the others that this rank makes no more calls. For the process's end.
+        """Tells the other ranks that this one makes no more calls. To be called when the process exits.
 
-        Rank 0, which may hold the store, waits a moment for them, so that they can still read why it ends.
+        Rank 0, which may host the store, waits up to a second for the others, so that they can still read from it.
         """
         try:
             self._store.set(f"left/{self._rank}", "")
             deadline = time.monotonic() + _LINGER_S
             while self._rank == 0 and time.monotonic() < deadline and not all(map(self._has_ended, self._world[1:])):
                 time.sleep(0.02)
-        except RuntimeError:  # the store's process has ended before
+        except RuntimeError:  # the process that hosts the store has already ended
             return
 
     def check(self) -> None:
@@ -80,16 +80,16 @@ class Lockstep:
             raise self._error()
 
     def exchange(self, value: str, ranks: Sequence[int], doing: str, timeout_s: float | None = None) -> list[str]:
-        """Returns the values that `ranks` pass, in their order; each of them has to make the same number of calls.
+        """Returns the values that all `ranks` pass, in the order of `ranks` (all-gather).
 
         Args:
-            value: this rank's.
-            ranks: that take part; this rank is one of them.
-            doing: completes "rank 1 did not ..." in the error.
-            timeout_s: maximum waiting time; the constructor's by default.
+            value: this rank's value.
+            ranks: the ranks that take part, including this one; all must call this equally often.
+            doing: what the ranks do here; completes "rank 1 did not ..." in the error.
+            timeout_s: maximum time to wait in seconds; None for the constructor's.
 
         Raises:
-            RankError: a rank ended, failed, or did not come in time.
+            RankError: a rank ended, failed, or did not make the call in time.
         """
         self.check()
         group = ",".join(map(str, ranks))
@@ -100,7 +100,7 @@ class Lockstep:
             self._store.set(keys[self._rank], value)
             self._wait(keys, timeout_s or self._timeout_s, doing, own=keys[self._rank])
             values = [text.decode() for text in self._store.multi_get(list(keys.values()))]
-            if number >= 2:  # all have read it: they have set their values of the exchange after it
+            if number >= 2:  # every rank has taken part in exchange number - 1, so it has read all values of number - 2
                 self._store.delete_key(f"{group}/{number - 2}/{self._rank}")
         except dist.DistError as error:
             self.failure = _STORE_ENDED
@@ -111,9 +111,9 @@ class Lockstep:
         """Raises RankError on all ranks unless all of them make the same call.
 
         Args:
-            call: a tuple of the call's name and its arguments, alike on all ranks by their `repr`; None if this rank
-                refused the arguments.
-            groups: this rank's model-parallel group; with replicas, also the ranks at its place in each of them.
+            call: a tuple of the call's name and its arguments, compared by `repr`; None if this rank refused the
+                arguments.
+            groups: this rank's model-parallel group; with replicas, also the ranks that hold the same shard.
             timeout_s: as in `exchange`.
         """
         mine = REFUSED if call is None else f"{_name(call)} {_digest(call)}"
@@ -130,7 +130,7 @@ class Lockstep:
             raise RankError(error)
 
     def broadcast_flag(self, flag: bool, ranks: Sequence[int], stream: int) -> bool:
-        """Returns the first rank's flag, at a step of a stream; all have to be at a step of the same stream."""
+        """Returns the flag of the first of `ranks`; all of them must be at a step of the same stream."""
         values = self.exchange(f"stream {stream} {int(flag)}", ranks, "take the next step of a stream")
         steps = {value.rsplit(" ", 1)[0] for value in values}
         if steps != {f"stream {stream}"}:
@@ -140,20 +140,20 @@ class Lockstep:
         return values[0].endswith("1")
 
     def fail(self, reason: str) -> None:
-        """Records that the ranks can no longer work together. The first reason that any rank gives is every rank's."""
+        """Records that the ranks can no longer work together, for all ranks. Only the first reason is kept."""
         try:
             self.failure = self._store.compare_set("failure", "", reason).decode() if reason != _STORE_ENDED else reason
-        except RuntimeError:  # the store's process has ended
+        except RuntimeError:  # the process that hosts the store has ended
             self.failure = reason
 
     @contextmanager
     def guard(self, close_groups: Callable[[], None]) -> Iterator[None]:
-        """Surrounds work in which the ranks communicate: an error on one rank then ends the work of all.
+        """Context manager for work in which ranks communicate: an error on one rank stops all of them.
 
-        An error that all ranks raise at the same place leaves them in step: they can go on.
+        If all ranks raise the same error at the same place, they are still in lockstep, and can continue.
 
         Args:
-            close_groups: closes the connections, on which others may wait for this rank.
+            close_groups: closes this rank's connections, so that no other rank keeps waiting on them.
 
         Raises:
             RankError: another rank failed or ended.
@@ -168,7 +168,7 @@ class Lockstep:
         except Exception as error:
             if _is_communication_error(error):
                 self.fail(self._find_reason() or f"rank {self._rank} lost the connection to another rank")
-                traceback.clear_frames(error.__traceback__)  # they hold the groups, and with them the connections
+                traceback.clear_frames(error.__traceback__)  # their locals keep the groups' connections open
                 close_groups()
                 raise self._error() from error
             if not self._all_failed_alike(error):
@@ -177,26 +177,26 @@ class Lockstep:
             raise
 
     def _wait(self, keys: dict[int, str], timeout_s: float, doing: str, *, own: str | None = None) -> None:
-        """Waits until the store has each rank's key; takes back the key `own` where it gives up."""
-        now = since = last_look = time.monotonic()
+        """Waits until the store has each rank's key; on failure, deletes the key `own` and raises RankError."""
+        now = since = last_check = time.monotonic()
         while not self._store.check(list(keys.values())):
             time.sleep(0 if now - since < _SPIN_S else min(0.05, (now - since) / 10))
             now = time.monotonic()
-            if now - last_look < _LOOK_S:
+            if now - last_check < _CHECK_INTERVAL_S:
                 continue
-            last_look = now
+            last_check = now
             missing = [rank for rank, key in keys.items() if not self._store.check([key])]
             reason = self._posted() or self._failing(missing) or self._ended(missing, keys)
             if reason is None and missing and now - since > timeout_s:
                 reason = f"{_ranks(missing)} did not {doing} within {timeout_s:g} seconds (set by {TIMEOUT_VARIABLE})"
             if reason is not None:
                 if own is not None:
-                    self._store.delete_key(own)  # or a rank that comes late would go on alone
+                    self._store.delete_key(own)  # otherwise a late rank would find all keys and continue alone
                 self.fail(reason)
                 raise self._error()
 
     def _failing(self, missing: Sequence[int]) -> str | None:
-        """Says which of the ranks has an error in work that this rank has done, or is not part of."""
+        """Describes the error of a missing rank that has failed in its own work; None if there is none."""
         for rank in missing:
             key = f"errors/{self._exchanges['errors']}/{rank}"
             if self._store.check([key]):
@@ -204,7 +204,7 @@ class Lockstep:
         return None
 
     def _ended(self, missing: Sequence[int], keys: dict[int, str]) -> str | None:
-        """Says which of the ranks have ended without having set their key; None for none of them."""
+        """Names the missing ranks that have ended without setting their key; None if there are none."""
         ended = [rank for rank in missing if self._has_ended(rank) and not self._store.check([keys[rank]])]
         return f"{_ranks(ended)} ended" if ended else None
 
@@ -214,7 +214,7 @@ class Lockstep:
         return self._store.check([f"process/{rank}"]) and not _is_running(self._store.get(f"process/{rank}").decode())
 
     def _find_reason(self) -> str | None:
-        """Why a connection broke: what a rank has said, or that one has ended; waits for a while to learn it."""
+        """Finds out why a connection broke, waiting until a rank posts a reason or ends; None if none does in time."""
         deadline = time.monotonic() + _GRACE_S + 1
         try:
             while time.monotonic() < deadline:
@@ -228,7 +228,7 @@ class Lockstep:
         return None
 
     def _all_failed_alike(self, error: Exception) -> bool:
-        """Whether all ranks raise this error at this place."""
+        """Whether all ranks raise the same type of error at the same place."""
         lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
         place = _digest((type(error).__name__, lines))
         number = self._exchanges["errors"]
@@ -250,14 +250,14 @@ class Lockstep:
             self.fail(error)
 
     def _error(self) -> RankError:
-        return RankError(f"{self.failure}; start all ranks again")
+        return RankError(f"{self.failure}; restart all ranks")
 
     def _posted(self) -> str | None:
         return self._store.get("failure").decode() if self._store.check(["failure"]) else None
 
 
 def _difference(values: dict[int, str], rank: int, call: object) -> str:
-    """Says how the calls of the ranks differ."""
+    """Describes how the calls of the ranks differ."""
     refused = [other for other, value in values.items() if value == REFUSED]
     if refused:
         return f"all ranks must make the same calls; {_ranks(refused)} refused the arguments of this one"
@@ -290,7 +290,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _short(error: Exception) -> str:
-    """The type and the first line of an error."""
+    """The type and the first line of an error, up to 500 characters."""
     line = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {line}"[:500]
 
@@ -302,18 +302,18 @@ def _is_communication_error(error: Exception) -> bool:
 
 
 def _describe_process(pid: int) -> str:
-    """The machine, the process and when it started, so that another process there can tell whether it still runs."""
+    """Identifies a process by machine, pid and start time, so that others on the machine can see whether it runs."""
     return f"{_machine()}|{pid}|{_started(pid)}"
 
 
 def _is_running(process: str) -> bool:
-    """Whether that process runs; True if it is on another machine."""
+    """Whether the process that `_describe_process` identified is running; assumed to be if on another machine."""
     machine, pid, started = process.split("|")
     return machine != _machine() or _started(int(pid)) == started
 
 
 def _machine() -> str:
-    """This machine and, in a container, its processes' name space."""
+    """Identifies this machine and PID namespace (which differs between containers)."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -321,7 +321,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine started, as a text that only serves for comparison; "" if it does not run."""
+    """Start time of a process on this machine, as a string to compare; "" if it is not running."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else fields[18]

@@ -1,7 +1,7 @@
-"""Calls of the network: a prefill, a decode step, and who has written to the KV cache last.
+"""Runs prefill and decode passes of a network, and detects when others have written to its KV cache.
 
-An unmodified network gets rows at places of their own. One whose `forward`, blocks or attention were replaced is called
-as Meta's code calls it: `model(tokens, start_pos)` with an int, for rows of one length.
+In an unmodified network each row of a pass has its own position. A network whose `forward`, blocks or attention were
+replaced is called as in Meta's code, `model(tokens, start_pos)` with an int, with rows of equal length.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from llama.model import CachePositions, takes_cache_positions
 from llama.prefill import PrefillPass, plan_prefill
 from llama.stepping import PlainStepper, Stepper
 
-# What a prefill pass costs whatever its size, in positions: reading the weights, and on a GPU launching the kernels.
+# Fixed cost of a prefill pass, in positions: reading the weights and, on a GPU, launching kernels.
 PASS_COST = {"cpu": 32}
-_CHUNK_IN_PASS_COSTS = 16  # a prefill in chunks costs at most a sixteenth more
+_CHUNK_IN_PASS_COSTS = 16  # chunked prefill costs at most 1/16 more
 
 
 class ModelLock:
-    """What all users of one network share: whose turn it is, and who wrote to its KV cache last.
+    """The lock that all users of a network share, and what they need to know of each other.
+
+    A context manager: entering acquires the lock.
 
     Attributes:
         lock: held by a call while it computes.
-        holder: the thread that holds it.
-        engine: a weak reference to the engine that they share, which holds the network.
-        last_writer: the mark of the `ModelRunner` that ran last; not the runner, which would keep the network alive.
+        holder: identifier of the thread that holds `lock`; None if it is free.
+        engine: weak reference to the network's shared engine; None before there is one.
+        last_writer: the mark of the `ModelRunner` that last wrote to the KV cache (not the runner itself, which would
+            keep the network alive).
     """
 
     def __init__(self) -> None:
@@ -42,22 +45,25 @@ class ModelLock:
         self._first_thread: int | None = None
 
     def check_thread(self, *, several_ranks: bool) -> None:
-        """Raises RuntimeError in a second thread where ranks would have to agree on the order of their calls."""
+        """Raises RuntimeError in a second thread if there are several ranks, which must make calls in one order."""
         self._first_thread = self._first_thread or threading.get_ident()
         if several_ranks and self._first_thread != threading.get_ident():
             raise RuntimeError(
-                "under model parallelism all calls must come from one thread, so that the ranks make them in the same "
-                "order; got a call from a second one"
+                "under model parallelism all calls must come from one thread, got a call from a second one; make them "
+                "in one thread, so that all ranks make the same calls in the same order"
             )
 
     def __enter__(self) -> None:
         if self.holder == threading.get_ident():
-            raise RuntimeError("this call was made from inside of another one, such as by a hook; wait for that to end")
+            raise RuntimeError(
+                "a call must not be made from inside another call on the same network, such as in a hook; wait until "
+                "that call has ended"
+            )
         self.lock.acquire()
         self.holder = threading.get_ident()
 
     def try_enter(self) -> bool:
-        """Enters unless this or another thread is inside; whether it did."""
+        """Acquires the lock without waiting; returns False if this or another thread holds it."""
         if self.holder == threading.get_ident() or not self.lock.acquire(blocking=False):
             return False
         self.holder = threading.get_ident()
@@ -68,18 +74,18 @@ class ModelLock:
         self.lock.release()
 
 
-_uses: WeakKeyDictionary[Any, ModelLock] = WeakKeyDictionary()
-_uses_lock = threading.Lock()
+_locks: WeakKeyDictionary[Any, ModelLock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()
 
 
 def lock_of(model: Any) -> ModelLock:
-    """The one `ModelLock` of a network."""
-    with _uses_lock:
+    """Returns the network's `ModelLock`, always the same one."""
+    with _locks_lock:
         try:
-            return _uses.setdefault(model, ModelLock())
-        except TypeError:  # an object of a class that cannot be a key, as one that compares by value
-            use: ModelLock = vars(model).setdefault("_use", ModelLock())
-            return use
+            return _locks.setdefault(model, ModelLock())
+        except TypeError:  # an object that cannot be a dictionary key, such as one that compares by value
+            lock: ModelLock = vars(model).setdefault("_model_lock", ModelLock())
+            return lock
 
 
 class ModelRunner:
@@ -87,12 +93,14 @@ class ModelRunner:
 
     Args:
         model: a `Transformer`, or any object with `forward(tokens, start_pos)` and `params`.
-        stepper: takes the decode steps of an unmodified network; None for plain calls.
+        stepper: runs the decode steps of an unmodified network; None to call the network directly.
 
     Attributes:
         model: the network.
-        one_position: whether all rows of a pass have to stand at the same position.
-        looks_ahead: whether the next step shall start before the tokens of this one have reached the host.
+        one_position: whether all rows of a pass must be at the same position.
+        looks_ahead: whether to start the next step before the tokens of the current one are on the host.
+        device: the device of the network's parameters.
+        max_batch_size, max_seq_len: size of the KV cache.
     """
 
     def __init__(self, model: Any, stepper: Stepper | None = None) -> None:
@@ -107,17 +115,17 @@ class ModelRunner:
         self.max_seq_len = self._args.max_seq_len
         self._lock = lock_of(model)
         self._mark = object()
-        self._seen: list[object] = []  # the cache as this runner left it
+        self._seen: list[object] = []  # state of the cache after this runner's last pass
 
     def run(self, tokens: Tensor, start_pos: int | CachePositions) -> Tensor:
-        """The logits (bsz, seqlen or 1, vocab) float32 of one pass."""
+        """Runs one pass; returns the logits (bsz, seqlen or 1, vocab) float32."""
         logits: Tensor = self._call(tokens, start_pos)
         self._note_cache()
         return logits.float()
 
     def prefill(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
-        """Puts prompts into those rows of the cache; returns the logits after their last tokens, (bsz, vocab)."""
-        if self.one_position:  # the rows are the first ones, and of one length
+        """Prefills prompts into these rows of the cache; returns the logits after their last tokens, (bsz, vocab)."""
+        if self.one_position:  # the rows are then the first ones, and the prompts have equal lengths
             return self.run(self.pad(prompts), 0)[:, -1]
         logits: dict[int, Tensor] = {}
         for one_pass in self.plan_prefill([len(prompt) for prompt in prompts]):
@@ -125,10 +133,10 @@ class ModelRunner:
         return torch.stack([logits[i] for i in range(len(prompts))])
 
     def plan_prefill(self, lengths: Sequence[int], *, in_chunks: bool = False) -> list[PrefillPass]:
-        """The passes that put prompts into the cache.
+        """Plans the passes that prefill prompts of these lengths.
 
         Args:
-            in_chunks: bounds the time of each pass, for steps of other sequences in between.
+            in_chunks: whether to split long prompts, so that other sequences can take steps between the passes.
         """
         pass_cost = PASS_COST.get(self.device.type, 512)
         chunk = min(self._args.prefill_tokens, _CHUNK_IN_PASS_COSTS * pass_cost) if in_chunks else None
@@ -137,7 +145,11 @@ class ModelRunner:
     def prefill_pass(
         self, one_pass: PrefillPass, prompts: Sequence[Sequence[int]], rows: Sequence[int]
     ) -> dict[int, Tensor]:
-        """Takes one pass of a prefill; returns the logits (vocab,) after the last token of each prompt that it ends."""
+        """Runs one pass of a prefill.
+
+        Returns:
+            For each prompt that the pass completes, by its index: the logits (vocab,) after its last token.
+        """
         start, end, n_prompts = one_pass.start, one_pass.end, len(one_pass.places)
         tokens = self.pad([prompts[i][start:end] for i in one_pass.places])
         last = [min(len(prompts[i]), end) - 1 - start for i in one_pass.places]
@@ -152,33 +164,34 @@ class ModelRunner:
         return {i: row for i, row in zip(one_pass.places, logits, strict=True) if len(prompts[i]) <= end}
 
     def step(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Feeds tokens (bsz, width) to the first rows, which hold `lengths` tokens.
+        """Feeds tokens (bsz, width) to the first bsz rows of the cache, which already hold `lengths` tokens.
 
-        Returns the logits (bsz, width, vocab) float32.
+        Returns:
+            Logits (bsz, width, vocab) float32.
         """
         logits = self._stepper(tokens, lengths)
         self._note_cache()
         return logits.float()
 
     def pad(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """The prompts right-padded, (bsz, longest) int64.
+        """Right-pads prompts to a tensor (bsz, longest) int64.
 
-        Causal attention keeps the tokens from the padding behind them; what it leaves in the cache is overwritten
-        before any later token attends there.
+        Causal attention hides the padding from the tokens before it, and its keys and values in the cache are
+        overwritten before a later token attends to them.
         """
         width = max(map(len, prompts))
         return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self.device)
 
     def move_row(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` positions of one cache row over those of another, in every layer."""
+        """Copies the first `length` positions of cache row `source` to row `target`, in every layer."""
         if self.has_lost_cache():
-            return  # it will be computed anew where the row stands then
+            return  # the engine will recompute the row in its new place
         for cache in _caches(self.model):
             cache[target, :length] = cache[source, :length]
         self._note_cache()
 
     def has_lost_cache(self) -> bool:
-        """Whether the cache has been written to by anybody else since this runner's last pass."""
+        """Whether anyone else has written to the cache since this runner's last pass."""
         return self._lock.last_writer is not self._mark or self._seen != self._cache_state()
 
     def _note_cache(self) -> None:
@@ -186,8 +199,8 @@ class ModelRunner:
         self._seen = self._cache_state()
 
     def _cache_state(self) -> list[object]:
-        """Changes whenever something is written to the cache of `Attention` layers, or of others that are like them."""
-        if self.one_position:  # any network: whatever of its modules has a cache
+        """A value that changes whenever the KV cache is written to or replaced."""
+        if self.one_position:  # may be any network: look for caches in all of its modules
             caches = _caches(self.model)
             return [(k.data_ptr(), None if k.is_inference() else k._version) for k in caches]
         caches = [cache for layer in self.model.layers for cache in (layer.attention.keys, layer.attention.values)]
@@ -195,19 +208,19 @@ class ModelRunner:
 
 
 def device_of(model: Any) -> torch.device:
-    """That of a network's parameters; the CPU for one without."""
+    """The device of a network's parameters; the CPU if it has none."""
     parameters: Iterable[Tensor] = model.parameters() if hasattr(model, "parameters") else ()
     return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 def dtype_of(model: Any) -> torch.dtype:
-    """That of a network's parameters; float32 for one without."""
+    """The dtype of a network's parameters; float32 if it has none."""
     parameters: Iterable[Tensor] = model.parameters() if hasattr(model, "parameters") else ()
     return next((parameter.dtype for parameter in parameters), torch.float32)
 
 
 def _caches(model: Any) -> list[Tensor]:
-    """The KV cache of every layer, with Meta's axes."""
+    """The KV caches of all layers, with Meta's axes (max_batch_size, max_seq_len, n_local_kv_heads, head_dim)."""
     modules: Iterable[Any] = model.modules() if hasattr(model, "modules") else ()
     owners = [module for module in modules if isinstance(getattr(module, "cache_k", None), Tensor)]
     return [cache for owner in owners for cache in (owner.cache_k, owner.cache_v)]

@@ -1,6 +1,6 @@
-"""Where and as what a model runs: processes, the model-parallel group, device, dtype, threads.
+"""The environment that a model runs in: processes, model-parallel group, device, dtype and threads.
 
-The only module that reads environment variables or names a communication backend.
+This is the only module that reads environment variables or names a communication backend.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from llama.lockstep import TIMEOUT_VARIABLE, Lockstep, RankError
 T = TypeVar("T")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_LOADING_TIMEOUT_S = 2 * 3600.0  # that a rank waits for the others' shards, which may come over a slow network
+_LOADING_TIMEOUT_S = 2 * 3600.0  # for all ranks to load their shards, which may come over a slow network
 _groups_lock = threading.Lock()
-_lockstep: tuple[weakref.ref[dist.ProcessGroup], Lockstep] | None = None  # of the process group that is referred to
-_lockstep_numbers = itertools.count()  # each has keys of its own in the store
+_lockstep: tuple[weakref.ref[dist.ProcessGroup], Lockstep] | None = None  # and the process group that it belongs to
+_lockstep_numbers = itertools.count()  # give each lockstep its own keys in the store
 
 
 def world_size() -> int:
-    """Return the number of processes that run this program: the process group's, else the launcher's."""
+    """Return the number of processes that run this program, from the process group if there is one, else WORLD_SIZE."""
     if dist.is_initialized():
         return dist.get_world_size()
     return _number_from_environment("WORLD_SIZE", 1)
 
 
 def _number_from_environment(name: str, default: int, *, minimum: int = 1) -> int:
-    """Return a whole number that a launcher sets, or `default` if it is not set."""
+    """Return the whole number in an environment variable, or `default` if the variable is not set."""
     text = os.environ.get(name)
     if text is None:
         return default
@@ -74,13 +74,13 @@ def resolve_model_parallel_size(requested: int | None) -> int:
     """Return the model-parallel size to use: the requested one, else the initialized one, else the world size.
 
     Raises:
-        ValueError: the world size is not a multiple of it, or another size is initialized already.
+        ValueError: the world size is not a multiple of it, or a group of another size is already initialized.
     """
     current = get_model_parallel_world_size() if model_parallel_is_initialized() else None
     world = world_size()
     size = requested if requested is not None else current if current is not None else world
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"model_parallel_size must be a whole number above zero, or None, got {size!r}")
+        raise ValueError(f"model_parallel_size must be a positive integer or None, got {size!r}")
     if world % size:
         raise ValueError(
             f"the world size must be a multiple of model_parallel_size, got a world size of {world} and "
@@ -95,12 +95,12 @@ def resolve_model_parallel_size(requested: int | None) -> int:
 
 
 def init_process_groups(model_parallel_size: int, device: torch.device) -> None:
-    """Join the process group and fairscale's model-parallel group, each unless that has been done already.
+    """Join the process group and fairscale's model-parallel group, unless this process has joined them already.
 
-    Safe to call from several threads. A process that is forked afterwards must not use the groups; it can exit.
+    Thread-safe. A process forked afterwards must not use the groups, but can exit normally.
 
     Raises:
-        RankError: under several ranks, one did not start in time; or they have failed before.
+        RankError: a rank did not start in time, or the ranks have failed before.
     """
     with _groups_lock:
         if not dist.is_initialized():
@@ -117,7 +117,7 @@ def init_process_groups(model_parallel_size: int, device: torch.device) -> None:
 def _init_process_group(device: torch.device) -> None:
     global _lockstep
     nccl = device.type == "cuda" and dist.is_nccl_available()
-    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # NCCL for tensors; objects and flags stay on the host
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # NCCL for tensors on the GPU, gloo for objects on the host
     missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
     if not missing:
         store, rank, size, lockstep = _join_launched_ranks()
@@ -125,7 +125,7 @@ def _init_process_group(device: torch.device) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
         if lockstep:
             _lockstep = weakref.ref(_default_group()), lockstep
-    elif world_size() == 1:  # a plain script or notebook: a group of one, which needs no address
+    elif world_size() == 1:  # a plain script or notebook: a group of one process, which needs no address
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     else:
         raise ValueError(
@@ -135,7 +135,7 @@ def _init_process_group(device: torch.device) -> None:
 
 
 def _join_launched_ranks() -> tuple[Store, int, int, Lockstep | None]:
-    """Wait for the ranks that a launcher started. Returns their store, this one's rank, and how many they are."""
+    """Wait for all ranks that the launcher started; return their store, this process's rank, and the world size."""
     rank, size = _number_from_environment("RANK", 0, minimum=0), world_size()
     if rank >= size:
         raise ValueError(f"the environment variable RANK must be below WORLD_SIZE={size}, got {rank}; use torchrun")
@@ -154,8 +154,8 @@ def _join_launched_ranks() -> tuple[Store, int, int, Lockstep | None]:
 
 
 def _init_model_parallel(size: int) -> None:
-    """Make fairscale's groups without the lines that it prints. Output of other threads is not touched."""
-    initialize.print = lambda *args: None  # a name in front of the built-in one, in fairscale's module alone
+    """Create fairscale's groups and suppress the lines that it prints, but not the output of other threads."""
+    initialize.print = lambda *args: None  # shadows the built-in function, in fairscale's module only
     try:
         initialize_model_parallel(size)
     finally:
@@ -163,7 +163,7 @@ def _init_model_parallel(size: int) -> None:
 
 
 def _leave() -> None:
-    """End the groups at exit: threads of a group left behind can abort the interpreter's shutdown."""
+    """Destroy the groups at exit; the threads of a group that still exists can abort the interpreter's shutdown."""
     global _lockstep
     if dist.is_initialized() and (lockstep := _current_lockstep()):
         lockstep.leave()
@@ -174,13 +174,13 @@ def _leave() -> None:
 
 
 def _keep_groups_of_parent() -> None:
-    """In a forked child: never destroy the groups, which would wait for threads that only the parent has."""
+    """In a forked child, never destroy the groups: that would wait for threads that exist only in the parent."""
     for group in dist.distributed_c10d._world.pg_map:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _close_model_parallel_groups() -> None:
-    """Close the connections to the other ranks, so that none waits for this one any longer."""
+    """Close the connections to the other ranks, so that no rank keeps waiting for this one."""
     if not model_parallel_is_initialized():
         return
     groups = [get_model_parallel_group(), get_data_parallel_group(), get_pipeline_parallel_group()]
@@ -201,7 +201,7 @@ def _default_group() -> dist.ProcessGroup:
 
 
 def _new_lockstep(store: Store, rank: int, size: int) -> Lockstep:
-    """Join the lockstep of all ranks, waiting for them to have started."""
+    """Join the lockstep of all ranks; wait until all of them have started."""
     keys = PrefixStore(f"llama/{next(_lockstep_numbers)}", store)
     lockstep = Lockstep(keys, rank, size, _rank_timeout())
     lockstep.arrive()
@@ -209,12 +209,12 @@ def _new_lockstep(store: Store, rank: int, size: int) -> Lockstep:
 
 
 def _current_lockstep() -> Lockstep | None:
-    """Return that of the process group as it is now, if it has been made."""
+    """Return the lockstep that belongs to the current process group; None if there is none yet."""
     return _lockstep[1] if _lockstep and _lockstep[0]() is _default_group() else None
 
 
 def _ranks_in_lockstep() -> Lockstep | None:
-    """Return the lockstep with the other ranks, joining it the first time; None for a single process."""
+    """Return the lockstep with the other ranks, joining it if needed; None for a single process."""
     global _lockstep
     if not has_several_ranks():
         return None
@@ -226,22 +226,22 @@ def _ranks_in_lockstep() -> Lockstep | None:
 
 
 def _rank_timeout() -> float:
-    """Return how many seconds a rank waits for the others to start, or to make the same call."""
+    """Return the number of seconds to wait for the other ranks to start, or to make the same call."""
     return float(_number_from_environment(TIMEOUT_VARIABLE, 300))
 
 
 def has_several_ranks() -> bool:
-    """Return whether this process runs together with others, as one network or as replicas of it."""
+    """Return whether there are other processes, which hold shards or replicas of the same network."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def compare_calls(call: object, *, timeout_s: float | None = None) -> None:
-    """Raise RankError on all ranks unless all of them make the same call; each has to ask before it works.
+    """Raise RankError on all ranks unless all of them make the same call. Every rank must do this before it computes.
 
     Args:
-        call: a tuple of the call's name and its checked arguments, alike on all ranks by their `repr`; None if this
-            rank refused the arguments.
-        timeout_s: maximum time to wait for the others; by default 300, or what `LLAMA_RANK_TIMEOUT` says.
+        call: a tuple of the call's name and its checked arguments, compared by `repr`; None if this rank refused the
+            arguments.
+        timeout_s: maximum time to wait for the others; by default `LLAMA_RANK_TIMEOUT` seconds, or 300 if not set.
     """
     if lockstep := _ranks_in_lockstep():
         lockstep.check()
@@ -252,19 +252,19 @@ def compare_calls(call: object, *, timeout_s: float | None = None) -> None:
 
 
 def _group_ranks() -> list[int]:
-    """Return the ranks of this one's model-parallel group."""
+    """Return the ranks in this process's model-parallel group."""
     if not model_parallel_is_initialized():
         return list(range(dist.get_world_size()))
     return dist.get_process_group_ranks(get_model_parallel_group())
 
 
 def rank_errors() -> AbstractContextManager[None]:
-    """Surround work in which ranks communicate: an error on one of them ends the work of all within seconds.
+    """Context manager for work in which ranks communicate: an error on one rank stops all ranks within seconds.
 
-    The other ranks raise RankError, which names that rank, and its model-parallel groups are closed: the program has to
-    start again. An error that all ranks raise at the same place leaves the groups usable.
+    The other ranks raise RankError, which names the failed rank. The model-parallel groups are then closed, and the
+    program must be restarted. If all ranks raise the same error at the same place, the groups stay usable.
 
-    Over NCCL, a rank that waits on the GPU learns of the error only when torchrun or NCCL's own timeout ends it.
+    With NCCL, a rank that waits for the GPU stops only when torchrun or NCCL's own timeout ends it.
     """
     lockstep = _ranks_in_lockstep()
     return lockstep.guard(_close_model_parallel_groups) if lockstep else nullcontext()
@@ -272,10 +272,10 @@ def rank_errors() -> AbstractContextManager[None]:
 
 @contextmanager
 def loading_together(call: object) -> Iterator[None]:
-    """Surround the loading of this rank's shard; raise RankError on all ranks if one fails, or builds another model.
+    """Context manager for loading this rank's shard: RankError on all ranks if one fails or builds a different model.
 
     Args:
-        call: what all ranks build, as in `compare_calls`.
+        call: the name and arguments of the call that builds the model, as in `compare_calls`.
     """
     with rank_errors():
         yield
@@ -283,12 +283,12 @@ def loading_together(call: object) -> Iterator[None]:
 
 
 def is_first_rank() -> bool:
-    """Return whether this process is the one of all that should print."""
+    """Return whether this process is rank 0, the one that should print."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def model_parallel_size() -> int:
-    """Return the number of ranks that share a network; 1 if there is no model-parallel group."""
+    """Return the number of ranks that one network is sharded over; 1 if there is no model-parallel group."""
     return get_model_parallel_world_size() if model_parallel_is_initialized() else 1
 
 
@@ -299,7 +299,7 @@ def model_parallel_rank() -> int:
 
 
 def broadcast_from_first(tensor: Tensor) -> Tensor:
-    """Overwrite `tensor` in place with that of the model-parallel group's first rank, and return it."""
+    """Broadcast `tensor` in place from the first rank of the model-parallel group, and return it."""
     if model_parallel_size() > 1:
         dist.broadcast(tensor, get_model_parallel_src_rank(), group=get_model_parallel_group())
     return tensor
@@ -311,17 +311,17 @@ def is_first_of_group() -> bool:
 
 
 def broadcast_flag(flag: bool, *, stream: int = 0) -> bool:
-    """Return the flag of the model-parallel group's first rank; every rank has to ask at the same point.
+    """Broadcast a flag from the first rank of the model-parallel group. Every rank must call this at the same point.
 
     Args:
-        flag: this rank's.
-        stream: the number of the stream that asks, the same on all ranks.
+        flag: this rank's flag; ignored on all ranks but the first.
+        stream: number of the stream that calls, the same on all ranks.
 
     Returns:
-        False, without asking, once the ranks can no longer work together.
+        The first rank's flag; False, without communication, if the ranks have failed before.
 
     Raises:
-        RankError: another rank does something else.
+        RankError: another rank makes a different call.
     """
     lockstep = _ranks_in_lockstep()
     if lockstep and lockstep.failure is not None:
@@ -332,7 +332,7 @@ def broadcast_flag(flag: bool, *, stream: int = 0) -> bool:
 
 
 def broadcast_object(value: T | None = None) -> T:
-    """Return the object that the first of all ranks passes; the others pass none, and wait for it."""
+    """Broadcast an object from rank 0 to all ranks; `value` is ignored on the others."""
     box = [value]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
@@ -340,14 +340,14 @@ def broadcast_object(value: T | None = None) -> T:
 
 
 def replica() -> tuple[int, int]:
-    """Return which replica of the network this process is part of, and how many there are (world size / MP)."""
+    """Return the index of this process's replica of the network, and the number of replicas (world size / MP)."""
     if not model_parallel_is_initialized():
         return 0, 1
     return get_data_parallel_rank(), get_data_parallel_world_size()
 
 
 def gather_replicas(mine: T) -> list[T]:
-    """Return every replica's object, in order, on all of them."""
+    """Return the objects that all replicas pass, in order, on every replica."""
     _, n_replicas = replica()
     if n_replicas == 1:
         return [mine]
@@ -368,14 +368,14 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 
 def select_device(requested: str | torch.device | None) -> torch.device:
-    """Return the device of this process: the requested one, else the first available of CUDA, MPS and CPU.
+    """Return this process's device: the requested one, else the first available of CUDA, MPS and CPU.
 
-    `LOCAL_RANK` gives the index of a CUDA device that is requested without one.
+    `LOCAL_RANK` gives the index of a CUDA device if `requested` has none.
     """
     if requested is None:
         if torch.cuda.is_available():
             requested = "cuda"
-        else:  # gloo, which several processes would need here, does not take MPS tensors
+        else:  # several processes would communicate through gloo, which does not support MPS tensors
             requested = "mps" if torch.backends.mps.is_available() and world_size() == 1 else "cpu"
     try:
         device = torch.device(requested)
@@ -386,19 +386,20 @@ def select_device(requested: str | torch.device | None) -> torch.device:
     if device.type not in ("cpu", "mps"):
         raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', got {requested!r}")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device must be one that this machine and build of torch have, got 'mps'; use device='cpu'")
+        raise ValueError(
+            "device must be available on this machine and in this build of torch, got 'mps'; use device='cpu'"
+        )
     return device
 
 
 def _cuda_device(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
-        raise ValueError(f"device must be one that torch sees, got '{device}' and no CUDA device; use device='cpu'")
+        raise ValueError(f"device must be available, got '{device}', but torch finds no CUDA device; use device='cpu'")
     index = device.index if device.index is not None else _number_from_environment("LOCAL_RANK", 0, minimum=0)
     if index >= torch.cuda.device_count():
         raise ValueError(
-            f"the index of the CUDA device must be below the number of devices, got {index} with "
-            f"{torch.cuda.device_count()} of them; start at most one process per GPU (torchrun --nproc_per_node), "
-            "or use device='cpu'"
+            f"the index of the CUDA device must be below the number of devices ({torch.cuda.device_count()}), got "
+            f"{index}; start at most one process per GPU (torchrun --nproc_per_node), or use device='cpu'"
         )
     return torch.device("cuda", index)
 
@@ -410,27 +411,27 @@ def to_device(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> Callable[[], list[Any]]:
-    """Start to copy a tensor to the host; return a function that waits for the copy and returns its values.
+    """Start copying a tensor to the host; return a function that waits for the copy and returns its values.
 
-    The values are those at the time of the call: later changes of the tensor do not show.
+    The values are those at the time of this call, even if the tensor changes later.
     """
     if tensor.device.type != "cuda":
         values: list[Any] = tensor.tolist()
         return lambda: values
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(tensor.device))
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> list[Any]:
-        arrived.synchronize()
+        copied.synchronize()
         return host.tolist()
 
     return wait
 
 
 def select_dtype(requested: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Return the dtype of weights and cache: the requested one, else bfloat16 on CPU and float16 elsewhere."""
+    """Return the dtype of weights and KV cache: the requested one, else bfloat16 on CPU and float16 elsewhere."""
     if requested is None:
         return torch.bfloat16 if device.type == "cpu" else torch.float16
     dtype = DTYPES.get(requested) if isinstance(requested, str) else requested
@@ -452,8 +453,8 @@ def local_world_size() -> int:
 def share_cores() -> None:
     """Set the number of torch's threads to this process's share of the machine's cores.
 
-    torchrun sets `OMP_NUM_THREADS=1` if it starts several processes and the user has not set it. Any other value is
-    the user's and is kept.
+    Only if `OMP_NUM_THREADS` is 1, which torchrun sets when it starts several processes and the user has not set it.
+    Any other value was set by the user and is kept.
     """
     if local_world_size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(max(1, _available_cores() // local_world_size()))

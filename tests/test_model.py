@@ -277,7 +277,7 @@ def test_a_pass_beyond_the_cache_is_an_error_and_leaves_it_usable(
     tokens = random_tokens(4, 10)
     model.forward(tokens[:, :9], 0)
     sizes = rf"max_batch_size=4 and max_seq_len=24, got {bsz} rows from position {first} to {end}"
-    with pytest.raises(ValueError, match=f"must fit into the cache of {sizes}"):
+    with pytest.raises(ValueError, match=f"must fit in the KV cache of {sizes}"):
         model.forward(random_tokens(bsz, seqlen), start_pos)
     close(model.forward(tokens[:, 9:], 9), oracle.logits(state, GROUPED, tokens)[:, 9:])
 
@@ -471,7 +471,7 @@ def test_gradients_flow_through_the_tokens_of_a_later_pass(state: oracle.State) 
 
 def test_gradients_with_rows_at_places_of_their_own_are_refused(model: Transformer) -> None:
     model.requires_grad_()
-    with pytest.raises(RuntimeError, match="gradients need an int start_pos"):
+    with pytest.raises(RuntimeError, match="start_pos must be an int when gradients are required"):
         model(random_tokens(2, 1), torch.tensor([3, 5]))
 
 

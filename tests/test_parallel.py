@@ -560,7 +560,7 @@ def test_a_stream_step_and_another_call_end_both_ranks(split: Callable[..., Chec
         assert error.startswith("RankError: all ranks must make the same calls, got ")
         assert "a step of a stream on rank 0" in error and "generate on rank 1" in error
         assert all("all ranks must make the same calls, got " in error for error in later)
-        assert all(error.endswith("start all ranks again") for error in later)
+        assert all(error.endswith("restart all ranks") for error in later)
 
 
 # ---- ranks that fail ----
@@ -585,14 +585,14 @@ def fail_in_the_middle(rank: int, halves: Checkpoint, fault: str) -> Iterator[ob
 
 def test_an_error_on_one_rank_ends_the_others(split: Callable[..., Checkpoint]) -> None:
     first, second = run_faulty_ranks(2, fail_in_the_middle, split(2), "raise", within_s=30)
-    named = "RankError: rank 1 failed: ArithmeticError: what rank 1 does; start all ranks again"
+    named = "RankError: rank 1 failed: ArithmeticError: what rank 1 does; restart all ranks"
     assert first.told == [FAULT, named, named]
     assert second.told == [FAULT, "ArithmeticError: what rank 1 does", named]
 
 
 def test_the_death_of_a_rank_ends_the_others(split: Callable[..., Checkpoint]) -> None:
     first, second = run_faulty_ranks(2, fail_in_the_middle, split(2), "kill", within_s=30)
-    assert first.told == [FAULT, *["RankError: rank 1 ended; start all ranks again"] * 2]
+    assert first.told == [FAULT, *["RankError: rank 1 ended; restart all ranks"] * 2]
     assert second.told == [FAULT]
 
 
@@ -613,11 +613,11 @@ def skip_a_call(rank: int, halves: Checkpoint, ends: bool) -> Iterator[object]:
 def test_a_missing_call_is_an_error_that_names_the_rank(split: Callable[..., Checkpoint], ends: bool) -> None:
     first, second = run_faulty_ranks(2, skip_a_call, split(2), ends, within_s=40)
     if ends:
-        assert first.told[2] == "RankError: rank 1 ended; start all ranks again"
+        assert first.told[2] == "RankError: rank 1 ended; restart all ranks"
         assert second.told[2:] == []
     else:
         late = "rank 1 did not make the call generate within 2 seconds (set by LLAMA_RANK_TIMEOUT)"
-        assert [outcome.told[2] for outcome in (first, second)] == [f"RankError: {late}; start all ranks again"] * 2
+        assert [outcome.told[2] for outcome in (first, second)] == [f"RankError: {late}; restart all ranks"] * 2
 
 
 def test_a_rank_that_does_not_start_is_named(split: Callable[..., Checkpoint]) -> None:

@@ -280,7 +280,7 @@ def test_a_call_from_inside_of_another_is_an_error_and_not_a_deadlock() -> None:
 
     def call_inside() -> None:
         with use:
-            with pytest.raises(RuntimeError, match="made from inside of another one") as info, use:
+            with pytest.raises(RuntimeError, match="must not be made from inside another call") as info, use:
                 pass
             errors.append(info.value)
             assert use.lock.locked()
