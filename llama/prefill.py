@@ -1,4 +1,4 @@
-"""Which prompts go through which pass of a prefill: together where they are of like lengths, long ones in chunks."""
+"""Plans the passes of a prefill: prompts of similar lengths share a pass, and long ones are split into chunks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class PrefillPass:
     """One pass of a prefill.
 
     Attributes:
-        places: of its prompts, in ascending order.
-        start, end: the positions that it computes; those behind a prompt's end are padding.
+        places: indices of the pass's prompts, in ascending order.
+        start, end: the range of positions that the pass computes; beyond the end of a shorter prompt it is padding.
     """
 
     places: list[int]
@@ -23,47 +23,48 @@ class PrefillPass:
 
 
 def plan_prefill(
-    lengths: Sequence[int], most_positions: int, pass_cost: int, chunk: int | None = None
+    lengths: Sequence[int], max_positions: int, pass_cost: int, chunk: int | None = None
 ) -> list[PrefillPass]:
-    """The passes that put prompts into the cache.
+    """Plans the passes that prefill prompts.
 
     Args:
-        lengths: of the prompts.
-        most_positions: that a pass may have, padding counted, unless it is of one prompt.
-        pass_cost: what each pass costs besides its positions, in positions.
-        chunk: most positions of a pass, also of one prompt, which then takes several; None for whole prompts.
+        lengths: number of tokens of each prompt.
+        max_positions: maximum number of positions per pass, including padding; a pass of one prompt may exceed it.
+        pass_cost: fixed cost of a pass, in positions.
+        chunk: maximum number of positions per pass, with longer prompts split into several passes; None to never
+            split.
     """
     passes = []
-    for group in prefill_groups(lengths, min(most_positions, chunk or most_positions), pass_cost):
+    for group in prefill_groups(lengths, min(max_positions, chunk or max_positions), pass_cost):
         longest = max(lengths[i] for i in group)
         start = 0
         while start < longest:
             end = min(longest, start + (chunk or longest))
-            # A step that comes between may write padding to the last positions of a row: see `stepping.StaticStepper`.
+            # A decode step between two passes may write padding to a row's last positions: see `StaticStepper`.
             end = longest if longest - end <= MAX_WIDTH else end
             passes.append(PrefillPass(group, start, end))
             start = end
     return passes
 
 
-def prefill_groups(lengths: Sequence[int], most_positions: int, pass_cost: int) -> list[list[int]]:
-    """Splits prompts into passes of like lengths, such that padding and passes together cost least.
+def prefill_groups(lengths: Sequence[int], max_positions: int, pass_cost: int) -> list[list[int]]:
+    """Groups prompts by length so that the total cost of padding and passes is minimal.
 
     Args:
-        lengths: of the prompts.
-        most_positions: that a pass may have, padding counted, unless it is of one prompt.
-        pass_cost: what each pass costs besides its positions, in positions.
+        lengths: number of tokens of each prompt.
+        max_positions: maximum number of positions per pass, including padding; a pass of one prompt may exceed it.
+        pass_cost: fixed cost of a pass, in positions.
 
     Returns:
-        The places of each pass's prompts, in ascending order.
+        The indices of each group's prompts, in ascending order.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    best: list[tuple[int, int]] = [(0, 0)]  # for the first n prompts in order: the least cost, the last pass's start
+    best: list[tuple[int, int]] = [(0, 0)]  # for the first n prompts in order: minimum cost, start of the last group
     for end in range(1, len(order) + 1):
         costs = []
         for start in range(end):
             positions = lengths[order[start]] * (end - start)
-            if positions <= most_positions or end - start == 1:
+            if positions <= max_positions or end - start == 1:
                 costs.append((best[start][0] + positions + pass_cost, start))
         best.append(min(costs))
     groups: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""From one step's logits to the next token ids."""
+"""Samples the next token ids from logits."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import cast
 import torch
 from torch import Tensor
 
-GREEDY_BELOW = 1e-30
+GREEDY_BELOW = 1e-30  # logits divided by a lower temperature could overflow
 
 
 @dataclass
 class Sampler:
-    """Draws the tokens of sequences that share one random stream, as the rows of a batch do in Meta's code.
+    """Samples tokens for sequences that share one random stream, as the rows of a batch do in Meta's code.
 
-    Each step takes the same amount from the stream, whichever sequences take part: one exponential per row and
-    vocabulary entry. A row that ends, or that was never there, therefore does not shift the noise of the others. The
-    noise of a row belongs to its step: rows may stand at different steps, and a step may be asked for again.
+    Every step draws the same amount of noise from the stream, one exponential per row and vocabulary entry, no matter
+    which rows are still running. So a row's noise does not depend on the other rows. It is determined by the step:
+    rows may be at different steps, and the same step may be sampled repeatedly.
 
     Attributes:
-        temperature: the logits are divided by it; 0, or so little that they would overflow, for greedy sampling.
-        top_p: 0 to 1; the draw is from the smallest set of tokens whose mass exceeds it (nucleus
-            sampling; Holtzman et al., 2020).
-        n_rows: number of rows that a full step has.
-        generator: the stream, on the logits' device.
-        draw: replaces `sample_top_p`, and is called as `draw(probs, top_p)`; None for the built-in sampling.
-        steps: number of steps that were drawn from the stream.
-        used: number of steps whose tokens were kept; less than `steps` where drafted tokens were rejected.
+        temperature: divides the logits; greedy decoding below `GREEDY_BELOW`.
+        top_p: 0 to 1; tokens are drawn from the smallest set whose probability mass exceeds it (nucleus sampling;
+            Holtzman et al., 2020).
+        n_rows: number of rows that noise is drawn for at each step.
+        generator: the random stream, on the logits' device.
+        draw: called as `draw(probs, top_p)` instead of `sample_top_p`; None for the built-in sampling.
+        steps: number of steps whose noise was drawn from the stream.
+        used: number of steps whose tokens were kept; less than `steps` if drafted tokens were rejected.
     """
 
     temperature: float
@@ -40,21 +40,21 @@ class Sampler:
     steps: int = field(default=0, init=False)
     used: int = field(default=0, init=False)
     _noise: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # by step
-    _states: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # of the stream, before each step
-    _newest_state: Tensor | None = field(default=None, init=False, repr=False)  # after the last step
+    _states: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # generator's, before each step
+    _newest_state: Tensor | None = field(default=None, init=False, repr=False)  # generator's, after the last step
 
     @property
     def is_greedy(self) -> bool:
-        """Whether it takes the most likely token, without random numbers."""
+        """Whether the most likely token is chosen, without random numbers."""
         return self.temperature < GREEDY_BELOW
 
     def __call__(self, logits: Tensor, rows: Sequence[int], steps: Sequence[int]) -> Tensor:
-        """Draws the next tokens.
+        """Samples n tokens.
 
         Args:
             logits: (n, vocab) float32.
-            rows: n numbers, which of the `n_rows` each is.
-            steps: n numbers, at which step each is, from 0.
+            rows: for each token, its row of the noise, 0 to n_rows - 1.
+            steps: for each token, its step, from 0.
 
         Returns:
             (n,) int64.
@@ -70,18 +70,18 @@ class Sampler:
         return sample_top_p(probs, self.top_p, noise=_exponentials(torch.stack(noise))).squeeze(-1)
 
     def mark_used(self, steps: int) -> None:
-        """Notes that a row kept its tokens of the first `steps` steps."""
+        """Records that a row kept its tokens of the first `steps` steps."""
         self.used = max(self.used, steps)
 
     def release(self, step: int) -> None:
-        """Frees the noise of all steps before `step`, which no row will ask for again."""
+        """Frees the noise of all steps before `step`, which must not be sampled again."""
         for old in [old for old in self._noise if old < step]:
             del self._noise[old], self._states[old]
 
     def rewind(self) -> None:
-        """Gives back what was drawn beyond the used steps, unless others have drawn from the stream since.
+        """Rewinds the generator to the end of the used steps, unless others have drawn from it since.
 
-        To be called when no row will ask for noise any more.
+        To be called when no more tokens are sampled.
         """
         if self.steps > self.used and self.used in self._states:
             assert self._newest_state is not None
@@ -91,13 +91,13 @@ class Sampler:
         self.release(self.steps)
 
     def skip_to(self, steps: int, vocab_size: int) -> None:
-        """Draws, for no row, until `steps` steps were drawn."""
+        """Advances the stream until `steps` steps have been drawn in total, discarding their noise."""
         if self.steps < steps:
             self._noise_of(steps - 1, vocab_size)
             self.release(steps)
 
     def _noise_of(self, step: int, vocab_size: int) -> Tensor:
-        """What a step takes from the stream, (n_rows, vocab_size): see `_exponentials`."""
+        """The random numbers of a step, (n_rows, vocab_size), to be converted by `_exponentials`."""
         while self.steps <= step:
             self._states[self.steps] = self.generator.get_state()
             shape, device = (self.n_rows, vocab_size), self.generator.device
@@ -112,36 +112,36 @@ class Sampler:
 
 
 def _exponentials(numbers: Tensor) -> Tensor:
-    """Exponential noise, float32, of the numbers taken from the stream.
+    """Converts numbers from the stream to float32 exponential noise.
 
-    Those that are float64 are the uniform numbers that `exponential_` would have taken the logarithm of; it costs more
-    than all else in a step's sampling, and only the likeliest tokens need it.
+    float64 numbers are uniform: those from which `exponential_` would compute a logarithm. That is the most expensive
+    part of sampling, and only the most likely tokens need it. Others are exponential already.
     """
     return -torch.log1p(-numbers).float() if numbers.dtype == torch.float64 else numbers
 
 
 @cache
 def _exponentials_are_logarithms() -> bool:
-    """Whether `exponential_` is that on this CPU. On an Intel one, torch leaves it to MKL, which is fast by itself."""
+    """Whether `exponential_` on this CPU is `_exponentials` of uniforms. On Intel CPUs torch uses MKL's generator."""
     uniform = torch.empty(256, dtype=torch.float64).uniform_(generator=torch.Generator().manual_seed(0))
     exponentials = torch.empty(256).exponential_(generator=torch.Generator().manual_seed(0))
     return torch.equal(_exponentials(uniform), exponentials)
 
 
 def _sample_rows(probs: Tensor, p: float, numbers: Sequence[Tensor]) -> Tensor:
-    """`sample_top_p` (bsz,), mostly with no more of a row sorted than can be in the set."""
-    tokens = [_sample_row(row, p, mine) for row, mine in zip(probs, numbers, strict=True)]
-    rest = [i for i, token in enumerate(tokens) if token is None]
-    if rest:
-        whole = sample_top_p(probs[rest], p, noise=_exponentials(torch.stack([numbers[i] for i in rest]))).squeeze(-1)
-        for i, token in zip(rest, whole, strict=True):
+    """The result of `sample_top_p` as (bsz,), usually without sorting tokens that cannot be in the set."""
+    tokens = [_sample_row(row, p, row_numbers) for row, row_numbers in zip(probs, numbers, strict=True)]
+    tied = [i for i, token in enumerate(tokens) if token is None]
+    if tied:
+        noise = _exponentials(torch.stack([numbers[i] for i in tied]))
+        for i, token in zip(tied, sample_top_p(probs[tied], p, noise=noise).squeeze(-1), strict=True):
             tokens[i] = token
     return torch.stack(cast(list[Tensor], tokens))
 
 
 def _sample_row(probs: Tensor, p: float, numbers: Tensor) -> Tensor | None:
-    """The token of one row (vocab,); None if others are as likely: a sort of the whole row says which of them it is."""
-    outside = probs <= (1 - p) / (2 * len(probs))  # all of these together weigh half of 1 - p at most
+    """Samples from one row (vocab,). None if another token is equally likely: sorting the whole row decides then."""
+    outside = probs <= (1 - p) / (2 * len(probs))  # their total probability is at most half of 1 - p
     likely = outside.logical_not_().nonzero().squeeze(-1)
     probs_sort, order = probs[likely].sort(descending=True)
     winner = (_truncate(probs_sort, p) / _exponentials(numbers[: len(likely)])).argmax()
@@ -149,15 +149,15 @@ def _sample_row(probs: Tensor, p: float, numbers: Tensor) -> Tensor | None:
 
 
 def sample_top_p(probs: Tensor, p: float, *, noise: Tensor | None = None) -> Tensor:
-    """Draws from the smallest set of likeliest tokens whose mass exceeds `p`.
+    """Samples from the smallest set of most likely tokens whose probability mass exceeds `p` (top-p sampling).
 
-    A token stays while the mass before it is at most `p`. The draw is what `torch.multinomial(..., 1)` computes
-    inside, without its device sync: the token with the largest quotient of probability and exponential noise.
+    A token is in the set if the mass before it is at most `p`. Chooses the token with the largest ratio of probability
+    to exponential noise, as `torch.multinomial(..., 1)` does internally, but without its device sync.
 
     Args:
         probs: (bsz, vocab) float32.
         p: 0 to 1.
-        noise: (bsz, vocab) exponentials for the tokens in descending order of probability; None draws them from
+        noise: (bsz, vocab) exponential noise for the tokens in descending order of probability; None to draw it from
             torch's default generator.
 
     Returns:
@@ -172,12 +172,12 @@ def sample_top_p(probs: Tensor, p: float, *, noise: Tensor | None = None) -> Ten
 
 
 def _truncate(probs_sort: Tensor, p: float) -> Tensor:
-    """Descending probabilities (..., n) with those outside the set zeroed, and renormalized."""
+    """Zeroes the descending probabilities (..., n) that are outside the top-p set, and renormalizes the others."""
     mass_before = probs_sort.cumsum(dim=-1) - probs_sort
     kept = probs_sort.masked_fill(mass_before > p, 0.0)
     return kept / kept.sum(dim=-1, keepdim=True)
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(logits)[token]: (..., vocab) and (...) -> (...)."""
+    """The log-probability of each token: logits (..., vocab) and tokens (...) give (...)."""
     return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

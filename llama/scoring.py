@@ -1,4 +1,4 @@
-"""The log-probabilities of given texts, without generating."""
+"""Computes the log-probabilities of given texts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from llama.runner import ModelRunner
 from llama.sampling import logprobs_of
 
-_LOGPROB_POSITIONS = 512  # positions whose logits are held at a time
+_LOGPROB_POSITIONS = 512  # maximum number of positions whose logits are in memory at a time
 
 
 @torch.inference_mode()
 def score(model: Any, texts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """The log-probability of each token given those before it; 0.0 for the first of each text, which has none.
+    """Returns the log-probability of each token given those before it; 0.0 for the first token of each text.
 
-    Uses the cache from its first row on, as many texts at a time as it has rows.
+    Overwrites the KV cache.
     """
     runner = ModelRunner(model)
     scores: list[list[float]] = [[] for _ in texts]
@@ -30,10 +30,10 @@ def score(model: Any, texts: Sequence[Sequence[int]]) -> list[list[float]]:
 
 
 def _score_group(runner: ModelRunner, texts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """`score` of texts in one batch, right-padded: causal attention keeps padding from the tokens in front of it."""
+    """Scores texts in one right-padded batch; causal attention hides the padding from the tokens before it."""
     scores = [[0.0] for _ in texts]
     tokens = runner.pad(texts)
-    n_positions = max(1, _LOGPROB_POSITIONS // len(texts))
+    n_positions = max(1, _LOGPROB_POSITIONS // len(texts))  # per row
     for start in range(0, tokens.size(1) - 1, n_positions):
         targets = tokens[:, start + 1 : start + 1 + n_positions]
         logits = runner.run(tokens[:, start : start + targets.size(1)], start)
