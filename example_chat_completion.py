@@ -60,6 +60,7 @@ def main(
     max_seq_len: int = 512,
     max_batch_size: int = 8,
     max_gen_len: int | None = None,
+    speculative: str | None = None,
     **build: Any,
 ) -> None:
     """Print each dialog and its answer.
@@ -72,6 +73,8 @@ def main(
         max_seq_len: maximum number of tokens of a dialog and its answer.
         max_batch_size: maximum number of dialogs that run at a time.
         max_gen_len: maximum number of tokens of an answer; by default as many as there is room for.
+        speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
+            same text, often in less time.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
@@ -82,7 +85,9 @@ def main(
         max_batch_size=max_batch_size,
         **build,
     )
-    results = generator.chat_completion(DIALOGS, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
+    results = generator.chat_completion(
+        DIALOGS, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, speculative=speculative
+    )
     if is_first_rank():
         for dialog, result in zip(DIALOGS, results, strict=True):
             for message in dialog:

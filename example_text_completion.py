@@ -30,6 +30,7 @@ def main(
     max_seq_len: int = 128,
     max_gen_len: int | None = 64,
     max_batch_size: int = 4,
+    speculative: str | None = None,
     **build: Any,
 ) -> None:
     """Print each prompt and its completion.
@@ -42,6 +43,8 @@ def main(
         max_seq_len: maximum number of tokens of a prompt and its completion.
         max_gen_len: maximum number of tokens of a completion.
         max_batch_size: maximum number of prompts that run at a time.
+        speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
+            same text, often in less time.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
@@ -52,7 +55,9 @@ def main(
         max_batch_size=max_batch_size,
         **build,
     )
-    results = generator.text_completion(PROMPTS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+    results = generator.text_completion(
+        PROMPTS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, speculative=speculative
+    )
     if is_first_rank():
         for prompt, result in zip(PROMPTS, results, strict=True):
             print(prompt)

@@ -1,4 +1,4 @@
-"""Batch files: each request has one result, whatever kills the run; results are those of the library's own calls."""
+"""Batch files: each request has one result, also after kills; results are those of the library's own calls."""
 
 from __future__ import annotations
 
@@ -377,7 +377,7 @@ def test_a_file_that_is_no_file_of_results_is_refused_and_left_alone(tmp_path: P
 def test_two_runs_do_not_write_one_file(tmp_path: Path, flags: dict[str, Any]) -> None:
     pytest.importorskip("fcntl", reason="this system has no file locks of this kind")
     first = Results(tmp_path / "out")
-    with pytest.raises(ValueError, match="--output must be a file that no other process writes"):
+    with pytest.raises(ValueError, match="--output must be a file that no other process is writing"):
         main(str(write(tmp_path / "in", requests(2))), str(tmp_path / "out"), **flags)
     first.close()
 
@@ -444,5 +444,7 @@ def test_a_replica_that_falls_silent_is_an_error(monkeypatch: pytest.MonkeyPatch
         other.send(message)
     assert list(channel.receive()) == [[1], [2], None]
     monkeypatch.setattr(batch_work, "_SILENCE_S", 0.0)
-    with pytest.raises(RuntimeError, match="replica 1 has not been heard of for 0 seconds; start the command again"):
+    with pytest.raises(
+        RuntimeError, match="replica 1 must send a message at least every 0 seconds, got none; start the command"
+    ):
         list(channel.receive())

@@ -159,7 +159,7 @@ def test_a_closed_standard_input_is_refused_before_anything_is_loaded(tmp_path: 
 
 
 def test_a_system_prompt_with_a_tag_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^system must be without the chat template's tags, .*, got 'a \[INST\] b'$"):
+    with pytest.raises(ValueError, match=r"^system must not contain the chat template's tags, .*, got 'a \[INST\] b'$"):
         chat.main(str(tmp_path), system="a [INST] b")
 
 
@@ -205,7 +205,7 @@ def ask(llama: Llama, *questions: str, most_tokens: int = 60) -> None:
     read_end, write_end = os.pipe()
     os.write(write_end, "".join(f"{question}\n" for question in questions).encode())
     os.close(write_end)
-    _lead(llama, History(llama, "", most_tokens), Terminal(read_end), temperature=0.0, top_p=0.9)
+    _lead(llama, History(llama, "", most_tokens), Terminal(read_end), {"temperature": 0.0, "top_p": 0.9})
     os.close(read_end)
 
 

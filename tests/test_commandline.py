@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llama.tools.commandline import run
+from llama import Llama
+from llama.tools.commandline import check_speculative, run, with_build_flags
 from tests.conftest import ROOT
 
 
@@ -66,9 +70,57 @@ def test_an_error_is_one_printable_line(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(shown) < 5000
 
 
+def load(ckpt_dir: str, *, seed: int = 5, **build: Any) -> str:
+    """Loads.
+
+    Args:
+        ckpt_dir: folder.
+        seed: a text of its own.
+    """
+    return repr((ckpt_dir, seed, build))
+
+
+def test_flags_of_the_build_are_passed_on_if_they_are_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dtype", "float16", "--quantize=int8", "--nocuda_graphs", "--model_parallel_size", "2"]
+    assert command(monkeypatch, with_build_flags(load), "x", *flags) == 0
+    given = {"dtype": "float16", "quantize": "int8", "cuda_graphs": False, "model_parallel_size": 2}
+    assert ast.literal_eval(capsys.readouterr().out) == ("x", 5, given)
+    assert command(monkeypatch, load, "x", "--seed", "3") == 0
+    assert ast.literal_eval(capsys.readouterr().out) == ("x", 3, {})
+
+
+def test_flags_of_the_build_are_documented_and_others_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    function = with_build_flags(lambda ckpt_dir, **build: None)
+    added = list(inspect.signature(function).parameters)[1:]
+    assert added == [n for n, p in inspect.signature(Llama.build).parameters.items() if p.default is not p.empty]
+    assert command(monkeypatch, with_build_flags(load), "--", "--help") == 0
+    shown = capsys.readouterr()
+    assert all(f"--{name}" in shown.out + shown.err for name in added)
+    assert "a text of its own" in shown.out + shown.err
+    assert command(monkeypatch, with_build_flags(load), "x", "--no_such_flag=1") == 2
+
+
+def test_a_draft_model_is_given_with_the_way_to_use_it_or_not_at_all() -> None:
+    check_speculative(None, {})
+    check_speculative("prompt_lookup", {"dtype": "float16"})
+    check_speculative("draft", {"draft_ckpt_dir": "x"})
+    for speculative, build, message in (
+        ("guess", {}, "--speculative must be prompt_lookup or draft, got 'guess'"),
+        ("draft", {}, "must be given together, got no --draft_ckpt_dir"),
+        (None, {"draft_ckpt_dir": "x"}, "got --draft_ckpt_dir and --speculative None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_speculative(speculative, build)
+
+
 SIGNALLED = """
 import os, signal, sys, time
 from pathlib import Path
+from typing import Any
 from llama.tools.commandline import run
 
 def work(folder: str, numbers: str):

@@ -160,7 +160,8 @@ def test_an_unknown_flag_is_refused_before_anything_runs(
 )
 def test_flags_come_in_the_order_of_metas_scripts_and_ours_after_them(script: Any, names: list[str]) -> None:
     metas = ["ckpt_dir", "tokenizer_path", *names]
-    ours = [name for name in inspect.signature(Llama.build).parameters if name not in metas]
+    of_build = [name for name in inspect.signature(Llama.build).parameters if name not in metas]
+    ours = ["speculative", *of_build]
     assert {"seed", "dtype", "device", "model_parallel_size", "quantize"} <= set(ours)
     assert list(inspect.signature(script.main).parameters) == metas + ours
 

@@ -394,6 +394,19 @@ def test_a_key_is_needed_where_one_is_set(service: Service) -> None:
     assert web.post("/v1/chat/completions", content=b"x" * 10).status_code == 401
 
 
+def test_drafted_tokens_change_no_answer(service: Service) -> None:
+    """At temperature 0 and sampled, on a prompt that repeats itself."""
+    answers = []
+    for speculative in (None, "prompt_lookup"):
+        state = Server("llama", speculative=speculative)
+        state.ready(service)
+        body = {"prompt": f"{TEXT[0]} {TEXT[0]}", "max_tokens": 20, "n": 2, "logprobs": 1, "seed": 3}
+        for temperature in (0, 1):
+            answer = TestClient(make_app(state)).post("/v1/completions", json=body | {"temperature": temperature})
+            answers.append([(choice["text"], choice["finish_reason"]) for choice in answer.json()["choices"]])
+    assert answers[:2] == answers[2:]
+
+
 def test_bodies_are_bounded_and_must_be_json(service: Service) -> None:
     state = Server("llama", max_body_bytes=1000)
     state.ready(service)

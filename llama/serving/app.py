@@ -27,8 +27,8 @@ from llama.serving.metrics import CONTENT_TYPE, Metrics
 from llama.serving.protocol import parse_json
 from llama.serving.run import ClientLeftError, Run, while_connected
 
-_BODY_S = 30.0  # that a client has to send its body
-_LEFT = 499  # status in the metrics, as nginx has it
+_BODY_S = 30.0  # in which a client has to send its body
+_LEFT = 499  # status of requests whose client left, as in nginx
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -39,13 +39,14 @@ _PAGE_HEADERS = {
 
 @dataclass
 class Server:
-    """What the routes share. Used by the event loop's thread, but for `ready` and `failed`.
+    """The state that the routes share. For the event loop's thread alone, except `ready` and `failed`.
 
     Attributes:
-        model_name: what clients call the network.
-        api_key: that they must send; "" for none.
-        max_body_bytes: of a request.
-        timeout_s: time limit of a request.
+        model_name: name of the network in requests and answers.
+        api_key: key that clients must send; "" for none.
+        max_body_bytes: maximum size of a request's body.
+        timeout_s: time limit of a request, waiting included.
+        speculative: as in `SamplingParams`, of all requests.
         chat_error: why the checkpoint cannot answer chats; None if it can.
         service, planner: None until the network is loaded.
         error: why the network can no longer be used.
@@ -55,6 +56,7 @@ class Server:
     api_key: str = ""
     max_body_bytes: int = 2**22
     timeout_s: float = 600.0
+    speculative: str | None = None
     chat_error: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -64,7 +66,9 @@ class Server:
 
     def ready(self, service: Service) -> None:
         """Starts to accept requests."""
-        self.planner = Planner(service.llama, service.max_waiting, chat_error=self.chat_error)
+        self.planner = Planner(
+            service.llama, service.max_waiting, speculative=self.speculative, chat_error=self.chat_error
+        )
         self.metrics.watch("llama_requests_open", "Requests that are not finished.", lambda: service.n_requests)
         self.metrics.watch("llama_sequences_running", "Sequences in slots of the cache.", lambda: service.n_running)
         self.metrics.watch("llama_sequences_waiting", "Sequences that wait for a slot.", lambda: service.n_waiting)
@@ -100,7 +104,7 @@ def make_app(server: Server) -> FastAPI:
 
 
 def _open_routes(server: Server) -> APIRouter:
-    """Those that need no key."""
+    """The routes that need no key."""
     routes = APIRouter()
     page = resources.files("llama.serving").joinpath("chat.html").read_text(encoding="utf-8")
 
@@ -117,7 +121,7 @@ def _open_routes(server: Server) -> APIRouter:
 
 
 def _guarded_routes(server: Server) -> APIRouter:
-    """Those that need the key, if there is one."""
+    """The routes that need the key, if one is set."""
 
     async def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").encode("latin-1")
@@ -249,7 +253,7 @@ class _EventStream(Response):
 
 
 class _CountRequests:
-    """Counts the requests by their path and how they ended."""
+    """Counts the requests by path and status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -275,7 +279,7 @@ class _CountRequests:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    """Any error in OpenAI's form."""
+    """The response for an error, in OpenAI's form."""
     if isinstance(error, (ClientLeftError, ClientDisconnect)):
         return Response(status_code=_LEFT)
     if isinstance(error, HTTPException):

@@ -1,4 +1,4 @@
-"""What OpenAI's API answers: whole completions and the chunks of streamed ones, as JSON objects."""
+"""The answers of OpenAI's API: whole completions, and the chunks of streamed ones, as JSON objects."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _LOWEST_LOGPROB = -9999.0  # stands for minus infinity and NaN, which JSON does 
 
 
 class Format(Protocol):
-    """One of the two endpoints' objects.
+    """The JSON objects of an endpoint.
 
     Attributes:
-        prefix: of the answers' ids.
-        whole_object, chunk_object: names of their kinds.
+        prefix: start of the answers' ids.
+        whole_object, chunk_object: the value of the field `object`, in whole answers and in chunks.
     """
 
     prefix: str
@@ -32,14 +32,14 @@ class Format(Protocol):
         """A choice of a whole answer."""
 
     def first_chunk(self, index: int) -> Choice | None:
-        """The choice's first chunk, before any piece."""
+        """The first chunk of a choice, before any piece; None if there is none."""
 
     def chunks(self, piece: Piece) -> list[Choice]:
         """The chunks of a piece."""
 
 
 class ChatFormat:
-    """Of `POST /v1/chat/completions`."""
+    """The objects of `POST /v1/chat/completions`."""
 
     prefix = "chatcmpl"
     whole_object = "chat.completion"
@@ -91,7 +91,7 @@ class ChatFormat:
 
 
 class CompletionFormat:
-    """Of `POST /v1/completions`."""
+    """The objects of `POST /v1/completions`."""
 
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
@@ -140,7 +140,7 @@ class CompletionFormat:
 
 
 class Answer:
-    """One answer's id, time and model, which all of its chunks repeat."""
+    """The id, time and model of one answer, which all of its chunks repeat."""
 
     def __init__(self, form: Format, model: str) -> None:
         self._form = form
@@ -155,7 +155,7 @@ class Answer:
 
 
 def usage(prompts: Sequence[Sequence[int]], n_generated: int) -> dict[str, int]:
-    """Numbers of tokens; each prompt counts once, however many completions it gets."""
+    """The numbers of tokens. Each prompt counts once, also with several completions."""
     n_prompt = sum(map(len, prompts))
     return {"prompt_tokens": n_prompt, "completion_tokens": n_generated, "total_tokens": n_prompt + n_generated}
 

@@ -39,11 +39,15 @@ class Planner:
 
     Args:
         max_choices: maximum number of completions of a request, over all of its prompts.
+        speculative: as in `SamplingParams`, of all jobs.
         chat_error: why the checkpoint cannot answer chats; None if it can.
     """
 
-    def __init__(self, llama: Llama, max_choices: int, *, chat_error: str | None = None) -> None:
+    def __init__(
+        self, llama: Llama, max_choices: int, *, speculative: str | None = None, chat_error: str | None = None
+    ) -> None:
         self.tokenizer = llama.tokenizer
+        self._speculative = speculative
         self._chat_error = chat_error
         self._vocab_size: int = llama.model.params.vocab_size
         self.max_seq_len: int = llama.model.params.max_seq_len
@@ -53,7 +57,7 @@ class Planner:
         self._max_chars = self.max_seq_len * longest_piece
 
     def completion(self, body: CompletionBody) -> Job:
-        """Raises ApiError if a prompt is wrong or does not fit."""
+        """The job of a completion; raises ApiError if a prompt is wrong or too long."""
         self._check_count(len(body.prompt) * body.n, "prompt" if len(body.prompt) > 1 else "n")
         one = len(body.prompt) == 1
         prompts = [self._prompt(prompt, "prompt" if one else f"prompt[{i}]") for i, prompt in enumerate(body.prompt)]
@@ -62,11 +66,11 @@ class Planner:
             max_gen_len = min(DEFAULT_MAX_TOKENS, room)
         else:
             max_gen_len = self._fitting(body.max_tokens, room, "prompt", "max_tokens")
-        params = _params(body, max_gen_len, logprobs=body.logprobs is not None, echo=body.echo)
+        params = self._params(body, max_gen_len, logprobs=body.logprobs is not None, echo=body.echo)
         return Job(prompts, params, body.n, body.logprobs or 0, continues=True)
 
     def chat(self, body: ChatBody) -> Job:
-        """Raises ApiError if the messages are not a dialog of the template's, or do not fit."""
+        """The job of a chat; raises ApiError if the messages are not a dialog of the template's, or too long."""
         if self._chat_error is not None:
             raise ApiError(self._chat_error, param="messages", code="unsupported_chat_format")
         self._check_count(body.n, "n")
@@ -78,13 +82,27 @@ class Planner:
         if (max_tokens := body.max_completion_tokens or body.max_tokens) is not None:
             name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             max_gen_len = self._fitting(max_tokens, room, "messages", name)
-        params = _params(body, max_gen_len, logprobs=body.logprobs, echo=False)
+        params = self._params(body, max_gen_len, logprobs=body.logprobs, echo=False)
         return Job([prompt], params, body.n, body.top_logprobs, continues=False)
+
+    def _params(
+        self, body: ChatBody | CompletionBody, max_gen_len: int, *, logprobs: bool, echo: bool
+    ) -> SamplingParams:
+        return SamplingParams(
+            body.temperature,
+            body.top_p,
+            max_gen_len,
+            logprobs=logprobs,
+            echo=echo,
+            stop=body.stop,
+            seed=body.seed,
+            speculative=self._speculative,
+        )
 
     def _check_count(self, n_choices: int, param: str) -> None:
         if n_choices > self._max_choices:
             raise ApiError(
-                f"prompts times n must be at most {self._max_choices}, got {n_choices}; send several requests",
+                f"prompts times n must be at most {self._max_choices}, got {n_choices}; split the request",
                 param=param,
             )
 
@@ -107,7 +125,7 @@ class Planner:
             if has_special_tags(message["content"]):
                 name = f"messages[{i}].content"
                 tags = ", ".join(SPECIAL_TAGS)
-                raise ApiError(f"{name} must be without the chat template's tags: {tags}", param=name)
+                raise ApiError(f"{name} must not contain the chat template's tags ({tags}); leave them out", param=name)
         n_chars = sum(len(message["content"]) for message in dialog)
         if n_chars > self._max_chars:
             raise self._too_long("messages", f"texts of {n_chars} characters")
@@ -134,7 +152,3 @@ class Planner:
             param=name,
             code="context_length_exceeded",
         )
-
-
-def _params(body: ChatBody | CompletionBody, max_gen_len: int, *, logprobs: bool, echo: bool) -> SamplingParams:
-    return SamplingParams(body.temperature, body.top_p, max_gen_len, logprobs, echo, body.stop, body.seed)

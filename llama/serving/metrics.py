@@ -1,4 +1,4 @@
-"""What `GET /metrics` shows, in Prometheus's text format."""
+"""The metrics of `GET /metrics`, in Prometheus's text format."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class Metrics:
         )
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Adds a gauge that shows what `value` returns at the time."""
+        """Adds a gauge whose value is asked for at each read."""
         Gauge(name, text, registry=self._registry).set_function(value)
 
     def watch_count(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Adds a counter that shows what `value` returns at the time."""
+        """Adds a counter whose value is asked for at each read."""
         self._registry.register(_Count(name, text, value))
 
     def text(self) -> bytes:
-        """All of them."""
+        """All metrics."""
         return generate_latest(self._registry)
 
 

@@ -24,7 +24,7 @@ MAX_CHOICES = 128  # per prompt
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20  # of a chat completion; of a completion 5
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# Values of unsupported fields that change nothing, and which clients send although they do not need them.
+# Values of unsupported fields that have no effect; clients send them by default.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "function_call": ("none",),
@@ -39,7 +39,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none",),
     "tools": ([],),
 }
-# Likewise in messages: what a client that sends an answer back as it came has in it.
+# Likewise in messages: clients that send an answer back unchanged send these.
 _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}
 
 
@@ -51,7 +51,7 @@ class StreamOptions(BaseModel):
 
 
 class _Body(BaseModel):
-    """The fields that both kinds of completion have. null stands for a field's default."""
+    """The fields that both endpoints have. null stands for a field's default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -84,7 +84,7 @@ class _Body(BaseModel):
 
 
 class CompletionBody(_Body):
-    """Of `POST /v1/completions`."""
+    """The body of `POST /v1/completions`."""
 
     prompt: list[str | list[int]]
     max_tokens: int | None = Field(default=None, ge=0)
@@ -109,7 +109,7 @@ class CompletionBody(_Body):
 
 
 class ChatBody(_Body):
-    """Of `POST /v1/chat/completions`."""
+    """The body of `POST /v1/chat/completions`."""
 
     messages: list[dict[str, str]]
     max_tokens: int | None = Field(default=None, ge=1)
@@ -207,7 +207,7 @@ def _message(message: Any, name: str) -> dict[str, str]:
 
 
 def _content(content: Any, name: str) -> str:
-    """The text of a content, which may come in parts."""
+    """The text of a content, which is a string or a list of parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:

@@ -30,15 +30,15 @@ class ClientLeftError(Exception):
 class Run:
     """Submits a job, and brings its pieces from the service's thread to the event loop's.
 
-    Pieces wait here for a client that reads slowly: the service never waits. To be used as a context manager, which
-    aborts what still runs at its end.
+    Pieces for a client that reads slowly are queued here, so that the service never waits. A context manager: at its
+    end, what still runs is aborted.
 
     Args:
-        arrived: when the request came, of `time.perf_counter`.
-        timeout_s: maximum time from then to the last piece.
+        arrived: time of the request's arrival, by `time.perf_counter`.
+        timeout_s: maximum time from its arrival to the last piece.
 
     Raises:
-        ApiError: the queue is full, or the server is about to end.
+        ApiError: the queue is full, or the server is shutting down.
     """
 
     def __init__(self, service: Service, job: Job, metrics: Metrics, *, arrived: float, timeout_s: float) -> None:
@@ -47,7 +47,7 @@ class Run:
         self._metrics = metrics
         self._arrived = arrived
         self._n_open = job.n_choices
-        self._first: float | None = None  # when the first token came
+        self._first: float | None = None  # time of the first token
         self._last = arrived
         self._queue: asyncio.Queue[tuple[float, Piece | BaseException]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -64,7 +64,7 @@ class Run:
             raise _api_error(error) from error
         left_s = timeout_s - (time.perf_counter() - arrived)
         timeout = ApiError(
-            f"the request must be answered within the server's time limit of {timeout_s:g} seconds, and was not",
+            f"the answer must be complete within the server's time limit of {timeout_s:g} seconds, got a longer one",
             status=504,
             code="timeout",
             headers={"x-should-retry": "false"},
@@ -84,7 +84,7 @@ class Run:
         """The pieces of all choices.
 
         Raises:
-            ApiError: the service failed or the time was up.
+            ApiError: the service failed, or the time limit has passed.
         """
         while self._n_open:
             at, piece = await self._queue.get()
@@ -118,10 +118,10 @@ async def while_connected(
 
     Args:
         receive: ASGI's, from which the whole body has been read.
-        timeout_s: time limit of a request; a client has some seconds more to read the answer.
+        timeout_s: time limit of the request; a client has `_SEND_S` more to read the answer.
 
     Raises:
-        ClientLeftError: it was.
+        ClientLeftError: the client left, or did not read its answer in time.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_client_leaves(receive))

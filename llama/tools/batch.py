@@ -1,7 +1,7 @@
 """Completes a file of requests: `torchrun --nproc_per_node N -m llama.tools.batch --input FILE --output FILE`.
 
-Requests and results are lines in OpenAI's batch format (see `batch_file`). A run that was interrupted goes on where it
-stopped.
+Requests and results are lines in OpenAI's batch format (see `batch_file`). An interrupted run continues where
+it stopped.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _open(input: Path, output: Path) -> tuple[Results, Completed]:
 
 
 def _first_rank_does(work: Callable[[], T]) -> T | None:
-    """What `work` returns on the first rank, None on the others. Its error ends all ranks, and is printed once."""
+    """The result of `work` on the first rank, None on the others. Its error ends all ranks, and is printed once."""
     done: T | None = None
     error: Exception | None = None
     if runtime.is_first_rank():
@@ -88,9 +88,10 @@ def main(
     max_batch_size: int = 8,
     model: str | None = None,
     seed: int = 1,
+    speculative: str | None = None,
     **build: Any,
 ) -> None:
-    """Completes the requests of a file in OpenAI's batch format. The same command goes on after an interruption.
+    """Completes the requests of a file in OpenAI's batch format. After an interruption, the same command continues.
 
     Args:
         input: path of the requests, one JSON object per line.
@@ -98,10 +99,13 @@ def main(
         ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy checkpoint of the repository.
         tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         max_seq_len: maximum number of tokens of a prompt and its completion.
-        max_batch_size: number of requests that each replica works on at a time.
+        max_batch_size: maximum number of completions that each replica generates at a time.
         model: name of the checkpoint in requests and results; by default that of its folder.
-        seed: of requests that have none: each gets its own, derived from this one and its custom_id.
+        seed: for requests without a seed: each gets one derived from this and its custom_id.
+        speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
+            same text, often in less time.
     """
+    commandline.check_speculative(speculative, build)
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
     name = model or Path(ckpt_dir).resolve().name
     mp = runtime.resolve_model_parallel_size(build.get("model_parallel_size"))
@@ -116,14 +120,14 @@ def main(
         mark = fingerprint(llama, tokenizer_path, seed, build.get("quantize"))
         _first_rank_does(lambda: _check_fingerprint(opened[1], mark, Path(output)) if opened else None)
         if opened:
-            planner = Planner(llama, MAX_CHOICES, chat_error=chat_error(ckpt_dir))
+            planner = Planner(llama, MAX_CHOICES, speculative=speculative, chat_error=chat_error(ckpt_dir))
             _lead(llama, Path(input), Reader(planner, name, seed), *opened, mark)
         else:
             _follow(llama)
 
 
 def _lead(llama: Llama, input: Path, read: Reader, results: Results, completed: Completed, mark: str) -> None:
-    """The first rank's part."""
+    """The part of rank 0."""
     lines = (line for line in read_requests(input) if line.number not in completed.done)
     n_done = len(completed.done)
     started = time.monotonic()
@@ -141,7 +145,7 @@ def _lead(llama: Llama, input: Path, read: Reader, results: Results, completed: 
 
 
 def _follow(llama: Llama) -> None:
-    """The other ranks' part."""
+    """The part of the other ranks."""
     with runtime.rank_errors():
         complete_jobs(Replica(llama), Worker(runtime.replica()[0]) if runtime.is_first_of_group() else None)
 

@@ -29,10 +29,10 @@ class Line:
 
     Attributes:
         number: from 1.
-        digest: identifies the line's content; of a line without a `custom_id`, its number too.
-        custom_id: None for a line that is no JSON object.
-        fields: of the JSON object; None for a line that is none.
-        error: why it is none.
+        digest: identifies the line's content; for a line that is not a JSON object, its number too.
+        custom_id: None for a line that is not a JSON object.
+        fields: the JSON object; None for a line that is not one.
+        error: why it is not one.
     """
 
     number: int
@@ -46,7 +46,7 @@ def read_line(number: int, raw: bytes) -> Line:
     """Reads a line of the input.
 
     Raises:
-        ValueError: it is a JSON object without a `custom_id`.
+        ValueError: the line is a JSON object without a `custom_id`.
     """
     raw = raw.strip()
     try:

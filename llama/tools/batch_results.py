@@ -1,4 +1,4 @@
-"""The file of results of a batch, and which requests it has results of already."""
+"""The file of results of a batch, and the requests that have results in it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from llama.tools.batch_file import Line, read_line, result_id
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: two runs at once are then not noticed
+except ImportError:  # not a POSIX system: two runs at the same time are not detected there
     fcntl = None  # type: ignore[assignment]
 
 _SYNC_S = 5.0  # between two times that the results are forced onto the disk
 
 
 class Results:
-    """The file of results, of which each line is one request's. Only one process may have it open.
+    """The file of results, one per line. Only one process may have it open.
 
     Args:
-        path: a file that is continued if it exists; a last line that was not written whole is removed.
+        path: the file; if it exists, results are added. An incomplete last line is removed.
 
     Raises:
         ValueError: another process has it open.
@@ -48,7 +48,7 @@ class Results:
             os.close(folder)
 
     def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The results that the file has, and the numbers of their lines."""
+        """The results in the file, with the numbers of their lines."""
         self._file.seek(0)
         for number, raw in enumerate(self._file, start=1):
             try:
@@ -63,7 +63,7 @@ class Results:
             yield number, fields
 
     def append(self, line: bytes) -> None:
-        """Adds a line, which is in the file on return, and on the disk a few seconds later."""
+        """Adds a line. It is in the file on return, and on the disk within `_SYNC_S` of the next line."""
         self._file.write(line)
         self._file.flush()
         if time.monotonic() - self._synced > _SYNC_S:
@@ -79,21 +79,21 @@ class Results:
 
 
 def _lock(fd: int, path: Path) -> None:
-    """Takes the file for this process, until it ends. Where the file system has no locks, does nothing."""
+    """Locks the file until this process ends; without effect on a file system without locks."""
     if fcntl is None:
         return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(
-            f"--output must be a file that no other process writes, got {path}, which one does; wait for it to end"
+            f"--output must be a file that no other process is writing, got {path}; wait for the other process to end"
         ) from error
     except OSError:
         return
 
 
 def _repair(file: Any) -> None:
-    """Removes a last line that was not written whole; completes one that lacks its newline alone."""
+    """Removes an incomplete last line; one that lacks only its newline gets it."""
     size = file.seek(0, os.SEEK_END)
     tail = b""
     while size > len(tail) and b"\n" not in tail:
@@ -130,12 +130,12 @@ def read_requests(path: Path) -> Iterator[Line]:
 
 @dataclass
 class Completed:
-    """What is done already, found before any work.
+    """The requests that have results already.
 
     Attributes:
         n_lines: number of requests in the input.
-        done: numbers of the lines that have a result.
-        fingerprints: of the runs that made the results, each with the number of the first line of results.
+        done: numbers of the input's lines that have a result.
+        fingerprints: of the runs that wrote results, each with the number of its first line in the output.
     """
 
     n_lines: int
@@ -148,10 +148,10 @@ class Completed:
 
 
 def compare(input: Path, results: Results, output: Path) -> Completed:
-    """Finds which requests have results.
+    """Finds the requests that have results.
 
     Raises:
-        ValueError: two requests have one `custom_id`, or a result is not of a request as it is in the input now.
+        ValueError: two requests have the same `custom_id`, or a result belongs to no request of the input.
     """
     numbers: dict[str, int] = {}
     ids: dict[str, int] = {}
@@ -184,7 +184,7 @@ def compare(input: Path, results: Results, output: Path) -> Completed:
 
 
 def _fingerprint(fields: dict[str, Any]) -> str | None:
-    """The `system_fingerprint` of a result; None for an error, which has none."""
+    """The `system_fingerprint` of a result; None for an error."""
     inner: Any = fields
     for name in ("response", "body", "system_fingerprint"):
         inner = inner.get(name) if isinstance(inner, dict) else None

@@ -1,7 +1,7 @@
-"""The requests of a batch on their way through the network: handed out to replicas, completed, written.
+"""Distributes the requests of a batch over the replicas of the network, and collects their results.
 
-The first rank reads requests and writes results. Each replica of the network keeps its own batch full; the first ranks
-of the others exchange messages with the first rank, which hands out requests as results come.
+Rank 0 reads requests and writes results. Each replica keeps its own batch full; the first rank of each further replica
+exchanges messages with rank 0, which hands out requests as results come.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from llama.tools.replica import Replica
 T = TypeVar("T")
 Numbered = tuple[int, Job]  # a job, and the number of its line
 Ended = tuple[int, list[Piece]]  # the number of a job's line, and one piece for each of its choices
-_POLL_S = 0.01  # between two looks for a message while there is nothing else to do
-_HEARTBEAT_S = 5.0  # after which a replica that has nothing to say sends an empty message
-_SILENCE_S = 300.0  # after which a replica that has sent nothing counts as lost
+_POLL_S = 0.01  # between two looks for messages while nothing runs
+_HEARTBEAT_S = 5.0  # after which a rank without messages sends an empty one
+_SILENCE_S = 300.0  # after which a rank that has sent nothing counts as lost
 _REPORT_S = 1.0  # between two reports of a replica while no request ends
 
 
 class Channel:
     """Messages between two ranks, in order and without waiting.
 
-    Both send an empty list now and then, so that each knows that the other one is there.
+    Both send an empty list every few seconds, by which each knows that the other one still runs.
     """
 
     def __init__(self, store: Store, send: str, receive: str, other: str) -> None:
@@ -55,10 +55,10 @@ class Channel:
         self._last_sent = time.monotonic()
 
     def receive(self) -> Iterator[Any]:
-        """The messages that have come.
+        """The messages that have arrived.
 
         Raises:
-            RuntimeError: none has come for minutes.
+            RuntimeError: none has arrived for `_SILENCE_S`.
         """
         now = time.monotonic()
         if now - self._last_sent > _HEARTBEAT_S:
@@ -71,13 +71,13 @@ class Channel:
             yield message
         if now - self._last_received > _SILENCE_S:
             raise RuntimeError(
-                f"{self._other} has not been heard of for {_SILENCE_S:.0f} seconds; start the command again, which "
-                "goes on where this run stopped"
+                f"{self._other} must send a message at least every {_SILENCE_S:.0f} seconds, got none; start the "
+                "command again: it continues where this run stopped"
             )
 
 
 def _channel(replica: int, *, is_first_rank: bool) -> Channel:
-    """That between the first rank and the first rank of another replica."""
+    """The channel between rank 0 and the first rank of another replica."""
     store = dist.distributed_c10d._get_default_store()
     down, up = f"batch/{replica}/jobs", f"batch/{replica}/results"
     return Channel(store, down, up, f"replica {replica}") if is_first_rank else Channel(store, up, down, "rank 0")
@@ -94,7 +94,7 @@ class Worker:
         self._reported = time.monotonic()
 
     def take(self, n: int) -> list[Numbered] | None:
-        """Up to `n` jobs, if there are any; None once no more will come."""
+        """Up to `n` jobs, if there are any; None after the last one."""
         for message in self._channel.receive():
             self._is_last |= message is None
             self._jobs.extend(message or ())
@@ -142,25 +142,25 @@ class Coordinator:
         self._channels = {i: _channel(i, is_first_rank=True) for i in range(1, n_replicas)}
 
     def take(self, n: int) -> list[Numbered] | None:
-        """Up to `n` jobs for the first replica; None if there are no more."""
+        """Up to `n` jobs for the first replica; None after the last one."""
         self.exchange()
         jobs = self._next(n, 0)
         return None if self._is_last and not jobs else jobs
 
     def deliver(self, ended: Sequence[Ended], n_new: int) -> None:
-        """Writes results, and sees to the other replicas."""
+        """Writes results, and exchanges messages with the other replicas."""
         self._write(ended, n_new)
         self.exchange()
 
     def finish(self) -> None:
-        """Waits for the other replicas."""
+        """Waits until all requests have results."""
         self.exchange()
         while self._out:
             time.sleep(_POLL_S)
             self.exchange()
 
     def exchange(self) -> None:
-        """Takes results from the other replicas, and gives them jobs."""
+        """Writes the other replicas' results, and sends them jobs."""
         for replica, channel in self._channels.items():
             for message in channel.receive():
                 for ended, n_new in message:
@@ -206,10 +206,10 @@ class Coordinator:
 
 
 def complete_jobs(replica: Replica, source: Coordinator | Worker | None) -> None:
-    """Completes jobs until there are no more.
+    """Completes jobs until the last one.
 
     Args:
-        source: on the first rank of each replica, where its jobs come from; None on the other ranks.
+        source: hands out the jobs, on the first rank of each replica; None on the other ranks.
     """
     may_come = True
     while may_come or not replica.is_idle:
@@ -227,7 +227,7 @@ def complete_jobs(replica: Replica, source: Coordinator | Worker | None) -> None
 
 
 def _share_in_group(value: T) -> T:
-    """The value of the first rank of this model-parallel group."""
+    """The value of the first rank of this model-parallel group, on all of its ranks."""
     if runtime.model_parallel_size() == 1:
         return value
     box = [value]

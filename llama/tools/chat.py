@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,14 +22,14 @@ from llama.tools.chat_format import chat_error
 
 try:
     import termios
-except ImportError:  # not a POSIX system: Ctrl-C then ends the program
+except ImportError:  # not a POSIX system: Ctrl-C ends the program there
     termios = None  # type: ignore[assignment]
 
 PROMPT = "\nYou: "
 _CTRL_C = b"\x03"
-_KEEP_ALIVE_S = 60.0  # how often waiting ranks hear from the first one, well under any process group's timeout
-# Control characters but newline and tab, and those that reverse the direction of the text, which would let an answer
-# command the terminal or show other text than it has.
+_KEEP_ALIVE_S = 60.0  # between two messages to the waiting ranks, well under any process group's timeout
+# Control characters except newline and tab, and those that change the direction of text: with these an answer could
+# control the terminal, or look like another text.
 _UNPRINTABLE = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {*b"\n\t"}
 _ESCAPES = {code: chr(code).encode("unicode_escape").decode() for code in _UNPRINTABLE}
 
@@ -51,7 +51,7 @@ class Terminal:
         self.at_end = False
 
     def wait(self, seconds: float) -> bool:
-        """Waits at most that long; returns whether a line, Ctrl-C or the end has come."""
+        """Waits at most that long. Returns whether there is a line, Ctrl-C or the end of the input."""
         if not (self._has_line() or self.at_end):
             self._read(seconds)
         return self._has_line() or self.at_end
@@ -66,7 +66,7 @@ class Terminal:
         return "" if end == _CTRL_C else line.decode(errors="replace")
 
     def interrupted(self) -> bool:
-        """Whether Ctrl-C has come since the last line; drops what was typed before it."""
+        """Whether Ctrl-C was typed since the last line. Input before it is dropped."""
         self._read(0)
         if _CTRL_C not in self._unread:
             return False
@@ -74,7 +74,7 @@ class Terminal:
         return True
 
     def _read(self, seconds: float) -> None:
-        """Reads what there is, waiting at most that long for the first of it."""
+        """Reads the input that is there; waits at most that long for some."""
         if not self.at_end and select.select([self._fd], [], [], seconds)[0]:
             chunk = os.read(self._fd, 65536)
             self._unread += chunk
@@ -108,7 +108,7 @@ class History:
     """The turns so far, trimmed to what the context has room for.
 
     Attributes:
-        most_tokens: maximum number of tokens of the prompt; the rest of the context is for the answer.
+        most_tokens: maximum number of tokens of the prompt; the rest of the context is kept for the answer.
     """
 
     llama: Llama
@@ -117,7 +117,7 @@ class History:
     turns: list[Message] = field(default_factory=list)
 
     def with_question(self, text: str) -> Dialog | None:
-        """The dialog that asks `text`, without the oldest turns if they do not fit; None if it alone is too long."""
+        """The dialog that asks `text`, without the oldest turns if they do not fit; None if `text` is too long."""
         question: Message = {"role": "user", "content": text}
         head: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for start in range(0, len(self.turns) + 1, 2):
@@ -135,7 +135,7 @@ class History:
 
 
 def _ask(terminal: Terminal, history: History) -> Dialog | None:
-    """Prompts until there is a dialog to answer; None at the end. Meanwhile the other ranks are told to wait."""
+    """Asks for a question until there is a dialog to answer; None at the end of the input. The other ranks wait."""
     while True:
         print(PROMPT, end="", flush=True)
         while not terminal.wait(_KEEP_ALIVE_S):
@@ -154,13 +154,13 @@ def _ask(terminal: Terminal, history: History) -> Dialog | None:
             print(f"(too long: question and system prompt must have at most {history.most_tokens} tokens)")
 
 
-def _lead(llama: Llama, history: History, terminal: Terminal, temperature: float, top_p: float) -> None:
-    """The first rank's part."""
+def _lead(llama: Llama, history: History, terminal: Terminal, settings: Mapping[str, Any]) -> None:
+    """The part of the first rank."""
     while dialog := _ask(terminal, history):
         broadcast_object(dialog)
         print("Llama: ", end="", flush=True)
         answer = ""
-        with closing(llama.stream_chat_completion(dialog, temperature, top_p)) as pieces:
+        with closing(llama.stream_chat_completion(dialog, **settings)) as pieces:
             for piece in pieces:
                 answer += piece
                 print(for_terminal(piece), end="", flush=True)
@@ -174,12 +174,12 @@ def _lead(llama: Llama, history: History, terminal: Terminal, temperature: float
     broadcast_object("leave")
 
 
-def _follow(llama: Llama, temperature: float, top_p: float) -> None:
-    """The other ranks' part: the same calls as the first one's."""
+def _follow(llama: Llama, settings: Mapping[str, Any]) -> None:
+    """The part of the other ranks: the calls of the first one."""
     news: Dialog | str
     while (news := broadcast_object()) != "leave":
         if not isinstance(news, str):
-            for _ in llama.stream_chat_completion(news, temperature, top_p):
+            for _ in llama.stream_chat_completion(news, **settings):
                 pass
 
 
@@ -192,6 +192,7 @@ def main(
     top_p: float = 0.9,
     max_seq_len: int = 512,
     answer_len: int | None = None,
+    speculative: str | None = None,
     **build: Any,
 ) -> None:
     """Chat in the terminal. Ctrl-C stops an answer, Ctrl-D leaves.
@@ -204,23 +205,27 @@ def main(
         top_p: samples from the smallest set of tokens whose probabilities exceed it in sum (nucleus sampling).
         max_seq_len: maximum number of tokens of the remembered turns and the answer.
         answer_len: number of these that are kept free for the answer; by default a quarter.
+        speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
+            same text, often in less time.
     """
     if sys.stdin is None:
         raise ValueError("standard input must be a terminal, a file or a pipe, got a closed one")
     if has_special_tags(system):
         raise ValueError(
-            f"system must be without the chat template's tags, {' '.join(SPECIAL_TAGS)}, got {quote(system)}"
+            f"system must not contain the chat template's tags, {' '.join(SPECIAL_TAGS)}, got {quote(system)}"
         )
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
     if error := chat_error(ckpt_dir):
         raise ValueError(error)
+    commandline.check_speculative(speculative, build)
+    settings = {"temperature": temperature, "top_p": top_p, "speculative": speculative}
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, **build)
     if not is_first_rank():
-        return _follow(llama, temperature, top_p)
+        return _follow(llama, settings)
     history = History(llama, system, max_seq_len - (answer_len or max_seq_len // 4))
     print("Ctrl-C stops an answer, Ctrl-D leaves.")
     with open_terminal() as terminal:
-        _lead(llama, history, terminal, temperature, top_p)
+        _lead(llama, history, terminal, settings)
 
 
 if __name__ == "__main__":

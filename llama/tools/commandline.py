@@ -1,4 +1,4 @@
-"""From a function to a command: flags by fire, a user's mistake as one line on stderr with exit status 1."""
+"""Runs a function as a command: its arguments are flags (by fire); a user's mistake is one line on stderr, status 1."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import gc
 import inspect
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -18,13 +18,14 @@ from fire import decorators, docstrings
 
 from llama.checkpoint import find_tokenizer
 from llama.generation import Llama
+from llama.inputs import SPECULATIVE
 from llama.lockstep import RankError
-from llama.quoting import printable
+from llama.quoting import printable, quote
 from llama.tools.toy import toy_checkpoint
 
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError)
 Function = TypeVar("Function", bound=Callable[..., Any])
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+INTERRUPTED = 130  # status that a shell reports for a program that Ctrl-C ended
 _MAX_MESSAGE = 4000  # characters of an error that are printed
 _ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # SIGHUP: the terminal was closed
 
@@ -54,8 +55,17 @@ def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[
     return folder, tokenizer_path or str(find_tokenizer(folder))
 
 
+def check_speculative(speculative: str | None, build: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `--speculative` is a way to draft tokens, with `--draft_ckpt_dir` if it needs one."""
+    if speculative not in (None, *SPECULATIVE):
+        raise ValueError(f"--speculative must be {' or '.join(SPECULATIVE)}, got {quote(speculative)}")
+    if (speculative == "draft") != (build.get("draft_ckpt_dir") is not None):
+        got = "no --draft_ckpt_dir" if speculative == "draft" else f"--draft_ckpt_dir and --speculative {speculative}"
+        raise ValueError(f"--speculative draft and --draft_ckpt_dir must be given together, got {got}")
+
+
 class _Call:
-    """A call that waits until fire has understood the whole command line: a mistyped flag then stops it in time."""
+    """A call that runs after fire has parsed the whole command line, so that a mistyped flag is an error before it."""
 
     __slots__ = ("_run",)
 
@@ -64,16 +74,17 @@ class _Call:
 
 
 def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threads: int | None = None) -> None:
-    """Runs the function that the command line asks for: the only one, or that of the dict which it names.
+    """Runs a function with the arguments of the command line.
 
-    A text that it returns is printed; a number is the exit status. Ctrl-C, SIGTERM and SIGHUP end it by an exception,
+    A text that it returns is printed; a number is the exit status. Ctrl-C, SIGTERM and SIGHUP raise an exception in it,
     so that it can clean up; under nohup, SIGHUP stays ignored.
 
     Args:
-        n_threads: number of threads for torch; None leaves it. Commands that copy files pass 1: more threads only
-            slow the disk down.
+        commands: the function, or several by name, of which the first argument of the command line chooses one.
+        n_threads: number of threads of torch; None leaves it unchanged. Commands that copy files pass 1, since more
+            threads slow the disk down.
     """
-    decorators.FIRE_METADATA = "_fire_metadata"  # its note on a function, which its help would list as a command
+    decorators.FIRE_METADATA = "_fire_metadata"  # private: fire's help would list the attribute as a command
     if isinstance(commands, dict):
         component: Any = {name: _deferred(function) for name, function in commands.items()}
     else:
@@ -84,7 +95,7 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threa
     for number in _ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _terminate)
-    atexit.register(gc.freeze)  # or the interpreter's end looks through all of torch for garbage, for 0.4 s
+    atexit.register(gc.freeze)  # else the interpreter searches all of torch for garbage at its end, for 0.4 s
     if n_threads is not None:
         torch.set_num_threads(n_threads)
     try:
@@ -92,7 +103,7 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threa
     except MISTAKES as error:
         message = "; ".join(str(error).splitlines()) or type(error).__name__
         sys.exit(f"error: {printable(message, _MAX_MESSAGE)}")
-    except RankError as error:  # the rank that it names prints its own error
+    except RankError as error:  # the rank that the message names prints its own error
         sys.exit(f"stopped: {printable(str(error), _MAX_MESSAGE)}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -103,7 +114,7 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threa
 
 
 def _deferred(function: Callable[..., Any]) -> Callable[..., _Call]:
-    """`function` with the same flags, which returns the call. Parameters of type str get their text as it is."""
+    """A function with the same flags that returns the call. Parameters of type str get their text unchanged."""
 
     @functools.wraps(function)
     def defer(*args: Any, **kwargs: Any) -> _Call:
@@ -122,7 +133,7 @@ def _deferred(function: Callable[..., Any]) -> Callable[..., _Call]:
 
 
 def _check_values(given: dict[str, Any], texts: list[str]) -> None:
-    """Raises ValueError if a flag that needs a text was given without one, for which fire passes "True"."""
+    """Raises ValueError for a flag that needs a text and was given none: fire passes "True" for it."""
     typed = [argument.rpartition("=")[2] for argument in sys.argv[1:]]
     for name in texts:
         if given.get(name) in ("True", "False") and given[name] not in typed:
@@ -130,6 +141,6 @@ def _check_values(given: dict[str, Any], texts: list[str]) -> None:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    for number in _ENDING:  # a second signal must not interrupt the cleaning up
+    for number in _ENDING:  # a second signal must not interrupt the clean-up
         signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + signum)

@@ -62,7 +62,7 @@ def from_hf(
         output_dir: folder to make; it appears when it is complete.
         model_parallel_size: number of files to write, one per process (GPU) that will run the model.
         dtype: float16, bfloat16 or float32; by default each tensor keeps its own.
-        quiet: shows no progress.
+        quiet: whether to show no progress bar.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -118,8 +118,8 @@ def to_hf(
         tokenizer_path: its tokenizer.model.
         output_dir: folder to make; it appears when it is complete.
         dtype: float16, bfloat16 or float32; by default each tensor keeps its own.
-        max_position_embeddings: length of the context in config.json; params.json has no such field.
-        quiet: shows no progress.
+        max_position_embeddings: length of the context in config.json; params.json does not have it.
+        quiet: whether to show no progress bar.
 
     Raises:
         AssertionError: `ckpt_dir` holds no checkpoint files.
@@ -204,19 +204,19 @@ def _source_names(hf_dir: Path, source: HuggingFaceFolder, args: ModelArgs) -> d
             )
     for ours, theirs in names.items():
         if theirs not in source.layout:
-            raise ValueError(f"{hf_dir} must hold the tensors that config.json describes, but lacks {theirs}")
+            raise ValueError(f"{hf_dir} must hold the tensors that config.json describes, got none named {theirs}")
         if (shape := tuple(source.layout[theirs].shape)) != shapes[ours]:
             raise ValueError(
                 f"{hf_dir}: {theirs} must have shape {shapes[ours]} by config.json, got shape {quote(shape)}"
             )
     known = {*names.values(), OUTPUT}
     if extra := [name for name in source.layout if name not in known and not is_known_extra(name)]:
-        raise ValueError(f"{hf_dir} must hold no other tensors than Llama 2's, but has {printable(extra[0])}")
+        raise ValueError(f"{hf_dir} must hold no tensors but Llama 2's, got {printable(extra[0])}")
     return names
 
 
 def _params(args: ModelArgs) -> dict[str, Any]:
-    """The content of params.json; with rope_theta only where it is not the default: Meta's Llama 2 code rejects it."""
+    """The content of params.json. It has rope_theta only if not the default, since Meta's Llama 2 code rejects it."""
     params = {name: getattr(args, name) for name in _PARAMS if getattr(args, name) is not None}
     return params if args.rope_theta == ModelArgs.rope_theta else params | {"rope_theta": args.rope_theta}
 
@@ -225,7 +225,7 @@ def _copy_tokenizer(hf_dir: Path, folder: Path, *, quiet: bool) -> None:
     if (hf_dir / "tokenizer.model").exists():
         shutil.copyfile(hf_dir / "tokenizer.model", folder / "tokenizer.model")
     elif not quiet:
-        print(f"{hf_dir} has no tokenizer.model, which a run needs; get it from elsewhere", file=sys.stderr)
+        print(f"{hf_dir} has no tokenizer.model, which inference needs; copy it from elsewhere", file=sys.stderr)
 
 
 def _write_descriptions(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, dtype: torch.dtype) -> None:

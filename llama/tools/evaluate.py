@@ -38,16 +38,16 @@ def main(
         ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy one.
         tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         max_seq_len: maximum number of tokens of a context and its continuation; contexts are truncated from the left.
-        max_batch_size: number of requests that each replica computes at a time.
+        max_batch_size: maximum number of requests that each replica computes at a time.
         include_path: folder of further tasks, as YAML files.
         num_fewshot: number of examples in the context; by default the task's.
         limit: number of documents per task, or their share if it is below 1; for trying a task out.
         apply_chat_template: puts contexts into the Llama 2 chat template.
-        system_instruction: goes in front of the context, or into the template.
-        gen_kwargs: changes how tasks generate, as in temperature=0,max_gen_toks=64.
+        system_instruction: text in front of the context, or system message of the template.
+        gen_kwargs: overrides of the tasks' generation arguments, such as temperature=0,max_gen_toks=64.
         output: path of a JSON file for the results.
-        log_samples: whether that file has the results of each document, too.
-        use_cache: path of a cache of results; an interrupted evaluation goes on from it. One per checkpoint.
+        log_samples: whether that file also has the results of each document.
+        use_cache: path of a cache of results; an interrupted evaluation continues from it. One per checkpoint.
     """
     from llama.tools.harness import LlamaLM  # the extra [eval]; its error names it
 
@@ -85,7 +85,7 @@ def _task_manager(names: list[str], include_path: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"--include_path must be a folder of tasks, got {include_path}, where there is none")
+        raise ValueError(f"--include_path must be a folder of tasks, got no folder {include_path}")
     manager = TaskManager(include_path=include_path)
     for name in names:
         if not manager.match_tasks([name]):

@@ -40,9 +40,13 @@ class HuggingFaceFolder:
 
     def __init__(self, folder: str | Path) -> None:
         if not Path(folder).is_dir():
-            raise FileNotFoundError(f"no folder {folder}; give the one of a downloaded Hugging Face model")
+            raise FileNotFoundError(
+                f"hf_dir must be the folder of a downloaded Hugging Face model, got no folder {folder}"
+            )
         if not (Path(folder) / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {folder}; give the folder of a downloaded Hugging Face model")
+            raise FileNotFoundError(
+                f"hf_dir must be the folder of a downloaded Hugging Face model, got no config.json in {folder}"
+            )
         self.config = read_json_object(Path(folder) / "config.json")
         self.layout: dict[str, Tensor] = {}
         self._files: dict[str, _SafetensorsFile | _BinFile] = {}  # of each tensor
@@ -50,12 +54,12 @@ class HuggingFaceFolder:
         for path in paths:
             file = _SafetensorsFile(path) if path.suffix == ".safetensors" else _BinFile(path)
             if twice := sorted(self.layout.keys() & file.layout.keys()):
-                raise ValueError(f"{path} must not repeat another file's tensors, but has {printable(twice[0])} too")
+                raise ValueError(f"{path} must not repeat tensors of another file, got {printable(twice[0])}")
             self.layout |= file.layout
             self._files |= dict.fromkeys(file.layout, file)
         if missing := sorted(listed - self.layout.keys()):
             raise ValueError(
-                f"{folder}: the files must hold all tensors of the index, but lack {printable(missing[0])}"
+                f"{folder}: the files must hold all tensors of the index, got none named {printable(missing[0])}"
             )
 
     def read(self, name: str) -> Tensor:
@@ -64,11 +68,14 @@ class HuggingFaceFolder:
 
 
 class _SafetensorsFile:
-    """A safetensors file, opened again for each tensor, so that the memory of one is freed with it."""
+    """A safetensors file. It is opened for each tensor, so that the mapped memory is freed with the tensor."""
 
     def __init__(self, path: Path) -> None:
         if safetensors is None:
-            raise ImportError(f"{path} needs the safetensors package; pip install 'llama[convert]' brings it")
+            raise ImportError(
+                f"{path} needs the package safetensors, of the extra [convert]; install it with: "
+                'pip install -e ".[convert]"'
+            )
         self._path = path
         try:
             with safetensors.safe_open(path, "pt") as file:

@@ -13,7 +13,7 @@ from llama.tools import commandline
 
 
 def windows(tokens: Sequence[int], size: int, stride: int, bos_id: int) -> Iterator[tuple[list[int], int]]:
-    """Cuts a text into overlapping windows that together score each token once.
+    """Overlapping windows of a text that together score each token once.
 
     Every window is BOS and up to `size - 1` tokens; the first scores all of them, each later one the up to `stride`
     tokens that are new in it, so that these have at least `size - 1 - stride` tokens before them.
@@ -64,11 +64,11 @@ def main(
     """Prints the perplexity of a text file.
 
     Args:
-        text: path of a UTF-8 text.
+        text: path of a text file in UTF-8.
         ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy one.
         tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         max_seq_len: size of the windows.
-        max_batch_size: number of windows that are scored at a time.
+        max_batch_size: maximum number of windows that are scored at a time.
         stride: number of tokens from one window to the next; by default half of max_seq_len.
     """
     content = Path(text).read_text(encoding="utf-8")

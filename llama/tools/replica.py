@@ -10,7 +10,7 @@ from llama.serving.jobs import Job
 
 
 class Replica(Service):
-    """A service without a thread: jobs start and advance when the caller says so.
+    """A service without a thread of its own: the caller starts jobs and takes the steps.
 
     All ranks of a model-parallel group start the same jobs between the same two steps.
     """

@@ -1,4 +1,4 @@
-"""A checkpoint on another number of files: `python -m llama.tools.reshard --ckpt_dir IN --output_dir OUT ...`."""
+"""Splits a checkpoint over a number of files: `python -m llama.tools.reshard --ckpt_dir IN --output_dir OUT ...`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
         output_dir: folder to make. params.json is copied there, and tokenizer.model and chat_format.json if they are
             in ckpt_dir.
         model_parallel_size: number of files to write, one per process (GPU) that will run the model.
-        quiet: shows no progress.
+        quiet: whether to show no progress bar.
 
     Raises:
         AssertionError: `ckpt_dir` holds no checkpoint files.

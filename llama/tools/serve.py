@@ -34,13 +34,13 @@ _LAST_EVENTS_S = 3.0  # after the grace time, in which clients are told that the
 
 
 class FirstRank:
-    """HTTP in this thread, the network in another one.
+    """Runs HTTP in this thread and the network in a second one.
 
     Args:
-        server: what the routes share.
+        server: the state that the routes share.
         build: loads the network; called in the second thread.
         max_waiting: as in `Service`.
-        grace_s: time to finish requests once a signal asks for the end.
+        grace_s: time to finish requests after a signal.
     """
 
     def __init__(self, server: Server, build: Callable[[], Llama], *, max_waiting: int, grace_s: float) -> None:
@@ -55,7 +55,7 @@ class FirstRank:
         self._end_http: Callable[[], None] = lambda: None
 
     def serve(self, listener: socket.socket) -> None:
-        """Serves until a signal comes; raises what ended the network, if that came first."""
+        """Serves until a signal comes; raises the error that ended the network, if that came first."""
         asyncio.run(self._listen(listener))
         if not self._service and not self._error:  # nothing can interrupt the loading
             sys.stderr.flush()
@@ -91,7 +91,7 @@ class FirstRank:
                 self._stop_service()
                 http.force_exit = True
             elif not http.should_exit:
-                print("ending; requests that run may finish", file=sys.stderr, flush=True)
+                print("shutting down; running requests may finish", file=sys.stderr, flush=True)
                 loop.call_later(self._grace_s, self._stop_service)
                 http.should_exit = True
 
@@ -127,7 +127,7 @@ def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) ->
 
 
 def _follow(build: Callable[[], Llama]) -> None:
-    """The other ranks' part. Signals reach all ranks; the first one decides when it is time to end."""
+    """The part of the other ranks. Signals reach all ranks; the first rank decides when they end."""
     llama = build()
     for number in _ENDING:
         signal.signal(number, signal.SIG_IGN)
@@ -135,7 +135,7 @@ def _follow(build: Callable[[], Llama]) -> None:
 
 
 def _open_port(host: str, port: int) -> socket.socket:
-    """A socket that listens there."""
+    """A socket that listens at an address."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -149,7 +149,7 @@ def _open_port(host: str, port: int) -> socket.socket:
 
 
 def _check_ranks(ckpt_dir: str, model_parallel_size: int | None) -> None:
-    """Raises ValueError where there would be several replicas of the network."""
+    """Raises ValueError if there would be several replicas of the network."""
     n_ranks = runtime.world_size()
     size = model_parallel_size or len(list_shards(ckpt_dir))
     if size < n_ranks:
@@ -177,6 +177,7 @@ def main(
     max_body_bytes: int = 2**22,
     timeout_s: float = 600,
     grace_s: float = 20,
+    speculative: str | None = None,
     **build: Any,
 ) -> None:
     """Serve OpenAI's API for completions and chats, and a chat page at /. SIGTERM or Ctrl-C ends it.
@@ -184,17 +185,19 @@ def main(
     Args:
         ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy one.
         tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
-        host: address to listen on; 0.0.0.0 for all of this machine's.
-        port: to listen on; 0 for a free one, which is printed.
+        host: address to listen on; 0.0.0.0 for all addresses of this machine.
+        port: port to listen on; 0 for a free one, which is printed.
         max_seq_len: maximum number of tokens of a prompt and its completion.
         max_batch_size: maximum number of completions that are generated at a time.
-        model_name: what clients call the network; by default the name of ckpt_dir.
-        api_key: that clients must send; by default the environment variable LLAMA_API_KEY, where other users of this
-            machine do not see it, or none.
-        max_waiting: maximum number of completions that wait for others to end; further ones are refused.
+        model_name: name of the network in requests; by default that of ckpt_dir.
+        api_key: key that clients must send; by default that of the environment variable LLAMA_API_KEY, which other
+            users of this machine cannot see, else none.
+        max_waiting: maximum number of completions that wait for a slot; further ones are refused.
         max_body_bytes: maximum size of a request.
-        timeout_s: maximum time that a request may take, waiting included.
-        grace_s: time to finish requests when the server is to end.
+        timeout_s: maximum time of a request in seconds, waiting included.
+        grace_s: time in seconds to finish requests after SIGTERM or Ctrl-C.
+        speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
+            same text, often in less time.
     """
     try:
         from llama.serving.app import Server
@@ -203,6 +206,7 @@ def main(
             f'the server needs the extra [serve] ({error}); install it with: pip install -e ".[serve]"'
         ) from error
     _check_limits(max_waiting=max_waiting, max_body_bytes=max_body_bytes, timeout_s=timeout_s, grace_s=grace_s)
+    commandline.check_speculative(speculative, build)
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
     _check_ranks(ckpt_dir, build.get("model_parallel_size"))
     load = partial(Llama.build, ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, **build)
@@ -213,11 +217,16 @@ def main(
     key = os.environ.get("LLAMA_API_KEY", "") if api_key is None else api_key
     name = model_name or Path(ckpt_dir).resolve().name
     server = Server(
-        name, api_key=key, max_body_bytes=max_body_bytes, timeout_s=timeout_s, chat_error=chat_error(ckpt_dir)
+        name,
+        api_key=key,
+        max_body_bytes=max_body_bytes,
+        timeout_s=timeout_s,
+        speculative=speculative,
+        chat_error=chat_error(ckpt_dir),
     )
     with _open_port(host, port) as listener:
         if not key and not _is_loopback(listener):
-            print("warning: anybody who reaches this address can use it; set LLAMA_API_KEY", file=sys.stderr)
+            print("warning: everybody who can reach this address can use it; set LLAMA_API_KEY", file=sys.stderr)
         address = f"[{host}]" if ":" in host else host
         print(f"{name} at http://{address}:{listener.getsockname()[1]}, once it is loaded", flush=True)
         FirstRank(server, load, max_waiting=max_waiting, grace_s=grace_s).serve(listener)

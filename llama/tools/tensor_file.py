@@ -19,20 +19,20 @@ from torch import Tensor
 from llama.archive import read_records
 
 _CHUNK = 1024**2  # bytes per system call; with 64 MiB from a mapped file, Linux 6.18 takes twice the time in all
-_FLUSH = 64 * 1024**2  # bytes after which the disk is set to work
+_FLUSH = 64 * 1024**2  # bytes after which a flush to the disk starts
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 class TensorFile:
-    """A laid-out file, open for the values. Used by `with`; at its end every tensor has to be written.
+    """A laid-out file, open for the values. A context manager; at its end every tensor has to be written.
 
-    The disk takes what was written while more is: left to the end, its work would come on top of the copying. At most
-    twice `_FLUSH` and a tensor are ahead of it, so that nothing has to wait for long after Ctrl-C.
+    Flushes run beside the writing, not after it. At most twice `_FLUSH` and a tensor are not on the disk yet, so that
+    Ctrl-C ends the program soon.
 
     Args:
         path: the file.
-        offsets: where each tensor's bytes start.
-        checksum_offsets: where the CRC-32 of a tensor's bytes goes, in formats that have one.
+        offsets: start of each tensor's bytes.
+        checksum_offsets: places of the CRC-32 of each tensor's bytes, in formats that have one.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TensorFile:
         assert kind is not None or not self._unwritten, f"never written: {sorted(self._unwritten)}"
 
     def write(self, name: str, tensor: Tensor) -> int:
-        """Puts a tensor, of the dtype and shape that were laid out, in its place; returns its bytes."""
+        """Writes a tensor, of the dtype and shape that were laid out; returns its number of bytes."""
         values = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
         stated = self._checksum_offsets.get(name, ())
         done = checksum = 0
@@ -80,22 +80,24 @@ class TensorFile:
         return done
 
     def _check_flush(self) -> None:
-        """Waits for the last flush and raises its error: the system tells of it once."""
+        """Waits for the last flush and raises its error, which the system reports only once."""
         if self._flush is not None:
             self._flush.result()
 
 
 def lay_out_pth(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
-    """A file as `torch.save` writes it, of tensors that need no values, such as those on the meta device.
+    """Lays out a file as `torch.save` writes it, for tensors that need no values, such as those on the meta device.
 
     Raises:
         OSError: the file cannot be written.
     """
-    blank = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}  # never touched
+    blank = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()
+    }  # never written to
     try:
         with torch.serialization.skip_data():
             torch.save(blank, path)
-    except RuntimeError as error:  # torch's file writer does not tell why
+    except RuntimeError as error:  # torch's file writer does not say why
         raise OSError(
             f"{path} cannot be written; is the disk full, or the size of files limited (ulimit -f)?"
         ) from error
@@ -108,12 +110,12 @@ def lay_out_pth(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
 
 
 def lay_out_safetensors(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
-    """A safetensors file of tensors that need no values; the format is a JSON header, its length before it.
+    """Lays out a safetensors file for tensors that need no values: a JSON header, its length before it.
 
     Their dtypes are those of `SAFETENSORS_DTYPES`.
     """
     codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     starts, end = {}, 0
     for name, tensor in tensors.items():
         starts[name], end = end, end + tensor.nbytes
