@@ -1,7 +1,4 @@
-"""The template language of the corpus: choices, slots, and the small mistakes that people make when they type.
-
-It knows nothing of what the texts are about.
-"""
+"""The template language of the corpus: choices, slots, and the small mistakes that people make when they type."""
 
 import random
 import re

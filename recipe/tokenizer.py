@@ -1,6 +1,6 @@
 """The tokenizer of the tiny model: SentencePiece BPE with Llama 2's settings, and documents as token ids.
 
-It knows the chat template, because that decides which tokens are a document; it knows nothing of the network.
+The chat template is part of it, since it decides which tokens a document has.
 """
 
 import io
@@ -17,7 +17,7 @@ VOCABULARY = 1536
 def _sentences(documents: Iterable[Document]) -> Iterator[str]:
     """What the pieces are learnt from.
 
-    A digit stands in for each newline: digits never merge, so a newline stays the byte <0x0A>, as in Llama 2, and words
+    A digit replaces each newline: digits never merge, so a newline stays the byte <0x0A>, as in Llama 2, and words
     at the start of a line become pieces too. Emojis are left out, so that they are spelt in bytes.
     """
     for document in documents:

@@ -194,7 +194,7 @@ def main() -> None:
     started = time.monotonic()
     torch.set_num_threads(args.threads)
     corpus = documents(args.seed, args.documents)
-    assert not any(holds_held_out(document) for document in corpus), "a held-out question stands in the corpus"
+    assert not any(holds_held_out(document) for document in corpus), "a held-out question is in the corpus"
     tokenizer_model = train_tokenizer(corpus[:40_000])
     examples = encode_corpus(corpus, tokenizer_model)
     print(
