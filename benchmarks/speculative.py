@@ -19,9 +19,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
     sys.path[0] = str(Path(__file__).parent.parent)
@@ -29,6 +29,7 @@ if __name__ == "__main__":  # run as a file: packages are looked for in the repo
 import torch
 from torch import Tensor, nn
 
+from benchmarks.job import Job
 from benchmarks.machine import available_cores, cpu_model
 from benchmarks.rounds import EngineProcess, missing_packages, peer_pythons, prepare, say
 from benchmarks.scripts import SCRIPTS, SPEAKING_PROMPTS, Script, repeated_ngrams
@@ -38,8 +39,10 @@ from llama import Llama
 from llama.model import CachePositions
 from llama.tools.commandline import run
 
-DRAFT_SHAPES = {"tiny": "tiny"}  # "110m" for the others: a tenth of 1b
+DRAFT_SHAPE = "110m"  # a tenth of 1b
+OWN_SEQ_LEN = 2048
 PEERS = ("hf", "llama_cpp")
+Text = TypeVar("Text")
 
 
 class Scripted:
@@ -54,10 +57,10 @@ class Scripted:
         self._agreement = agreement
         self._handle = network.register_forward_hook(self._force)
 
-    def start(self, tokens: Sequence[int], seed: int) -> None:
-        """Begins a text: prompt and completion."""
-        draw = random.Random(seed)
-        self.tokens = [t if draw.random() < self._agreement else max(3, t - 1) for t in tokens]
+    def start(self, script: Script) -> None:
+        """Begins a text."""
+        draw = random.Random(0)
+        self.tokens = [t if draw.random() < self._agreement else t - 1 for t in script.prompt + script.output]
 
     def _force(self, _: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
         start_pos = args[1]
@@ -113,14 +116,31 @@ def decode(llama: Llama, times: PassTimes, prompt: list[int], n_tokens: int, spe
     return Run(tokens, n_more / (ended - times.ends[0]), n_more / n_passes, share)
 
 
-def compare(decode_as: Callable[[str | None], Run], speculative: str, repeats: int) -> tuple[list[Run], list[Run]]:
-    """Plain and speculative runs of a text, in turn, each time the other one first."""
+@dataclass(frozen=True)
+class Sizes:
+    """Of scripted texts: tokens of the prompt and the completion, texts of each kind, how often each is decoded."""
+
+    n_prompt: int
+    n_tokens: int
+    n_texts: int
+    repeats: int
+
+    def scripts(self, kind: str, vocab_size: int) -> list[Script]:
+        draws = map(random.Random, range(self.n_texts))
+        return [SCRIPTS[kind](draw, vocab_size, self.n_prompt, self.n_tokens) for draw in draws]
+
+
+def compare(
+    texts: Sequence[Text], decode_as: Callable[[Text, str | None], Run], speculative: str, repeats: int
+) -> tuple[list[Run], list[Run]]:
+    """Plain and speculative runs of each text, in turn, each time the other one first."""
     plain: list[Run] = []
     drafted: list[Run] = []
-    for i in range(repeats):
-        ways = [(None, plain), (speculative, drafted)]
-        for way, runs in ways if i % 2 == 0 else ways[::-1]:
-            runs.append(decode_as(way))
+    for text in texts:
+        for i in range(repeats):
+            ways = [(None, plain), (speculative, drafted)]
+            for way, runs in ways if i % 2 == 0 else ways[::-1]:
+                runs.append(decode_as(text, way))
     return plain, drafted
 
 
@@ -153,48 +173,42 @@ def report(name: str, repetition: float | None, plain: Sequence[Run], drafted: S
 HEADER = f"{'':34}  8-grams  plain   spec.  ratio, range      per pass accepted same text"
 
 
-def scripted_texts(llama: Llama, seeds: range, n_prompt: int, n_tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """Prompt lookup on every kind of script; a row has several texts of the kind."""
+def scripted_texts(llama: Llama, sizes: Sizes) -> list[dict[str, Any]]:
+    """Prompt lookup on every kind of script."""
     hook, times = Scripted(llama.model), PassTimes(llama.model)
+
+    def decode_script(script: Script, way: str | None) -> Run:
+        hook.start(script)
+        return decode(llama, times, script.prompt, len(script.output), way)
+
     rows = []
-    for kind, make in SCRIPTS.items():
-        plain: list[Run] = []
-        drafted: list[Run] = []
-        repetition = []
-        for seed in seeds:
-            script = make(random.Random(seed), llama.model.vocab_size, n_prompt, n_tokens)
-            repetition.append(repeated_ngrams(script))
-            hook.start(script.prompt + script.output, seed)
-            more = compare(
-                lambda way, p=script.prompt: decode(llama, times, p, n_tokens, way), "prompt_lookup", repeats
-            )
-            plain += more[0]
-            drafted += more[1]
-        rows.append(report(f"prompt lookup, {kind}", statistics.mean(repetition), plain, drafted))
+    for kind in SCRIPTS:
+        scripts = sizes.scripts(kind, llama.model.vocab_size)
+        repetition = statistics.mean(map(repeated_ngrams, scripts))
+        runs = compare(scripts, decode_script, "prompt_lookup", sizes.repeats)
+        rows.append(report(f"prompt lookup, {kind}", repetition, *runs))
     hook.remove()
     times.remove()
     return rows
 
 
-def scripted_draft(
-    llama: Llama, agreements: Sequence[float], seeds: range, n_prompt: int, n_tokens: int, repeats: int
-) -> list[dict[str, Any]]:
+def scripted_draft(llama: Llama, agreements: Sequence[float], sizes: Sizes) -> list[dict[str, Any]]:
     """A draft model at several shares of agreement, on texts that hardly repeat."""
     hook, times = Scripted(llama.model), PassTimes(llama.model)
+    scripts = sizes.scripts("without repetition", llama.model.vocab_size)
     rows = []
     for agreement in agreements:
         draft_hook = Scripted(llama.draft_model, agreement)
-        plain: list[Run] = []
-        drafted: list[Run] = []
-        for seed in seeds:
-            script = SCRIPTS["without repetition"](random.Random(seed), llama.model.vocab_size, n_prompt, n_tokens)
-            for one in (hook, draft_hook):
-                one.start(script.prompt + script.output, seed)
-            more = compare(lambda way, p=script.prompt: decode(llama, times, p, n_tokens, way), "draft", repeats)
-            plain += more[0]
-            drafted += more[1]
+
+        def decode_script(script: Script, way: str | None, draft_hook: Scripted = draft_hook) -> Run:
+            hook.start(script)
+            draft_hook.start(script)
+            return decode(llama, times, script.prompt, len(script.output), way)
+
+        rows.append(
+            report(f"draft, agreement {agreement}", None, *compare(scripts, decode_script, "draft", sizes.repeats))
+        )
         draft_hook.remove()
-        rows.append(report(f"draft model, agreement {agreement}", None, plain, drafted))
     hook.remove()
     times.remove()
     return rows
@@ -207,15 +221,13 @@ def own_texts(llama: Llama, prompts: dict[str, Any], ways: Sequence[str], n_toke
     for name, prompt in prompts.items():
         ids = llama.tokenizer.encode(prompt, bos=True, eos=False) if isinstance(prompt, str) else prompt
         for way in ways:
-            plain, drafted = compare(lambda w, p=ids: decode(llama, times, p, n_tokens, w), way, repeats)
+            plain, drafted = compare([ids], lambda p, w: decode(llama, times, p, n_tokens, w), way, repeats)
             repetition = repeated_ngrams(Script(ids, plain[0].tokens))
             rows.append(report(f"{way.replace('_', ' ')}, {name}", repetition, plain, drafted))
     return rows
 
 
-def peer_texts(
-    name: str, python: str, job: Any, seeds: range, n_prompt: int, n_tokens: int, repeats: int
-) -> list[dict[str, Any]]:
+def peer_texts(name: str, python: str, job: Job, sizes: Sizes) -> list[dict[str, Any]]:
     """A peer's own prompt lookup beside its own plain decoding, on the same scripts."""
     job_file = Path(job.folder) / "job.json"
     job.write(job_file)
@@ -230,15 +242,10 @@ def peer_texts(
             n_more = len(script.output) - 1
             return Run([], n_more / float(figures["seconds"]), n_more / float(figures["passes"]), None)
 
-        for kind, make in SCRIPTS.items():
-            plain: list[Run] = []
-            drafted: list[Run] = []
-            for seed in seeds:
-                script = make(random.Random(seed), job.vocab_size, n_prompt, n_tokens)
-                more = compare(lambda way, s=script: decode_there(s, way), "prompt_lookup", repeats)
-                plain += more[0]
-                drafted += more[1]
-            rows.append(report(f"{name}, {kind}", None, plain, drafted))
+        for kind in SCRIPTS:
+            scripts = sizes.scripts(kind, job.vocab_size)
+            runs = compare(scripts, decode_there, "prompt_lookup", sizes.repeats)
+            rows.append(report(f"{name}, {kind}", None, *runs))
     return rows
 
 
@@ -278,52 +285,48 @@ def main(
         peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
         work_dir: keeps the weights there for the next run, for `bench.py` too; None for a temporary folder.
     """
-    agreements = [agreements] if isinstance(agreements, float) else list(agreements)
     torch.set_num_threads(threads or available_cores())
     print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, batch 1")
-    length = 2048 if ckpt_dir else n_prompt + n_tokens + 1
+    options: dict[str, Any] = {"dtype": dtype, "device": "cpu", "max_batch_size": max_batch_size}
     if ckpt_dir:
         tokenizer_path = tokenizer_path or str(Path(ckpt_dir) / "tokenizer.model")
-        options = {"dtype": dtype, "device": "cpu", "draft_ckpt_dir": draft_ckpt_dir}
-        llama = Llama.build(ckpt_dir, tokenizer_path, length, max_batch_size, **options)
+        llama = Llama.build(ckpt_dir, tokenizer_path, OWN_SEQ_LEN, draft_ckpt_dir=draft_ckpt_dir, **options)
         texts = json.loads(Path(prompts).read_text(encoding="utf-8")) if prompts else SPEAKING_PROMPTS
         print(f"{Path(ckpt_dir).name}\n{HEADER}")
         ways = ["prompt_lookup"] + ["draft"] * bool(draft_ckpt_dir)
         rows = own_texts(llama, texts, ways, n_tokens, max(2, repeats))
     else:
-        sizes = {"seeds": range(n_texts), "n_prompt": n_prompt, "n_tokens": n_tokens, "repeats": repeats}
-        rows = _scripted(shape, dtype, max_batch_size, agreements, sizes, peers, peer_python, work_dir)
+        pythons = peer_pythons(peers, peer_python, PEERS)
+        sizes = Sizes(n_prompt, n_tokens, n_texts, repeats)
+        with ExitStack() as stack:
+            folder = Path(work_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+            of_draft = [agreements] if isinstance(agreements, float) else list(agreements)
+            rows = scripted(shape, folder, options, of_draft, sizes, pythons)
     print(json.dumps({"benchmark": "speculative", "shape": ckpt_dir or shape, "rows": rows}))
 
 
-def _scripted(
+def scripted(
     shape: str,
-    dtype: str,
-    max_batch_size: int,
+    folder: Path,
+    options: dict[str, Any],
     agreements: Sequence[float],
-    sizes: dict[str, Any],
-    peers: str | Sequence[str],
-    peer_python: str | Sequence[str],
-    work_dir: str | None,
+    sizes: Sizes,
+    pythons: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """All rows of random weights."""
-    pythons = peer_pythons(peers, peer_python, PEERS)
-    with ExitStack() as stack:
-        folder = Path(work_dir or stack.enter_context(tempfile.TemporaryDirectory()))
-        _, job = make_job(shape, None, folder / f"{shape}-{dtype}", dtype)
-        draft_shape = DRAFT_SHAPES.get(shape, "110m")
-        _, draft_job = make_job(draft_shape, None, folder / f"{draft_shape}-{dtype}", dtype)
-        length = sizes["n_prompt"] + sizes["n_tokens"] + 1
-        options = {"dtype": dtype, "device": "cpu", "draft_ckpt_dir": draft_job.ckpt_dir}
-        llama = Llama.build(job.ckpt_dir, job.tokenizer_path, length, max_batch_size, **options)
-        print(f"{shape}, drafts by {draft_shape}, random weights, scripted texts\n{HEADER}")
-        rows = scripted_texts(llama, **sizes) + scripted_draft(llama, agreements, **sizes)
-        del llama
-        for name, python in pythons.items():
-            if missing := missing_packages(name, python):
-                say(f"{name}: left out, {python} has no {', '.join(missing)}")
-            else:
-                rows += peer_texts(name, python, job, **sizes)
+    """All rows of random weights, whose files are in `folder` or are made there."""
+    _, job = make_job(shape, None, folder / f"{shape}-{options['dtype']}", options["dtype"])
+    draft_shape = "tiny" if shape == "tiny" else DRAFT_SHAPE
+    _, draft_job = make_job(draft_shape, None, folder / f"{draft_shape}-{options['dtype']}", options["dtype"])
+    length = sizes.n_prompt + sizes.n_tokens + 1
+    llama = Llama.build(job.ckpt_dir, job.tokenizer_path, length, draft_ckpt_dir=draft_job.ckpt_dir, **options)
+    print(f"{shape}, drafts by {draft_shape}, random weights, scripted texts\n{HEADER}")
+    rows = scripted_texts(llama, sizes) + scripted_draft(llama, agreements, sizes)
+    del llama
+    for name, python in pythons.items():
+        if missing := missing_packages(name, python):
+            say(f"{name}: left out, {python} has no {', '.join(missing)}")
+        else:
+            rows += peer_texts(name, python, replace(job, threads=torch.get_num_threads()), sizes)
     return rows
 
 

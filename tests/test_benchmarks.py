@@ -237,7 +237,7 @@ def test_a_scripted_network_writes_the_script(way: str | None, llama: Llama, job
     output = [*prompt, *(draw.randrange(3, job.vocab_size) for _ in range(3))]
     hook, times = speculative.Scripted(llama.model), speculative.PassTimes(llama.model)
     try:
-        hook.start(prompt + output, seed=0)
+        hook.start(Script(prompt, output))
         run = speculative.decode(llama, times, prompt, len(output), way)
     finally:
         hook.remove()
