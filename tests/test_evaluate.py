@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from llama import Llama, Message
 from llama.chat import encode_dialog
 from llama.checkpoint import read_params
 from llama.tools import evaluate
+from llama.tools.chat_format import CHAT_FORMAT_FILE
 from llama.tools.convert import to_hf
 from tests.conftest import ROOT, TEXT
 from tests.ranks import run_ranks
@@ -223,6 +225,16 @@ def test_the_chat_template_gives_the_ids_that_chat_completion_runs(llama: Llama,
     begun: Message = {"role": "assistant", "content": "It is "}
     continued = lm.apply_chat_template([*dialog, begun], add_generation_prompt=False)
     assert continued == lm.apply_chat_template(dialog) + " It is"
+
+
+def test_a_checkpoint_of_another_chat_format_gets_no_chats(
+    checkpoint: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (folder / CHAT_FORMAT_FILE).write_text('{"chat_template": "..."}')
+    lm = LlamaLM(str(folder), str(tokenizer_path), 64, 1, device="cpu", dtype="float32")
+    with pytest.raises(ValueError, match="not the Llama 2 chat template"):
+        lm.apply_chat_template([{"role": "user", "content": "Hi"}])
 
 
 def test_chats_are_answered_as_by_chat_completion(llama: Llama) -> None:

@@ -84,7 +84,8 @@ class Reader:
     seed: int
 
     def __call__(self, line: Line) -> Request:
-        """
+        """The request of a line.
+
         Raises:
             ApiError: a field is wrong, missing, or not supported.
         """

@@ -50,22 +50,19 @@ class Replica(Service):
         self._apply(self._collect())
 
     def step(self) -> tuple[list[tuple[int, list[Piece]]], int]:
-        """Advances all jobs by a token.
+        """Takes a step of the engine.
 
         Returns:
-            For each job that ended its number and one piece per choice; and the number of new tokens of all jobs.
+            For each job that ended, its number and one piece per choice; and the number of new tokens of all jobs.
         """
         before = self.n_generated
         self.engine.advance()
         self._deliver()
         if self._failure is not None:
             raise self._failure
-        ended = [(number, choices) for number, choices in self._open.items() if all(map(_is_over, choices))]
-        for number, _ in ended:
-            del self._open[number]
-        return [(number, [_joined(pieces) for pieces in choices]) for number, choices in ended], (
-            self.n_generated - before
-        )
+        over = [number for number, choices in self._open.items() if all(map(_is_over, choices))]
+        ended = [(number, [_joined(pieces) for pieces in self._open.pop(number)]) for number in over]
+        return ended, self.n_generated - before
 
 
 def _is_over(pieces: list[Piece]) -> bool:
