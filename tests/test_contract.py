@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 import llama.generation
 from llama import Llama, Transformer, loading
-from llama.kernels import Kernels, can_pack
+from llama.kernels import Kernels, can_pack, can_quantize
 from llama.layers import packable_layers
 from llama.model import Attention, FeedForward, RMSNorm, TransformerBlock
 from llama.stepping import StaticStepper
@@ -115,6 +115,7 @@ class Build:
     file_dtype: torch.dtype = torch.float32
     kernels: Kernels | None = None
     stepper: Callable[[Transformer], StaticStepper] | None = None
+    quantize: str | None = None
 
 
 BUILDS = {
@@ -125,6 +126,7 @@ BUILDS = {
     "float32": Build("float32"),
     "static steps": Build("float32", stepper=lambda model: StaticStepper(model, graphs=False)),
     "captured steps": Build("float32", stepper=Recorded),
+    "int8": Build("float32", quantize="int8"),
 }
 
 
@@ -154,7 +156,7 @@ class Built:
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCES[self.dtype]
+        return TOLERANCES[torch.bfloat16 if self.build.quantize else self.dtype]
 
     def weights(self) -> oracle.State:
         """Copies of the weights that `state_dict()` shows, rounded to the dtype of the computation."""
@@ -207,6 +209,8 @@ def folders(write_checkpoint: Callable[..., Path], small: dict[str, Any]) -> dic
 def make(folders: dict[torch.dtype, Path], tokenizer_path: Path, small: dict[str, Any]) -> Callable[[str], Built]:
     def build_one(name: str) -> Built:
         build = BUILDS[name]
+        if build.quantize and not can_quantize(torch.device("cpu")):
+            pytest.skip("needs a CPU with int8 products (VNNI)")
         with pytest.MonkeyPatch.context() as patch:
             if build.kernels is not None:
                 patch.setattr(loading, "measure_kernels", lambda *_, **__: build.kernels)
@@ -217,6 +221,7 @@ def make(folders: dict[torch.dtype, Path], tokenizer_path: Path, small: dict[str
                 build.max_batch_size,
                 device="cpu",
                 dtype=build.dtype,
+                quantize=build.quantize,
             )
         llama.tokenizer.eos_id = -1  # no row ends early
         if build.stepper is not None:
@@ -287,6 +292,11 @@ def input_cases() -> dict[str, tuple[float, Equal]]:
     return cases
 
 
+def skip_rounded(built: Built) -> None:
+    if built.build.quantize:
+        pytest.skip("sharper attention multiplies the errors of int8; test_quantize.py has its own test of hooks")
+
+
 def changed_input(args: tuple[Any, ...], by: float) -> tuple[Any, ...]:
     if args[0].dtype == torch.int64:
         return ((args[0] + 1) % 512, *args[1:])
@@ -300,6 +310,7 @@ def test_the_cases_are_all_modules(built: Built) -> None:
 
 
 def test_what_a_forward_hook_returns_counts(built: Built) -> None:
+    skip_rounded(built)
     for name, (by, equal) in output_cases().items():
         handle = built.model.get_submodule(name).register_forward_hook(lambda _, args, out, by=by: by * out)
         built.assert_computes(equal(built.original))
@@ -308,6 +319,7 @@ def test_what_a_forward_hook_returns_counts(built: Built) -> None:
 
 
 def test_what_a_forward_pre_hook_returns_counts(built: Built) -> None:
+    skip_rounded(built)
     for name, (by, equal) in input_cases().items():
         module = built.model.get_submodule(name)
         handle = module.register_forward_pre_hook(lambda _, args, by=by: changed_input(args, by))
@@ -382,6 +394,7 @@ class LoRA(nn.Module):
 
 
 def test_a_module_wrapped_in_another_counts(built: Built) -> None:
+    skip_rounded(built)
     for name, (by, equal) in output_cases().items():
         if name:
             inner = built.model.get_submodule(name)
@@ -797,6 +810,7 @@ def patched(forward: Callable[..., Any], by: float) -> Callable[..., Any]:
 
 
 def test_a_patched_forward_of_any_module_counts(built: Built) -> None:
+    skip_rounded(built)
     for name, (by, equal) in output_cases().items():
         module = built.model.get_submodule(name)
         module.forward = patched(module.forward, by)
