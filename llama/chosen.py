@@ -1,9 +1,9 @@
-"""The tokens that a pass chose: sampled on the device, checked against the drafted ones, copied to the host."""
+"""The tokens chosen in a pass: sampled on the device, copied to the host, and compared with drafted tokens."""
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 
 import torch
@@ -16,22 +16,23 @@ from llama.sequence import Sequence, Step
 
 @dataclass(frozen=True)
 class ChosenTokens:
-    """The tokens that a pass chose. Their values may still be on their way to the host.
+    """The tokens chosen in a pass, which may still be on their way to the host.
 
     Attributes:
-        sequences: those of the pass, in the order of their slots.
-        drafts: for each of them, the drafted tokens that were fed behind its newest one.
-        chosen: (n,) int64 on the device, the same on all ranks of a model-parallel group: for each sequence, the
-            token after its newest one, then those after each drafted one.
-        values: waits for the tokens, and returns them; under model parallelism followed by 1 if the first rank
-            announces changes.
-        announces: whether it does so, without model parallelism.
-        logprobs: likewise their log-probabilities; None if no sequence asked for them.
-        top: likewise, for each token, the most likely tokens and their log-probabilities.
+        sequences: the sequences in the pass, in the order of their slots.
+        drafts: for each sequence, the drafted tokens that followed its newest token in the pass.
+        chosen: (n,) int64 on the device, the same on all ranks of a model-parallel group: for each sequence, the token
+            chosen after its newest token, then those chosen after each drafted token.
+        values: waits for the copy of `chosen`, and returns it as a list. Under model parallelism a last element says
+            whether the first rank announces changes (1) or not (0).
+        announces: whether changes are announced; always False under model parallelism, where `values` says it.
+        logprobs: waits for the log-probabilities of `chosen`, and returns them; None if no sequence asked for any.
+        top: wait for the most likely tokens in place of each one in `chosen`, and for their log-probabilities, and
+            return them; None if no sequence asked for any.
     """
 
     sequences: list[Sequence]
-    drafts: Listed[Listed[int]]
+    drafts: abc.Sequence[abc.Sequence[int]]
     chosen: Tensor
     values: Callable[[], list[int]]
     announces: bool
@@ -40,21 +41,32 @@ class ChosenTokens:
 
     @classmethod
     def choose(
-        cls, logits: Tensor, sequences: Listed[Sequence], announces: bool, drafts: Listed[Listed[int]] = ()
+        cls,
+        logits: Tensor,
+        sequences: abc.Sequence[Sequence],
+        announces: bool,
+        drafts: abc.Sequence[abc.Sequence[int]] = (),
     ) -> ChosenTokens:
-        """Samples from logits (bsz, width, vocab), of which a sequence needs one position more than it has a draft."""
+        """Samples a token after the newest token of each sequence and after each drafted one.
+
+        Args:
+            logits: (bsz, width, vocab), float32; width is at least 1 + the length of the longest draft.
+            sequences: bsz sequences, in the order of their slots.
+            announces: whether this rank announces changes; the first rank's value counts.
+            drafts: drafted tokens of each sequence; empty for none.
+        """
         drafts = drafts or [()] * len(sequences)
         n_positions = [1 + len(draft) for draft in drafts]
         if min(n_positions) == logits.size(1):
             logits = logits.flatten(0, 1)
         else:
             logits = torch.cat([row[:n] for row, n in zip(logits, n_positions, strict=True)])
-        places = [(s, s.next_step + i) for s, n in zip(sequences, n_positions, strict=True) for i in range(n)]
-        chosen = sample(logits, places)
+        steps = [(s, s.next_step + i) for s, n in zip(sequences, n_positions, strict=True) for i in range(n)]
+        chosen = sample(logits, steps)
         for sequence in sequences:
             sequence.next_step += 1
         values = to_host(chosen) if model_parallel_size() == 1 else None
-        if values is None:  # one message has both: followers learn of changes with the tokens that they get anyway
+        if values is None:  # the announcement travels with the tokens, to save a message per step
             message = broadcast_from_first(torch.cat((chosen, to_device([int(announces)], chosen.device))))
             chosen, values, announces = message[:-1], to_host(message), False
         n_top = max(sequence.top_logprobs for sequence in sequences)
@@ -67,9 +79,10 @@ class ChosenTokens:
         return cls(list(sequences), drafts, chosen, values, announces, logprobs, top)
 
     def on_host(self) -> tuple[list[tuple[Sequence, list[Step]]], bool]:
-        """The steps of each sequence, without reasons to finish; and whether changes were announced.
+        """Waits for the tokens; returns the steps of each sequence, and whether changes were announced.
 
-        A sequence has a step for each drafted token that equals the one chosen in its place, and one more.
+        A sequence gets a step for each accepted draft token (one that equals the token chosen in its place), and one
+        for the token chosen after these. The steps do not have a finish reason yet.
         """
         tokens = self.values()
         n_tokens = sum(1 + len(draft) for draft in self.drafts)
@@ -94,48 +107,48 @@ class ChosenTokens:
         return found, announced
 
     def rewind(self) -> None:
-        """Gives back what was drawn ahead for samplers that have no running sequence any more."""
+        """Rewinds samplers whose sequences have all ended, since their tokens here will not be used."""
         for sampler, sequences in by_sampler(self.sequences):
-            if all(sequence.is_over for sequence in sequences):
+            if all(sequence.is_finished for sequence in sequences):
                 sampler.rewind()
 
 
 def by_sampler(sequences: Iterable[Sequence]) -> list[tuple[Sampler, list[Sequence]]]:
-    """The sequences grouped by the sampler that they share."""
+    """Groups sequences by the sampler that they share."""
     groups: dict[int, tuple[Sampler, list[Sequence]]] = {}
     for sequence in sequences:
         groups.setdefault(id(sequence.sampler), (sequence.sampler, []))[1].append(sequence)
     return list(groups.values())
 
 
-def sample(logits: Tensor, places: Listed[tuple[Sequence, int]]) -> Tensor:
-    """Draws a token for each place.
+def sample(logits: Tensor, steps: abc.Sequence[tuple[Sequence, int]]) -> Tensor:
+    """Samples a token from each row of logits.
 
     Args:
         logits: (n, vocab) float32.
-        places: n sequences, each with the step of its sampler.
+        steps: for each row, its sequence and the step of that sequence's sampler.
 
     Returns:
         (n,) int64.
     """
-    if all(sequence.sampler.is_greedy for sequence, _ in places):
+    if all(sequence.sampler.is_greedy for sequence, _ in steps):
         return logits.argmax(-1)
     groups: dict[int, list[int]] = {}
-    for i, (sequence, _) in enumerate(places):
+    for i, (sequence, _) in enumerate(steps):
         groups.setdefault(0 if sequence.sampler.is_greedy else id(sequence.sampler), []).append(i)
-    chosen = torch.empty(len(places), dtype=torch.int64, device=logits.device)
+    chosen = torch.empty(len(steps), dtype=torch.int64, device=logits.device)
     for indices in groups.values():
-        sampler = places[indices[0]][0].sampler
-        rows = [places[i][0].noise_row for i in indices]
-        steps = [places[i][1] for i in indices]
+        sampler = steps[indices[0]][0].sampler
+        noise_rows = [steps[i][0].noise_row for i in indices]
+        sampler_steps = [steps[i][1] for i in indices]
         if len(groups) == 1:
-            return sampler(logits, rows, steps)
+            return sampler(logits, noise_rows, sampler_steps)
         index = to_device(indices, logits.device)
-        chosen[index] = sampler(logits[index], rows, steps)
+        chosen[index] = sampler(logits[index], noise_rows, sampler_steps)
     return chosen
 
 
-def common_length(a: Listed[int], b: Listed[int]) -> int:
-    """Number of tokens that two sequences begin with in common."""
+def common_length(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
+    """Length of the longest common prefix of two lists of tokens."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))

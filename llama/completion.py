@@ -1,4 +1,4 @@
-"""From checked prompts to completions: calls of the engine, whole or streamed, spread over the network's replicas."""
+"""Completes, streams and scores checked prompts with the engine, distributing them over the network's replicas."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from llama.sequence import Sequence as EngineSequence
 from llama.tokenizer import IncrementalDetokenizer, Tokenizer
 
 Result = TypeVar("Result")
-_stream_numbers = itertools.count()  # alike on all ranks, which open the same streams
-_GOLDEN = 0x9E3779B97F4A7C15  # spreads the seeds of one call's prompts
+_stream_numbers = itertools.count()  # the same on all ranks, which open the same streams
+_SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a call's prompts; 2**64 divided by the golden ratio
 
 
 class Completer:
-    """Completes, streams and scores prompts of ids with one network and its tokenizer.
+    """Completes, streams and scores prompts, given as token ids.
 
     Args:
         engine: runs the network.
-        tokenizer: of the network.
-        draw: replaces `sampling.sample_top_p`; None for the built-in sampling.
+        tokenizer: the network's tokenizer.
+        draw: called instead of `sampling.sample_top_p`; None for the built-in sampling.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, draw: Callable[[Tensor, float], Tensor] | None) -> None:
@@ -45,7 +45,7 @@ class Completer:
         self._draw = draw
 
     def complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
-        """Completions in the prompts' order; each replica computes its share."""
+        """Completes prompts; each replica computes a share of them. Returns completions in the order of the prompts."""
         with runtime.rank_errors():
             sampling = _Sampling(self._model, params, len(prompts), runtime.replica(), self._draw)
             rows = self._spread(prompts, lambda mine: self._complete_share(mine, params, sampling))
@@ -74,27 +74,27 @@ class Completer:
     def stream(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
         """Completes one prompt, yielding its text as it becomes final."""
         pieces = self._pieces(prompt, params)
-        next(pieces)  # enters its `with`, so that a stream closed before its first piece ends on the other ranks too
+        next(pieces)  # enters its `with`, so that the other ranks learn of a stream closed before its first piece
         return pieces
 
     def _pieces(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
         text = IncrementalDetokenizer(self._tokenizer, params.stop, prompt if params.echo else ())
-        settled = deque(text.prefix_pieces)
+        final = deque(text.prefix_pieces)
 
         def ends(token: int) -> bool:
-            settled.append(text.push(token))
+            final.append(text.push(token))
             return text.stopped
 
-        sampling = _Sampling(self._model, params, 1, (0, 1), self._draw)  # every replica draws the whole stream
+        sampling = _Sampling(self._model, params, 1, (0, 1), self._draw)  # every replica computes the stream
         with closing(_InLockstep(self._steps([prompt], params, sampling, [ends]))) as steps:
             yield ""
             for _ in steps:
-                yield from _drain(settled)
-        settled.append(text.finish())
-        yield from _drain(settled)
+                yield from _drain(final)
+        final.append(text.finish())
+        yield from _drain(final)
 
     def score(self, rows: list[list[int]]) -> list[list[float]]:
-        """The log-probability of each id given those before it; each replica computes its share."""
+        """Returns the log-probability of each id given those before it; each replica computes a share of the rows."""
         with runtime.rank_errors():
             return self._spread(rows, self._score_share)
 
@@ -114,14 +114,14 @@ class Completer:
         call = Call(
             EngineSequence(
                 list(prompt),
-                *sampling.sampler_and_noise_row(place),
+                *sampling.sampler_and_noise_row(i),
                 params.max_gen_len,
                 self._tokenizer.eos_id,
                 logprobs=params.logprobs,
                 ends=end,
                 speculative=params.speculative,
             )
-            for place, (prompt, end) in enumerate(zip(prompts, ends, strict=True))
+            for i, (prompt, end) in enumerate(zip(prompts, ends, strict=True))
         )
         with self._out_of_memory_explained():
             yield from self._engine.run(call)
@@ -131,18 +131,18 @@ class Completer:
         return out_of_memory_explained(args, mp, dtype_of(self._model), str(device_of(self._model)))
 
     def _spread(self, prompts: list[list[int]], work: Callable[[list[list[int]]], list[Result]]) -> list[Result]:
-        """Has each replica do its share of the prompts; returns the results for all, in the prompts' order."""
+        """Calls `work` with this replica's share of the prompts; returns all replicas' results, in prompt order."""
         replica, n_replicas = runtime.replica()
         shares = runtime.gather_replicas(work(prompts[replica::n_replicas]))
         return [shares[i % n_replicas][i // n_replicas] for i in range(len(prompts))]
 
 
 class _Sampling:
-    """The random numbers of one call's prompts.
+    """The samplers of one call's prompts.
 
-    As many prompts as there are slots, on all replicas together, share one sampler, as the rows of a batch do in Meta's
-    code. Each prompt beyond has one of its own, seeded by its place in the call: what is drawn for it depends neither
-    on when it gets a slot nor on the number of replicas.
+    The first prompts, as many as all replicas together have slots, share one sampler, as the rows of a batch do in
+    Meta's code. Each further prompt has its own sampler, seeded by its index in the call, so that its random numbers
+    depend neither on when it gets a slot nor on the number of replicas.
     """
 
     def __init__(
@@ -155,8 +155,8 @@ class _Sampling:
     ) -> None:
         """
         Args:
-            n_prompts: of all replicas together.
-            replica: this one's place among the replicas that share the prompts, and how many they are.
+            n_prompts: number of prompts on all replicas together.
+            replica: index of this replica among those that share the prompts, and their number.
         """
         self._params = params
         self._draw = draw
@@ -175,50 +175,51 @@ class _Sampling:
     def _sampler(self, n_rows: int, generator: torch.Generator) -> Sampler:
         return Sampler(self._params.temperature, self._params.top_p, n_rows, generator, self._draw)
 
-    def sampler_and_noise_row(self, place: int) -> tuple[Sampler, int]:
-        """Those of the prompt at that place of this replica's share."""
-        index = self._replica + place * self._n_replicas  # in the call
+    def sampler_and_noise_row(self, i: int) -> tuple[Sampler, int]:
+        """Returns the sampler and noise row of the i-th prompt in this replica's share."""
+        index = self._replica + i * self._n_replicas  # in the call
         if index < self._n_shared or self._seed is None:
             return self._shared, index
-        seed = (self._seed + index * _GOLDEN) % 2**64
+        seed = (self._seed + index * _SEED_STEP) % 2**64
         return self._sampler(1, torch.Generator(self._device).manual_seed(seed)), 0
 
     def end(self) -> None:
-        """Leaves the default generators of all replicas in the same state."""
-        most_steps = max(runtime.gather_replicas(self._shared.steps))
-        self._shared.skip_to(most_steps, self._vocab_size)
+        """Brings the generators of all replicas to the same state, that of the replica that took the most steps."""
+        max_steps = max(runtime.gather_replicas(self._shared.steps))
+        self._shared.skip_to(max_steps, self._vocab_size)
 
 
 class _InLockstep:
-    """Steps of a stream, of which the ranks of a model-parallel group take equally many when a consumer leaves early.
+    """Iterates over a stream's steps, keeping the ranks of a model-parallel group in lockstep if one is closed early.
 
-    The first rank decides: where its consumer closes the stream, the other ranks' streams end too; where another rank's
-    does, that rank goes on computing, unseen, until the first one is through.
+    The first rank decides when the stream ends: if it is closed there, it also ends on the other ranks. A stream that
+    is closed on another rank keeps computing, discarding the steps, until it ends on the first rank.
     """
 
     def __init__(self, steps: Generator[Step, None, None]) -> None:
         self._steps = steps
         self._number = next(_stream_numbers)
-        self._is_over = False
+        self._is_finished = False
 
     def __iter__(self) -> Iterator[Step]:
-        while not self._is_over:
+        while not self._is_finished:
             if (step := self._advance()) is not None:
                 yield step
 
     def close(self) -> None:
-        if runtime.is_first_of_group() and not self._is_over:
+        """Ends the stream: on all ranks if called on the first one, else after it has ended there."""
+        if runtime.is_first_of_group() and not self._is_finished:
             with runtime.rank_errors():
-                self._is_over = not runtime.broadcast_flag(False, stream=self._number)
-        while not self._is_over:
+                self._is_finished = not runtime.broadcast_flag(False, stream=self._number)
+        while not self._is_finished:
             self._advance()
         self._steps.close()
 
     def _advance(self) -> Step | None:
-        self._is_over = True  # should the step fail, this rank leaves and waits for no other
+        self._is_finished = True  # if the step fails, `close` must not wait for other ranks
         with runtime.rank_errors():
             step = next(self._steps, None) if runtime.broadcast_flag(True, stream=self._number) else None
-        self._is_over = step is None or step.finish_reason is not None
+        self._is_finished = step is None or step.finish_reason is not None
         return step
 
 
@@ -229,11 +230,11 @@ def complete_by_generate(
     tokenizer: Tokenizer,
     max_seq_len: int,
 ) -> list[Completion]:
-    """The completions by a replaced `generate`, called with the arguments that Meta's code passes."""
-    asked = {name: getattr(params, name) for name in ("max_gen_len", "temperature", "top_p", "logprobs", "echo")}
+    """Completes prompts with a replacement of `generate`, called with the arguments that Meta's code passes."""
+    kwargs = {name: getattr(params, name) for name in ("max_gen_len", "temperature", "top_p", "logprobs", "echo")}
     if params.seed is not None:
-        asked["seed"] = params.seed
-    tokens, logprobs = generate(prompt_tokens=prompts, **asked)
+        kwargs["seed"] = params.seed
+    tokens, logprobs = generate(prompt_tokens=prompts, **kwargs)
     rows = []
     for i, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
         n_echoed = len(prompt) if params.echo else 0
@@ -250,7 +251,7 @@ def complete_by_generate(
 
 
 def with_text(row: Completion, text: IncrementalDetokenizer) -> Completion:
-    """The row with the pieces of its finished text, cut at a stop string."""
+    """Finishes the text, and adds its pieces to the row, cut at a stop string. Returns the row."""
     text.finish()
     if text.stopped:
         row.finish_reason = "stop"
@@ -260,6 +261,8 @@ def with_text(row: Completion, text: IncrementalDetokenizer) -> Completion:
 
 
 def _push(text: IncrementalDetokenizer) -> Callable[[int], bool]:
+    """Returns a function that pushes a token, and returns whether it completed a stop string."""
+
     def ends(token: int) -> bool:
         text.push(token)
         return text.stopped
@@ -268,7 +271,7 @@ def _push(text: IncrementalDetokenizer) -> Callable[[int], bool]:
 
 
 def _drain(pieces: deque[str]) -> Iterator[str]:
-    """Removes the pieces, and yields those that are not empty."""
+    """Removes all pieces, and yields the non-empty ones."""
     while pieces:
         if piece := pieces.popleft():
             yield piece

@@ -1,8 +1,9 @@
-"""The one loop that generates: sequences wait for slots of the KV cache, and each step adds a token to those that run.
+"""The generation loop, with continuous batching.
 
-The running sequences have the first slots of the cache, without gaps: where one ends, the last moves into its place,
-and a waiting one is prefilled behind it while the others stand. This is continuous batching. Calls from several threads
-share the batch: whichever thread waits for a token takes the next step for all of them.
+Sequences wait for slots of the KV cache, are prefilled, and then get a token at each step (or several, with speculative
+decoding). Running sequences occupy the first slots of the cache without gaps: when one ends, the last one moves into
+its slot, and a waiting sequence can start in the slot behind the others. Calls from several threads share the batch:
+any thread that waits for a token runs the next step for all of them.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ _engines_lock = threading.Lock()
 
 @dataclass
 class _Prefill:
-    """Sequences whose prompts are on their way into the cache, a pass at a time.
+    """A prefill in progress.
 
     Attributes:
-        sequences: those that start together; they have the slots behind the running ones.
-        slot: that of the first one.
-        passes: those that are still to be taken.
-        logits: (vocab,) after each prompt that is in the cache, by its place.
+        sequences: the sequences that start together, in the slots behind the running ones.
+        slot: slot of the first of them.
+        passes: the passes that have not run yet.
+        logits: (vocab,) after the last token of each prompt that is complete, by index of its sequence.
     """
 
     sequences: list[Sequence]
@@ -52,25 +53,26 @@ class _Prefill:
 
 
 class Engine:
-    """Advances all sequences of a network together.
+    """Generates tokens for all sequences of a network together.
 
-    Sequences are added and aborted at any time, from any thread; they take effect before the next step. Whoever waits
-    for a step takes it for all: there is no thread of its own. What a sequence brings does not depend on the others,
-    but for the rounding that another number of rows may cause outside of float32.
+    Calls may be added and aborted at any time, from any thread; this takes effect before the next step. The engine has
+    no thread: one of the threads that wait for a step runs it for all. The tokens of a sequence do not depend on the
+    other sequences, except for rounding, which may depend on the number of rows outside of float32.
 
-    Between two steps others may use the network: keys and values that they overwrote are computed anew.
+    The network may be used otherwise between two steps: keys and values that were overwritten are computed again.
 
-    Under model parallelism every rank's engine takes the same steps: each has to get the same calls between the same
-    two steps. Where only the first rank knows of them, as in a server, it announces changes with the tokens of a step.
+    Under model parallelism the engines of all ranks run the same steps, so every rank must add and abort the same calls
+    between the same two steps. Where only the first rank knows of the changes, as in a server, it announces them to the
+    other ranks together with the tokens of a step.
 
     Args:
         model: a `Transformer`, or any object with `forward(tokens, start_pos)` and `params`.
-        stepper: takes the decode steps of an unmodified network; None for plain calls.
-        draft: the runner of a smaller network that drafts tokens; None without one.
+        stepper: runs the decode steps of an unmodified network; None to call the network directly.
+        draft: the runner of a smaller network that drafts tokens; None without a draft model.
 
     Attributes:
-        announces: asked at each step whether changes follow; the first rank's answer counts.
-        changes_follow: whether the first rank announced changes with the newest step.
+        announces: called at each step; returns whether this rank announces changes. The first rank's value counts.
+        changes_follow: whether the first rank announced changes with the latest step.
     """
 
     def __init__(self, model: Any, stepper: Stepper | None = None, draft: ModelRunner | None = None) -> None:
@@ -80,19 +82,19 @@ class Engine:
         self.announces: Callable[[], bool] = lambda: False
         self.changes_follow = False
         self._arrived: deque[Sequence] = deque()  # from any thread; its methods are atomic
-        self._lock = lock_of(model)  # its lock guards all that follows
+        self._lock = lock_of(model)  # guards all attributes below
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._runner: ModelRunner | None = None
-        self._in_flight: ChosenTokens | None = None  # a step that started before the last one's tokens were on the host
-        self._kind: object = None  # of the network, when the runner was made
+        self._in_flight: ChosenTokens | None = None  # a step started before the previous one's tokens were on the host
+        self._kind: object = None  # how the network can be run, as found when `_runner` was made
         self._prefilling: _Prefill | None = None
         self._has_just_prefilled = False
         self._speculator: Speculator | None = None  # made when it is first needed
 
     @property
     def draft_counts(self) -> Counts:
-        """How many tokens were drafted and accepted so far."""
+        """Statistics of speculative decoding."""
         return self._speculator.counts if self._speculator else Counts()
 
     @property
@@ -107,15 +109,15 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no sequence runs or waits."""
+        """Whether no sequence is running or waiting."""
         return not (self._running or self._prefilling or self._waiting or self._arrived)
 
     def add(self, call: Call) -> None:
-        """Has the call's sequences wait for slots, in their order, behind those that wait already."""
+        """Appends the call's sequences to the waiting queue."""
         self._arrived.extend(call.sequences)
 
     def run(self, call: Call) -> Iterator[Step]:
-        """Adds a call, and yields its steps: those of each sequence in order, those of different ones interleaved.
+        """Adds a call, and yields its steps. Steps of different sequences are interleaved.
 
         Closing the iterator early aborts the call.
         """
@@ -127,49 +129,49 @@ class Engine:
             self.abort(call)
 
     def next_step(self, call: Call) -> Step | None:
-        """Waits for the call's next step, which this thread or another one takes; returns None once it is over.
+        """Returns the call's next step, running steps in this thread if necessary; None when the call has ended.
 
         Raises:
-            Exception: what a pass of the network with one of the call's sequences raised.
+            Exception: the error of a pass of the network that had one of the call's sequences in its batch.
         """
         while not call.steps:
             if call.error is not None:
                 raise call.error
-            if call.is_over:
+            if call.is_finished:
                 return None
             with self._lock:
-                if not call.steps and not call.is_over:
+                if not call.steps and not call.is_finished:
                     self.step()
         return call.steps.popleft()
 
     def abort(self, call: Call) -> None:
-        """Ends the sequences of a call; their slots are free from the next step on."""
-        if not call.is_over:
+        """Ends the sequences of a call. Their slots are free before the next step."""
+        if not call.is_finished:
             call.abort()
-        if self._lock.try_enter():  # else whoever holds it removes them
+        if self._lock.try_enter():  # otherwise the thread that holds the lock removes the sequences
             try:
                 with torch.inference_mode():
-                    self._take_changes()
+                    self._apply_changes()
             finally:
                 self._lock.__exit__()
 
     def advance(self) -> None:
-        """`step`, with the network's lock held."""
+        """Acquires the network's lock, and runs a `step`."""
         with self._lock:
             self.step()
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Takes a step for all running sequences, or prefills waiting ones. The caller holds the network's lock.
+        """Runs a decode step for all running sequences, or a prefill. The caller must hold the network's lock.
 
-        An error of a pass ends the sequences that took part in it, and is their callers'.
+        An error in a pass of the network ends the calls in its batch, and is raised to their callers.
         """
         try:
-            self._take_changes()
+            self._apply_changes()
             self._advance()
         except Exception as error:
             self._fail(error)
-        except BaseException:  # Ctrl-C: those of other callers go on
+        except BaseException:  # such as Ctrl-C: sequences of other callers continue
             self._interrupt()
             raise
 
@@ -180,40 +182,41 @@ class Engine:
             return
         runner = self._runner
         assert runner is not None
-        may_go_ahead = runner.looks_ahead and not (self._waiting or self._prefilling)
-        all_go_on = all(s.left > 1 and not s.is_over and not s.speculative for s in self._running)
-        if may_go_ahead and all_go_on and len(tokens.sequences) == len(self._running):
+        may_look_ahead = runner.looks_ahead and not (self._waiting or self._prefilling)
+        all_continue = all(s.n_remaining > 1 and not s.is_finished and not s.speculative for s in self._running)
+        if may_look_ahead and all_continue and len(tokens.sequences) == len(self._running):
             newest = tokens.chosen.unsqueeze(1)
             self._in_flight = ChosenTokens.choose(self._pass(newest), self._running, self.announces())
         found, self.changes_follow = tokens.on_host()
         for (sequence, steps), draft in zip(found, tokens.drafts, strict=True):
-            if not sequence.is_over:
-                self._take(sequence, steps, len(draft))
+            if not sequence.is_finished:
+                self._record(sequence, steps, len(draft))
         for sampler, sequences in by_sampler(tokens.sequences):
-            if running := [sequence.next_step for sequence in sequences if not sequence.is_over]:
-                sampler.release(min(running) - 1)  # a step that is interrupted is taken again
+            if running := [sequence.next_step for sequence in sequences if not sequence.is_finished]:
+                sampler.release(min(running) - 1)  # a step that is interrupted runs again
             else:
                 sampler.rewind()
-        if self._in_flight and all(sequence.is_over for sequence in self._running):
+        if self._in_flight and all(sequence.is_finished for sequence in self._running):
             self._in_flight = None
         if not self._in_flight:
             self._compact()
 
-    def _take(self, sequence: Sequence, steps: list[Step], n_drafted: int) -> None:
-        """Gives a sequence the tokens that a pass brought: one, and the accepted drafted ones."""
+    def _record(self, sequence: Sequence, steps: list[Step], n_drafted: int) -> None:
+        """Adds to a sequence the tokens of a pass: accepted drafted ones, and one more."""
         n_accepted = len(steps) - 1
         sequence.length += n_accepted
         sequence.next_step += n_accepted
-        if self._speculator and sequence.drafting:
+        if self._speculator and sequence.draft_state:
             self._speculator.observe(sequence, n_drafted, n_accepted)
         for step in steps:
-            if not sequence.is_over:
+            if not sequence.is_finished:
                 sequence.call.append(sequence.record(step))
 
     def _prefill(self) -> ChosenTokens | None:
-        """Takes waiting sequences into free slots, behind the running ones, and chooses their first tokens.
+        """Prefills waiting sequences in the slots behind the running ones; returns their first tokens when complete.
 
-        Running sequences get a step between two passes of a prefill.
+        Returns None while the prefill is incomplete or none is needed. Between two passes of a prefill, running
+        sequences get a step.
         """
         if self._running and self._has_just_prefilled:
             return None
@@ -221,7 +224,7 @@ class Engine:
         runner = self._runner
         if prefill is None or runner is None:
             return None
-        self._follow(prefill)
+        self._move_prefill(prefill)
         self._restore()
         prompts = [sequence.tokens for sequence in prefill.sequences]
         if runner.one_position:
@@ -243,21 +246,21 @@ class Engine:
         return ChosenTokens.choose(logits.unsqueeze(1), prefill.sequences, self.announces())
 
     def _start_prefill(self) -> _Prefill | None:
-        """Admits waiting sequences, and plans the passes of their prefill."""
+        """Admits waiting sequences, and plans their prefill; None if no sequence can be admitted."""
         new = self._admit()
         runner = self._runner
         if not new or runner is None:
             return None
         for sequence in new:
-            sequence.left = min(sequence.max_gen_len, runner.max_seq_len - len(sequence.tokens))
+            sequence.n_remaining = min(sequence.max_gen_len, runner.max_seq_len - len(sequence.tokens))
             sequence.first_step = sequence.next_step = sequence.sampler.used
             sequence.length = 0
         lengths = [len(sequence.tokens) for sequence in new]
         passes = [] if runner.one_position else runner.plan_prefill(lengths, in_chunks=bool(self._running))
         return _Prefill(new, len(self._running), deque(passes))
 
-    def _follow(self, prefill: _Prefill) -> None:
-        """Moves what is in the cache of a prefill behind the sequences that still run."""
+    def _move_prefill(self, prefill: _Prefill) -> None:
+        """Moves the cached part of a prefill to the slots behind the running sequences, if some of these have ended."""
         slot = len(self._running)
         if slot != prefill.slot:
             assert self._runner is not None
@@ -266,7 +269,7 @@ class Engine:
             prefill.slot = slot
 
     def _admit(self) -> list[Sequence]:
-        """Removes from the waiting sequences those that get a slot now."""
+        """Removes and returns the waiting sequences that get a slot now."""
         if not self._waiting:
             return []
         runner = self._runner_for_new()
@@ -274,7 +277,7 @@ class Engine:
             return []
         n_free = runner.max_batch_size - len(self._running)
         if runner.one_position:
-            return self._take_of_one_length(n_free)
+            return self._admit_of_one_length(n_free)
         starting: list[Sequence] = []
         while self._waiting and len(starting) < n_free:
             n_together = min(self._n_starting_with_next(), runner.max_batch_size)
@@ -286,10 +289,10 @@ class Engine:
         return starting
 
     def _runner_for_new(self) -> ModelRunner | None:
-        """The runner with which waiting sequences can join the running ones now; None if they have to wait for these.
+        """The runner for sequences that start now; None if they must wait until no sequence is running.
 
-        Without running ones a new runner is made, which takes the network as it is now: hooks may have been added, or
-        modules replaced.
+        A new runner is made if no sequence is running, because hooks may have been added to the network, or modules
+        replaced.
         """
         steps = self.stepper is not None and self.stepper.serves(self.model)
         kind = (takes_cache_positions(self.model), steps)
@@ -300,21 +303,22 @@ class Engine:
         return None if self._running and (runner.one_position or kind != self._kind) else runner
 
     def _n_starting_with_next(self) -> int:
-        """Number of sequences that must start together with the first waiting one: they share random numbers."""
+        """Number of sequences that must start together with the first waiting one because they share a sampler."""
         first = self._waiting[0]
         if first.sampler.is_greedy:
             return 1
         return len(list(takewhile(lambda sequence: sequence.sampler is first.sampler, self._waiting)))
 
-    def _take_of_one_length(self, n_free: int) -> list[Sequence]:
-        """The waiting sequences of the first one's call and length, for a network that takes one position for all."""
+    def _admit_of_one_length(self, n_free: int) -> list[Sequence]:
+        """Removes and returns waiting sequences of one call and length, for a network that needs equal positions."""
         first = self._waiting[0]
-        taken = [s for s in self._waiting if s.call is first.call and len(s.tokens) == len(first.tokens)][:n_free]
-        ids = {id(sequence) for sequence in taken}
+        admitted = [s for s in self._waiting if s.call is first.call and len(s.tokens) == len(first.tokens)][:n_free]
+        ids = {id(sequence) for sequence in admitted}
         self._waiting = deque(sequence for sequence in self._waiting if id(sequence) not in ids)
-        return taken
+        return admitted
 
     def _decode(self) -> ChosenTokens | None:
+        """Runs a decode step, which may have drafted tokens, for all running sequences."""
         if not self._running:
             return None
         self._has_just_prefilled = False
@@ -326,7 +330,7 @@ class Engine:
         return ChosenTokens.choose(self._pass(tokens), self._running, self.announces(), drafts)
 
     def _drafts(self) -> list[list[int]]:
-        """The drafted tokens for each running sequence."""
+        """Drafts tokens for each running sequence; empty lists where nothing is drafted."""
         runner = self._runner
         assert runner is not None
         if runner.one_position or not any(sequence.speculative for sequence in self._running):
@@ -337,7 +341,7 @@ class Engine:
         return self._speculator.propose(self._running, room)
 
     def _pass(self, tokens: Tensor) -> Tensor:
-        """Feeds tokens (bsz, width) to the running sequences, the first of each its newest one; returns the logits."""
+        """Feeds tokens (bsz, width), each running sequence's newest and its drafted ones; returns the logits."""
         assert self._runner is not None
         self._restore()
         lengths = [sequence.length for sequence in self._running]
@@ -346,7 +350,7 @@ class Engine:
         return self._runner.step(tokens, lengths)
 
     def _restore(self) -> None:
-        """Computes the sequences' keys and values anew if another use of the network overwrote them."""
+        """Computes the sequences' keys and values again if another use of the network has overwritten them."""
         assert self._runner is not None
         started = [*self._running, *(self._prefilling.sequences if self._prefilling else ())]
         if started and self._runner.has_lost_cache():
@@ -355,15 +359,15 @@ class Engine:
                 self._runner.prefill([tokens for _, tokens in cached], [slot for slot, _ in cached])
 
     def _compact(self) -> None:
-        """Removes the sequences that are over, and moves running ones from the end into the gaps.
+        """Removes sequences that have ended, and moves running ones from the end into the gaps.
 
-        Where the network takes one position for all, they stay until all are over.
+        In a network that needs equal positions, sequences keep their slots until all have ended.
         """
         running, runner = self._running, self._runner
-        if runner is None or (runner.one_position and not all(sequence.is_over for sequence in running)):
+        if runner is None or (runner.one_position and not all(sequence.is_finished for sequence in running)):
             return
         for slot in reversed(range(len(running))):
-            if running[slot].is_over:
+            if running[slot].is_finished:
                 last = running.pop()
                 if slot < len(running):
                     running[slot] = last
@@ -371,56 +375,60 @@ class Engine:
                     if self._speculator:
                         self._speculator.move_row(len(running), slot)
 
-    def _take_changes(self) -> None:
-        """Has the sequences that arrived wait, and removes those that were aborted."""
+    def _apply_changes(self) -> None:
+        """Moves sequences that have arrived to the waiting queue, and removes aborted ones."""
         while self._arrived:
             self._waiting.append(self._arrived.popleft())
-        if any(sequence.is_over for sequence in self._waiting):
-            self._waiting = deque(sequence for sequence in self._waiting if not sequence.is_over)
+        if any(sequence.is_finished for sequence in self._waiting):
+            self._waiting = deque(sequence for sequence in self._waiting if not sequence.is_finished)
         if self._in_flight:
             self._in_flight.rewind()
-            if not all(sequence.is_over for sequence in self._running):
-                return  # the step that is in flight still needs its slots as they are
+            if not all(sequence.is_finished for sequence in self._running):
+                return  # slots must not change while a step is in flight
             self._in_flight = None
-        if self._prefilling and all(sequence.is_over for sequence in self._prefilling.sequences):
+        if self._prefilling and all(sequence.is_finished for sequence in self._prefilling.sequences):
             self._prefilling = None
-        if any(sequence.is_over for sequence in self._running):
+        if any(sequence.is_finished for sequence in self._running):
             self._compact()
 
     def _fail(self, error: Exception) -> None:
-        """Ends the calls of all sequences that have a slot; where none has, that of the first one waiting."""
+        """Ends the calls of all sequences that have a slot, or, if none has, the call of the first one waiting."""
         started = [*self._running, *(self._prefilling.sequences if self._prefilling else ())]
         for sequence in started or list(self._waiting)[:1]:
-            if not sequence.is_over:
+            if not sequence.is_finished:
                 sequence.call.abort(error)
         self._drop_in_flight()
         self._running.clear()
         self._prefilling = None
 
     def _interrupt(self) -> None:
-        """Brings the sequences to where they stood before the step, without what it may have left in the cache."""
+        """Returns sequences to their state before the interrupted step. The cache is computed again in the next one."""
         self._drop_in_flight()
         started = [*self._running, *(self._prefilling.sequences if self._prefilling else ())]
-        going_on = [sequence for sequence in started if not sequence.is_over]
+        unfinished = [sequence for sequence in started if not sequence.is_finished]
         self._prefilling = None
-        self._running = [sequence for sequence in going_on if len(sequence.tokens) > sequence.n_prompt]
-        self._waiting.extendleft(s for s in reversed(going_on) if len(s.tokens) == s.n_prompt)
+        self._running = [sequence for sequence in unfinished if len(sequence.tokens) > sequence.n_prompt]
+        self._waiting.extendleft(s for s in reversed(unfinished) if len(s.tokens) == s.n_prompt)
         for sequence in self._running:
             sequence.length = len(sequence.tokens) - 1
         self._lock.last_writer = None
 
     def _drop_in_flight(self) -> None:
+        """Discards the step in flight; its tokens will be sampled again."""
         self._in_flight = None
         for sequence in self._running:
             sequence.next_step = sequence.first_step + sequence.n_generated
 
 
 def engine_of(model: Any, stepper: Stepper | None = None, draft: ModelRunner | None = None) -> Engine:
-    """The engine that all users of a network with this stepper and draft share; it lives while one of them keeps it."""
-    use = lock_of(model)
+    """Returns the engine that all users of a network share, or a new one for a different stepper or draft.
+
+    The engine exists as long as one of its users refers to it.
+    """
+    lock = lock_of(model)
     with _engines_lock:
-        engine: Engine | None = use.engine() if use.engine else None
+        engine: Engine | None = lock.engine() if lock.engine else None
         if engine is None or engine.stepper is not stepper or engine.draft is not draft:
             engine = Engine(model, stepper, draft)
-            use.engine = weakref.ref(engine)
+            lock.engine = weakref.ref(engine)
         return engine

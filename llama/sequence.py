@@ -1,4 +1,4 @@
-"""Sequences that the engine advances, the calls that they belong to, and the steps that they bring."""
+"""The engine's data: sequences, the calls that they belong to, and the results of their steps."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Step:
-    """What one step brought to one sequence.
+    """The result of one step for one sequence.
 
     Attributes:
-        sequence: its index in the call.
-        token: the new token; None if the sequence ended without one (at EOS, or with no room for a token).
-        logprob: log-probability of the token under the raw logits; only if asked for.
-        finish_reason: why this is the sequence's last step; None if it is not.
-        top_logprobs: the most likely tokens at this position and their log-probabilities; as many as asked for.
+        sequence: index of the sequence in its call.
+        token: the new token; None if the sequence ended without one (at EOS, or because it had no room for a token).
+        logprob: log-probability of the token under the raw logits; None if not asked for.
+        finish_reason: why the sequence ends with this step; None if it continues.
+        top_logprobs: the most likely tokens at this position, with their log-probabilities, in descending order.
     """
 
     sequence: int
@@ -40,24 +40,25 @@ class Sequence:
     """A prompt and its completion. Its index in the engine's list of running sequences is its slot in the cache.
 
     Attributes:
-        tokens: ids of the prompt, then of the completion so far.
-        sampler: draws its tokens; sequences that share one start together.
-        noise_row: which row of the sampler's noise is its own.
-        max_gen_len: maximum number of new tokens; the end of the slot may come first.
-        eos_id: ends the sequence.
-        logprobs: whether the steps have log-probabilities.
-        top_logprobs: of how many of the most likely tokens the steps have them too.
-        ends: called with each new token; whether the sequence ends there.
-        speculative: how tokens are drafted for it: "prompt_lookup", "draft" (by the engine's draft model) or None.
-        call: the call that it belongs to, set by `Call`.
-        index: its index there, likewise.
-        length: number of its tokens whose keys and values are in the cache, from the first one on.
-        left: number of tokens that it may still bring.
-        first_step: the sampler's step at which its first token is drawn.
-        next_step: that of the next token to be drawn; tokens that have not reached the host yet are drawn already.
-        drafting: what `speculative.Speculator` keeps of it.
-        is_over: whether it has ended.
-        n_prompt: number of the prompt's tokens.
+        tokens: ids of the prompt and the completion so far.
+        sampler: samples the tokens; sequences that share a sampler start together.
+        noise_row: the row of the sampler's noise that belongs to this sequence.
+        max_gen_len: maximum number of new tokens; the sequence also ends when its slot is full.
+        eos_id: the token that ends the sequence.
+        logprobs: whether to compute the log-probability of each new token.
+        top_logprobs: number of most likely tokens to report at each step, with their log-probabilities.
+        ends: called with each new token; returns whether the sequence ends with it, as at a stop string.
+        speculative: how to draft tokens: "prompt_lookup", "draft" (by the engine's draft model), or None.
+        call: the call that the sequence belongs to; set by `Call`.
+        index: index of the sequence in its call; set by `Call`.
+        length: number of leading tokens whose keys and values are in the cache.
+        n_remaining: maximum number of further tokens.
+        first_step: the sampler's step for the first new token.
+        next_step: the sampler's step for the next token to sample. Tokens still on their way to the host count as
+            sampled.
+        draft_state: what `speculative.Speculator` remembers about the sequence.
+        is_finished: whether the sequence has ended.
+        n_prompt: number of tokens in the prompt.
     """
 
     tokens: list[int]
@@ -72,11 +73,11 @@ class Sequence:
     call: Call = field(init=False, repr=False)
     index: int = field(init=False)
     length: int = field(default=0, init=False)
-    left: int = field(default=0, init=False)
+    n_remaining: int = field(default=0, init=False)
     first_step: int = field(default=0, init=False)
     next_step: int = field(default=0, init=False)
-    drafting: Any = field(default=None, init=False, repr=False)
-    is_over: bool = field(default=False, init=False)
+    draft_state: Any = field(default=None, init=False, repr=False)
+    is_finished: bool = field(default=False, init=False)
     n_prompt: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,27 +89,27 @@ class Sequence:
         return len(self.tokens) - self.n_prompt
 
     def record(self, step: Step) -> Step:
-        """Takes a step's token; returns the step, with the reason if the sequence is over."""
+        """Adds the token of a step; returns the step, with its finish reason set if the sequence ends."""
         token = step.token
         assert token is not None
         self.sampler.mark_used(self.first_step + self.n_generated + 1)
-        if self.left == 0 or token == self.eos_id:
-            self.is_over = True
-            return Step(self.index, None, None, "stop" if self.left else "length")
+        if self.n_remaining == 0 or token == self.eos_id:
+            self.is_finished = True
+            return Step(self.index, None, None, "stop" if self.n_remaining else "length")
         self.tokens.append(token)
-        self.left -= 1
+        self.n_remaining -= 1
         stopped = self.ends(token)
-        self.is_over = stopped or self.left == 0
-        return replace(step, finish_reason="stop" if stopped else "length") if self.is_over else step
+        self.is_finished = stopped or self.n_remaining == 0
+        return replace(step, finish_reason="stop" if stopped else "length") if self.is_finished else step
 
 
 class Call:
-    """The sequences that a caller waits for.
+    """The sequences that one caller waits for.
 
     Attributes:
-        sequences: the call's.
-        steps: those that the caller has not taken yet, in order.
-        error: what ended the sequences; raised in the caller's thread.
+        sequences: the call's sequences.
+        steps: steps that the caller has not received yet, oldest first.
+        error: the error that ended the sequences, to be raised in the caller's thread; None if there is none.
     """
 
     def __init__(self, sequences: Iterable[Sequence]) -> None:
@@ -120,17 +121,18 @@ class Call:
             sequence.call, sequence.index = self, index
 
     @property
-    def is_over(self) -> bool:
-        """Whether no more steps come."""
+    def is_finished(self) -> bool:
+        """Whether there will be no more steps."""
         return self._n_running == 0 or self.error is not None
 
     def append(self, step: Step) -> None:
+        """Adds a step for the caller to receive."""
         self._n_running -= step.finish_reason is not None
         self.steps.append(step)
 
     def abort(self, error: BaseException | None = None) -> None:
-        """Ends all of its sequences. The engine removes them before its next step."""
+        """Ends all sequences of the call; the engine removes them before its next step."""
         self.error = self.error or error
         self._n_running = 0
         for sequence in self.sequences:
-            sequence.is_over = True
+            sequence.is_finished = True

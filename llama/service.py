@@ -1,7 +1,7 @@
-"""The serving loop: requests from other threads join and leave the engine's batch between two steps.
+"""The serving loop: requests from other threads join and leave the engine's batch between steps.
 
-Under model parallelism the first rank takes the requests and the others follow: what changes travels to them once, with
-the announcement in the message that has a step's tokens.
+Under model parallelism the first rank receives the requests. It announces changes together with a step's tokens, and
+then broadcasts them to the other ranks, so that a step without changes costs no extra message.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from llama.sequence import Call, FinishReason, Step
 from llama.sequence import Sequence as EngineSequence
 from llama.tokenizer import IncrementalDetokenizer
 
-_SCORED_POSITIONS = 512  # whose logits are held at a time
-_HEARTBEAT_S = 2.0  # an idle first rank lets the others know as often that it is there, and learns that they are
+_SCORED_POSITIONS = 512  # maximum number of positions whose logits are in memory at a time
+_HEARTBEAT_S = 2.0  # interval of broadcasts while idle, by which ranks find out if another one has ended
 
 
 TopLogprobs = tuple[tuple[int, float], ...]
@@ -35,11 +35,11 @@ Scores = list[tuple[float | None, TopLogprobs]]
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait already as the service takes."""
+    """The maximum number of sequences is already waiting."""
 
 
 class ServiceStoppedError(RuntimeError):
-    """The service has ended, or is about to."""
+    """The service has stopped, or is stopping."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Token:
     """A token whose text is final.
 
     Attributes:
-        id: in the vocabulary.
-        text: its part of the text; a character of several tokens belongs to the last of them.
+        id: the token's id.
+        text: the token's part of the text; a character of several tokens is attributed to the last one.
         logprob: log-probability under the raw logits; None for the first token of a prompt.
-        top_logprobs: the most likely tokens at this position and their log-probabilities; as many as asked for.
+        top_logprobs: ids of the most likely tokens at this position and their log-probabilities, in descending order.
     """
 
     id: int
@@ -61,14 +61,14 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step brought to one choice of a request; with echo, a first one has the prompt.
+    """The result of one step for one choice of a request. With echo, an additional first piece has the prompt.
 
     Attributes:
-        choice: its index, see `Service.submit`.
-        text: what became final with this step; often a word, sometimes empty.
-        tokens: with logprobs, those that became final; joined over all pieces, their texts are the text.
-        n_generated: number of tokens that the step generated, 0 or 1; also those that a stop string swallows count.
-        finish_reason: why this is the choice's last piece; None if it is not.
+        choice: index of the choice: see `Service.submit`.
+        text: text that became final with this step; may be empty.
+        tokens: with logprobs, the tokens that became final; over all pieces, their texts add up to the whole text.
+        n_generated: number of tokens that the step generated, 0 or 1, including tokens cut off at a stop string.
+        finish_reason: why the choice ends with this piece; None if it continues.
     """
 
     choice: int
@@ -84,7 +84,7 @@ OnScore = Callable[[list[float] | BaseException], None]
 
 @dataclass(frozen=True)
 class _Added:
-    """A request, as it travels to the other ranks."""
+    """A new request, as broadcast to the other ranks."""
 
     number: int
     prompts: list[list[int]]
@@ -111,31 +111,31 @@ class _Stopped:
 
 
 class _Choice:
-    """The text of one completion of a request, and its tokens if their log-probabilities were asked for.
+    """One completion of a request: its text and, with logprobs, its tokens.
 
     Args:
-        index: among the request's choices.
-        text: detokenizes it.
-        logprobs: whether the pieces have tokens.
+        index: index among the request's choices.
+        text: the completion's detokenizer.
+        logprobs: whether pieces contain tokens.
     """
 
     def __init__(self, index: int, text: IncrementalDetokenizer, *, logprobs: bool) -> None:
         self._index = index
         self._text = text
         self._logprobs = logprobs
-        self._settled: deque[str] = deque()
-        self._n_chars = 0  # that are final
-        self._unsettled: deque[Step] = deque()  # of tokens that may still be cut off by a stop string
-        self._n_released = 0  # tokens
-        self._n_chars_released = 0
+        self._final_texts: deque[str] = deque()  # of each new token, what it made final
+        self._n_chars_final = 0
+        self._held_steps: deque[Step] = deque()  # of tokens that may still be cut off at a stop string
+        self._n_released = 0  # number of tokens in pieces so far
+        self._n_chars_released = 0  # number of characters of these tokens
 
     def ends(self, token: int) -> bool:
-        """Takes a token; whether the completion ends with it."""
-        self._settled.append(self._text.push(token))
+        """Adds a token; returns whether the completion ends with it, at a stop string."""
+        self._final_texts.append(self._text.push(token))
         return self._text.stopped
 
     def echo(self, prompt: Sequence[int], scores: Scores) -> Piece:
-        """The piece of the prompt."""
+        """Returns the piece that has the prompt."""
         texts = self._text.prefix_pieces
         tokens = (
             [Token(*token) for token in zip(prompt, texts, *zip(*scores, strict=True), strict=True)] if scores else []
@@ -143,29 +143,29 @@ class _Choice:
         return Piece(self._index, "".join(texts), tuple(tokens))
 
     def piece(self, step: Step) -> Piece:
-        """What a step brought."""
+        """Returns the piece of a step."""
         text = ""
         if step.token is not None:
-            text = self._settled.popleft()
+            text = self._final_texts.popleft()
             if self._logprobs:
-                self._unsettled.append(step)
+                self._held_steps.append(step)
         if step.finish_reason:
             text += self._text.finish()
-        self._n_chars += len(text)
+        self._n_chars_final += len(text)
         tokens = tuple(self._release(is_last=step.finish_reason is not None)) if self._logprobs else ()
         stopped = step.finish_reason and self._text.stopped
         return Piece(self._index, text, tokens, int(step.token is not None), "stop" if stopped else step.finish_reason)
 
     def _release(self, *, is_last: bool) -> list[Token]:
-        """The further tokens whose text is final. Those without text wait for the character that they are part of."""
+        """Returns the tokens that became final. A token without text waits for the character that it is part of."""
         pieces, n_final, n_chars = self._text.pieces, self._n_released, self._n_chars_released
         for i in range(self._n_released, len(pieces)):
             n_chars += len(pieces[i])
-            if is_last or (pieces[i] and n_chars <= self._n_chars):
+            if is_last or (pieces[i] and n_chars <= self._n_chars_final):
                 n_final, self._n_chars_released = i + 1, n_chars
         tokens = []
         for text in pieces[self._n_released : n_final]:
-            step = self._unsettled.popleft()
+            step = self._held_steps.popleft()
             assert step.token is not None
             tokens.append(Token(step.token, text, step.logprob, step.top_logprobs))
         self._n_released = max(self._n_released, n_final)
@@ -181,18 +181,18 @@ class _Running:
 
 
 class Service:
-    """Serves requests from any number of threads on one `Llama`.
+    """Serves requests from any number of threads with one `Llama`.
 
-    One thread of the first rank calls `run`, each other rank `follow`. `submit`, `score`, `abort` and `stop` may be
-    called from any thread of the first rank.
+    The first rank calls `run` in one thread; every other rank calls `follow`. `submit`, `score`, `abort` and `stop` may
+    be called from any thread of the first rank.
 
     Args:
         llama: the network and its tokenizer.
-        max_waiting: maximum number of sequences that wait for a slot; requests with more are refused.
+        max_waiting: maximum number of sequences that wait for a slot; requests beyond that are refused.
 
     Attributes:
-        error: what ended the service; None as long as it runs, and after `stop`.
-        n_generated: number of tokens that were generated for requests.
+        error: the error that ended the service; None while it runs, and after `stop`.
+        n_generated: number of tokens generated for requests so far.
     """
 
     def __init__(self, llama: Llama, *, max_waiting: int = 256) -> None:
@@ -205,19 +205,19 @@ class Service:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._n_arriving = 0  # sequences in the inbox
         self._numbers = itertools.count()
-        self._listeners: dict[int, Callable[[Any], None]] = {}  # on the first rank alone
+        self._listeners: dict[int, Callable[[Any], None]] = {}  # by request number; only on the first rank
         self._running: dict[int, _Running] = {}
         self._is_stopping = False
         self._lock = threading.Lock()
 
     @property
     def n_requests(self) -> int:
-        """Number of requests that are not finished."""
+        """Number of unfinished requests."""
         return len(self._listeners)
 
     @property
     def n_running(self) -> int:
-        """Number of sequences that have a slot of the cache."""
+        """Number of sequences that have a KV cache slot."""
         return self.engine.n_running
 
     @property
@@ -238,35 +238,35 @@ class Service:
         """Adds a request; returns its number, for `abort`.
 
         Args:
-            prompts: ids, checked by the caller (see `prompts`).
-            params: how to sample.
+            prompts: token ids, checked by the caller (see `llama.inputs`).
+            params: sampling parameters.
             on_piece: called in the service's thread with each piece, or with the error that ended the request. It must
-                not wait.
-            n: number of completions of each prompt; those of prompt i are the choices from `i * n` on. With a seed,
-                the first completion is what the prompt would get alone, and the others have the seeds that follow.
+                not block.
+            n: number of completions of each prompt; prompt i has the choices `i * n` to `i * n + n - 1`. With a seed,
+                the j-th completion, from 0, is the one that `n=1` gives with `seed + j`.
             top_logprobs: number of most likely tokens to report at each position.
-            continues: whether the text continues that of the prompt, and so keeps its leading space. Otherwise it
-                begins anew, as an answer does.
+            continues: whether the completion continues the prompt's text, and keeps its leading space. False for
+                answers of a chat, whose leading space is dropped.
 
         Raises:
-            QueueFullError: there is no room for it among the `max_waiting` sequences that may wait.
-            ServiceStoppedError: the service has ended, or was told to stop.
+            QueueFullError: more than `max_waiting` sequences would wait.
+            ServiceStoppedError: the service has stopped, or is stopping.
         """
         lists = [list(prompt) for prompt in prompts]
         n_sequences = len(lists) * n
         return self._register(on_piece, n_sequences, lambda i: _Added(i, lists, params, n, top_logprobs, continues))
 
     def score(self, tokens: Sequence[int], on_score: OnScore) -> int:
-        """Has the log-probability of each id computed, as in `Llama.score_tokens`; otherwise like `submit`."""
+        """Adds a request for the log-probability of each id, as in `Llama.score_tokens`; returns its number."""
         return self._register(on_score, 0, lambda number: _Scored(number, list(tokens)))
 
     def abort(self, number: int) -> None:
-        """Ends a request, whose slot is free from the next step on; without effect if it is finished."""
+        """Ends a request, and frees its slots before the next step. Does nothing if the request has finished."""
         if self._listeners.pop(number, None):
             self._inbox.put(_Aborted(number))
 
     def stop(self) -> None:
-        """Ends the service before its next step; what is not finished gets a `ServiceStoppedError`."""
+        """Stops the service before its next step; unfinished requests get a `ServiceStoppedError`."""
         self._is_stopping = True
         self._inbox.put(_Stopped())
 
@@ -275,7 +275,10 @@ class Service:
             if self._is_stopping or self.error is not None:
                 raise ServiceStoppedError("the service has stopped")
             if self.n_waiting + n_sequences > self.max_waiting:
-                raise QueueFullError(f"at most {self.max_waiting} sequences may wait; try again later")
+                raise QueueFullError(
+                    f"the number of waiting sequences must be at most {self.max_waiting}, got "
+                    f"{self.n_waiting + n_sequences} with this request; try again later"
+                )
             number = next(self._numbers)
             self._listeners[number] = listener
             self._n_arriving += n_sequences
@@ -283,10 +286,10 @@ class Service:
             return number
 
     def run(self) -> None:
-        """Serves on the first rank until `stop`.
+        """Serves requests on the first rank until `stop`.
 
         Raises:
-            Exception: another rank was lost.
+            Exception: another rank failed or ended; under model parallelism, also any error of a request.
         """
         try:
             self._loop(self._collect)
@@ -301,7 +304,7 @@ class Service:
                 listener(self.error or ServiceStoppedError("the service has stopped"))
 
     def follow(self) -> None:
-        """Does on another rank what the first one does, until that stops."""
+        """Runs the same steps as the first rank on another rank, until the first one stops."""
         self._loop(lambda: None)
 
     def _loop(self, collect: Callable[[], list[Any] | None]) -> None:
@@ -316,7 +319,7 @@ class Service:
                     self._deliver()
 
     def _collect(self) -> list[Any]:
-        """The changes since the last time; waits for one if there is nothing else to do."""
+        """Returns new changes; if the engine is idle, first waits up to `_HEARTBEAT_S` for one."""
         changes = []
         try:
             if self.engine.is_idle:
@@ -327,7 +330,7 @@ class Service:
             return changes
 
     def _apply(self, changes: Sequence[Any]) -> bool:
-        """Brings changes to the engine; False once the service has to stop."""
+        """Applies changes to the engine; returns False if the service must stop."""
         for change in changes:
             if isinstance(change, _Stopped):
                 for running in self._running.values():
@@ -341,7 +344,7 @@ class Service:
         return True
 
     def _begin(self, change: _Added | _Scored) -> None:
-        """Has a request join the engine's batch, or scores it; an error is its caller's."""
+        """Adds a request to the engine, or scores it; passes an error to its listener."""
         try:
             if isinstance(change, _Scored):
                 with lock_of(self.llama.model):
@@ -358,7 +361,7 @@ class Service:
                     self._n_arriving -= len(change.prompts) * change.n
 
     def _start(self, added: _Added) -> _Running:
-        """Adds the sequences of a request to the engine; with echo, delivers the prompts."""
+        """Adds a request's sequences to the engine; with echo, delivers the pieces that have the prompts."""
         params, tokenizer = added.params, self.llama.tokenizer
         choices: list[_Choice] = []
         sequences: list[EngineSequence] = []
@@ -388,7 +391,7 @@ class Service:
         return _Running(call, choices)
 
     def _sampler(self, params: SamplingParams, index: int) -> Sampler:
-        """The sampler of a prompt's completion: each has its own, so that it does not depend on the others."""
+        """Makes a completion's own sampler, so that its tokens do not depend on other requests."""
         device = device_of(self.llama.model)
         if params.seed is None or params.temperature == 0:
             generator = runtime.default_generator(device)
@@ -397,9 +400,9 @@ class Service:
         return Sampler(params.temperature, params.top_p, 1, generator)
 
     def _score(self, prompt: list[int], n_top: int) -> Scores:
-        """For each token of a prompt its log-probability and the most likely ones in its place; nothing for the first.
+        """Scores a prompt: for each token its log-probability and the most likely tokens in its place.
 
-        Uses the cache from its first slot on; the engine computes anew what was there.
+        The first token gets (None, ()). Overwrites the KV cache, which the engine then computes again.
         """
         scores: Scores = [(None, ())]
         with lock_of(self.llama.model), torch.inference_mode():
@@ -421,18 +424,19 @@ class Service:
                 step = call.steps.popleft()
                 self.n_generated += step.token is not None
                 self._tell(number, running.choices[step.sequence].piece(step))
-            if call.is_over:
+            if call.is_finished:
                 if call.error is not None:
                     self._fail(number, call.error)
                 del self._running[number]
                 self._listeners.pop(number, None)
 
     def _fail(self, number: int, error: BaseException) -> None:
-        """Tells a request's listener that it failed. Under model parallelism all fail: the ranks may have parted."""
+        """Passes an error to a request's listener; raises it under model parallelism, where ranks may have diverged."""
         if runtime.model_parallel_size() > 1:
             raise error
         self._tell(number, error)
 
-    def _tell(self, number: int, news: Any) -> None:
+    def _tell(self, number: int, result: Any) -> None:
+        """Passes a result to a request's listener, if it has one on this rank."""
         if listener := self._listeners.get(number):
-            listener(news)
+            listener(result)

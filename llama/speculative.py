@@ -1,9 +1,10 @@
-"""Speculative decoding (Leviathan et al., 2023): drafted tokens are verified together, in one pass over the weights.
+"""Speculative decoding (Leviathan et al., 2023): several drafted tokens are verified in one pass of the network.
 
-A pass that reads all weights for one position can compute several almost for free. Drafts come from earlier text that
-ends alike (prompt lookup), or from a smaller network. The network samples at every drafted position with the noise
-that plain decoding would use there, and drafted tokens count as far as they equal the sampled ones: whatever is
-drafted, the text is that of plain decoding, up to the rounding that another number of rows causes outside of float32.
+A pass has to read all weights anyway, so computing a few more positions costs little. Tokens are drafted by prompt
+lookup, which repeats what followed similar text before, or by a smaller network. The network samples at each drafted
+position with the noise that plain decoding would use there, and draft tokens are accepted up to the first that differs
+from the sampled one. The output is therefore that of plain decoding, whatever is drafted, except for rounding, which
+depends on the number of rows in a pass outside of float32.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
+from collections import abc
 from collections.abc import Callable
-from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,28 +28,28 @@ from llama.runtime import broadcast_from_first, to_device
 from llama.sequence import Sequence
 from llama.stepping import MAX_WIDTH
 
-_WIDTHS = (1, 2, 3, 4, 6, 8, 12, MAX_WIDTH)  # tokens per row of a pass; few of them, since each needs kernels
-_GRAM_SIZES = (4, 2, 1)  # of the n-grams that earlier text is searched for, the longest first
-_MOST_PLACES = 16  # of an n-gram that are compared
-_MOST_MATCHED = 16  # tokens
-_MOST_AHEAD = 64  # steps that a sequence may be ahead of others with the same sampler, whose noise is held for them
-_PRIORS = {0: 0.7, 1: 0.2, 2: 0.4, 4: 0.65, 8: 0.85}  # of acceptance, by the matched tokens; 0: a draft model's
-_PRIOR_WEIGHT = 2.0  # drafts
-_EVIDENCE_KEPT = 0.9  # with each draft
-_MEASURED = (1, 2, 4, 8, 16, 32, 64, 128)  # positions of the passes that are timed
+_WIDTHS = (1, 2, 3, 4, 6, 8, 12, MAX_WIDTH)  # tokens per row of a pass; only a few widths, since each needs kernels
+_NGRAM_SIZES = (4, 2, 1)  # n-grams to search for in earlier text, longest first
+_MAX_OCCURRENCES = 16  # most recent occurrences of an n-gram that are compared
+_MAX_MATCHED = 16  # tokens that are compared at an occurrence
+_MAX_STEPS_AHEAD = 64  # of other sequences with the same sampler, which keeps the noise of all steps in between
+_PRIORS = {0: 0.7, 1: 0.2, 2: 0.4, 4: 0.65, 8: 0.85}  # acceptance rate by number of matched tokens; 0: draft model
+_PRIOR_WEIGHT = 2.0  # in drafts
+_DECAY = 0.9  # of earlier observations with each new draft
+_MEASURED = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of positions whose pass is timed
 _MEASURED_LAYERS = 4
-_ROUNDS = 4
-_CLEARLY = 1.01  # times the plain speed that drafting must promise
+_TIMING_ROUNDS = 4
+_MIN_SPEEDUP = 1.01  # expected over plain decoding; below it nothing is drafted
 
 
 @dataclass
 class Counts:
-    """What speculative decoding did so far.
+    """Statistics of speculative decoding.
 
     Attributes:
-        passes: number of passes with drafted tokens, counted per sequence.
+        passes: number of passes with drafted tokens, summed over sequences.
         drafted: number of drafted tokens.
-        accepted: number of those that were kept.
+        accepted: number of drafted tokens that were accepted.
     """
 
     passes: int = 0
@@ -57,29 +58,29 @@ class Counts:
 
 
 class PromptLookup:
-    """Drafts what followed the longest earlier occurrence of a text's last tokens (Saxena, 2023)."""
+    """Drafts the tokens that followed the longest earlier match of the last tokens (Saxena, 2023)."""
 
     def __init__(self) -> None:
-        self._ends: dict[tuple[int, ...], list[int]] = {}  # of each n-gram: where it ended, with a token behind it
+        self._ends: dict[tuple[int, ...], list[int]] = {}  # n-gram -> indices of the tokens that followed it
         self._n_indexed = 1
 
     def propose(self, tokens: list[int], n: int) -> tuple[list[int], int]:
-        """Up to `n` drafted tokens, and how many of the last tokens were found; none if nothing was found.
+        """Returns up to `n` drafted tokens and the length of the match; no tokens and 0 if there is no match.
 
         Args:
-            tokens: at least those of earlier calls.
+            tokens: the prompt and completion so far; must start with the tokens of earlier calls.
         """
         for end in range(self._n_indexed, len(tokens)):
-            for size in _GRAM_SIZES:
+            for size in _NGRAM_SIZES:
                 if end >= size:
                     self._ends.setdefault(tuple(tokens[end - size : end]), []).append(end)
         self._n_indexed = max(self._n_indexed, len(tokens))
-        for size in _GRAM_SIZES:
-            ends = self._ends.get(tuple(tokens[-size:]), [])[-_MOST_PLACES:]
+        for size in _NGRAM_SIZES:
+            ends = self._ends.get(tuple(tokens[-size:]), [])[-_MAX_OCCURRENCES:]
             if ends:
                 matched, end = max((self._matched(tokens, end), end) for end in ends)
                 draft: list[int] = []
-                while len(draft) < n:  # the draft may run on into itself, where a text repeats with a short period
+                while len(draft) < n:  # behind the last token the draft repeats itself, as periodic text does
                     at = end + len(draft)
                     draft.append(tokens[at] if at < len(tokens) else draft[at - len(tokens)])
                 return draft, matched
@@ -87,13 +88,13 @@ class PromptLookup:
 
     @staticmethod
     def _matched(tokens: list[int], end: int) -> int:
-        """Number of tokens before `end` that equal the last ones, up to `_MOST_MATCHED`."""
-        most = min(_MOST_MATCHED, end)
-        return next((i for i in range(most) if tokens[end - 1 - i] != tokens[-1 - i]), most)
+        """Number of tokens before `end` that equal the last tokens, up to `_MAX_MATCHED`."""
+        limit = min(_MAX_MATCHED, end)
+        return next((i for i in range(limit) if tokens[end - 1 - i] != tokens[-1 - i]), limit)
 
 
 class Acceptance:
-    """How probable it is that the next drafted token is accepted, by how it was found; learned from what was lately."""
+    """Estimates the acceptance rate of drafted tokens by match length, from priors and recent drafts."""
 
     def __init__(self) -> None:
         self._seen = dict.fromkeys(_PRIORS, (0.0, 0.0))  # accepted, rejected
@@ -102,28 +103,28 @@ class Acceptance:
         return max(level for level in _PRIORS if level <= matched)
 
     def rate(self, matched: int) -> float:
-        """The probability after so many matched tokens."""
+        """The estimated probability that a drafted token is accepted; `matched` is 0 for a draft model."""
         level = self._level(matched)
         accepted, rejected = self._seen[level]
         weight = _PRIOR_WEIGHT
         return (_PRIORS[level] * weight + accepted) / (weight + accepted + rejected)
 
     def observe(self, matched: int, n_drafted: int, n_accepted: int) -> None:
-        """Learns from a draft. With none drafted, what was learned fades, so that drafting is tried again some time."""
+        """Updates the estimate after a pass. Without a draft, it slowly returns to the prior, to try drafting again."""
         level = self._level(matched)
-        accepted, rejected = (_EVIDENCE_KEPT ** (1.0 if n_drafted else 0.1) * n for n in self._seen[level])
+        accepted, rejected = (_DECAY ** (1.0 if n_drafted else 0.1) * n for n in self._seen[level])
         self._seen[level] = accepted + n_accepted, rejected + (n_accepted < n_drafted)
 
 
 class PassCosts:
-    """Seconds that a pass takes by its number of positions; between measured ones interpolated."""
+    """The duration of a pass in seconds by its number of positions, interpolated between measurements."""
 
-    def __init__(self, seconds: Listed[float]) -> None:
+    def __init__(self, seconds: abc.Sequence[float]) -> None:
         """
         Args:
-            seconds: for each of `_MEASURED`.
+            seconds: durations of passes with `_MEASURED` positions.
         """
-        # Disturbed timings are too long: a pass takes no longer than one of more positions.
+        # A disturbed timing is too long: a pass cannot take longer than one with more positions.
         self._seconds = [min(seconds[i:]) for i in range(len(seconds))]
 
     def __call__(self, n_positions: int) -> float:
@@ -138,9 +139,9 @@ class PassCosts:
     @classmethod
     @torch.inference_mode()
     def measure(cls, model: Any) -> PassCosts:
-        """Times passes of the network's first layers, without its hooks and beside its KV cache.
+        """Times passes of the network's first layers, without running its hooks or writing to its KV cache.
 
-        Under model parallelism all ranks call it together, and get the times of the first one.
+        Under model parallelism all ranks must call this together; they all get the first rank's times.
         """
         n_layers = min(len(model.layers), _MEASURED_LAYERS)
         part = _without_hooks(model, n_layers, max(_MEASURED))
@@ -160,22 +161,22 @@ class PassCosts:
         return cls(broadcast_from_first(times).tolist())
 
 
-def _least_seconds(works: Listed[Callable[[], object]], device: torch.device) -> list[float]:
-    """The least time that each takes, of several rounds."""
+def _least_seconds(works: abc.Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """The minimum duration of each function over several rounds."""
     times = [math.inf] * len(works)
-    for i in range(_ROUNDS + 1):
+    for i in range(_TIMING_ROUNDS + 1):
         for place, work in enumerate(works):
             started = time.perf_counter()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if i:  # first calls choose kernels
+            if i:  # the first round is a warm-up
                 times[place] = min(times[place], time.perf_counter() - started)
     return times
 
 
 def _without_hooks(model: nn.Module, n_layers: int, max_seq_len: int) -> Any:
-    """The network's first layers with its own weights, without hooks, and with a cache of one row of their own."""
+    """A shallow copy of the network with its first layers, the same weights, no hooks, and a new cache of one row."""
     shadow = object.__new__(type(model))
     state = dict(vars(model))
     for name, value in state.items():
@@ -195,18 +196,18 @@ def _without_hooks(model: nn.Module, n_layers: int, max_seq_len: int) -> Any:
 
 
 class DraftModel:
-    """Drafts by a smaller network with the same vocabulary, which keeps a KV cache with the same slots.
+    """Drafts with a smaller network, which must have the same vocabulary and whose KV cache has the same slots.
 
     Args:
-        runner: runs it.
+        runner: runs the smaller network.
     """
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self._cached: list[list[int]] = [[] for _ in range(runner.max_batch_size)]  # tokens that each slot holds
+        self._cached: list[list[int]] = [[] for _ in range(runner.max_batch_size)]  # tokens in each slot of the cache
 
-    def propose(self, sequences: Listed[Sequence], n: int) -> list[list[int]]:
-        """Drafts `n` tokens for each sequence that asks for it, none for the others. All have room for `n` more."""
+    def propose(self, sequences: abc.Sequence[Sequence], n: int) -> list[list[int]]:
+        """Drafts `n` tokens for each sequence with speculative="draft". All sequences must have room for `n` more."""
         tokens = [s.tokens if s.speculative == "draft" else [0] for s in sequences]
         lengths = self._fill(tokens)
         width = max(len(t) - length for t, length in zip(tokens, lengths, strict=True))
@@ -224,26 +225,26 @@ class DraftModel:
             self._cached[slot] = t + row[:-1]
         return [row if s.speculative == "draft" else [] for s, row in zip(sequences, rows, strict=True)]
 
-    def _fill(self, tokens: Listed[list[int]]) -> list[int]:
-        """Brings all but a few of the tokens into the cache; returns how many of each slot's it holds then."""
+    def _fill(self, tokens: abc.Sequence[list[int]]) -> list[int]:
+        """Prefills slots that lack more than a few tokens; returns the number of each slot's tokens in the cache."""
         if self._runner.has_lost_cache():
             self._cached = [[] for _ in self._cached]
         lengths = [common_length(self._cached[i], t[:-1]) for i, t in enumerate(tokens)]
         width = max(len(t) - length for t, length in zip(tokens, lengths, strict=True))
-        most = MAX_WIDTH if max(lengths) + width <= self._runner.max_seq_len else 1
-        behind = [i for i, t in enumerate(tokens) if len(t) - lengths[i] > most]
+        max_pending = MAX_WIDTH if max(lengths) + width <= self._runner.max_seq_len else 1
+        behind = [i for i, t in enumerate(tokens) if len(t) - lengths[i] > max_pending]
         if behind:
             self._runner.prefill([tokens[i][:-1] for i in behind], behind)
             for i in behind:
                 lengths[i] = len(tokens[i]) - 1
         return lengths
 
-    def _sample(self, logits: Tensor, sequences: Listed[Sequence], ahead: int) -> Tensor:
-        """Draws with the noise that the network's own tokens will be drawn with: likely the same ones."""
+    def _sample(self, logits: Tensor, sequences: abc.Sequence[Sequence], ahead: int) -> Tensor:
+        """Samples with the noise that the large network will use, which makes equal tokens more likely."""
         return sample(logits, [(sequence, sequence.next_step + ahead) for sequence in sequences])
 
     def move_row(self, source: int, target: int) -> None:
-        """Follows a sequence to another slot."""
+        """Moves the cache of a sequence that moved from slot `source` to slot `target`."""
         cached = self._cached[source]
         if cached and not self._runner.has_lost_cache():
             self._runner.move_row(source, target, len(cached))
@@ -251,23 +252,23 @@ class DraftModel:
 
 
 @dataclass
-class _Drafting:
-    """What is known of one sequence's drafts."""
+class _DraftState:
+    """The state of one sequence for drafting."""
 
     lookup: PromptLookup = field(default_factory=PromptLookup)
     acceptance: Acceptance = field(default_factory=Acceptance)
-    matched: int = 0  # how the newest draft was found
+    matched: int = 0  # length of the match that gave the newest draft; 0 for a draft model
 
 
 class Speculator:
-    """Drafts tokens for the running sequences, as many as promise to pay.
+    """Drafts tokens for the running sequences, choosing the number of tokens that promises the highest speed.
 
     Args:
-        model: the network that verifies.
-        draft: the runner of a draft model; None without one.
+        model: the network that verifies the drafts.
+        draft: the runner of a draft model; None for prompt lookup only.
 
     Attributes:
-        counts: what it did so far.
+        counts: statistics so far.
     """
 
     def __init__(self, model: Any, draft: ModelRunner | None = None) -> None:
@@ -278,42 +279,48 @@ class Speculator:
             self._draft_costs = PassCosts.measure(draft.model)
         self.counts = Counts()
 
-    def propose(self, sequences: Listed[Sequence], room: int) -> list[list[int]]:
-        """Drafts for each sequence, possibly none; called once before each pass.
+    def propose(self, sequences: abc.Sequence[Sequence], room: int) -> list[list[int]]:
+        """Returns the drafted tokens of each sequence, which may be none. To be called once before each pass.
 
         Args:
-            sequences: all running ones, in the order of their slots.
-            room: number of tokens that still fit behind the newest one of every row.
+            sequences: all running sequences, in the order of their slots.
+            room: number of tokens that fit behind the newest token in every row of the cache.
         """
-        most = self._most(sequences, room)
+        limits = self._limits(sequences, room)
         drafts: list[list[int]] = []
-        for sequence, n in zip(sequences, most, strict=True):
-            sequence.drafting = drafting = sequence.drafting or _Drafting()
-            draft, drafting.matched = [], 0
+        for sequence, n in zip(sequences, limits, strict=True):
+            sequence.draft_state = state = sequence.draft_state or _DraftState()
+            draft, state.matched = [], 0
             if sequence.speculative == "prompt_lookup" and n > 0:
-                draft, drafting.matched = drafting.lookup.propose(sequence.tokens, n)
+                draft, state.matched = state.lookup.propose(sequence.tokens, n)
             drafts.append(draft)
-        width = self._best_width(sequences, drafts, most)
-        if width > 1 and any(s.speculative == "draft" and n for s, n in zip(sequences, most, strict=True)):
+        width = self._best_width(sequences, drafts, limits)
+        if width > 1 and any(s.speculative == "draft" and n for s, n in zip(sequences, limits, strict=True)):
             assert self._draft is not None
             by_model = self._draft.propose(sequences, width - 1)
-            drafts = [a or b[:n] for a, b, n in zip(drafts, by_model, most, strict=True)]
+            drafts = [a or b[:n] for a, b, n in zip(drafts, by_model, limits, strict=True)]
         return [draft[: width - 1] for draft in drafts]
 
-    def _most(self, sequences: Listed[Sequence], room: int) -> list[int]:
-        """The largest number of tokens to draft for each sequence."""
-        most = [min(s.left - 1, room, MAX_WIDTH - 1) if s.speculative else 0 for s in sequences]
+    def _limits(self, sequences: abc.Sequence[Sequence], room: int) -> list[int]:
+        """The maximum number of tokens to draft for each sequence."""
         slowest = {id(sampler): min(s.next_step for s in group) for sampler, group in by_sampler(sequences)}
-        ahead = [slowest[id(s.sampler)] + _MOST_AHEAD - s.next_step for s in sequences]
-        return [max(0, n if s.sampler.is_greedy else min(n, a)) for s, n, a in zip(sequences, most, ahead, strict=True)]
+        limits = []
+        for s in sequences:
+            limit = min(s.n_remaining - 1, room, MAX_WIDTH - 1) if s.speculative else 0
+            if not s.sampler.is_greedy:
+                limit = min(limit, slowest[id(s.sampler)] + _MAX_STEPS_AHEAD - s.next_step)
+            limits.append(max(0, limit))
+        return limits
 
-    def _best_width(self, sequences: Listed[Sequence], drafts: Listed[list[int]], most: Listed[int]) -> int:
-        """The number of tokens per row that promises the most tokens per second; 1 for plain decoding."""
-        rates = [s.drafting.acceptance.rate(s.drafting.matched) for s in sequences]
-        by_model = [s.speculative == "draft" and n > 0 for s, n in zip(sequences, most, strict=True)]
-        longest = [n if model else len(draft) for model, n, draft in zip(by_model, most, drafts, strict=True)]
+    def _best_width(
+        self, sequences: abc.Sequence[Sequence], drafts: abc.Sequence[list[int]], limits: abc.Sequence[int]
+    ) -> int:
+        """The number of tokens per row with the highest expected tokens per second; 1 for plain decoding."""
+        rates = [s.draft_state.acceptance.rate(s.draft_state.matched) for s in sequences]
+        by_model = [s.speculative == "draft" and n > 0 for s, n in zip(sequences, limits, strict=True)]
+        longest = [n if model else len(draft) for model, n, draft in zip(by_model, limits, drafts, strict=True)]
         bsz = len(sequences)
-        best, best_speed = 1, _CLEARLY * bsz / self._costs(bsz)
+        best, best_speed = 1, _MIN_SPEEDUP * bsz / self._costs(bsz)
         for width in _WIDTHS[1:]:
             if width > 1 + max(longest):
                 break
@@ -327,24 +334,24 @@ class Speculator:
         return best
 
     def observe(self, sequence: Sequence, n_drafted: int, n_accepted: int) -> None:
-        """Learns what became of a sequence's draft."""
+        """Updates the statistics after a pass with the sequence's draft."""
         if sequence.speculative:
-            sequence.drafting.acceptance.observe(sequence.drafting.matched, n_drafted, n_accepted)
+            sequence.draft_state.acceptance.observe(sequence.draft_state.matched, n_drafted, n_accepted)
             self.counts.passes += n_drafted > 0
             self.counts.drafted += n_drafted
             self.counts.accepted += n_accepted
 
     def move_row(self, source: int, target: int) -> None:
-        """Follows a sequence to another slot."""
+        """Moves the draft model's cache of a sequence that moved from slot `source` to slot `target`."""
         if self._draft:
             self._draft.move_row(source, target)
 
 
 def _expected(rate: float, n: int) -> float:
-    """The mean number of tokens that a pass brings with `n` drafted ones, each accepted with this probability."""
+    """The expected number of new tokens from a pass with `n` drafted tokens, each accepted with probability `rate`."""
     return 1.0 + n if math.isclose(rate, 1) else (1 - rate ** (n + 1)) / (1 - rate)
 
 
-def pad(rows: Listed[Listed[int]], width: int) -> list[int]:
-    """The rows right-padded with 0, one behind the other."""
+def pad(rows: abc.Sequence[abc.Sequence[int]], width: int) -> list[int]:
+    """Right-pads rows with 0 to `width`, and concatenates them."""
     return [token for row in rows for token in (*row, *[0] * (width - len(row)))]

@@ -1,9 +1,8 @@
-"""One decode step of the network: each row's newest tokens in, the logits after each of them out.
+"""Runs a decode step of the network: feeds each row's newest token, and returns the logits after it.
 
-A plain step has one token per row. With speculative decoding, drafted tokens follow it.
-
-Two ways that give the same logits: the plain one, and a static one, in which neither shapes nor addresses nor the
-control flow change from token to token, so that a GPU can replay it as a CUDA graph.
+With speculative decoding, drafted tokens follow the newest one. `PlainStepper` calls the network directly.
+`StaticStepper` gives the same logits with shapes, addresses and control flow that do not change from step to step, so
+that a GPU can replay a step as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,38 +19,38 @@ from llama import model as network
 from llama.model import CachePositions, Transformer, takes_cache_positions
 from llama.runtime import to_device
 
-KV_BUCKET = 256  # positions; a static step attends to a whole number of these, past the rows' ends by a mask
-MAX_WIDTH = 16  # tokens per row of a step
+KV_BUCKET = 256  # a static step attends to a multiple of this many positions; those past a row's end are masked
+MAX_WIDTH = 16  # maximum number of tokens per row in a step
 
 logger = logging.getLogger(__name__)
 
 
 class Stepper(Protocol):
-    """A way to take a step.
+    """A way to run decode steps.
 
     Attributes:
-        looks_ahead: whether the next step shall start before the tokens of this one have reached the host.
+        looks_ahead: whether to start the next step before the tokens of the current one are on the host.
     """
 
     looks_ahead: bool
 
     def serves(self, model: object) -> bool:
-        """Whether its steps are those that `model` would take now; asked before each call."""
+        """Whether this stepper computes what calling `model` would now. Checked before new sequences start."""
 
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Feeds tokens to the cache's first rows.
 
         Args:
-            tokens: (bsz, width) int64, on the model's device. Rows with fewer tokens are padded at their end.
-            lengths: the number of tokens that each row's cache holds already; all have room for `width` more.
+            tokens: (bsz, width) int64, on the model's device. Rows with fewer tokens are right-padded.
+            lengths: number of tokens that each row of the cache already holds; all have room for `width` more.
 
         Returns:
-            (bsz, width, vocab_size); the next call may overwrite it.
+            Logits (bsz, width, vocab_size); the next call may overwrite them.
         """
 
 
 class PlainStepper:
-    """Calls the network with just the positions that are there: an int `start_pos` where all rows have the same one."""
+    """Calls the network without padding rows or positions; `start_pos` is an int if it is the same for all rows."""
 
     looks_ahead = False
 
@@ -70,13 +69,14 @@ class PlainStepper:
 
 
 class StaticStepper:
-    """Takes tokens and positions from buffers on the device; rows are padded to a power of two, the prefix to buckets.
+    """Reads tokens and positions from fixed buffers on the device.
+
+    The number of rows is padded to a power of two, and the number of cached positions to a multiple of `KV_BUCKET`.
 
     Args:
         model: the network.
-        graphs: whether each (rows, width, prefix) is captured as a CUDA graph when it first comes up, and replayed from
-            then on: one launch in place of hundreds. Where that fails, one warning is logged, and each kernel is
-            launched.
+        graphs: whether to capture a CUDA graph for each (rows, width, positions) on first use and replay it afterwards,
+            with one launch instead of hundreds. If capturing fails, logs a warning and launches kernels one by one.
     """
 
     looks_ahead = True
@@ -87,12 +87,12 @@ class StaticStepper:
         self._tokens = torch.zeros(model.params.max_batch_size * MAX_WIDTH, dtype=torch.int64, device=device)
         self._positions = torch.zeros(model.params.max_batch_size, dtype=torch.int64, device=device)
         self._graphs = graphs
-        self._pool = torch.cuda.graph_pool_handle() if graphs else None  # the graphs never run at the same time
+        self._pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: graphs never run at the same time
         self._steps: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
-        self._captured: tuple[list[Any], list[int]] = ([], [])  # what the graphs hold for good: see `_fixed_parts`
+        self._captured: tuple[list[Any], list[int]] = ([], [])  # what the graphs depend on: see `_fixed_parts`
 
     def serves(self, model: object) -> bool:
-        """Hooks need Python, so they rule graphs out. Graphs of code, modules or memory replaced since are dropped."""
+        """False for a model with hooks, which a graph cannot run. Drops graphs if code, modules or memory changed."""
         if model is not self._model or not self._graphs:
             return model is self._model
         if _has_hooks(self._model):
@@ -107,9 +107,9 @@ class StaticStepper:
 
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         (n_rows, width), params = tokens.shape, self._model.params
-        # Padding goes to the last positions of the rows behind, which are free, or whose prefill has not come that far.
-        bsz = min(_power_of_two(n_rows), params.max_batch_size)
-        kv_len = min(_whole(max(lengths) + width, KV_BUCKET), params.max_seq_len)
+        # Padding rows write to the last positions of the rows behind, which are free or not yet prefilled that far.
+        bsz = min(_next_power_of_two(n_rows), params.max_batch_size)
+        kv_len = min(_round_up(max(lengths) + width, KV_BUCKET), params.max_seq_len)
         self._tokens[: tokens.numel()].copy_(tokens.flatten())
         self._positions[:bsz].copy_(
             to_device([*lengths, *[params.max_seq_len - width] * (bsz - n_rows)], tokens.device)
@@ -120,7 +120,7 @@ class StaticStepper:
         return self._steps[sizes]()[:n_rows]
 
     def _make_step(self, bsz: int, width: int, kv_len: int) -> Callable[[], Tensor]:
-        """The step for these sizes, with the buffers as its input."""
+        """Returns a function that runs a step of these sizes on the buffers."""
         tokens = self._tokens[: bsz * width].view(bsz, width)
 
         def step() -> Tensor:
@@ -136,7 +136,7 @@ class StaticStepper:
             raise
         except RuntimeError as error:
             self._graphs = False
-            logger.warning("CUDA graphs are off, which makes each token slower; capturing one failed: %s", error)
+            logger.warning("CUDA graphs are disabled, which makes decoding slower; capturing one failed: %s", error)
             return step
 
     def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -144,10 +144,10 @@ class StaticStepper:
         warm_up = torch.cuda.Stream(device)
         warm_up.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(warm_up):
-            step()  # libraries allocate and choose their kernels when first used, which no capture allows
+            step()  # on first use libraries allocate memory and select kernels, which is not allowed during capture
         torch.cuda.current_stream(device).wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as NCCL's watchdog, go on talking to the device meanwhile.
+        # thread_local, because other threads, such as NCCL's watchdog, use the device during the capture.
         with torch.cuda.device(device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = step()
 
@@ -159,19 +159,19 @@ class StaticStepper:
 
 
 def choose_stepper(model: Any, *, cuda_graphs: bool) -> Stepper | None:
-    """The stepper that serves the model's device best; None for plain calls."""
+    """Returns the best stepper for the model's device; None to call the network directly."""
     on_cuda = takes_cache_positions(model) and model.norm.weight.device.type == "cuda"
     return StaticStepper(model, graphs=cuda_graphs) if on_cuda else None
 
 
 def _has_hooks(model: nn.Module) -> bool:
-    """Whether hooks run when the model is called."""
+    """Whether calling the model runs forward hooks."""
     global_hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     return any(global_hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def _fixed_parts(model: nn.Module) -> tuple[list[Any], list[int]]:
-    """What a captured graph holds for good: code, modules, their attributes, and the memory of their tensors."""
+    """What a captured graph depends on: code, modules and their attributes, and the addresses of their tensors."""
     objects: list[Any] = list(vars(network).values())
     addresses = []
     for module in model.modules():
@@ -181,11 +181,10 @@ def _fixed_parts(model: nn.Module) -> tuple[list[Any], list[int]]:
     return objects, addresses
 
 
-def _power_of_two(n: int) -> int:
-    """The least one that is not below n."""
+def _next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _whole(n: int, unit: int) -> int:
-    """The least multiple of `unit` that is not below n."""
-    return -(-n // unit) * unit
+def _round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least n."""
+    return -(-n // multiple) * multiple

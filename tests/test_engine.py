@@ -245,7 +245,7 @@ def test_sequences_that_join_leave_or_lose_the_cache_at_any_time_get_what_the_or
     for call in calls:
         (sequence,) = call.sequences
         check_greedy(state, sequence.tokens[: sequence.n_prompt], sequence.tokens[sequence.n_prompt :])
-    assert sum(sequence.left == 0 for call in calls for sequence in call.sequences) > 5
+    assert sum(sequence.n_remaining == 0 for call in calls for sequence in call.sequences) > 5
 
 
 def test_a_batch_is_prefilled_in_one_pass_and_steps_carry_no_ended_row(make: Callable[..., Transformer]) -> None:

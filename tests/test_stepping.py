@@ -151,7 +151,7 @@ def test_a_capture_that_fails_is_said_once_and_makes_no_difference(caplog: pytes
         got, _ = run(model, Failing(model), prompts, 15, temperature=0.0, eos_id=-1)
     assert got == expected
     (record,) = caplog.records
-    assert "CUDA graphs are off" in record.message and "not permitted" in record.message
+    assert "CUDA graphs are disabled" in record.message and "not permitted" in record.message
 
 
 def test_a_step_is_under_way_while_the_one_before_is_booked() -> None:
