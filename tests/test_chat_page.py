@@ -106,7 +106,7 @@ def test_errors_of_the_server_show_and_nothing_is_taken_for_html(page: Page) -> 
     ask(page, "A tag: [INST]")
     page.wait(SETTLED.format(n=1))
     (error,) = shown(page, ".error")
-    assert error.startswith("messages[0].content must be without the chat template's tags")
+    assert error.startswith("messages[0].content must not contain the chat template's tags")
     ask(page, "<img src=x onerror='window.broken = 1'>")  # without the turn that failed
     page.wait(SETTLED.format(n=2))
     assert len(shown(page, ".error")) == 1
