@@ -40,6 +40,7 @@ def main(
     decode_steps: int = 48,
     published_rounds: int = 1,
     one_at_a_time: bool = False,
+    cpu_time: bool = False,
     peer_python: str | Sequence[str] = "",
     work_dir: str | None = None,
     plot: str | None = None,
@@ -67,6 +68,8 @@ def main(
             minute at 1b); 0 leaves it out.
         one_at_a_time: have an engine take all its figures before the next one is loaded. Without it they take turns at
             each figure, which needs memory for all of them at the same time, 16 GB at 1b in bfloat16 with all peers.
+        cpu_time: measures the CPU time of the engines' processes in place of the time that passes, with one thread:
+            for comparisons on a machine that is busy with other work.
         peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
         work_dir: keeps the weights in every engine's format there for the next run (1b in bfloat16: 14 GB with all
             peers); None for a temporary folder.
@@ -77,7 +80,8 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(work_dir or temporary).resolve() / f"{Path(ckpt_dir).name if ckpt_dir else shape}-{dtype}"
         args, job = make_job(shape, ckpt_dir, folder, dtype)
-        job = replace(job, device=device, threads=threads or available_cores())
+        n_threads = 1 if cpu_time else threads or available_cores()
+        job = replace(job, device=device, threads=n_threads, cpu_time=cpu_time)
         job = replace(job, decode_batches=_numbers(batches), decode_prompt=decode_prompt, decode_steps=decode_steps)
         job = replace(job, prefill_lengths=_numbers(prefills))
         pythons = dict.fromkeys(_own_engines(job, quantize, compiled=compile), sys.executable)
@@ -87,7 +91,8 @@ def main(
         rounds, versions = run_rounds(Plan(args, job, pythons, repeats, published_rounds, one_at_a_time))
     machine = describe_machine(device)
     rounds_ = f"{repeats} round{'s' * (repeats > 1)}"
-    title = f"{job.shape}, {dtype}, {device}, {job.threads} threads, {rounds_}: {machine['cpu']}"
+    threads_ = f"{job.threads} thread{'s' * (job.threads > 1)}" + ", CPU time" * cpu_time
+    title = f"{job.shape}, {dtype}, {device}, {threads_}, {rounds_}: {machine['cpu']}"
     lines, ratios = report.engine_lines(rounds), report.ratio_lines(rounds)
     print(report.page(title, versions, lines, ratios))
     if json:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,7 @@ class Job:
         tokenizer_path: the `tokenizer.model` that `Llama.build` asks for; nothing is encoded with it.
         folder: where engines put files in their own formats.
         n_kv_heads, hidden_dim, vocab_size: as they come out, never None or -1.
+        cpu_time: whether processes measure the CPU time that they took, in place of the time that passed.
         prefill_lengths: prompt lengths of the prefill figures, batch 1.
         decode_batches, decode_prompt, decode_steps: batch sizes of the decode figures, their prompts' length, and the
             number of timed steps.
@@ -95,6 +98,7 @@ class Job:
     device: str = "cpu"
     dtype: str = "bfloat16"
     threads: int = 1
+    cpu_time: bool = False
     prefill_lengths: tuple[int, ...] = (16, 128, 512)
     decode_batches: tuple[int, ...] = (1, 4, 8, 16)
     decode_prompt: int = 128
@@ -104,6 +108,11 @@ class Job:
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """What figures are timed with, in seconds."""
+        return time.process_time if self.cpu_time else time.perf_counter
 
     @property
     def max_batch_size(self) -> int:

@@ -91,7 +91,9 @@ class OursForOneRow(Ours):
         shares = []
         for _ in range(_BANDWIDTH_TURNS):
             bandwidth = typical_bandwidth(job.device)
-            shares.append(bytes_per_step * decode_rate(self, prompts, job.decode_steps // 2) / bandwidth)
+            shares.append(
+                bytes_per_step * decode_rate(self, prompts, job.decode_steps // 2, time.perf_counter) / bandwidth
+            )
         return statistics.median(shares)
 
 

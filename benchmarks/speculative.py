@@ -78,9 +78,10 @@ class Scripted:
 class PassTimes:
     """Notes when each pass of a network ended."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, clock: Callable[[], float] = time.perf_counter) -> None:
         self.ends: list[float] = []
-        self._handle = network.register_forward_hook(lambda *_: self.ends.append(time.perf_counter()))
+        self.clock = clock
+        self._handle = network.register_forward_hook(lambda *_: self.ends.append(clock()))
 
     def remove(self) -> None:
         self._handle.remove()
@@ -109,7 +110,7 @@ def decode(llama: Llama, times: PassTimes, prompt: list[int], n_tokens: int, spe
     before = llama.engine.draft_counts
     drafted, accepted = before.drafted, before.accepted
     (tokens,), _ = llama.generate([prompt], n_tokens, temperature=0, speculative=speculative)
-    ended = time.perf_counter()
+    ended = times.clock()
     counts = llama.engine.draft_counts
     share = (counts.accepted - accepted) / (counts.drafted - drafted) if counts.drafted > drafted else None
     n_more, n_passes = max(1, len(tokens) - 1), max(1, len(times.ends) - 1)
@@ -118,12 +119,16 @@ def decode(llama: Llama, times: PassTimes, prompt: list[int], n_tokens: int, spe
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of scripted texts: tokens of the prompt and the completion, texts of each kind, how often each is decoded."""
+    """Of scripted texts: tokens of the prompt and the completion, texts of each kind, how often each is decoded.
+
+    And whether CPU time is measured.
+    """
 
     n_prompt: int
     n_tokens: int
     n_texts: int
     repeats: int
+    cpu_time: bool
 
     def scripts(self, kind: str, vocab_size: int) -> list[Script]:
         draws = map(random.Random, range(self.n_texts))
@@ -175,7 +180,8 @@ HEADER = f"{'':34}  8-grams  plain   spec.  ratio, range      per pass accepted 
 
 def scripted_texts(llama: Llama, sizes: Sizes) -> list[dict[str, Any]]:
     """Prompt lookup on every kind of script."""
-    hook, times = Scripted(llama.model), PassTimes(llama.model)
+    clock = time.process_time if sizes.cpu_time else time.perf_counter
+    hook, times = Scripted(llama.model), PassTimes(llama.model, clock)
 
     def decode_script(script: Script, way: str | None) -> Run:
         hook.start(script)
@@ -194,7 +200,8 @@ def scripted_texts(llama: Llama, sizes: Sizes) -> list[dict[str, Any]]:
 
 def scripted_draft(llama: Llama, agreements: Sequence[float], sizes: Sizes) -> list[dict[str, Any]]:
     """A draft model at several shares of agreement, on texts that hardly repeat."""
-    hook, times = Scripted(llama.model), PassTimes(llama.model)
+    clock = time.process_time if sizes.cpu_time else time.perf_counter
+    hook, times = Scripted(llama.model), PassTimes(llama.model, clock)
     scripts = sizes.scripts("without repetition", llama.model.vocab_size)
     rows = []
     for agreement in agreements:
@@ -264,6 +271,7 @@ def main(
     dtype: str = "bfloat16",
     max_batch_size: int = 8,
     threads: int | None = None,
+    cpu_time: bool = False,
     peers: str | Sequence[str] = "",
     peer_python: str | Sequence[str] = "",
     work_dir: str | None = None,
@@ -281,11 +289,12 @@ def main(
         n_texts: scripted texts of each kind.
         repeats: of each text.
         agreements: of the draft model with the script.
+        cpu_time: measures CPU time, of one thread, in place of the time that passes: for busy machines.
         peers: of hf and llama_cpp, whose own prompt lookup is to be measured on the same scripts.
         peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
         work_dir: keeps the weights there for the next run, for `bench.py` too; None for a temporary folder.
     """
-    torch.set_num_threads(threads or available_cores())
+    torch.set_num_threads(1 if cpu_time else threads or available_cores())
     print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, batch 1")
     options: dict[str, Any] = {"dtype": dtype, "device": "cpu", "max_batch_size": max_batch_size}
     if ckpt_dir:
@@ -297,7 +306,7 @@ def main(
         rows = own_texts(llama, texts, ways, n_tokens, max(2, repeats))
     else:
         pythons = peer_pythons(peers, peer_python, PEERS)
-        sizes = Sizes(n_prompt, n_tokens, n_texts, repeats)
+        sizes = Sizes(n_prompt, n_tokens, n_texts, repeats, cpu_time)
         with ExitStack() as stack:
             folder = Path(work_dir or stack.enter_context(tempfile.TemporaryDirectory()))
             of_draft = [agreements] if isinstance(agreements, float) else list(agreements)
@@ -326,7 +335,9 @@ def scripted(
         if missing := missing_packages(name, python):
             say(f"{name}: left out, {python} has no {', '.join(missing)}")
         else:
-            rows += peer_texts(name, python, replace(job, threads=torch.get_num_threads()), sizes)
+            rows += peer_texts(
+                name, python, replace(job, threads=torch.get_num_threads(), cpu_time=sizes.cpu_time), sizes
+            )
     return rows
 
 

@@ -11,7 +11,6 @@ import importlib
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +22,9 @@ FIRST_PROMPT = 16  # tokens of the prompt that the first token after loading com
 MIN_SAMPLES, MIN_SECONDS = 2, 1.0  # a pass is timed until both are reached
 MAX_SAMPLES = 15
 LONG_SECONDS = 10.0  # a pass that takes longer is timed once, since warming up makes no difference to it
+
+
+Clock = Callable[[], float]
 
 
 class Engine(Protocol):
@@ -43,35 +45,35 @@ class Engine(Protocol):
         """
 
 
-def ticks_of(engine: Engine, prompts: list[list[int]], n_tokens: int) -> list[float]:
+def ticks_of(engine: Engine, prompts: list[list[int]], n_tokens: int, clock: Clock) -> list[float]:
     """Seconds from the start of a run to each of its `n_tokens` ticks."""
     ticks: list[float] = []
-    started = time.perf_counter()
-    engine.run(prompts, n_tokens, lambda: ticks.append(time.perf_counter() - started))
+    started = clock()
+    engine.run(prompts, n_tokens, lambda: ticks.append(clock() - started))
     if len(ticks) != n_tokens:
         raise RuntimeError(f"{n_tokens} tokens were asked for, got {len(ticks)}")
     return ticks
 
 
-def first_token_seconds(engine: Engine, prompts: list[list[int]]) -> float:
+def first_token_seconds(engine: Engine, prompts: list[list[int]], clock: Clock) -> float:
     """The median time until every prompt has its first token, after one pass that warms up."""
-    (first,) = ticks_of(engine, prompts, 1)
+    (first,) = ticks_of(engine, prompts, 1, clock)
     if first > LONG_SECONDS:
         return first
     samples: list[float] = []
     while len(samples) < MIN_SAMPLES or (sum(samples) < MIN_SECONDS and len(samples) < MAX_SAMPLES):
-        samples += ticks_of(engine, prompts, 1)
+        samples += ticks_of(engine, prompts, 1, clock)
     return statistics.median(samples)
 
 
-def prefill_rate(engine: Engine, prompt: list[int]) -> float:
+def prefill_rate(engine: Engine, prompt: list[int], clock: Clock) -> float:
     """Tokens of the prompt per second until the first new token."""
-    return len(prompt) / first_token_seconds(engine, [prompt])
+    return len(prompt) / first_token_seconds(engine, [prompt], clock)
 
 
-def decode_rate(engine: Engine, prompts: list[list[int]], steps: int) -> float:
+def decode_rate(engine: Engine, prompts: list[list[int]], steps: int, clock: Clock) -> float:
     """New tokens per second, of all prompts together, from each prompt's third token on: the first steps warm up."""
-    ticks = ticks_of(engine, prompts, steps + 2)
+    ticks = ticks_of(engine, prompts, steps + 2, clock)
     return len(prompts) * steps / (ticks[-1] - ticks[1])
 
 
@@ -85,12 +87,12 @@ def figure(engine: Engine, name: str, job: Job) -> float | None:
     """The value of a figure; None if the engine takes no part in it."""
     kind, _, size = name.partition("_")
     if kind == "prefill":
-        return prefill_rate(engine, job.prompts([int(size)])[0]) if engine.batches else None
+        return prefill_rate(engine, job.prompts([int(size)])[0], job.clock) if engine.batches else None
     if kind == "ragged":
-        return first_token_seconds(engine, job.prompts(list(job.ragged_lengths))) if engine.ragged else None
+        return first_token_seconds(engine, job.prompts(list(job.ragged_lengths)), job.clock) if engine.ragged else None
     if int(size) not in engine.batches:
         return None
-    return decode_rate(engine, job.prompts([job.decode_prompt] * int(size)), job.decode_steps)
+    return decode_rate(engine, job.prompts([job.decode_prompt] * int(size)), job.decode_steps, job.clock)
 
 
 def peak_memory(device: str) -> float:
@@ -119,11 +121,11 @@ def measure(name: str, job: Job) -> None:
     module = importlib.import_module(spec.module)
     emit("version", module.version(job, spec.variant))
     emit("memory_before", peak_memory(job.device))
-    started = time.perf_counter()
+    started = job.clock()
     engine = module.load(job, spec.variant)
-    emit("load", time.perf_counter() - started)
-    ticks_of(engine, job.prompts([FIRST_PROMPT]), 1)
-    emit("first_token", time.perf_counter() - started)
+    emit("load", job.clock() - started)
+    ticks_of(engine, job.prompts([FIRST_PROMPT]), 1, job.clock)
+    emit("first_token", job.clock() - started)
     emit_over()
     gc.collect()
     gc.freeze()  # a search for garbage through all of torch takes 60 ms: in a timed step it would look like a slow one

@@ -6,7 +6,6 @@ variant "compiled" is its own recipe for a GPU, a static cache and `torch.compil
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,8 +19,8 @@ class HuggingFace:
     batches = (1, 8)
     ragged = False
 
-    def __init__(self, model: transformers.PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: transformers.PreTrainedModel, job: Job) -> None:
+        self.model, self.clock = model, job.clock
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
@@ -44,7 +43,7 @@ class HuggingFace:
                 scores[:, script[ids.size(1)]] = 1e4
             return scores
 
-        hook = self.model.register_forward_hook(lambda *_: ends.append(time.perf_counter()))
+        hook = self.model.register_forward_hook(lambda *_: ends.append(self.clock()))
         self.model.generate(
             script[None, : len(prompt)],
             max_new_tokens=len(output),
@@ -53,7 +52,7 @@ class HuggingFace:
             logits_processor=LogitsProcessorList([force]),
             **({"prompt_lookup_num_tokens": 10} if prompt_lookup else {}),
         )
-        ended = time.perf_counter()
+        ended = self.clock()
         hook.remove()
         return {"seconds": ended - ends[0], "passes": max(1, len(ends) - 1)}
 
@@ -65,7 +64,7 @@ class CompiledHuggingFace(HuggingFace):
     """
 
     def __init__(self, model: transformers.PreTrainedModel, job: Job) -> None:
-        super().__init__(model)
+        super().__init__(model, job)
         self.max_seq_len = job.max_seq_len
         self.caches: dict[int, StaticCache] = {}
         self.step = torch.compile(self._step, mode="reduce-overhead", fullgraph=False)
@@ -106,4 +105,4 @@ def load(job: Job, variant: str) -> HuggingFace:
     dtype = getattr(torch, job.dtype)
     model = LlamaForCausalLM.from_pretrained(job.hf_folder, dtype=dtype, attn_implementation="sdpa")
     model.to(torch.device(job.device)).eval()
-    return CompiledHuggingFace(model, job) if variant == "compiled" else HuggingFace(model)
+    return CompiledHuggingFace(model, job) if variant == "compiled" else HuggingFace(model, job)
