@@ -30,7 +30,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.set_forkserver_preload(["llama", work.__module__])  # imported once, not by each rank
+        mp.set_forkserver_preload(["llama", "tests.conftest", work.__module__])  # imported once, not by each rank
         ranks = (world_size, port, folder, work, args)
         mp.start_processes(_start, args=ranks, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
@@ -88,7 +88,7 @@ def run_faulty_ranks(
         port = probe.getsockname()[1]
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if agent else None
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["llama", work.__module__])
+    context.set_forkserver_preload(["llama", "tests.conftest", work.__module__])
     ranks, processes, pipes = [r for r in range(world_size) if r not in absent], {}, {}
     for rank in ranks:
         pipes[rank], theirs = context.Pipe(duplex=False)
