@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Of inductor. Operations of fewer elements than these per thread are left to one: starting others takes longer.
+_OPTIONS = {"size_asserts": False, "nan_asserts": False, "cpp.min_chunk_size": 16384}
 _Graph = Callable[..., Sequence[Tensor]]
 
 
@@ -168,7 +170,7 @@ def _compile_block(model: Transformer, *, several_rows: bool) -> _Graph:
                 traced,
                 args,
                 dynamic_shapes="from_tracing_context",
-                options={"config_patches": {"size_asserts": False, "nan_asserts": False}},
+                options={"config_patches": _OPTIONS},
             )
     if any(symbol.node.maybe_as_int() is not None for symbol in symbols):
         raise RuntimeError(f"the graph must serve any number of rows and positions, got one for {symbols}")
