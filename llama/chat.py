@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal, TypedDict
 
 from llama.quoting import quote
@@ -22,6 +23,7 @@ B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 SPECIAL_TAGS = (B_INST, E_INST, "<<SYS>>", "<</SYS>>")
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
+CHAT_FORMAT_FILE = "chat_format.json"  # of a checkpoint whose chats have another template
 
 
 def is_unsafe(dialog: Dialog) -> bool:
@@ -94,3 +96,14 @@ def _check_message(message: object, name: str) -> None:
         raise PromptError(f"{name} must have role 'system', 'user' or 'assistant', got {quote(role)}")
     if not isinstance(content, str):
         raise PromptError(f"{name} must have content of type str, got {type(content).__name__}")
+
+
+def chat_error(ckpt_dir: str | Path) -> str | None:
+    """Why a checkpoint cannot answer chats; None if it can, or if nothing is known of its chat format."""
+    path = Path(ckpt_dir) / CHAT_FORMAT_FILE
+    if not path.is_file():
+        return None
+    return (
+        f"chats must be in the checkpoint's own format, which is not the Llama 2 chat template that this library has "
+        f"({path} has the template); write prompts in that format as plain texts, or remove the file if it is wrong"
+    )

@@ -23,12 +23,12 @@ class ChosenTokens:
         drafts: for each sequence, the drafted tokens that followed its newest token in the pass.
         chosen: (n,) int64 on the device, the same on all ranks of a model-parallel group: for each sequence, the token
             chosen after its newest token, then those chosen after each drafted token.
-        values: waits for the copy of `chosen`, and returns it as a list. Under model parallelism a last element says
-            whether the first rank announces changes (1) or not (0).
-        announces: whether changes are announced; always False under model parallelism, where `values` says it.
+        values: waits for the copy of `chosen`, and returns it as a list. Under model parallelism one more element
+            follows: 1 if the first rank announces changes (see `Engine`), else 0.
+        announces: whether changes are announced; always False under model parallelism, where `values` has the flag.
         logprobs: waits for the log-probabilities of `chosen`, and returns them; None if no sequence asked for any.
-        top: wait for the most likely tokens in place of each one in `chosen`, and for their log-probabilities, and
-            return them; None if no sequence asked for any.
+        top: two functions, which return the most likely tokens at the position of each one in `chosen`, and their
+            log-probabilities; None if no sequence asked for any.
     """
 
     sequences: list[Sequence]
@@ -89,7 +89,7 @@ class ChosenTokens:
         announced = self.announces or any(tokens[n_tokens:])
         logprobs = self.logprobs() if self.logprobs else None
         top = [list(zip(*row, strict=True)) for row in zip(*(f() for f in self.top), strict=True)] if self.top else None
-        found, first = [], 0
+        results, first = [], 0
         for sequence, draft in zip(self.sequences, self.drafts, strict=True):
             end = first + 1 + common_length(draft, tokens[first:])
             steps = [
@@ -102,9 +102,9 @@ class ChosenTokens:
                 )
                 for i in range(first, end)
             ]
-            found.append((sequence, steps))
+            results.append((sequence, steps))
             first += 1 + len(draft)
-        return found, announced
+        return results, announced
 
     def rewind(self) -> None:
         """Rewinds samplers whose sequences have all ended, since their tokens here will not be used."""

@@ -47,13 +47,13 @@ class Completer:
     def complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """Completes prompts; each replica computes a share of them. Returns completions in the order of the prompts."""
         with runtime.rank_errors():
-            sampling = _Sampling(self._model, params, len(prompts), runtime.replica(), self._draw)
-            rows = self._spread(prompts, lambda mine: self._complete_share(mine, params, sampling))
-            sampling.end()
+            samplers = _CallSamplers(self._model, params, len(prompts), runtime.replica(), self._draw)
+            rows = self._spread(prompts, lambda share: self._complete_share(share, params, samplers))
+            samplers.end()
             return rows
 
     def _complete_share(
-        self, prompts: list[list[int]], params: SamplingParams, sampling: _Sampling
+        self, prompts: list[list[int]], params: SamplingParams, samplers: _CallSamplers
     ) -> list[Completion]:
         texts = [
             IncrementalDetokenizer(self._tokenizer, params.stop, prompt if params.echo else ()) for prompt in prompts
@@ -62,7 +62,7 @@ class Completer:
         if params.logprobs and params.echo:
             for row, logprobs in zip(rows, self._score_share(prompts), strict=True):
                 row.logprobs = logprobs
-        for step in self._steps(prompts, params, sampling, [_push(text) for text in texts]):
+        for step in self._steps(prompts, params, samplers, [_push(text) for text in texts]):
             row = rows[step.sequence]
             if step.token is not None:
                 row.tokens.append(step.token)
@@ -85,8 +85,8 @@ class Completer:
             final.append(text.push(token))
             return text.stopped
 
-        sampling = _Sampling(self._model, params, 1, (0, 1), self._draw)  # every replica computes the stream
-        with closing(_InLockstep(self._steps([prompt], params, sampling, [ends]))) as steps:
+        samplers = _CallSamplers(self._model, params, 1, (0, 1), self._draw)  # every replica computes the stream
+        with closing(_InLockstep(self._steps([prompt], params, samplers, [ends]))) as steps:
             yield ""
             for _ in steps:
                 yield from _drain(final)
@@ -106,7 +106,7 @@ class Completer:
         self,
         prompts: list[list[int]],
         params: SamplingParams,
-        sampling: _Sampling,
+        samplers: _CallSamplers,
         ends: Sequence[Callable[[int], bool]],
     ) -> Generator[Step, None, None]:
         if params.max_gen_len == 0:
@@ -114,7 +114,7 @@ class Completer:
         call = Call(
             EngineSequence(
                 list(prompt),
-                *sampling.sampler_and_noise_row(i),
+                *samplers.sampler_and_noise_row(i),
                 params.max_gen_len,
                 self._tokenizer.eos_id,
                 logprobs=params.logprobs,
@@ -137,7 +137,7 @@ class Completer:
         return [shares[i % n_replicas][i // n_replicas] for i in range(len(prompts))]
 
 
-class _Sampling:
+class _CallSamplers:
     """The samplers of one call's prompts.
 
     The first prompts, as many as all replicas together have slots, share one sampler, as the rows of a batch do in

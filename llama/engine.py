@@ -2,7 +2,7 @@
 
 Sequences wait for slots of the KV cache, are prefilled, and then get a token at each step (or several, with speculative
 decoding). Running sequences occupy the first slots of the cache without gaps: when one ends, the last one moves into
-its slot, and a waiting sequence can start in the slot behind the others. Calls from several threads share the batch:
+its slot, and a waiting sequence can start in the slot after the others. Calls from several threads share the batch:
 any thread that waits for a token runs the next step for all of them.
 """
 
@@ -36,7 +36,7 @@ class _Prefill:
     """A prefill in progress.
 
     Attributes:
-        sequences: the sequences that start together, in the slots behind the running ones.
+        sequences: the sequences that start together, in the slots after the running ones.
         slot: slot of the first of them.
         passes: the passes that have not run yet.
         logits: (vocab,) after the last token of each prompt that is complete, by index of its sequence.
@@ -56,10 +56,10 @@ class Engine:
     """Generates tokens for all sequences of a network together.
 
     Calls may be added and aborted at any time, from any thread; this takes effect before the next step. The engine has
-    no thread: one of the threads that wait for a step runs it for all. The tokens of a sequence do not depend on the
-    other sequences, except for rounding, which may depend on the number of rows outside of float32.
+    no thread of its own: a thread that waits for a step runs it for all. In float32 the tokens of a sequence do not
+    depend on the other sequences; in other dtypes the number of rows can affect rounding.
 
-    The network may be used otherwise between two steps: keys and values that were overwritten are computed again.
+    Others may use the network between two steps: keys and values that they overwrite are computed again.
 
     Under model parallelism the engines of all ranks run the same steps, so every rank must add and abort the same calls
     between the same two steps. Where only the first rank knows of the changes, as in a server, it announces them to the
@@ -132,7 +132,7 @@ class Engine:
         """Returns the call's next step, running steps in this thread if necessary; None when the call has ended.
 
         Raises:
-            Exception: the error of a pass of the network that had one of the call's sequences in its batch.
+            Exception: the error of a pass whose batch had one of the call's sequences.
         """
         while not call.steps:
             if call.error is not None:
@@ -187,8 +187,8 @@ class Engine:
         if may_look_ahead and all_continue and len(tokens.sequences) == len(self._running):
             newest = tokens.chosen.unsqueeze(1)
             self._in_flight = ChosenTokens.choose(self._pass(newest), self._running, self.announces())
-        found, self.changes_follow = tokens.on_host()
-        for (sequence, steps), draft in zip(found, tokens.drafts, strict=True):
+        results, self.changes_follow = tokens.on_host()
+        for (sequence, steps), draft in zip(results, tokens.drafts, strict=True):
             if not sequence.is_finished:
                 self._record(sequence, steps, len(draft))
         for sampler, sequences in by_sampler(tokens.sequences):
@@ -213,7 +213,7 @@ class Engine:
                 sequence.call.append(sequence.record(step))
 
     def _prefill(self) -> ChosenTokens | None:
-        """Prefills waiting sequences in the slots behind the running ones; returns their first tokens when complete.
+        """Prefills waiting sequences in the slots after the running ones; returns their first tokens when complete.
 
         Returns None while the prefill is incomplete or none is needed. Between two passes of a prefill, running
         sequences get a step.
@@ -260,7 +260,7 @@ class Engine:
         return _Prefill(new, len(self._running), deque(passes))
 
     def _move_prefill(self, prefill: _Prefill) -> None:
-        """Moves the cached part of a prefill to the slots behind the running sequences, if some of these have ended."""
+        """Moves a prefill's part of the cache to the slots after the running sequences, if some of these have ended."""
         slot = len(self._running)
         if slot != prefill.slot:
             assert self._runner is not None

@@ -25,7 +25,7 @@ class SamplingParams:
 
     Attributes:
         temperature: divides the logits; 0 for greedy decoding.
-        top_p: nucleus sampling: the probability mass that tokens are drawn from, 0 to 1.
+        top_p: 0 to 1; tokens are drawn from the smallest set whose probability mass exceeds it (nucleus sampling).
         max_gen_len: maximum number of new tokens per prompt.
         logprobs: whether to return the log-probability of each token.
         echo: whether the result starts with the prompt.

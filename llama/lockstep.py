@@ -260,7 +260,7 @@ def _difference(values: dict[int, str], rank: int, call: object) -> str:
     """Describes how the calls of the ranks differ."""
     refused = [other for other, value in values.items() if value == REFUSED]
     if refused:
-        return f"all ranks must make the same calls; {_ranks(refused)} refused the arguments of this one"
+        return f"all ranks must make the same calls, but {_ranks(refused)} refused the arguments of this one"
     mine = values[rank]
     other, theirs = next((other, value) for other, value in values.items() if value != mine)
     if theirs.split()[0] != mine.split()[0]:

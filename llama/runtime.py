@@ -339,6 +339,14 @@ def broadcast_object(value: T | None = None) -> T:
     return cast(T, box[0])
 
 
+def broadcast_in_group(value: T | None = None) -> T:
+    """Return the object that the first rank of the model-parallel group passes; the other ranks wait for it."""
+    box = [value]
+    if model_parallel_size() > 1:
+        dist.broadcast_object_list(box, src=get_model_parallel_src_rank(), group=get_model_parallel_group())
+    return cast(T, box[0])
+
+
 def replica() -> tuple[int, int]:
     """Return the index of this process's replica of the network, and the number of replicas (world size / MP)."""
     if not model_parallel_is_initialized():

@@ -2,9 +2,9 @@
 
 A pass has to read all weights anyway, so computing a few more positions costs little. Tokens are drafted by prompt
 lookup, which repeats what followed similar text before, or by a smaller network. The network samples at each drafted
-position with the noise that plain decoding would use there, and draft tokens are accepted up to the first that differs
-from the sampled one. The output is therefore that of plain decoding, whatever is drafted, except for rounding, which
-depends on the number of rows in a pass outside of float32.
+position with the noise that plain decoding would use there, and drafted tokens are accepted up to the first that
+differs from the sampled one. So the output is that of plain decoding, whatever is drafted, except that outside of
+float32 the number of rows in a pass can affect rounding.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _WIDTHS = (1, 2, 3, 4, 6, 8, 12, MAX_WIDTH)  # tokens per row of a pass; only a 
 _NGRAM_SIZES = (4, 2, 1)  # n-grams to search for in earlier text, longest first
 _MAX_OCCURRENCES = 16  # most recent occurrences of an n-gram that are compared
 _MAX_MATCHED = 16  # tokens that are compared at an occurrence
-_MAX_STEPS_AHEAD = 64  # of other sequences with the same sampler, which keeps the noise of all steps in between
+_MAX_STEPS_AHEAD = 64  # of a sequence over others with the same sampler, which stores the noise of steps in between
 _PRIORS = {0: 0.7, 1: 0.2, 2: 0.4, 4: 0.65, 8: 0.85}  # acceptance rate by number of matched tokens; 0: draft model
 _PRIOR_WEIGHT = 2.0  # in drafts
-_DECAY = 0.9  # of earlier observations with each new draft
+_DECAY = 0.9  # factor for earlier observations with each new draft
 _MEASURED = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of positions whose pass is timed
 _MEASURED_LAYERS = 4
 _TIMING_ROUNDS = 4
@@ -80,7 +80,7 @@ class PromptLookup:
             if ends:
                 matched, end = max((self._matched(tokens, end), end) for end in ends)
                 draft: list[int] = []
-                while len(draft) < n:  # behind the last token the draft repeats itself, as periodic text does
+                while len(draft) < n:  # past the last token the draft repeats itself, as periodic text does
                     at = end + len(draft)
                     draft.append(tokens[at] if at < len(tokens) else draft[at - len(tokens)])
                 return draft, matched
@@ -232,10 +232,10 @@ class DraftModel:
         lengths = [common_length(self._cached[i], t[:-1]) for i, t in enumerate(tokens)]
         width = max(len(t) - length for t, length in zip(tokens, lengths, strict=True))
         max_pending = MAX_WIDTH if max(lengths) + width <= self._runner.max_seq_len else 1
-        behind = [i for i, t in enumerate(tokens) if len(t) - lengths[i] > max_pending]
-        if behind:
-            self._runner.prefill([tokens[i][:-1] for i in behind], behind)
-            for i in behind:
+        lagging = [i for i, t in enumerate(tokens) if len(t) - lengths[i] > max_pending]
+        if lagging:
+            self._runner.prefill([tokens[i][:-1] for i in lagging], lagging)
+            for i in lagging:
                 lengths[i] = len(tokens[i]) - 1
         return lengths
 
@@ -284,7 +284,7 @@ class Speculator:
 
         Args:
             sequences: all running sequences, in the order of their slots.
-            room: number of tokens that fit behind the newest token in every row of the cache.
+            room: number of tokens that fit after the newest token in every row of the cache.
         """
         limits = self._limits(sequences, room)
         drafts: list[list[int]] = []

@@ -529,7 +529,7 @@ def test_calls_that_differ_are_one_error_on_all_ranks_and_leave_them_in_step(
     )
     assert "got generate on rank 0 and score_tokens on rank 1" in errors.pop("another kind")[0]
     got, mistake = errors.pop("a mistake")
-    assert got == "RankError: all ranks must make the same calls; rank 1 refused the arguments of this one"
+    assert got == "RankError: all ranks must make the same calls, but rank 1 refused the arguments of this one"
     assert mistake.startswith("PromptError: max_gen_len")
     assert len(set(both := errors.pop("a mistake of both"))) == 1 and both[0].startswith("PromptError: max_gen_len")
     assert len(set(both := errors.pop("another thread"))) == 1
