@@ -23,6 +23,7 @@ from llama.chat import (
     Dialog,
     Message,
     Role,
+    chat_error,
 )
 from llama.checkpoint import VocabularyError, find_shards, model_args
 from llama.compiling import compiled_stepper
@@ -94,12 +95,16 @@ class Llama:
         seed: for torch's default generators, as in `build`; None leaves them as they are.
         cuda_graphs: as in `build`.
         draft_model: a smaller `Transformer` with the same vocabulary and cache sizes, for `speculative="draft"`.
+
+    Attributes:
+        chat_error: why chats are refused, for a checkpoint whose chats have another template; None where they are not.
     """
 
     model: Any
     tokenizer: Tokenizer
     stepper: Stepper | None = None  # this and what follows: here for subclasses that do not call `__init__`
     draft_model: Any = None
+    chat_error: str | None = None
     _draft: ModelRunner | None = None
     _engine: Engine | None = None
 
@@ -203,6 +208,7 @@ class Llama:
             ) from error
         draft_model = models[1] if len(models) > 1 else None
         generator = Llama(models[0], tokenizer, seed=seed, cuda_graphs=cuda_graphs, draft_model=draft_model)
+        generator.chat_error = chat_error(ckpt_dir)
         if compile:
             generator.stepper = compiled_stepper(models[0]) or generator.stepper
         if runtime.is_first_rank():
@@ -336,6 +342,7 @@ class Llama:
                 seed=seed,
                 speculative=speculative,
             )
+            self._check_chat_format()
             return encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len), params
 
         prompts, params = self._same_on_all_ranks("chat_completion", check)
@@ -393,6 +400,7 @@ class Llama:
             params = self._params(
                 temperature, top_p, self._max_gen_len(max_gen_len), stop=stop, seed=seed, speculative=speculative
             )
+            self._check_chat_format()
             max_seq_len = self.model.params.max_seq_len
             return encode_checked_dialog(dialog, "dialog", self.tokenizer, max_seq_len), params
 
@@ -468,6 +476,10 @@ class Llama:
                 "speculative='draft' must have a draft model, got none; give draft_ckpt_dir to Llama.build"
             )
         return params
+
+    def _check_chat_format(self) -> None:
+        if self.chat_error is not None:
+            raise PromptError(self.chat_error)
 
     def _encode(self, texts: Iterable[str], name: str) -> list[list[int]]:
         return encode_texts(texts, name, self.tokenizer, self.model.params.max_seq_len)

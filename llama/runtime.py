@@ -354,13 +354,13 @@ def replica() -> tuple[int, int]:
     return get_data_parallel_rank(), get_data_parallel_world_size()
 
 
-def gather_replicas(mine: T) -> list[T]:
+def gather_replicas(value: T) -> list[T]:
     """Return the objects that all replicas pass, in order, on every replica."""
     _, n_replicas = replica()
     if n_replicas == 1:
-        return [mine]
+        return [value]
     gathered: list[T | None] = [None] * n_replicas
-    dist.all_gather_object(gathered, mine, group=get_data_parallel_group())
+    dist.all_gather_object(gathered, value, group=get_data_parallel_group())
     return cast(list[T], gathered)
 
 

@@ -11,14 +11,15 @@ import pytest
 from starlette.testclient import TestClient
 
 from llama import Llama
-from llama.chat import encode_dialog
+from llama.chat import CHAT_FORMAT_FILE, chat_error, encode_dialog
 from llama.service import Service
 from llama.serving.app import Server, make_app
 from llama.serving.errors import ApiError
 from llama.serving.jobs import Planner
+from llama.tokenizer import PromptError
 from llama.tools import chat, chat_format
 from llama.tools.batch_file import Reader, read_line
-from llama.tools.chat_format import CHAT_FORMAT_FILE, chat_error, copy_chat_format
+from llama.tools.chat_format import copy_chat_format
 
 # As the Llama 2 chat checkpoints have it on Hugging Face, in other words.
 LLAMA2 = (
@@ -120,3 +121,11 @@ def test_batch_files_and_the_server_refuse_chats_and_complete_texts(foreign: Pat
     state.ready(Service(llama))
     answer = TestClient(make_app(state)).post("/v1/chat/completions", json={"messages": QUESTION})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_chat_format")
+
+
+def test_a_build_of_it_refuses_chats_and_completes_texts(foreign: Path, tokenizer_path: Path) -> None:
+    llama = Llama.build(foreign, tokenizer_path, max_seq_len=16, max_batch_size=1, device="cpu")
+    for call in (lambda: llama.chat_completion([QUESTION]), lambda: llama.stream_chat_completion(QUESTION)):
+        with pytest.raises(PromptError, match="not the Llama 2 chat template"):
+            call()
+    assert llama.text_completion(["Hi"], max_gen_len=2)

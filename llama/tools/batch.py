@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llama import Llama, runtime
+from llama.chat import chat_error
 from llama.quoting import quote
 from llama.serving.jobs import Planner
 from llama.tools import commandline
 from llama.tools.batch_file import MAX_CHOICES, Reader
 from llama.tools.batch_results import Completed, Results, compare, read_requests
 from llama.tools.batch_work import Coordinator, Worker, complete_jobs
-from llama.tools.chat_format import chat_error
 from llama.tools.progress import Progress
 from llama.tools.replica import Replica
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from fairscale.nn.model_parallel.initialize import get_model_parallel_group, get_model_parallel_src_rank
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from llama import runtime
@@ -214,7 +213,7 @@ def complete_jobs(replica: Replica, source: Coordinator | Worker | None) -> None
     may_come = True
     while may_come or not replica.is_idle:
         if may_come and replica.n_free > 0:
-            jobs = _share_in_group(source.take(replica.n_free) if source else None)
+            jobs = runtime.broadcast_in_group(source.take(replica.n_free) if source else None)
             may_come = jobs is not None
             for number, job in jobs or ():
                 replica.start(number, job)
@@ -224,12 +223,3 @@ def complete_jobs(replica: Replica, source: Coordinator | Worker | None) -> None
         ended, n_new = replica.step()
         if source:
             source.deliver(ended, n_new)
-
-
-def _share_in_group(value: T) -> T:
-    """The value of the first rank of this model-parallel group, on all of its ranks."""
-    if runtime.model_parallel_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=get_model_parallel_src_rank(), group=get_model_parallel_group())
-    return box[0]

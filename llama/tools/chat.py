@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama import Dialog, Llama, Message
-from llama.chat import SPECIAL_TAGS, encode_dialog, has_special_tags
+from llama.chat import SPECIAL_TAGS, chat_error, encode_dialog, has_special_tags
 from llama.quoting import quote
 from llama.runtime import broadcast_object, is_first_rank
 from llama.tools import commandline
-from llama.tools.chat_format import chat_error
 
 try:
     import termios

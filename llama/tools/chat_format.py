@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llama.chat import B_INST, B_SYS, E_INST, E_SYS
+from llama.chat import B_INST, B_SYS, CHAT_FORMAT_FILE, E_INST, E_SYS
 from llama.checkpoint import read_json_object
 
-CHAT_FORMAT_FILE = "chat_format.json"
 _MAX_CHARS = 100_000  # of a template
 _BOS, _EOS = "<s>", "</s>"
 _SYSTEM, _USER, _ANSWER = "Be brief.", "Where do llamas live?", "In the Andes."
@@ -27,17 +26,6 @@ _EXAMPLES: list[tuple[list[tuple[str, str]], str]] = [
         f"{_BOS}{B_INST} {_USER} {E_INST} {_ANSWER} {_EOS}{_BOS}{B_INST} {_USER} {E_INST}",
     ),
 ]
-
-
-def chat_error(ckpt_dir: str | Path) -> str | None:
-    """Why a checkpoint cannot answer chats; None if it can, or if nothing is known of its chat format."""
-    path = Path(ckpt_dir) / CHAT_FORMAT_FILE
-    if not path.is_file():
-        return None
-    return (
-        f"chats must be in the checkpoint's own format, which is not the Llama 2 chat template that this library has "
-        f"({path} has the template); write prompts in that format as plain texts, or remove the file if it is wrong"
-    )
 
 
 def copy_chat_format(hf_dir: Path, folder: Path) -> bool:

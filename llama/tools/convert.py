@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
+from llama.chat import CHAT_FORMAT_FILE
 from llama.checkpoint import split_tensor, tensor_shapes
 from llama.quoting import printable, quote
 from llama.runtime import DTYPES
 from llama.tokenizer import Tokenizer
-from llama.tools.chat_format import CHAT_FORMAT_FILE, copy_chat_format
+from llama.tools.chat_format import copy_chat_format
 from llama.tools.commandline import run
 from llama.tools.hf_folder import INDEX_SUFFIX, HuggingFaceFolder
 from llama.tools.huggingface import (

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from llama import Llama, Message, runtime
-from llama.chat import B_INST, B_SYS, E_INST, E_SYS, check_dialog
+from llama.chat import B_INST, B_SYS, E_INST, E_SYS, chat_error, check_dialog
 from llama.checkpoint import find_tokenizer
 from llama.inputs import SamplingParams
 from llama.quoting import quote
 from llama.runner import ModelRunner, lock_of
 from llama.serving.jobs import Job
-from llama.tools.chat_format import chat_error
 from llama.tools.replica import Replica
 
 try:

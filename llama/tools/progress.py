@@ -11,7 +11,6 @@ try:
 except ImportError:  # an extra of the tools; without it there are no bars
     tqdm = None
 
-GB = 10**9
 _TERMINAL_S = 0.2  # from the start to the first update, and between two of them, on a terminal
 _PLAIN_S = 10.0  # likewise for lines elsewhere, such as in a log file
 

@@ -7,9 +7,9 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
+from llama.chat import CHAT_FORMAT_FILE
 from llama.checkpoint import split_tensor
 from llama.quoting import quote
-from llama.tools.chat_format import CHAT_FORMAT_FILE
 from llama.tools.commandline import run
 from llama.tools.progress import Progress
 from llama.tools.sharded import ShardedCheckpoint

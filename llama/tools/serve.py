@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama import Llama, runtime
+from llama.chat import chat_error
 from llama.checkpoint import list_shards
 from llama.quoting import quote
 from llama.service import Service
 from llama.tools import commandline
-from llama.tools.chat_format import chat_error
 
 if TYPE_CHECKING:
     from llama.serving.app import Server

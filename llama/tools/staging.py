@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llama.tools.progress import GB
+GB = 10**9
 
 
 @contextmanager
