@@ -108,18 +108,21 @@ class QuantizedWeight:
     rotation: Tensor
 
 
-def quantize_weight(weight: Tensor) -> QuantizedWeight:
-    """A weight (out, in) of any dtype, quantized and blocked for `quantized_linear`."""
-    return block_quantized(*quantize_values(weight))
+def quantize_weight(weight: Tensor, scratch: Tensor | None = None) -> QuantizedWeight:
+    """A weight (out, in) of any dtype, quantized and blocked for `quantized_linear`; `scratch` as there."""
+    return block_quantized(*quantize_values(weight, scratch))
 
 
 @torch.no_grad()
-def quantize_values(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_values(weight: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantizes a weight (out, in) to int8, symmetrically, per output channel. `dequantize` is the inverse.
 
     Inputs and weight are first rotated by a Hadamard matrix in blocks of up to 32 inputs. This leaves the product
     as it is, but spreads the few large inputs that trained networks have, which the scale of a token's inputs would
     otherwise be wasted on (QuaRot, Ashkboos et al. 2024).
+
+    Args:
+        scratch: (n,) contiguous memory of any dtype for the numbers, at least as large; None for new memory.
 
     Returns:
         The numbers (out, in) int8, from -127 to 127, and the scales (out,) float32.
@@ -127,7 +130,9 @@ def quantize_values(weight: Tensor) -> tuple[Tensor, Tensor]:
     n_out, n_in = weight.shape
     rotation = _rotation(n_in)
     block = rotation.size(0)
-    values = torch.empty((n_out, n_in), dtype=torch.int8, device="cpu")
+    if scratch is None:
+        scratch = torch.empty(n_out * n_in, dtype=torch.int8, device="cpu")
+    values = scratch.view(torch.int8)[: n_out * n_in].view(n_out, n_in)
     peaks = torch.empty((n_out, 1), dtype=torch.float32, device="cpu")
     n_rows = max(1, _QUANTIZED_ELEMENTS // n_in)
     for part, values_of_part, peaks_of_part in zip(
@@ -201,9 +206,14 @@ def _is_rearranged(values: Tensor, blocked: Tensor) -> bool:
         return False
     if memory.numel() != values.numel() + 4 * n_out:
         return False
-    expected = torch.empty_like(memory)
-    _rearrange(values, expected)
-    return torch.equal(memory, expected)
+    for first in (0, n_out - _TILE):  # of two rows of tiles: all of them would take as much memory again
+        part = values[first : first + _TILE]
+        expected = torch.empty(part.numel() + 4 * _TILE, dtype=torch.int8, device="cpu")
+        _rearrange(part, expected)
+        tiles, sums = memory[first * n_in :][: part.numel()], memory[values.numel() + 4 * first :][: 4 * _TILE]
+        if not torch.equal(torch.cat((tiles, sums)), expected):
+            return False
+    return True
 
 
 def _memory_of(blocked: Tensor) -> Tensor:

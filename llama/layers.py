@@ -184,8 +184,8 @@ class _OwnsPackedForm(nn.Module):
         Args:
             dtype: of the products that are not quantized. The weight itself stays as it is, also where it has another
                 dtype.
-            scratch: memory of that dtype to convert the weight in, at least as large: getting new memory for each
-                layer takes longer than filling it.
+            scratch: memory of that dtype to convert or quantize the weight in, with at least as many elements: getting
+                new memory for each layer takes longer than filling it.
         """
         weight = self._parameters.get("weight")
         if weight is None or weight.requires_grad:
@@ -193,7 +193,7 @@ class _OwnsPackedForm(nn.Module):
         if weight.dtype == torch.int8 and self.scales is not None:
             self._packed = _Packed.of((weight, self.scales), block_quantized(weight.detach(), self.scales.detach()))
         elif self.quantize:
-            self._packed = _Packed.of((weight,), quantize_weight(weight))
+            self._packed = _Packed.of((weight,), quantize_weight(weight, scratch))
         else:
             self._packed = _Packed.of((weight,), _packed_values(weight.detach(), dtype, scratch))
 
@@ -274,8 +274,9 @@ def pack_layers(
         dtype: as for a layer's `pack`.
         release: called with each weight once it is packed.
     """
-    memory = threading.local()  # to convert weights in
-    size = max((layer.weight.numel() for layer in layers if layer.weight.dtype != dtype), default=0)
+    memory = threading.local()  # to convert weights in: freed pieces between the packed ones would add up
+    converted = [layer for layer in layers if layer.quantize or layer.weight.dtype != dtype]
+    size = max((layer.weight.numel() for layer in converted), default=0)
 
     def pack(layer: _OwnsPackedForm) -> None:
         if size and not hasattr(memory, "scratch"):

@@ -118,6 +118,10 @@ def test_a_weight_of_any_dtype_is_quantized_as_what_it_is(file_dtype: torch.dtyp
 def test_a_weight_that_is_quantized_part_by_part_is_quantized_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = normal(OUT, IN), normal(5, IN, seed=1)
     whole = quantized_linear(x, quantize_weight(weight))
+    scratch = torch.full((OUT * IN + 7,), torch.nan, dtype=torch.bfloat16)
+    in_scratch = quantize_weight(weight, scratch)
+    scratch.fill_(torch.nan)
+    assert torch.equal(quantized_linear(x, in_scratch), whole)
     for n_elements in (1, 5 * IN, 7 * IN + 3):
         monkeypatch.setattr(kernels, "_QUANTIZED_ELEMENTS", n_elements)
         assert torch.equal(quantized_linear(x, quantize_weight(weight)), whole)
