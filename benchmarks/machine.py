@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 
 from benchmarks.job import Job, emit
 from llama.kernels import can_pack, pack_weight, packed_linear
+from llama.tools.commandline import run
 
 GIB = 1024**3
 BUFFER_BYTES = GIB
@@ -174,4 +174,4 @@ def main(job_file: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(main)
