@@ -25,7 +25,6 @@ from llama.chat import (
     Role,
     chat_error,
 )
-from llama.checkpoint import VocabularyError, find_shards, model_args
 from llama.compiling import compiled_stepper
 from llama.completion import Completer, complete_by_generate
 from llama.engine import Engine, engine_of
@@ -39,8 +38,7 @@ from llama.inputs import (
     encode_text,
     encode_texts,
 )
-from llama.loading import Timings, choose_quantize, load_model
-from llama.memory import available_memory, check_memory, out_of_memory_explained, plan_memory
+from llama.loading import load_networks
 from llama.results import (
     ChatPrediction,
     Completion,
@@ -171,50 +169,27 @@ class Llama:
             ValueError: an argument, the tokenizer, `params.json` or a tensor is wrong; the message says which.
             MemoryError: weights, cache and activations do not fit on the device.
         """
-        timings = Timings()
         if seed is not None:
             check_seed(seed)
-        mp = runtime.resolve_model_parallel_size(model_parallel_size)
-        folders = [ckpt_dir] if draft_ckpt_dir is None else [ckpt_dir, draft_ckpt_dir]
-        shards = [find_shards(folder, mp) for folder in folders]
-        tokenizer = Tokenizer(tokenizer_path)
-        sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
-        args = [model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path) for folder in folders]
-        for of_network in args:
-            of_network.check_shards(mp)
-        device = runtime.select_device(device)
-        dtype = runtime.select_dtype(dtype, device)
-        forms = [choose_quantize(quantize, folder, device) for folder in folders]
-        available = available_memory(device) // runtime.processes_on(device)
-        # the draft model first, which leaves the rest to the network
-        for of_network, form in reversed(list(zip(args, forms, strict=True))):
-            check_memory(of_network, mp, dtype, available, str(device), quantize=form)
-            available -= plan_memory(of_network, mp, dtype, quantize=form).total
-        timings("checks")
-        runtime.share_cores()
-        runtime.init_process_groups(mp, device)
-        timings("process group")
-        same = ("build", args, mp, dtype, device.type, forms)
-        try:
-            with runtime.loading_together(same), out_of_memory_explained(args[0], mp, dtype, str(device)):
-                models = [
-                    load_model(files[runtime.model_parallel_rank()], of_network, mp, device, dtype, timings, form)
-                    for files, of_network, form in zip(shards, args, forms, strict=True)
-                ]
-        except VocabularyError as error:
-            raise ValueError(
-                f"{error}; the tokenizer {tokenizer_path} has {tokenizer.n_words} pieces: "
-                "give the tokenizer.model that this checkpoint was trained with"
-            ) from error
+        tokenizer, models, seconds = load_networks(
+            ckpt_dir,
+            tokenizer_path,
+            draft_ckpt_dir,
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            model_parallel_size=model_parallel_size,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+        )
         draft_model = models[1] if len(models) > 1 else None
         generator = Llama(models[0], tokenizer, seed=seed, cuda_graphs=cuda_graphs, draft_model=draft_model)
         generator.chat_error = chat_error(ckpt_dir)
         if compile:
             generator.stepper = compiled_stepper(models[0]) or generator.stepper
         if runtime.is_first_rank():
-            parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in timings.seconds.items())
-            total = sum(timings.seconds.values())
-            logger.info("Loaded in %.2f seconds (%s)", total, parts, extra={"parts": timings.seconds})
+            parts = ", ".join(f"{name} {part:.2f}" for name, part in seconds.items())
+            logger.info("Loaded in %.2f seconds (%s)", sum(seconds.values()), parts, extra={"parts": seconds})
         return generator
 
     @property

@@ -1,9 +1,10 @@
-"""From a checkpoint file to a network on its device, with the weights held once."""
+"""From checkpoint folders to networks on their device, with the weights held once."""
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -13,11 +14,21 @@ from torch import Tensor
 
 from llama import runtime
 from llama.args import ModelArgs
-from llama.checkpoint import STORED_FORMS, load_shard, page_release, stored_quantize
+from llama.checkpoint import (
+    STORED_FORMS,
+    VocabularyError,
+    find_shards,
+    load_shard,
+    model_args,
+    page_release,
+    stored_quantize,
+)
 from llama.kernels import Kernels, can_pack, can_quantize, measure_kernels
 from llama.layers import packable_layers
+from llama.memory import available_memory, check_memory, out_of_memory_explained, plan_memory
 from llama.model import Transformer
 from llama.quoting import quote
+from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -58,25 +69,78 @@ def choose_quantize(quantize: str | None, ckpt_dir: str | Path, device: torch.de
     return quantize
 
 
-def load_model(
-    path: Path,
-    args: ModelArgs,
-    model_parallel_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    timings: Timings,
-    quantize: str | None = None,
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint that is going to be loaded: its files, the network's sizes, and the form of its linear layers."""
+
+    shards: list[Path]
+    args: ModelArgs
+    quantize: str | None
+
+
+def load_networks(
+    ckpt_dir: str | Path,
+    tokenizer_path: str | Path,
+    draft_ckpt_dir: str | Path | None,
+    *,
+    max_seq_len: int,
+    max_batch_size: int,
+    model_parallel_size: int | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    quantize: str | None,
+) -> tuple[Tokenizer, list[Transformer], dict[str, float]]:
+    """Sets up the processes and loads this rank's shards; arguments and errors as in `Llama.build`.
+
+    All is checked before anything is loaded.
+
+    Returns:
+        The tokenizer; the network, and the draft model if there is one; the seconds that each part took.
+    """
+    timings = Timings()
+    mp = runtime.resolve_model_parallel_size(model_parallel_size)
+    folders = [ckpt_dir] if draft_ckpt_dir is None else [ckpt_dir, draft_ckpt_dir]
+    shards = [find_shards(folder, mp) for folder in folders]
+    tokenizer = Tokenizer(tokenizer_path)
+    sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
+    args = [model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path) for folder in folders]
+    for of_network in args:
+        of_network.check_shards(mp)
+    device = runtime.select_device(device)
+    dtype = runtime.select_dtype(dtype, device)
+    forms = [choose_quantize(quantize, folder, device) for folder in folders]
+    sources = [_Source(*source) for source in zip(shards, args, forms, strict=True)]
+    available = available_memory(device) // runtime.processes_on(device)
+    for source in reversed(sources):  # the draft model first, which leaves the rest to the network
+        check_memory(source.args, mp, dtype, available, str(device), quantize=source.quantize)
+        available -= plan_memory(source.args, mp, dtype, quantize=source.quantize).total
+    timings("checks")
+    runtime.share_cores()
+    runtime.init_process_groups(mp, device)
+    timings("process group")
+    same = ("build", args, mp, dtype, device.type, forms)
+    try:
+        with runtime.loading_together(same), out_of_memory_explained(args[0], mp, dtype, str(device)):
+            models = [_load_model(source, mp, device, dtype, timings) for source in sources]
+    except VocabularyError as error:
+        raise ValueError(
+            f"{error}; the tokenizer {tokenizer_path} has {tokenizer.n_words} pieces: "
+            "give the tokenizer.model that this checkpoint was trained with"
+        ) from error
+    return tokenizer, models, timings.seconds
+
+
+def _load_model(
+    source: _Source, model_parallel_size: int, device: torch.device, dtype: torch.dtype, timings: Timings
 ) -> Transformer:
-    """The network with one file's weights.
+    """The network with the weights of this rank's file.
 
     On a CPU that packs bfloat16 weights, packed forms are held in memory, and the plain weights stay in the mapped
     file, in its dtype. A cache of one row makes do with the plain weights where these are as fast for a single row.
     Quantized forms are held like packed ones, for any dtype. Elsewhere the weights are moved to the device and the
     dtype.
-
-    Args:
-        quantize: as `choose_quantize` returns it.
     """
+    path, args, quantize = source.shards[runtime.model_parallel_rank()], source.args, source.quantize
     state = load_shard(path, args, model_parallel_size, stored_quantize(path.parent))
     kernels, packs = Kernels(), quantize is not None or can_pack(device, dtype)
     if packs and quantize is None:

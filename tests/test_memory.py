@@ -261,7 +261,7 @@ def test_a_device_that_runs_out_is_told_with_the_plan_and_the_model_stays_usable
 def test_a_build_that_cannot_fit_is_refused_before_it_loads(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tokenizer_path: Path
 ) -> None:
-    monkeypatch.setattr("llama.generation.available_memory", lambda device: 2**20)
+    monkeypatch.setattr("llama.loading.available_memory", lambda device: 2**20)
     with pytest.raises(MemoryError, match=r"(?s)on cpu.*KV cache.*max_batch_size=4, max_seq_len=64"):
         Llama.build(checkpoint, tokenizer_path, max_seq_len=64, max_batch_size=4, device="cpu")
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama import Llama, ModelArgs, Transformer, generation, loading, runtime
+from llama import Llama, ModelArgs, Transformer, loading, runtime
 from llama.checkpoint import read_shard
 from llama.kernels import QuantizedWeight, can_quantize
 from llama.layers import ColumnParallelLinear, column_parallel, packable_layers
@@ -305,7 +305,7 @@ def test_a_processor_without_int8_products_is_refused_before_loading(
         raise AssertionError("loaded")
 
     monkeypatch.setattr(loading, "can_quantize", lambda device: False)
-    monkeypatch.setattr(generation, "load_model", load)
+    monkeypatch.setattr(loading, "load_shard", load)
     with pytest.raises(ValueError, match=r"must have a processor .*int8 products in oneDNN.*leave it out"):
         build(checkpoint, tokenizer_path)
 
