@@ -17,9 +17,10 @@ if __name__ == "__main__":  # run as a file: packages are looked for in the repo
 
 from benchmarks import report
 from benchmarks.job import PEERS, PUBLISHED, Job
-from benchmarks.machine import available_cores, describe_machine
+from benchmarks.machine import describe_machine
 from benchmarks.rounds import Plan, missing_packages, peer_pythons, run_rounds, say
 from benchmarks.shapes import make_job
+from llama.runtime import available_cores
 from llama.tools.commandline import run
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from benchmarks.job import Job, emit
 from llama.kernels import can_pack, pack_weight, packed_linear
+from llama.runtime import available_cores
 from llama.tools.commandline import run
 
 GIB = 1024**3
@@ -42,11 +43,6 @@ def describe_machine(device: str) -> dict[str, str | int | float]:
     if device.startswith("cuda"):
         described["gpu"] = torch.cuda.get_device_name(device)
     return described
-
-
-def available_cores() -> int:
-    """Number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model() -> str:

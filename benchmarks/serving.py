@@ -29,10 +29,11 @@ import httpx
 import torch
 
 from benchmarks.batching import MAX_SEQ_LEN, complete, random_requests
-from benchmarks.machine import available_cores, cpu_model, seconds
+from benchmarks.machine import cpu_model, seconds
 from benchmarks.servers import RunningServer, installed
 from benchmarks.shapes import make_job
 from llama import Llama, Tokenizer
+from llama.runtime import available_cores
 from llama.tools.commandline import run
 
 LONGEST_S = 600.0

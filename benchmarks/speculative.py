@@ -30,13 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.job import Job
-from benchmarks.machine import available_cores, cpu_model
+from benchmarks.machine import cpu_model
 from benchmarks.rounds import EngineProcess, missing_packages, peer_pythons, prepare, say
 from benchmarks.scripts import SCRIPTS, SPEAKING_PROMPTS, Script, repeated_ngrams
 from benchmarks.shapes import make_job
 from benchmarks.worker import LOAD
 from llama import Llama
 from llama.model import CachePositions
+from llama.runtime import available_cores
 from llama.tools.commandline import run
 
 DRAFT_SHAPE = "110m"  # a tenth of 1b

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llama.archive import ArchiveError, check_pickles, count_records, is_archive
 from llama.args import ModelArgs
-from llama.quoting import printable, quote
+from llama.quoting import first_few, printable, quote
 
 # The axis along which each tensor is split over the files; None: every file has the whole of it.
 _LAYER_SHARD_DIMS: dict[str, int | None] = {
@@ -198,7 +198,7 @@ def _read_all_params(ckpt_dir: str | Path) -> dict[str, Any]:
     if unknown:
         raise ValueError(
             f"{path}: keys must be among {', '.join(sorted(_PARAM_NAMES))}, "
-            f"got {_some([quote(key) for key in unknown])}; remove what Llama 2 does not have"
+            f"got {first_few([quote(key) for key in unknown])}; remove what Llama 2 does not have"
         )
     if _QUANTIZE in params and params[_QUANTIZE] not in STORED_FORMS:
         raise ValueError(
@@ -371,9 +371,9 @@ def _first_line(error: Exception) -> str:
 def check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises ValueError, naming what is wrong, unless `state`, read from `path`, holds exactly these tensors."""
     if missing := [name for name in shapes if name not in state]:
-        raise ValueError(f"{path} must hold the tensors that params.json describes, but lacks {_some(missing)}")
+        raise ValueError(f"{path} must hold the tensors that params.json describes, but lacks {first_few(missing)}")
     if extra := [printable(name) for name in state if name not in shapes]:
-        raise ValueError(f"{path} must hold no other tensors than the network's, but has {_some(extra)}")
+        raise ValueError(f"{path} must hold no other tensors than the network's, but has {first_few(extra)}")
     for name, shape in shapes.items():
         tensor = state[name]
         if tuple(tensor.shape) != shape:
@@ -387,9 +387,3 @@ def check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple[
         if tensor.dtype not in (dtypes := stored_dtypes(name, shapes)):
             must = " or ".join(", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes).rsplit(", ", 1))
             raise ValueError(f"{path}: {name} must have dtype {must}, got {tensor.dtype}")
-
-
-def _some(names: list[str]) -> str:
-    """The first few names and how many more."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

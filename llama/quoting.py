@@ -7,6 +7,7 @@ in `params.json` may be a gigabyte long.
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 
 LIMIT = 80  # maximum number of characters of a value that a message shows
 _short = reprlib.Repr()
@@ -29,3 +30,9 @@ def printable(text: object, limit: int = LIMIT) -> str:
     whole = str(text)
     shown = whole if len(whole) <= limit else whole[:limit] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def first_few(names: Sequence[str], n: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(names[:n]) + more

@@ -465,10 +465,11 @@ def share_cores() -> None:
     Any other value was set by the user and is kept.
     """
     if local_world_size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, _available_cores() // local_world_size()))
+        torch.set_num_threads(max(1, available_cores() // local_world_size()))
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """Return the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -24,7 +24,7 @@ from llama.checkpoint import (
     stored_quantize,
     tensor_shapes,
 )
-from llama.quoting import printable, quote
+from llama.quoting import first_few, printable, quote
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run
 from llama.tools.progress import Progress
@@ -129,7 +129,8 @@ def _check_tokenizer(path: Path | None, found: Findings) -> int | None:
 def _check_shards(folder: Path, shards: list[Path], n_words: int | None, found: Findings, progress: Progress) -> None:
     """Checks every file's tensors. The first readable file gives the number of parts and what all files repeat."""
     if [path.name for path in shards] != (names := [f"consolidated.{rank:02d}.pth" for rank in range(len(shards))]):
-        found.problems.append(f"{folder} must hold {_some(names)}, got {_some([path.name for path in shards])}")
+        there = [path.name for path in shards]
+        found.problems.append(f"{folder} must hold {first_few(names, _SHOWN)}, got {first_few(there, _SHOWN)}")
     shapes: dict[str, tuple[int, ...]] | None = None
     first: dict[str, Tensor] = {}
     for path in shards:
@@ -144,7 +145,7 @@ def _check_shards(folder: Path, shards: list[Path], n_words: int | None, found: 
             found.problems.append(str(error))
             return
         for kind, names in _faults(path, state, shapes, first, progress).items():
-            found.problems.append(f"{path}: {kind}: {_some(names)}")
+            found.problems.append(f"{path}: {kind}: {first_few(names, _SHOWN)}")
 
 
 def _expected_shapes(
@@ -227,12 +228,6 @@ def _count_not_finite(tensor: Tensor) -> int:
         return 0
     rows = max(1, _BLOCK // tensor[0].numel())
     return sum(int((~torch.isfinite(part)).sum()) for part in torch.split(tensor, rows))
-
-
-def _some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def main(ckpt_dir: str, *, tokenizer_path: str | None = None, quiet: bool = False) -> int:
