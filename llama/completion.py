@@ -16,8 +16,9 @@ from llama.args import ModelArgs
 from llama.engine import Engine
 from llama.inputs import SamplingParams
 from llama.memory import out_of_memory_explained
+from llama.model_lock import lock_of
 from llama.results import Completion
-from llama.runner import device_of, dtype_of, lock_of
+from llama.runner import device_of, dtype_of
 from llama.sampling import Sampler
 from llama.scoring import score
 from llama.sequence import Call, Step
@@ -62,7 +63,7 @@ class Completer:
         if params.logprobs and params.echo:
             for row, logprobs in zip(rows, self._score_share(prompts), strict=True):
                 row.logprobs = logprobs
-        for step in self._steps(prompts, params, samplers, [_push(text) for text in texts]):
+        for step in self._steps(prompts, params, samplers, [_push(text) for text in texts], whole=True):
             row = rows[step.sequence]
             if step.token is not None:
                 row.tokens.append(step.token)
@@ -108,6 +109,8 @@ class Completer:
         params: SamplingParams,
         samplers: _CallSamplers,
         ends: Sequence[Callable[[int], bool]],
+        *,
+        whole: bool = False,
     ) -> Generator[Step, None, None]:
         if params.max_gen_len == 0:
             return
@@ -124,7 +127,7 @@ class Completer:
             for i, (prompt, end) in enumerate(zip(prompts, ends, strict=True))
         )
         with self._out_of_memory_explained():
-            yield from self._engine.run(call)
+            yield from self._engine.run(call, whole=whole)
 
     def _out_of_memory_explained(self) -> AbstractContextManager[None]:
         args, mp = ModelArgs.of(self._model.params), runtime.model_parallel_size()

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from llama.chosen import ChosenTokens, by_sampler
 from llama.model import takes_cache_positions
+from llama.model_lock import lock_of
 from llama.prefill import PrefillPass
-from llama.runner import ModelRunner, lock_of
+from llama.runner import ModelRunner
 from llama.runtime import to_device
 from llama.sequence import Call, Sequence, Step
 from llama.speculative import Counts, Speculator, pad
@@ -116,13 +117,19 @@ class Engine:
         """Appends the call's sequences to the waiting queue."""
         self._arrived.extend(call.sequences)
 
-    def run(self, call: Call) -> Iterator[Step]:
+    def run(self, call: Call, *, whole: bool = False) -> Iterator[Step]:
         """Adds a call, and yields its steps. Steps of different sequences are interleaved.
 
         Closing the iterator early aborts the call.
+
+        Args:
+            whole: yields the first step when the call has ended. Then several threads' calls take less time: a thread
+                runs steps for all of them until its own call has ended, in place of a thread per step.
         """
         self.add(call)
         try:
+            if whole:
+                self._finish(call)
             while (step := self.next_step(call)) is not None:
                 yield step
         finally:
@@ -139,21 +146,34 @@ class Engine:
                 raise call.error
             if call.is_finished:
                 return None
-            with self._lock:
-                if not call.steps and not call.is_finished:
+            if self._lock.acquire(unless=lambda: bool(call.steps) or call.is_finished):
+                try:
                     self.step()
+                finally:
+                    self._lock.release()
         return call.steps.popleft()
+
+    def _finish(self, call: Call) -> None:
+        """Runs steps until the call has ended, in this thread or in another one that does so for its own call."""
+        while self._lock.acquire(unless=lambda: call.is_finished):
+            try:
+                self.step()
+                while not (call.is_finished or self._lock.is_wanted):
+                    self.step()
+            finally:
+                self._lock.release()
 
     def abort(self, call: Call) -> None:
         """Ends the sequences of a call. Their slots are free before the next step."""
         if not call.is_finished:
             call.abort()
-        if self._lock.try_enter():  # otherwise the thread that holds the lock removes the sequences
+        self._lock.wake()
+        if self._lock.try_acquire():  # otherwise the thread that holds the lock removes the sequences
             try:
                 with torch.inference_mode():
                     self._apply_changes()
             finally:
-                self._lock.__exit__()
+                self._lock.release()
 
     def advance(self) -> None:
         """Acquires the network's lock, and runs a `step`."""
@@ -174,6 +194,8 @@ class Engine:
         except BaseException:  # such as Ctrl-C: sequences of other callers continue
             self._interrupt()
             raise
+        finally:
+            self._lock.wake()
 
     def _advance(self) -> None:
         tokens = self._in_flight or self._prefill() or self._decode()

@@ -39,6 +39,7 @@ from llama.inputs import (
     encode_texts,
 )
 from llama.loading import load_networks
+from llama.model_lock import lock_of
 from llama.results import (
     ChatPrediction,
     Completion,
@@ -47,7 +48,7 @@ from llama.results import (
     chat_prediction,
     completion_prediction,
 )
-from llama.runner import ModelRunner, lock_of
+from llama.runner import ModelRunner
 from llama.sampling import sample_top_p
 from llama.stepping import Stepper, choose_stepper
 from llama.tokenizer import PromptError, Tokenizer

@@ -79,13 +79,13 @@ class Lockstep:
         if self.failure is not None:
             raise self._error()
 
-    def exchange(self, value: str, ranks: Sequence[int], doing: str, timeout_s: float | None = None) -> list[str]:
+    def exchange(self, value: str, ranks: Sequence[int], action: str, timeout_s: float | None = None) -> list[str]:
         """Returns the values that all `ranks` pass, in the order of `ranks` (all-gather).
 
         Args:
             value: this rank's value.
             ranks: the ranks that take part, including this one; all must call this equally often.
-            doing: what the ranks do here; completes "rank 1 did not ..." in the error.
+            action: what the ranks do here; completes "rank 1 did not ..." in the error.
             timeout_s: maximum time to wait in seconds; None for the constructor's.
 
         Raises:
@@ -98,7 +98,7 @@ class Lockstep:
         keys = {rank: f"{group}/{number}/{rank}" for rank in ranks}
         try:
             self._store.set(keys[self._rank], value)
-            self._wait(keys, timeout_s or self._timeout_s, doing, own=keys[self._rank])
+            self._wait(keys, timeout_s or self._timeout_s, action, own=keys[self._rank])
             values = [text.decode() for text in self._store.multi_get(list(keys.values()))]
             if number >= 2:  # every rank has taken part in exchange number - 1, so it has read all values of number - 2
                 self._store.delete_key(f"{group}/{number - 2}/{self._rank}")
@@ -116,9 +116,8 @@ class Lockstep:
             groups: this rank's model-parallel group; with replicas, also the ranks that hold the same shard.
             timeout_s: as in `exchange`.
         """
-        mine = REFUSED if call is None else f"{_name(call)} {_digest(call)}"
         error: str | None = None
-        value = mine
+        value = REFUSED if call is None else f"{_name(call)} {_digest(call)}"
         for ranks in groups:
             values = self.exchange(value, ranks, f"make the call {_name(call)}", timeout_s)
             if error is None and len(set(values)) > 1:
@@ -176,7 +175,7 @@ class Lockstep:
                 close_groups()
             raise
 
-    def _wait(self, keys: dict[int, str], timeout_s: float, doing: str, *, own: str | None = None) -> None:
+    def _wait(self, keys: dict[int, str], timeout_s: float, action: str, *, own: str | None = None) -> None:
         """Waits until the store has each rank's key; on failure, deletes the key `own` and raises RankError."""
         now = since = last_check = time.monotonic()
         while not self._store.check(list(keys.values())):
@@ -188,7 +187,7 @@ class Lockstep:
             missing = [rank for rank, key in keys.items() if not self._store.check([key])]
             reason = self._posted() or self._failing(missing) or self._ended(missing, keys)
             if reason is None and missing and now - since > timeout_s:
-                reason = f"{_ranks(missing)} did not {doing} within {timeout_s:g} seconds (set by {TIMEOUT_VARIABLE})"
+                reason = f"{_ranks(missing)} did not {action} within {timeout_s:g} seconds (set by {TIMEOUT_VARIABLE})"
             if reason is not None:
                 if own is not None:
                     self._store.delete_key(own)  # otherwise a late rank would find all keys and continue alone
@@ -261,9 +260,9 @@ def _difference(values: dict[int, str], rank: int, call: object) -> str:
     refused = [other for other, value in values.items() if value == REFUSED]
     if refused:
         return f"all ranks must make the same calls, but {_ranks(refused)} refused the arguments of this one"
-    mine = values[rank]
-    other, theirs = next((other, value) for other, value in values.items() if value != mine)
-    if theirs.split()[0] != mine.split()[0]:
+    own = values[rank]
+    other, theirs = next((other, value) for other, value in values.items() if value != own)
+    if theirs.split()[0] != own.split()[0]:
         return (
             f"all ranks must make the same calls, got {_name(call)} on rank {rank} and {_named(theirs)} on rank {other}"
         )

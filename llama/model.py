@@ -152,7 +152,7 @@ class Attention(nn.Module):
 
         Args:
             x: (bsz, seqlen, dim).
-            start_pos: position of the first token in the cache's first bsz rows, or each row's own place.
+            start_pos: position of the first token in the cache's first bsz rows, or each row's own row and position.
             freqs_cis: (seqlen, head_dim / 2) or (bsz, seqlen, head_dim / 2) complex64.
             mask: added to the attention scores (..., seqlen, kv_len); None for no mask.
 

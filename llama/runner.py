@@ -6,86 +6,21 @@ replaced is called as in Meta's code, `model(tokens, start_pos)` with an int, wi
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
 from llama.model import CachePositions, takes_cache_positions
+from llama.model_lock import lock_of
 from llama.prefill import PrefillPass, plan_prefill
 from llama.stepping import PlainStepper, Stepper
 
 # Fixed cost of a prefill pass, in positions: reading the weights and, on a GPU, launching kernels.
 PASS_COST = {"cpu": 32}
 _CHUNK_IN_PASS_COSTS = 16  # chunked prefill costs at most 1/16 more
-
-
-class ModelLock:
-    """The lock that all users of a network share, and what they need to know of each other.
-
-    A context manager: entering acquires the lock.
-
-    Attributes:
-        lock: held by a call while it computes.
-        holder: identifier of the thread that holds `lock`; None if it is free.
-        engine: weak reference to the network's shared engine; None before there is one.
-        last_writer: the mark of the `ModelRunner` that last wrote to the KV cache (not the runner itself, which would
-            keep the network alive).
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.holder: int | None = None
-        self.engine: ReferenceType[Any] | None = None
-        self.last_writer: object = None
-        self._first_thread: int | None = None
-
-    def check_thread(self, *, several_ranks: bool) -> None:
-        """Raises RuntimeError in a second thread if there are several ranks, which must make calls in one order."""
-        self._first_thread = self._first_thread or threading.get_ident()
-        if several_ranks and self._first_thread != threading.get_ident():
-            raise RuntimeError(
-                "under model parallelism all calls must come from one thread, got a call from a second one; make them "
-                "in one thread, so that all ranks make the same calls in the same order"
-            )
-
-    def __enter__(self) -> None:
-        if self.holder == threading.get_ident():
-            raise RuntimeError(
-                "a call must not be made from inside another call on the same network, such as in a hook; wait until "
-                "that call has ended"
-            )
-        self.lock.acquire()
-        self.holder = threading.get_ident()
-
-    def try_enter(self) -> bool:
-        """Acquires the lock without waiting; returns False if this or another thread holds it."""
-        if self.holder == threading.get_ident() or not self.lock.acquire(blocking=False):
-            return False
-        self.holder = threading.get_ident()
-        return True
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.holder = None
-        self.lock.release()
-
-
-_locks: WeakKeyDictionary[Any, ModelLock] = WeakKeyDictionary()
-_locks_lock = threading.Lock()
-
-
-def lock_of(model: Any) -> ModelLock:
-    """Returns the network's `ModelLock`, always the same one."""
-    with _locks_lock:
-        try:
-            return _locks.setdefault(model, ModelLock())
-        except TypeError:  # an object that cannot be a dictionary key, such as one that compares by value
-            lock: ModelLock = vars(model).setdefault("_model_lock", ModelLock())
-            return lock
 
 
 class ModelRunner:

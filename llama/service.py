@@ -19,7 +19,8 @@ import torch
 from llama import runtime
 from llama.generation import Llama
 from llama.inputs import SamplingParams
-from llama.runner import ModelRunner, device_of, lock_of
+from llama.model_lock import lock_of
+from llama.runner import ModelRunner, device_of
 from llama.sampling import Sampler, logprobs_of
 from llama.scoring import score
 from llama.sequence import Call, FinishReason, Step

@@ -152,22 +152,22 @@ class PassCosts:
             positions = CachePositions(torch.zeros(1, dtype=torch.int64, device=device), kv_len=n)
             passes.append(partial(part, tokens, positions))
             outputs.append(partial(part.output, part.norm(part.tok_embeddings(tokens))))
-        n_whole = len(model.layers) / n_layers
+        scale = len(model.layers) / n_layers
         seconds = [
-            outside + max(0.0, whole - outside) * n_whole
-            for whole, outside in zip(_least_seconds(passes, device), _least_seconds(outputs, device), strict=True)
+            output + max(0.0, total - output) * scale
+            for total, output in zip(_min_seconds(passes, device), _min_seconds(outputs, device), strict=True)
         ]
         times = torch.tensor(seconds, dtype=torch.float32, device=device)
         return cls(broadcast_from_first(times).tolist())
 
 
-def _least_seconds(works: abc.Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+def _min_seconds(functions: abc.Sequence[Callable[[], object]], device: torch.device) -> list[float]:
     """The minimum duration of each function over several rounds."""
-    times = [math.inf] * len(works)
+    times = [math.inf] * len(functions)
     for i in range(_TIMING_ROUNDS + 1):
-        for place, work in enumerate(works):
+        for place, function in enumerate(functions):
             started = time.perf_counter()
-            work()
+            function()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if i:  # the first round is a warm-up

@@ -10,10 +10,12 @@ import ast
 import functools
 import importlib
 import inspect
+import json
 import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from llama.memory import GIB, plan_memory
 from llama.runtime import DTYPES
 from llama.tools.released import RELEASES
 from tests.conftest import ROOT
+from tests.serving import ServerProcesses
 from tests.test_examples import clean_environment, free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # a module that is run anew
@@ -39,6 +42,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "inspecting.md")]
 NEEDS = ("a network", "the released weights", "a GPU", "minutes", "a running server")
 MOST_WORDS = 1200
+SERVER = "http://127.0.0.1:8000"  # of the pages
 TINY_LLAMA = ("tiny-llama/", "tiny-llama/tokenizer.model")
 
 
@@ -127,6 +131,8 @@ def check_command(words: list[str]) -> None:
         check_python(torchrun_target(rest))
     elif program == "python":
         check_python(rest)
+    elif program == "curl":
+        assert rest[0].startswith(SERVER) and json.loads(rest[rest.index("-d") + 1])
     else:
         assert program == "pytest", f"{program}: no program of this repository"
         assert not rest or (rest[0] == "-m" and rest[1] in ("gpu", "fuzz", "soak", "faults"))
@@ -180,6 +186,20 @@ def test_snippets_run_one_after_another(
         assert "mayonnaise" in capsys.readouterr().out
         prompt, *steps = names["shapes"]
         assert prompt[1] > 1 and {shape[1] for shape in steps} == {1}
+
+
+def test_what_needs_a_running_server_runs_with_one(capfd: pytest.CaptureFixture[str]) -> None:
+    blocks = [block for block in BLOCKS if block.needs == "a running server"]
+    server = ServerProcesses(ROOT / "tiny-llama", ROOT / "tiny-llama" / "tokenizer.model")
+    for block in blocks:
+        text = block.text.replace(SERVER, server.url)
+        if block.language == "python":
+            exec(compile(text, f"{block.page.name}: {text[:40]!r}", "exec"), {"__name__": "snippet"})
+        elif shutil.which("curl"):
+            subprocess.run(["bash", "-ec", text], check=True)
+        assert re.search("mayonnaise|llama", capfd.readouterr().out, re.IGNORECASE), text
+    assert server.terminate() == [0]
+    assert len(blocks) >= 3
 
 
 @pytest.fixture

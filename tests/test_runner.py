@@ -1,14 +1,12 @@
-"""Passes of a network: prompts into rows of the cache, steps, whose turn it is, and who wrote to the cache last."""
+"""Passes of a network: prompts into rows of the cache, steps, and who wrote to the cache last."""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import random
-import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +16,9 @@ from torch import Tensor, nn
 
 from llama import ModelArgs, Transformer, runtime
 from llama.model import CachePositions
+from llama.model_lock import lock_of
 from llama.prefill import prefill_groups
-from llama.runner import ModelLock, ModelRunner, device_of, dtype_of, lock_of
+from llama.runner import ModelRunner, device_of, dtype_of
 from llama.stepping import StaticStepper
 from tests import oracle
 
@@ -228,23 +227,6 @@ def test_a_row_of_a_lost_cache_is_not_moved(model: Transformer) -> None:
     assert mine.has_lost_cache() and not other.has_lost_cache()
 
 
-# Whose turn it is
-
-
-def test_users_of_one_network_share_a_turn_and_those_of_others_do_not(model: Transformer, state: oracle.State) -> None:
-    class Equal:
-        """By value, as a dataclass is: no key of a dictionary."""
-
-        def __eq__(self, other: object) -> bool:
-            return True
-
-    one, another = ForwardOnly(state), ForwardOnly(state)
-    equal, too = Equal(), Equal()
-    uses = [lock_of(x) for x in (model, one, another, equal, too)]
-    assert len({id(use) for use in uses}) == 5
-    assert [lock_of(x) for x in (model, one, another, equal, too)] == uses
-
-
 def test_a_used_network_can_be_freed(state: oracle.State) -> None:
     """Once nobody holds it; what its users share does not hold it either."""
     runtime.init_process_groups(1, torch.device("cpu"))
@@ -256,73 +238,6 @@ def test_a_used_network_can_be_freed(state: oracle.State) -> None:
     del network
     gc.collect()
     assert gone() is None
-
-
-def test_threads_take_turns() -> None:
-    use, inside, most = ModelLock(), [], []
-
-    def work(i: int) -> None:
-        for _ in range(50):
-            with use:
-                inside.append(i)
-                assert use.holder == threading.get_ident()
-                most.append(len(inside))
-                inside.remove(i)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, range(8)))
-    assert len(most) == 400 and set(most) == {1}
-    assert use.holder is None and not use.lock.locked()
-
-
-def test_a_call_from_inside_of_another_is_an_error_and_not_a_deadlock() -> None:
-    use, errors = ModelLock(), []
-
-    def call_inside() -> None:
-        with use:
-            with pytest.raises(RuntimeError, match="must not be made from inside another call") as info, use:
-                pass
-            errors.append(info.value)
-            assert use.lock.locked()
-
-    thread = threading.Thread(target=call_inside, daemon=True)
-    thread.start()
-    thread.join(timeout=60)
-    assert not thread.is_alive() and len(errors) == 1
-    assert not use.lock.locked()
-
-
-def test_a_turn_is_tried_for_without_waiting() -> None:
-    use = ModelLock()
-    with use:
-        assert not use.try_enter()
-        with ThreadPoolExecutor(1) as pool:
-            assert not pool.submit(use.try_enter).result(timeout=60)
-        assert use.holder == threading.get_ident()
-    assert use.try_enter() and use.holder == threading.get_ident()
-    use.__exit__()
-    assert use.holder is None and not use.lock.locked()
-
-
-def test_a_call_that_fails_ends_its_turn() -> None:
-    use = ModelLock()
-    with pytest.raises(ZeroDivisionError), use:
-        1 / 0  # noqa: B018
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(use.__enter__).result(timeout=60)
-    assert use.lock.locked()
-
-
-def test_several_ranks_are_called_from_one_thread_only() -> None:
-    use, other = ModelLock(), ModelLock()
-    for _ in range(2):
-        use.check_thread(several_ranks=True)
-        other.check_thread(several_ranks=False)
-    with ThreadPoolExecutor(1) as pool:
-        with pytest.raises(RuntimeError, match="must come from one thread"):
-            pool.submit(use.check_thread, several_ranks=True).result()
-        pool.submit(other.check_thread, several_ranks=False).result()
-    use.check_thread(several_ranks=True)
 
 
 # Groups of a prefill

@@ -327,7 +327,7 @@ def test_the_local_rank_chooses_the_cuda_device(
     assert runtime.select_device("cuda:1") == torch.device("cuda:1")
     assert runtime.select_device("cpu") == CPU
     machine(2, False)
-    with pytest.raises(ValueError, match="number of devices .2., got 3"):
+    with pytest.raises(ValueError, match=r"number of devices .2., got 3"):
         runtime.select_device(None)
 
 

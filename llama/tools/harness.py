@@ -21,8 +21,9 @@ from llama import Llama, Message, runtime
 from llama.chat import B_INST, B_SYS, E_INST, E_SYS, chat_error, check_dialog
 from llama.checkpoint import find_tokenizer
 from llama.inputs import SamplingParams
+from llama.model_lock import lock_of
 from llama.quoting import quote
-from llama.runner import ModelRunner, lock_of
+from llama.runner import ModelRunner
 from llama.serving.jobs import Job
 from llama.tools.replica import Replica
 
