@@ -57,7 +57,7 @@ def main(
             that are not installed are left out.
         device: "cpu" or "cuda".
         dtype: "bfloat16", "float16" or "float32", of weights and arithmetic.
-        quantize: "int8" measures this library with int8 weights too, in turn with the others.
+        quantize: "int8" or "int4" measures this library with such weights too, in turn with the others.
         compile: measures this library with compiled steps too; with `quantize`, also both together.
         repeats: number of rounds.
         threads: of every engine; None for as many as there are cores.
@@ -108,8 +108,8 @@ def _check(repeats: int, quantize: str | None, plot: str | None, json: str | Non
     """Raises ValueError for an argument that would fail after the rounds, or make none."""
     if repeats < 1:
         raise ValueError(f"repeats must be 1 or more, got {repeats}")
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize must be 'int8', got {quantize!r}; leave it out for no quantization")
+    if quantize not in (None, "int8", "int4"):
+        raise ValueError(f"quantize must be 'int8' or 'int4', got {quantize!r}; leave it out for no quantization")
     for file in (plot, json):
         if file and not Path(file).resolve().parent.is_dir():
             raise ValueError(f"--plot and --json must name files in folders that exist, got {file}; make its folder")

@@ -45,6 +45,8 @@ OURS = {
     "ours_compiled": EngineSpec("benchmarks.ours", "compiled"),
     "ours_int8": EngineSpec("benchmarks.ours", "int8", quantized=True),
     "ours_int8_compiled": EngineSpec("benchmarks.ours", "int8_compiled", quantized=True),
+    "ours_int4": EngineSpec("benchmarks.ours", "int4", quantized=True),
+    "ours_int4_compiled": EngineSpec("benchmarks.ours", "int4_compiled", quantized=True),
 }
 _LLAMA_CPP = ("llama_cpp", "llama_cpp gguf", "gguf llama-cpp-python")
 _OPENVINO = ("openvino", "openvino optimum.intel", "openvino nncf optimum-intel")

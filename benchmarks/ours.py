@@ -32,6 +32,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {  # of `Llama.build`
     "compiled": {"compile": True},
     "int8": {"quantize": "int8"},
     "int8_compiled": {"quantize": "int8", "compile": True},
+    "int4": {"quantize": "int4"},
+    "int4_compiled": {"quantize": "int4", "compile": True},
 }
 
 
@@ -109,7 +111,8 @@ class _LoadTimes(logging.Handler):
 
 
 def version(job: Job, variant: str) -> str:
-    return f"torch {torch.__version__}" + (", int8" if "int8" in variant else "")
+    form = variant.removesuffix("_compiled")
+    return f"torch {torch.__version__}" + (f", {form}" if form in ("int8", "int4") else "")
 
 
 def prepare(job: Job, variant: str) -> None:

@@ -37,7 +37,7 @@ _PLOTTED = {
     "peak_memory": "peak memory",
 }
 _LEGEND = """\
-ours_...      this library: max_batch_1 in a build for a single row, int8 with quantize="int8", compiled with
+ours_...      this library: max_batch_1 in a build for a single row, int8 and int4 with quantize=, compiled with
               compile=True
 published     a ragged batch as Meta's published code steps it, with plain layers
 machine       its memory and arithmetic
@@ -187,7 +187,11 @@ def plot(lines: Sequence[Line], versions: dict[str, str], title: str, path: Path
     """
     from matplotlib.figure import Figure
 
-    labels = {engine: f"{engine}, int8" for engine, version in versions.items() if version.endswith("int8")}
+    labels = {
+        engine: f"{engine}, {version[-4:]}"
+        for engine, version in versions.items()
+        if version.endswith(("int8", "int4"))
+    }
     figures = [figure for figure in _PLOTTED if any(line.figure == figure for line in lines)]
     picture = Figure(figsize=(3.2 * len(figures), 3.6))
     panels = picture.subplots(1, len(figures), squeeze=False)

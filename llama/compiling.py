@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from llama import kernels, runtime
 from llama import model as network
-from llama.kernels import _PADDED_ROWS, Kernels, QuantizedWeight, _onednn_int8_linear, _row_bucket, native_linear
+from llama.int4 import Int4Weight, int4_linear
+from llama.kernels import PADDED_ROWS, Kernels, QuantizedWeight, native_linear, onednn_int8_linear, row_bucket
 from llama.layers import packable_layers
 from llama.model import CachePositions, Transformer, TransformerBlock
 from llama.quoting import printable
-from llama.stepping import PlainStepper, Stepper, _has_hooks
+from llama.stepping import PlainStepper, Stepper, has_hooks
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -76,7 +77,7 @@ class CompiledStepper:
 
     def _change(self) -> str | None:
         """What keeps compiled blocks from computing what the network would; None for nothing."""
-        if _has_hooks(self._model):
+        if has_hooks(self._model):
             return "the network has hooks"
         code = _code_of(self._model)
         if len(code) != len(self._code) or any(a is not b for a, b in zip(code, self._code, strict=True)):
@@ -213,6 +214,8 @@ def _inputs(block: nn.Module) -> dict[str, Tensor]:
             inputs.pop(f"{name}.{parameter}", None)
         if isinstance(packed.form, QuantizedWeight):
             inputs |= {f"{name}.int8.{part}": tensor for part, tensor in vars(packed.form).items()}
+        elif isinstance(packed.form, Int4Weight):
+            inputs |= {f"{name}.int4.{part}": tensor for part, tensor in vars(packed.form).items()}
         else:
             inputs[f"{name}.packed"] = packed.form
     return inputs
@@ -255,6 +258,9 @@ def _traceable(block: TransformerBlock, tensors: dict[str, Tensor]) -> nn.Module
         elif f"{name}.int8.blocked" in tensors:
             weight = QuantizedWeight(*(tensors[f"{name}.int8.{part.name}"] for part in fields(QuantizedWeight)))
             layer.linear = partial(_quantized_linear, weight=weight)
+        elif f"{name}.int4.packed" in tensors:
+            int4 = Int4Weight(*(tensors[f"{name}.int4.{part.name}"] for part in fields(Int4Weight)))
+            layer.linear = partial(_int4_linear, weight=int4, kernels=layer.kernels)
         elif getattr(layer, "kernels", Kernels()).native_row and layer.weight.dtype == torch.bfloat16:
             layer.linear = partial(_plain_linear, weight=layer.weight)
     return traceable
@@ -265,7 +271,7 @@ def _packed_linear(x: Tensor, bias: None, *, blocked: Tensor, kernels: Kernels) 
     if x.size(0) > 1 or not kernels.pads_one:
         out: Tensor = _operators().packed_linear(x, blocked, kernels.pads_few)
         return out
-    rows = x.reshape(1, -1).expand(_PADDED_ROWS, -1)
+    rows = x.reshape(1, -1).expand(PADDED_ROWS, -1)
     padded: Tensor = _operators().packed_linear(rows, blocked, kernels.pads_few)
     return padded[:1].view(*x.shape[:-1], -1)
 
@@ -284,6 +290,11 @@ def _quantized_linear(x: Tensor, bias: None, *, weight: QuantizedWeight) -> Tens
     return (out * peaks).to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def _int4_linear(x: Tensor, bias: None, *, weight: Int4Weight, kernels: Kernels) -> Tensor:
+    out: Tensor = _operators().int4_linear(x, weight.packed, weight.scales_and_zeros, kernels.dequantized_rows)
+    return out
+
+
 @cache
 def _operators() -> Any:
     """The products as operators of torch, `torch.ops.llama`: the compiler sees their sizes alone."""
@@ -291,13 +302,17 @@ def _operators() -> Any:
     library.define("packed_linear(Tensor x, Tensor blocked, bool pads_few) -> Tensor")
     library.define("native_linear(Tensor x, Tensor weight) -> Tensor")
     library.define("int8_linear(Tensor x, Tensor blocked, Tensor scales) -> Tensor")
+    library.define("int4_linear(Tensor x, Tensor packed, Tensor scales_and_zeros, int? dequantized_rows) -> Tensor")
 
     def packed_linear(x: Tensor, blocked: Tensor, pads_few: bool) -> Tensor:
         return kernels.packed_linear(x, blocked, _PADDING[pads_few])
 
     def int8_linear(x: Tensor, blocked: Tensor, scales: Tensor) -> Tensor:
-        padding = _row_bucket(len(x)) - len(x)
-        return _onednn_int8_linear(F.pad(x, (0, 0, 0, padding)) if padding else x, blocked, scales)[: len(x)]
+        padding = row_bucket(len(x)) - len(x)
+        return onednn_int8_linear(F.pad(x, (0, 0, 0, padding)) if padding else x, blocked, scales)[: len(x)]
+
+    def of_int4(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, dequantized_rows: int | None) -> Tensor:
+        return int4_linear(x, Int4Weight(packed, scales_and_zeros), dequantized_rows)
 
     def shape(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.size(0)))
@@ -305,10 +320,15 @@ def _operators() -> Any:
     def int8_shape(x: Tensor, blocked: Tensor, scales: Tensor) -> Tensor:
         return scales.new_empty((x.size(0), scales.size(0)))
 
-    for kernel, meta in ((packed_linear, shape), (native_linear, shape), (int8_linear, int8_shape)):
+    for name, kernel, meta in (
+        ("packed_linear", packed_linear, shape),
+        ("native_linear", native_linear, shape),
+        ("int8_linear", int8_linear, int8_shape),
+        ("int4_linear", of_int4, shape),
+    ):
         for key in ("CPU", "MkldnnCPU"):
-            library.impl(kernel.__name__, kernel, key)
-        library.impl(kernel.__name__, meta, "Meta")
+            library.impl(name, kernel, key)
+        library.impl(name, meta, "Meta")
     _libraries.append(library)
     return torch.ops.llama
 

@@ -156,8 +156,9 @@ class Llama:
             dtype: "float16", "bfloat16" or "float32", of weights and cache; None: bfloat16 on CPU, else float16.
             cuda_graphs: whether steps on CUDA are captured once and replayed; without effect elsewhere.
             quantize: "int8" computes the linear layers with weights and inputs rounded to int8, on CPUs with VNNI:
-                faster, in half the memory, and not faithful to the checkpoint. None for no such rounding, or for the
-                form of a checkpoint that `llama.tools.quantize` wrote.
+                faster, in half the memory, and not faithful to the checkpoint. "int4" rounds weights to int4, except
+                those of `output`, which are as with "int8": for bfloat16, in a third of the memory, and less exact.
+                None for no such rounding, or for the form of a checkpoint that `llama.tools.quantize` wrote.
             draft_ckpt_dir: folder of a smaller checkpoint with the same vocabulary and as many files, which drafts
                 tokens for calls with `speculative="draft"`; it gets a KV cache of the same sizes.
             compile: whether steps of one token per row run through blocks that `torch.compile`'s compiler, inductor,

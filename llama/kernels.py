@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MiB = 1024**2
-_PADDED_ROWS = 5  # what fewer rows are padded to where that pays
+PADDED_ROWS = 5  # what fewer rows are padded to where that pays
 _PROBE_BYTES = 96 * MiB  # weights that are read for a timing: more than most caches hold
 _CLEARLY = 0.97  # of another time, to be preferred to it
 _MOST_ROTATED = 32  # inputs per block of the rotation before quantization
-_QUANTIZED_ELEMENTS = 1 << 18  # of a weight that are quantized at a time, so that they stay in the processor's caches
+QUANTIZED_ELEMENTS = 1 << 18  # of a weight that are quantized at a time, so that they stay in the processor's caches
 _TILE = 64  # outputs, and inputs, of oneDNN's blocks of int8 weights
 
+_ROUNDING = torch.tensor(1.5 * 2**23 + 128, dtype=torch.float32, device="cpu")
 _NO_ZERO_POINT = torch.zeros(1, dtype=torch.int64, device="cpu")  # of symmetric weights
 _onednn_switch = threading.Lock()
 
@@ -37,24 +38,27 @@ class Kernels:
     """Which of several equal products is the fastest on this processor. See `measure_kernels`.
 
     Attributes:
-        pads_one: whether the packed product takes one row as `_PADDED_ROWS`, on processors where it reads weights
+        pads_one: whether the packed product takes one row as `PADDED_ROWS`, on processors where it reads weights
             faster for several rows.
         pads_few: likewise two or three rows.
         native_row: whether ATen's own matrix-vector product reads an unpacked bfloat16 weight faster than oneDNN's.
         packs_one_row: whether the packed product of one row is faster than the best unpacked one.
+        dequantized_rows: from how many rows on products with int4 weights are faster with these dequantized; None
+            for no number of rows. See `int4.measure_int4`.
     """
 
     pads_one: bool = False
     pads_few: bool = False
     native_row: bool = False
     packs_one_row: bool = False
+    dequantized_rows: int | None = None
 
     def __str__(self) -> str:
         """The choices in words, for the log."""
         padding = {(True, True): "up to three rows", (True, False): "one row", (False, True): "two or three rows"}
         padded = padding.get((self.pads_one, self.pads_few), "no rows")
         one_row = "packed" if self.packs_one_row else "ATen's" if self.native_row else "oneDNN's"
-        return f"packed products pad {padded} to {_PADDED_ROWS}; the fastest for one row is {one_row}"
+        return f"packed products pad {padded} to {PADDED_ROWS}; the fastest for one row is {one_row}"
 
 
 DEFAULT_KERNELS = Kernels()
@@ -70,8 +74,8 @@ def packed_linear(x: Tensor, blocked: Tensor, kernels: Kernels = DEFAULT_KERNELS
     """x (..., in) times a weight of `pack_weight`, transposed: (..., out)."""
     n_rows = x.numel() // x.size(-1)
     if n_rows == 1 and kernels.pads_one:  # a stride of 0 costs less than other ways to pad
-        return _onednn_linear(x.reshape(1, -1).expand(_PADDED_ROWS, -1), blocked)[:1].view(*x.shape[:-1], -1)
-    padded = _PADDED_ROWS if 1 < n_rows < 4 and kernels.pads_few else _row_bucket(n_rows)
+        return _onednn_linear(x.reshape(1, -1).expand(PADDED_ROWS, -1), blocked)[:1].view(*x.shape[:-1], -1)
+    padded = PADDED_ROWS if 1 < n_rows < 4 and kernels.pads_few else row_bucket(n_rows)
     if padded == n_rows:
         return _onednn_linear(x, blocked)
     rows = F.pad(x.flatten(0, -2), (0, 0, 0, padded - n_rows))
@@ -83,7 +87,7 @@ def _onednn_linear(x: Tensor, blocked: Tensor) -> Tensor:
     return out
 
 
-def _row_bucket(n_rows: int) -> int:
+def row_bucket(n_rows: int) -> int:
     """The least number of rows, from `n_rows` on, that products are made for.
 
     oneDNN keeps code and buffers for each number of rows that it has met. With eight sizes between a power of two and
@@ -134,7 +138,7 @@ def quantize_values(weight: Tensor, scratch: Tensor | None = None) -> tuple[Tens
         scratch = torch.empty(n_out * n_in, dtype=torch.int8, device="cpu")
     values = scratch.view(torch.int8)[: n_out * n_in].view(n_out, n_in)
     peaks = torch.empty((n_out, 1), dtype=torch.float32, device="cpu")
-    n_rows = max(1, _QUANTIZED_ELEMENTS // n_in)
+    n_rows = max(1, QUANTIZED_ELEMENTS // n_in)
     for part, values_of_part, peaks_of_part in zip(
         weight.split(n_rows), values.split(n_rows), peaks.split(n_rows), strict=True
     ):
@@ -191,7 +195,7 @@ def _rearrange(values: Tensor, memory: Tensor) -> None:
     n_out, n_in = values.shape
     tiles = values.view(torch.int32).view(n_out // _TILE, _TILE, n_in // _TILE, _TILE // 4).permute(0, 2, 3, 1)
     memory[: values.numel()].view(torch.int32).view(tiles.shape).copy_(tiles)
-    sums = [part.float().sum(1) for part in values.split(max(1, _QUANTIZED_ELEMENTS // n_in))]  # faster than in int
+    sums = [part.float().sum(1) for part in values.split(max(1, QUANTIZED_ELEMENTS // n_in))]  # faster than in int
     memory[values.numel() :].view(torch.int32).copy_(torch.cat(sums).neg_())
 
 
@@ -232,17 +236,18 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     rotation = weight.rotation
     rows = (x.reshape(-1, rotation.size(0)).float() @ rotation).view(-1, x.size(-1))
     peaks = rows.abs().amax(-1, keepdim=True)
-    # A row of zeros is not a number here, and becomes any int8; its peak makes the products 0. The turned sign bit adds
-    # the zero point of 128: a conversion to uint8 takes five times as long.
-    quantized = rows.div_(peaks).mul_(127).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+    # Adding 1.5 * 2^23 rounds to whole numbers, and leaves them in the low bits; adding 128 more is the zero point. A
+    # row of zeros is not a number here, and becomes any uint8; its peak makes the products 0.
+    rounded = torch.add(_ROUNDING, rows.div_(peaks), alpha=127).view(torch.int32)
+    quantized = rounded.to(torch.int8).view(torch.uint8)  # the low bits: to uint8 itself takes five times as long
     n_rows = len(quantized)
-    if (padded := _row_bucket(n_rows)) != n_rows:
+    if (padded := row_bucket(n_rows)) != n_rows:
         quantized = F.pad(quantized, (0, 0, 0, padded - n_rows))
-    out = _onednn_int8_linear(quantized, weight.blocked, weight.scales)[:n_rows]
+    out = onednn_int8_linear(quantized, weight.blocked, weight.scales)[:n_rows]
     return out.mul_(peaks).to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def _onednn_int8_linear(x: Tensor, blocked: Tensor, scales: Tensor) -> Tensor:
+def onednn_int8_linear(x: Tensor, blocked: Tensor, scales: Tensor) -> Tensor:
     """(x - 128) (rows, in) times int8 numbers, times the scale of each output: (rows, out) float32.
 
     x is uint8: oneDNN's product of signed inputs is its slow reference.
@@ -305,7 +310,7 @@ def can_quantize(device: torch.device) -> bool:
     scales = torch.linspace(0.5, 1, len(values), dtype=torch.float32, device=device)
     try:
         blocked = torch.ops.onednn.qlinear_prepack(values, None)
-        products = [(rows, _onednn_int8_linear(rows, blocked, scales)) for rows in (x[:1], x)]
+        products = [(rows, onednn_int8_linear(rows, blocked, scales)) for rows in (x[:1], x)]
     except (AttributeError, RuntimeError):
         return False
     exact = all(
@@ -319,13 +324,14 @@ def _is_reference(values: Tensor, x: Tensor, blocked: Tensor, scales: Tensor) ->
 
     So small, it takes 3 times as long as that of float32, and a reference some 400 times.
     """
-    ours, plain = partial(_onednn_int8_linear, x, blocked, scales), partial(F.linear, x.float(), values.float())
+    ours, plain = partial(onednn_int8_linear, x, blocked, scales), partial(F.linear, x.float(), values.float())
     for work in (ours, plain):
         work()
-    return min(_seconds(ours) for _ in range(5)) > 40 * min(_seconds(plain) for _ in range(5))
+    return min(duration(ours) for _ in range(5)) > 40 * min(duration(plain) for _ in range(5))
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def duration(work: Callable[[], object]) -> float:
+    """How long a function takes, in seconds."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -382,7 +388,7 @@ def _is_faster(work: Callable[[], None], other: Callable[[], None]) -> bool:
     """Whether it takes clearly less time than the other: by the median of ratios of neighbouring runs."""
     ratios = []
     for _ in range(5):
-        ratios.append(_seconds(work) / _seconds(other))
+        ratios.append(duration(work) / duration(other))
     return statistics.median(ratios) < _CLEARLY
 
 

@@ -1,6 +1,6 @@
 """The sharded linear layers: fairscale's, each the owner of a faster form of its weight.
 
-On a CPU, a weight in oneDNN's blocked layout (packed), as bfloat16 or quantized to int8, is read faster than a plain
+On a CPU, a weight in a blocked layout (packed), as bfloat16 or quantized to int8 or int4, is read faster than a plain
 one. The packed form is derived from the layer's own parameter and stands aside for good when that parameter changes,
 whichever way; the layer then computes with the parameter itself. Nothing outside a layer knows which form served.
 
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llama.int4 import Int4Weight, int4_linear, quantize_int4
 from llama.kernels import (
     DEFAULT_KERNELS,
     Kernels,
@@ -44,6 +45,7 @@ from llama.kernels import (
 )
 
 _PRODUCT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+QUANTIZED_FORMS = ("int8", "int4")  # what a layer's `quantize` may be, other than None
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +102,15 @@ for _name in ("numpy", "__array__", "__dlpack__", "storage", "untyped_storage", 
 
 @dataclass(frozen=True)
 class _Packed:
-    """A weight in oneDNN's blocked layout, bfloat16 (opaque: no operation but the packed product takes it) or int8,
-    and the parameters that it was made from: the weight and, if that is quantized itself, its scales."""
+    """A weight in a blocked layout, bfloat16 (opaque: no operation but the packed product takes it), int8 or int4, and
+    the parameters that it was made from: the weight and, if that is quantized itself, its scales."""
 
     sources: tuple[nn.Parameter, ...]
     versions: tuple[int, ...]
-    form: Tensor | QuantizedWeight
+    form: Tensor | QuantizedWeight | Int4Weight
 
     @classmethod
-    def of(cls, sources: tuple[nn.Parameter, ...], form: Tensor | QuantizedWeight) -> _Packed:
+    def of(cls, sources: tuple[nn.Parameter, ...], form: Tensor | QuantizedWeight | Int4Weight) -> _Packed:
         for source in sources:
             if type(source) is nn.Parameter:
                 source.__class__ = PackedParameter
@@ -126,7 +128,11 @@ class _Packed:
         """x (..., in) times the weight, transposed; None where the form is not for the dtype of x."""
         if isinstance(self.form, QuantizedWeight):
             return quantized_linear(x, self.form)
-        return packed_linear(x, self.form, kernels) if x.dtype == torch.bfloat16 else None
+        if x.dtype != torch.bfloat16:
+            return None
+        if isinstance(self.form, Int4Weight):
+            return int4_linear(x, self.form, kernels.dequantized_rows)
+        return packed_linear(x, self.form, kernels)
 
 
 class _OwnsPackedForm(nn.Module):
@@ -135,8 +141,8 @@ class _OwnsPackedForm(nn.Module):
     Attributes:
         kernels: which products it takes, equal but for their speed; `Llama.build` measures them, and any others may be
             assigned at any time.
-        quantize: which form `pack` makes of a weight that is not quantized: None for bfloat16, "int8" for a quantized
-            one.
+        quantize: which form `pack` makes of a weight that is not quantized: None for bfloat16, or one of
+            `QUANTIZED_FORMS`.
         scales: (out,) float32, if the weight is int8 numbers of a quantized checkpoint; None otherwise.
     """
 
@@ -177,7 +183,7 @@ class _OwnsPackedForm(nn.Module):
         return None
 
     def pack(self, dtype: torch.dtype, scratch: Tensor | None = None) -> None:
-        """Makes the packed form of the weight as it is now, by `quantize` in bfloat16 or int8.
+        """Makes the packed form of the weight as it is now, by `quantize` in bfloat16, int8 or int4.
 
         Without effect where a parametrization makes the weight, or where it requires gradients: it will be trained.
 
@@ -192,6 +198,8 @@ class _OwnsPackedForm(nn.Module):
             return
         if weight.dtype == torch.int8 and self.scales is not None:
             self._packed = _Packed.of((weight, self.scales), block_quantized(weight.detach(), self.scales.detach()))
+        elif self.quantize == "int4":
+            self._packed = _Packed.of((weight,), quantize_int4(weight))
         elif self.quantize:
             self._packed = _Packed.of((weight,), quantize_weight(weight, scratch))
         else:

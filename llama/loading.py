@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -15,16 +15,18 @@ from torch import Tensor
 from llama import runtime
 from llama.args import ModelArgs
 from llama.checkpoint import (
-    STORED_FORMS,
     VocabularyError,
     find_shards,
+    is_linear,
     load_shard,
     model_args,
     page_release,
     stored_quantize,
+    tensor_shapes,
 )
+from llama.int4 import GROUP, OUTPUTS, Int4Weight, can_quantize_int4, measure_int4, suits_int4
 from llama.kernels import Kernels, can_pack, can_quantize, measure_kernels
-from llama.layers import packable_layers
+from llama.layers import QUANTIZED_FORMS, packable_layers
 from llama.memory import available_memory, check_memory, out_of_memory_explained, plan_memory
 from llama.model import Transformer
 from llama.quoting import quote
@@ -52,9 +54,14 @@ def choose_quantize(quantize: str | None, ckpt_dir: str | Path, device: torch.de
     Raises:
         ValueError: there is no such form, or the device cannot have it.
     """
-    if quantize not in (None, *STORED_FORMS):
-        raise ValueError(f"quantize must be None or 'int8', got {quote(quantize)}")
+    if quantize not in (None, *QUANTIZED_FORMS):
+        raise ValueError(f"quantize must be None, {' or '.join(map(repr, QUANTIZED_FORMS))}, got {quote(quantize)}")
     stored = stored_quantize(ckpt_dir)
+    if stored and quantize not in (None, stored):
+        raise ValueError(
+            f"quantize must be {stored!r}, or left out, for {ckpt_dir}, which has {stored} weights, "
+            f"got {quote(quantize)}; use the checkpoint that it was made from"
+        )
     if (quantize := quantize or stored) is None:
         return None
     what = f"{quantize!r} weights, as {ckpt_dir} has," if stored else f"quantize={quantize!r}"
@@ -67,6 +74,24 @@ def choose_quantize(quantize: str | None, ckpt_dir: str | Path, device: torch.de
             f"got ones without (on x86, AVX-VNNI or AVX-512 VNNI is needed); {otherwise}"
         )
     return quantize
+
+
+def check_int4(args: ModelArgs, model_parallel_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError unless the network's linear layers can be int4 here. The last, `output`, is int8."""
+    if dtype != torch.bfloat16:
+        raise ValueError(f"dtype must be bfloat16 with quantize='int4', got {dtype}; use that, or quantize='int8'")
+    if not can_quantize_int4(device, dtype):
+        raise ValueError(
+            "quantize='int4' must have a processor and a build of torch with fast and right int4 products, "
+            "got ones without; use quantize='int8', or leave it out"
+        )
+    for name, shape in tensor_shapes(args, model_parallel_size).items():
+        if is_linear(name) and name != "output.weight" and not suits_int4(shape[0], shape[1]):
+            raise ValueError(
+                f"each rank's part of a linear layer must have a multiple of {OUTPUTS} outputs and of {GROUP} inputs "
+                f"with quantize='int4', got {name} of shape {shape} at model_parallel_size={model_parallel_size}; "
+                "use quantize='int8', or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,6 +134,9 @@ def load_networks(
     device = runtime.select_device(device)
     dtype = runtime.select_dtype(dtype, device)
     forms = [choose_quantize(quantize, folder, device) for folder in folders]
+    for of_network, form in zip(args, forms, strict=True):
+        if form == "int4":
+            check_int4(of_network, mp, device, dtype)
     sources = [_Source(*source) for source in zip(shards, args, forms, strict=True)]
     available = available_memory(device) // runtime.processes_on(device)
     for source in reversed(sources):  # the draft model first, which leaves the rest to the network
@@ -154,12 +182,25 @@ def _load_model(
         load_to_device(state, path, device=device, dtype=dtype)
     model = Transformer.from_state(args, state, cache_dtype=dtype)
     timings("weights")
-    for layer in packable_layers(model):
+    layers = packable_layers(model)
+    for layer in layers:
         layer.kernels = kernels
         layer.quantize = quantize
+    if quantize == "int4":
+        model.output.quantize = "int8"  # its errors are the logits' own
     if packs:
         model.pack(dtype, release=page_release(path))
         timings("packing" if quantize is None else "quantizing")
+    if quantize == "int4":
+        forms = [layer._packed.form for layer in layers if layer._packed is not None]
+        rows = measure_int4([form for form in forms if isinstance(form, Int4Weight)])
+        for layer in layers:
+            layer.kernels = replace(kernels, dequantized_rows=rows)
+        timings("probe")
+        if runtime.is_first_rank():
+            logger.info(
+                "int4 weights are dequantized for products of %s", f"{rows} rows or more" if rows else "no rows"
+            )
     return model
 
 

@@ -65,7 +65,16 @@ def _weight_bytes(args: ModelArgs, model_parallel_size: int, size: int, quantize
         return size * ((linear + embedding) // model_parallel_size + norms)
     split_outputs = args.n_layers * (args.dim + 2 * kv_dim + 2 * args.hidden_dim) + args.vocab_size
     scales = split_outputs // model_parallel_size + 2 * args.n_layers * args.dim  # wo and w2 have all outputs
-    return linear // model_parallel_size + 4 * scales + size * (embedding // model_parallel_size + norms)
+    others = size * (embedding // model_parallel_size + norms)
+    if quantize == "int4":  # 4 bits, and 2 + 2 bytes per group of 32; output is int8
+        output = embedding // model_parallel_size
+        return (
+            (linear // model_parallel_size - output) * 5 // 8
+            + output
+            + 4 * args.vocab_size // model_parallel_size
+            + others
+        )
+    return linear // model_parallel_size + 4 * scales + others
 
 
 def _activation_bytes(args: ModelArgs, model_parallel_size: int, size: int, quantize: str | None) -> int:

@@ -95,7 +95,7 @@ class StaticStepper:
         """False for a model with hooks, which a graph cannot run. Drops graphs if code, modules or memory changed."""
         if model is not self._model or not self._graphs:
             return model is self._model
-        if _has_hooks(self._model):
+        if has_hooks(self._model):
             return False
         objects, addresses = _fixed_parts(self._model)
         known, known_addresses = self._captured
@@ -164,7 +164,7 @@ def choose_stepper(model: Any, *, cuda_graphs: bool) -> Stepper | None:
     return StaticStepper(model, graphs=cuda_graphs) if on_cuda else None
 
 
-def _has_hooks(model: nn.Module) -> bool:
+def has_hooks(model: nn.Module) -> bool:
     """Whether calling the model runs forward hooks."""
     global_hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     return any(global_hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -123,7 +123,7 @@ def test_a_weight_that_is_quantized_part_by_part_is_quantized_as_a_whole(monkeyp
     scratch.fill_(torch.nan)
     assert torch.equal(quantized_linear(x, in_scratch), whole)
     for n_elements in (1, 5 * IN, 7 * IN + 3):
-        monkeypatch.setattr(kernels, "_QUANTIZED_ELEMENTS", n_elements)
+        monkeypatch.setattr(kernels, "QUANTIZED_ELEMENTS", n_elements)
         assert torch.equal(quantized_linear(x, quantize_weight(weight)), whole)
 
 
@@ -277,21 +277,21 @@ def test_int8_operators_that_are_gone_or_wrong_are_found_out(
         zero_point = 127 if kind == "another zero point" else 128
         return (pairs.clamp(-limit, limit - 1).sum(-1) - zero_point * values.sum(1)) * scales
 
-    monkeypatch.setattr(kernels, "_onednn_int8_linear", linear)
-    monkeypatch.setattr(kernels, "_seconds", lambda work: 1.0)
+    monkeypatch.setattr(kernels, "onednn_int8_linear", linear)
+    monkeypatch.setattr(kernels, "duration", lambda work: 1.0)
     assert can_quantize(CPU) == (kind == "exact" and hasattr(torch.ops.onednn, "qlinear_prepack"))
 
 
 @needs_int8
 def test_a_slow_reference_of_the_int8_product_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds, accepted in ((100.0, False), (3.0, True)):
-        monkeypatch.setattr(kernels, "_seconds", _taking(seconds))
+        monkeypatch.setattr(kernels, "duration", _taking(seconds))
         assert can_quantize(CPU) == accepted
 
 
 def _taking(seconds: float) -> Callable[[Any], float]:
     """A clock by which the int8 product takes so long, and others a second."""
-    return lambda work: seconds if work.func is kernels._onednn_int8_linear else 1.0
+    return lambda work: seconds if work.func is kernels.onednn_int8_linear else 1.0
 
 
 def test_other_devices_are_not_quantized() -> None:

@@ -309,7 +309,7 @@ def _optimize(optimizer: type[torch.optim.Optimizer], **options: bool) -> Callab
         layer.requires_grad_()
         steps = optimizer(layer.parameters(), lr=0.5, **options)  # type: ignore[call-arg]
         with torch.enable_grad():
-            (layer.weight * normal(OUT, IN, seed=7)).sum().backward()
+            (layer.weight * normal(*layer.weight.shape, seed=7)).sum().backward()
         steps.step()
         layer.requires_grad_(False)
 
@@ -317,7 +317,7 @@ def _optimize(optimizer: type[torch.optim.Optimizer], **options: bool) -> Callab
 
 
 def _optimize_a_frozen_weight(layer: nn.Module) -> None:
-    layer.weight.grad = normal(OUT, IN, seed=7).to(layer.weight.dtype)
+    layer.weight.grad = normal(*layer.weight.shape, seed=7).to(layer.weight.dtype)
     torch.optim.AdamW(layer.parameters(), lr=0.5, fused=True).step()
 
 
@@ -338,7 +338,9 @@ EDITS: dict[str, Callable[[nn.Module], Any]] = {
     ".data, edited": lambda layer: layer.weight.data.mul_(-1),
     ".data, a row": lambda layer: layer.weight.data[3].zero_(),
     ".data, assigned": lambda layer: setattr(layer.weight, "data", -layer.weight.detach()),
-    "vector_to_parameters": lambda layer: nn.utils.vector_to_parameters(torch.ones(OUT * IN), layer.parameters()),
+    "vector_to_parameters": lambda layer: nn.utils.vector_to_parameters(
+        torch.ones(layer.weight.numel()), layer.parameters()
+    ),
     "numpy": lambda layer: layer.weight.numpy().fill(0.5),
     "numpy, forced": lambda layer: layer.weight.numpy(force=True).fill(0.5),
     "numpy.asarray": lambda layer: np.asarray(layer.weight).fill(0.5),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -195,7 +196,7 @@ def test_an_interrupted_wait_leaves_the_lock_to_the_others(
     for is_late in (False, True):
         with lock:
             with monkeypatch.context() as patch:
-                patch.setattr(model_lock.threading, "Lock", Interrupted)
+                patch.setattr(model_lock, "threading", SimpleNamespace(Lock=Interrupted, get_ident=threading.get_ident))
                 if is_late:
                     interrupted = waiters.start(lock.acquire)
                 else:

@@ -285,9 +285,9 @@ def test_each_rank_quantizes_its_shard(params: dict[str, Any]) -> None:
 # What it refuses
 
 
-@pytest.mark.parametrize("quantize", ["int4", "", True, 8])
+@pytest.mark.parametrize("quantize", ["int3", "", True, 8])
 def test_another_quantization_is_refused_before_loading(quantize: Any, checkpoint: Path, tokenizer_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"quantize must be None or 'int8', got"):
+    with pytest.raises(ValueError, match=r"quantize must be None, 'int8' or 'int4', got"):
         Llama.build(checkpoint, tokenizer_path, 8, 1, device="cpu", quantize=quantize)
 
 
@@ -356,8 +356,8 @@ def test_the_memory_command_knows_quantization() -> None:
     (weights,) = [float(line.split()[1]) for line in table.splitlines() if line.startswith("weights")]
     parameters = 6_738_415_616
     assert 1.0 * parameters / 2**30 < weights < 1.05 * parameters / 2**30
-    with pytest.raises(ValueError, match="quantize must be None or 'int8', got 'int4'"):
-        memory_table(model="7B", quantize="int4")
+    with pytest.raises(ValueError, match="quantize must be None, 'int8' or 'int4', got 'int3'"):
+        memory_table(model="7B", quantize="int3")
 
 
 def test_the_perplexity_command_quantizes(

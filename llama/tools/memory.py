@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama.args import ModelArgs
-from llama.checkpoint import STORED_FORMS, list_shards, read_shard, stored_quantize
+from llama.checkpoint import list_shards, read_shard, stored_quantize
+from llama.layers import QUANTIZED_FORMS
 from llama.memory import GIB, MemoryPlan, largest, plan_memory
 from llama.quoting import quote
 from llama.runtime import DTYPES
@@ -43,8 +44,8 @@ def memory_table(
         max_batch_size: as for `Llama.build`.
         model_parallel_size: number of processes that share the model; by default that of the checkpoint's files.
         dtype: float16, bfloat16 or float32, of weights and cache.
-        quantize: "int8" for int8 weights of the linear layers, as for `Llama.build` on a CPU; by default the form of
-            the checkpoint.
+        quantize: "int8" or "int4" for such weights of the linear layers, as for `Llama.build` on a CPU; by default the
+            form of the checkpoint.
         device_memory: memory of each process's device, such as 24GiB or 80GB.
 
     Raises:
@@ -52,8 +53,8 @@ def memory_table(
     """
     if (ckpt_dir is None) == (model is None):
         raise ValueError(f"either ckpt_dir, a folder, or model ({', '.join(RELEASES)}) must be given, and not both")
-    if quantize not in (None, *STORED_FORMS):
-        raise ValueError(f"quantize must be None or 'int8', got {quote(quantize)}")
+    if quantize not in (None, *QUANTIZED_FORMS):
+        raise ValueError(f"quantize must be None, {' or '.join(map(repr, QUANTIZED_FORMS))}, got {quote(quantize)}")
     stored = stored_quantize(ckpt_dir) if ckpt_dir is not None else None
     args, n_files = _of_checkpoint(ckpt_dir, stored) if ckpt_dir is not None else _of_release(str(model))
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)

@@ -59,7 +59,10 @@ def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *
     """
     check_places(ckpt_dir, output_dir)
     if form not in STORED_FORMS:
-        raise ValueError(f"form must be {' or '.join(STORED_FORMS)}, got {quote(form)}")
+        raise ValueError(
+            f"form must be {' or '.join(STORED_FORMS)}, got {quote(form)}; "
+            "another form of Llama.build's quantize= is made while loading only"
+        )
     if (stored := stored_quantize(ckpt_dir)) is not None:
         raise ValueError(f"ckpt_dir must not be quantized yet, got {ckpt_dir}, which holds {stored} weights")
     source = ShardedCheckpoint(ckpt_dir)
