@@ -68,7 +68,7 @@ class Piece:
         choice: index of the choice: see `Service.submit`.
         text: text that became final with this step; may be empty.
         tokens: with logprobs, the tokens that became final; over all pieces, their texts add up to the whole text.
-        n_generated: number of tokens that the step generated, 0 or 1, including tokens cut off at a stop string.
+        n_generated: number of tokens that the step generated, including tokens cut off at a stop string.
         finish_reason: why the choice ends with this piece; None if it continues.
     """
 
