@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = 512
 # A shell's background job starts with Ctrl-C ignored, and what the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 torch.set_num_threads(1)  # the networks are so small that a second thread only waits for the first
 # Grouped-query attention, a scaled hidden size, and counts that 1, 2 and 4 ranks can share.
 PARAMS: dict[str, Any] = {
