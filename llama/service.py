@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,19 +19,16 @@ from llama import runtime
 from llama.generation import Llama
 from llama.inputs import SamplingParams
 from llama.model_lock import lock_of
+from llama.pieces import Choice, Piece, Scores
 from llama.runner import ModelRunner, device_of
 from llama.sampling import Sampler, logprobs_of
 from llama.scoring import score
-from llama.sequence import Call, FinishReason, Step
+from llama.sequence import Call
 from llama.sequence import Sequence as EngineSequence
 from llama.tokenizer import IncrementalDetokenizer
 
 _SCORED_POSITIONS = 512  # maximum number of positions whose logits are in memory at a time
 _HEARTBEAT_S = 2.0  # interval of broadcasts while idle, by which ranks find out if another one has ended
-
-
-TopLogprobs = tuple[tuple[int, float], ...]
-Scores = list[tuple[float | None, TopLogprobs]]
 
 
 class QueueFullError(RuntimeError):
@@ -41,42 +37,6 @@ class QueueFullError(RuntimeError):
 
 class ServiceStoppedError(RuntimeError):
     """The service has stopped, or is stopping."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token whose text is final.
-
-    Attributes:
-        id: the token's id.
-        text: the token's part of the text; a character of several tokens is attributed to the last one.
-        logprob: log-probability under the raw logits; None for the first token of a prompt.
-        top_logprobs: ids of the most likely tokens at this position and their log-probabilities, in descending order.
-    """
-
-    id: int
-    text: str
-    logprob: float | None
-    top_logprobs: TopLogprobs = ()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The result of one step for one choice of a request. With echo, an additional first piece has the prompt.
-
-    Attributes:
-        choice: index of the choice: see `Service.submit`.
-        text: text that became final with this step; may be empty.
-        tokens: with logprobs, the tokens that became final; over all pieces, their texts add up to the whole text.
-        n_generated: number of tokens that the step generated, including tokens cut off at a stop string.
-        finish_reason: why the choice ends with this piece; None if it continues.
-    """
-
-    choice: int
-    text: str
-    tokens: tuple[Token, ...] = ()
-    n_generated: int = 0
-    finish_reason: FinishReason | None = None
 
 
 OnPiece = Callable[[Piece | BaseException], None]
@@ -111,74 +71,12 @@ class _Stopped:
     pass
 
 
-class _Choice:
-    """One completion of a request: its text and, with logprobs, its tokens.
-
-    Args:
-        index: index among the request's choices.
-        text: the completion's detokenizer.
-        logprobs: whether pieces contain tokens.
-    """
-
-    def __init__(self, index: int, text: IncrementalDetokenizer, *, logprobs: bool) -> None:
-        self._index = index
-        self._text = text
-        self._logprobs = logprobs
-        self._final_texts: deque[str] = deque()  # of each new token, what it made final
-        self._n_chars_final = 0
-        self._held_steps: deque[Step] = deque()  # of tokens that may still be cut off at a stop string
-        self._n_released = 0  # number of tokens in pieces so far
-        self._n_chars_released = 0  # number of characters of these tokens
-
-    def ends(self, token: int) -> bool:
-        """Adds a token; returns whether the completion ends with it, at a stop string."""
-        self._final_texts.append(self._text.push(token))
-        return self._text.stopped
-
-    def echo(self, prompt: Sequence[int], scores: Scores) -> Piece:
-        """Returns the piece that has the prompt."""
-        texts = self._text.prefix_pieces
-        tokens = (
-            [Token(*token) for token in zip(prompt, texts, *zip(*scores, strict=True), strict=True)] if scores else []
-        )
-        return Piece(self._index, "".join(texts), tuple(tokens))
-
-    def piece(self, step: Step) -> Piece:
-        """Returns the piece of a step."""
-        text = ""
-        if step.token is not None:
-            text = self._final_texts.popleft()
-            if self._logprobs:
-                self._held_steps.append(step)
-        if step.finish_reason:
-            text += self._text.finish()
-        self._n_chars_final += len(text)
-        tokens = tuple(self._release(is_last=step.finish_reason is not None)) if self._logprobs else ()
-        stopped = step.finish_reason and self._text.stopped
-        return Piece(self._index, text, tokens, int(step.token is not None), "stop" if stopped else step.finish_reason)
-
-    def _release(self, *, is_last: bool) -> list[Token]:
-        """Returns the tokens that became final. A token without text waits for the character that it is part of."""
-        pieces, n_final, n_chars = self._text.pieces, self._n_released, self._n_chars_released
-        for i in range(self._n_released, len(pieces)):
-            n_chars += len(pieces[i])
-            if is_last or (pieces[i] and n_chars <= self._n_chars_final):
-                n_final, self._n_chars_released = i + 1, n_chars
-        tokens = []
-        for text in pieces[self._n_released : n_final]:
-            step = self._held_steps.popleft()
-            assert step.token is not None
-            tokens.append(Token(step.token, text, step.logprob, step.top_logprobs))
-        self._n_released = max(self._n_released, n_final)
-        return tokens
-
-
 @dataclass
 class _Running:
     """A request in the engine."""
 
     call: Call
-    choices: list[_Choice] = field(repr=False)
+    choices: list[Choice] = field(repr=False)
 
 
 class Service:
@@ -364,13 +262,13 @@ class Service:
     def _start(self, added: _Added) -> _Running:
         """Adds a request's sequences to the engine; with echo, delivers the pieces that have the prompts."""
         params, tokenizer = added.params, self.llama.tokenizer
-        choices: list[_Choice] = []
+        choices: list[Choice] = []
         sequences: list[EngineSequence] = []
         for prompt in added.prompts:
             scores = self._score(prompt, added.top_logprobs) if params.echo and params.logprobs else []
             for i in range(added.n):
                 text = IncrementalDetokenizer(tokenizer, params.stop, prompt if added.continues or params.echo else ())
-                choice = _Choice(len(choices), text, logprobs=params.logprobs)
+                choice = Choice(len(choices), text, logprobs=params.logprobs)
                 if params.echo:
                     self._tell(added.number, choice.echo(prompt, scores))
                 choices.append(choice)

@@ -15,7 +15,8 @@ import torch
 
 from llama import Llama
 from llama.inputs import SamplingParams
-from llama.service import Piece, QueueFullError, Service, ServiceStoppedError
+from llama.pieces import Piece
+from llama.service import QueueFullError, Service, ServiceStoppedError
 from tests.conftest import TEXT
 
 LONGEST_S = 30.0

@@ -17,8 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llama.pieces import Piece
 from llama.quoting import printable, quote
-from llama.service import Piece, Service
+from llama.service import Service
 from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, check_model, read_request
 from llama.serving.errors import ApiError
 from llama.serving.formats import Answer, Format, event, usage

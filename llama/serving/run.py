@@ -10,8 +10,9 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from llama.lockstep import RankError
+from llama.pieces import Piece
 from llama.quoting import printable
-from llama.service import Piece, QueueFullError, Service, ServiceStoppedError
+from llama.service import QueueFullError, Service, ServiceStoppedError
 from llama.serving.errors import ApiError
 from llama.serving.jobs import Job
 from llama.serving.metrics import Metrics

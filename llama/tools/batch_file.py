@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama.pieces import Piece
 from llama.quoting import quote
-from llama.service import Piece
 from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, Request, read_request
 from llama.serving.errors import ApiError
 from llama.serving.formats import Answer, usage

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from llama import runtime
-from llama.service import Piece
+from llama.pieces import Piece
 from llama.serving.endpoints import Request
 from llama.serving.errors import ApiError
 from llama.serving.jobs import Job

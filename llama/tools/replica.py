@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 from llama import Llama
-from llama.service import Piece, Service
+from llama.pieces import Piece
+from llama.service import Service
 from llama.serving.jobs import Job
 
 
