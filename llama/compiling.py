@@ -23,7 +23,6 @@ from llama import kernels, runtime
 from llama import model as network
 from llama.int4 import Int4Weight, int4_linear
 from llama.kernels import PADDED_ROWS, Kernels, QuantizedWeight, native_linear, onednn_int8_linear, row_bucket
-from llama.layers import packable_layers
 from llama.model import CachePositions, Transformer, TransformerBlock
 from llama.quoting import printable
 from llama.stepping import PlainStepper, Stepper, has_hooks
@@ -207,24 +206,22 @@ def _inputs(block: nn.Module) -> dict[str, Tensor]:
     """What a block's graph reads and writes, by name: parameters, caches, and packed forms in their weights' places."""
     inputs: dict[str, Tensor] = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     for name, layer in block.named_modules():
-        packed = getattr(layer, "_packed", None)
-        if packed is None:
+        form = getattr(layer, "packed_form", None)
+        if form is None:
             continue
         for parameter in layer._parameters:
             inputs.pop(f"{name}.{parameter}", None)
-        if isinstance(packed.form, QuantizedWeight):
-            inputs |= {f"{name}.int8.{part}": tensor for part, tensor in vars(packed.form).items()}
-        elif isinstance(packed.form, Int4Weight):
-            inputs |= {f"{name}.int4.{part}": tensor for part, tensor in vars(packed.form).items()}
+        if isinstance(form, QuantizedWeight):
+            inputs |= {f"{name}.int8.{part}": tensor for part, tensor in vars(form).items()}
+        elif isinstance(form, Int4Weight):
+            inputs |= {f"{name}.int4.{part}": tensor for part, tensor in vars(form).items()}
         else:
-            inputs[f"{name}.packed"] = packed.form
+            inputs[f"{name}.packed"] = form
     return inputs
 
 
 def _signature(block: nn.Module) -> list[tuple[object, ...]]:
-    """What a graph is made for: kinds of modules and tensors. Packed forms that are out of date are dropped first."""
-    for layer in packable_layers(block):
-        layer._packed_form(layer.weight)
+    """What a graph is made for: kinds of modules and tensors."""
     modules = [(name, type(module)) for name, module in block.named_modules()]
     return modules + [
         (name, type(t), t.dtype, t.device, t.shape, t.stride() if t.layout is torch.strided else None)

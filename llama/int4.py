@@ -5,8 +5,7 @@ torch's operators for them are not documented: `can_quantize_int4` tries them be
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.kernels import QUANTIZED_ELEMENTS, duration, row_bucket
+from llama.kernels import QUANTIZED_ELEMENTS, is_slow_reference, median_ratio, row_bucket
 
 GROUP = 32  # inputs with one scale and one zero point
 OUTPUTS = 64  # outputs of a block of the operators' layout: a weight must have a multiple
@@ -141,9 +140,7 @@ def can_quantize_int4(device: torch.device, dtype: torch.dtype) -> bool:
     expected = x.float() @ dequantize_int4(quantized).float().T
     if not all(torch.allclose(out, expected[: len(out)], rtol=0.02, atol=0.02) for out in products):
         return False
-    # So small, it takes about as long as the product of float32, and a reference some hundred times.
-    ours, plain = partial(int4_linear, x, quantized), partial(F.linear, x.float(), weight)
-    return min(duration(ours) for _ in range(5)) <= 40 * min(duration(plain) for _ in range(5))
+    return not is_slow_reference(partial(int4_linear, x, quantized), partial(F.linear, x.float(), weight))
 
 
 @torch.inference_mode()
@@ -158,12 +155,6 @@ def measure_int4(weights: Sequence[Int4Weight]) -> int | None:
     for n_rows in _PROBED_ROWS:
         x = torch.zeros((n_rows, 2 * sample.packed.size(1)), dtype=torch.bfloat16, device="cpu")
         dequantized, direct = (partial(int4_linear, x, sample, from_rows) for from_rows in (0, None))
-        if _median_ratio(dequantized, direct) < 1:
+        if median_ratio(dequantized, direct) < 1:
             return n_rows
     return None
-
-
-def _median_ratio(work: Callable[[], object], other: Callable[[], object]) -> float:
-    """How long it takes in times of the other: the median of neighbouring runs."""
-    work()
-    return statistics.median(duration(work) / duration(other) for _ in range(3))

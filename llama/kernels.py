@@ -316,18 +316,18 @@ def can_quantize(device: torch.device) -> bool:
     exact = all(
         torch.allclose(out, (rows.float() - 128) @ values.float().T * scales, rtol=1e-6) for rows, out in products
     )
-    return exact and not _is_reference(values, x, blocked, scales)
-
-
-def _is_reference(values: Tensor, x: Tensor, blocked: Tensor, scales: Tensor) -> bool:
-    """Whether the int8 product is not made for this processor.
-
-    So small, it takes 3 times as long as that of float32, and a reference some 400 times.
-    """
     ours, plain = partial(onednn_int8_linear, x, blocked, scales), partial(F.linear, x.float(), values.float())
-    for work in (ours, plain):
+    return exact and not is_slow_reference(ours, plain)
+
+
+def is_slow_reference(product: Callable[[], object], plain: Callable[[], object]) -> bool:
+    """Whether an operator's code was not made for this processor, by the duration of a small product.
+
+    Such a product takes up to 3 times as long as that of float32, `plain`, and a reference a hundred times or more.
+    """
+    for work in (product, plain):
         work()
-    return min(duration(ours) for _ in range(5)) > 40 * min(duration(plain) for _ in range(5))
+    return min(duration(product) for _ in range(5)) > 40 * min(duration(plain) for _ in range(5))
 
 
 def duration(work: Callable[[], object]) -> float:
@@ -385,11 +385,12 @@ def _for_each(weights: Iterable[Tensor], product: Callable[[Tensor], Tensor]) ->
 
 
 def _is_faster(work: Callable[[], None], other: Callable[[], None]) -> bool:
-    """Whether it takes clearly less time than the other: by the median of ratios of neighbouring runs."""
-    ratios = []
-    for _ in range(5):
-        ratios.append(duration(work) / duration(other))
-    return statistics.median(ratios) < _CLEARLY
+    return median_ratio(work, other) < _CLEARLY
+
+
+def median_ratio(work: Callable[[], object], other: Callable[[], object]) -> float:
+    """The duration of one function divided by that of another: the median over neighboring runs."""
+    return statistics.median([duration(work) / duration(other) for _ in range(5)])
 
 
 def native_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -162,7 +162,7 @@ class _OwnsPackedForm(nn.Module):
         """x (..., in) times the weight, transposed, plus the bias: (..., out), in the dtype of x."""
         weight = self.weight
         if not torch.compiler.is_compiling() and _is_cpu_inference(x, weight):
-            packed = self._packed_form(weight)
+            packed = self._current(weight)
             out = None if packed is None else packed.product(x, self.kernels)
             if out is not None:
                 return out if bias is None else out + bias
@@ -173,8 +173,14 @@ class _OwnsPackedForm(nn.Module):
             plain = dequantize(weight, self.scales)
         return F.linear(x, plain if plain.dtype == x.dtype else plain.to(x.dtype), bias)
 
-    def _packed_form(self, weight: Tensor) -> _Packed | None:
-        """The packed form if there is one that is true to the weight; drops one that is not."""
+    @property
+    def packed_form(self) -> Tensor | QuantizedWeight | Int4Weight | None:
+        """What the layer computes with in place of its weight; None if that is the weight itself."""
+        packed = self._current(self.weight)
+        return None if packed is None else packed.form
+
+    def _current(self, weight: Tensor) -> _Packed | None:
+        """The packed form and its sources if they are those of now; drops it otherwise."""
         packed = self._packed
         if packed is None or packed.is_current(weight, self.scales):
             return packed

@@ -172,10 +172,11 @@ def _load_model(
     state = load_shard(path, args, model_parallel_size, stored_quantize(path.parent))
     kernels, packs = Kernels(), quantize is not None or can_pack(device, dtype)
     if packs and quantize is None:
-        one_row = args.max_batch_size == 1
-        kernels = measure_kernels(state.values(), dtype, packed_only=not one_row)
-        packs = kernels.packs_one_row or not one_row
+        kernels = measure_kernels(state.values(), dtype, packed_only=args.max_batch_size > 1)
         timings("probe")
+    kernels = runtime.broadcast_object(kernels)  # other kernels round otherwise, and replicas should agree
+    if packs and quantize is None:
+        packs = kernels.packs_one_row or args.max_batch_size > 1
         if runtime.is_first_rank():
             logger.info("Kernels measured: %s", kernels)
     if not packs:
@@ -192,8 +193,8 @@ def _load_model(
         model.pack(dtype, release=page_release(path))
         timings("packing" if quantize is None else "quantizing")
     if quantize == "int4":
-        forms = [layer._packed.form for layer in layers if layer._packed is not None]
-        rows = measure_int4([form for form in forms if isinstance(form, Int4Weight)])
+        forms = [layer.packed_form for layer in layers]
+        rows = runtime.broadcast_object(measure_int4([form for form in forms if isinstance(form, Int4Weight)]))
         for layer in layers:
             layer.kernels = replace(kernels, dequantized_rows=rows)
         timings("probe")

@@ -40,8 +40,8 @@ _MEASURED = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of positions whose pass is 
 _MEASURED_LAYERS = 4
 _TIMING_ROUNDS = 4
 _MANY = 16  # positions; passes of more are timed once, since a short disturbance matters less to them
-# Expected over plain decoding; below it nothing is drafted. The margin is for work that the timed passes leave out, such
-# as sampling at more positions, and has drafts that are always rejected tried ever more rarely.
+# Expected over plain decoding; below it nothing is drafted. The margin is for work that the timed passes leave out,
+# such as sampling at more positions. It also has drafts that are always rejected tried more rarely.
 _MIN_SPEEDUP = 1.05
 
 

@@ -87,19 +87,10 @@ def write_checkpoint(
         folder = tmp_path_factory.mktemp("checkpoint")
         (folder / "params.json").write_text(json.dumps(params))
         for rank in range(model_parallel_size):
-            shard = {name: _part(name, tensor, rank, model_parallel_size) for name, tensor in state.items()}
-            torch.save(shard, folder / f"consolidated.{rank:02d}.pth")
+            torch.save(oracle.shard(state, rank, model_parallel_size), folder / f"consolidated.{rank:02d}.pth")
         return folder
 
     return write
-
-
-def _part(name: str, tensor: torch.Tensor, rank: int, parts: int) -> torch.Tensor:
-    """DESIGN of the released format: norms whole; wo, w2 and the embedding by columns; the others by rows."""
-    if "norm" in name:
-        return tensor
-    dim = 1 if any(key in name for key in ("wo.", "w2.", "tok_embeddings.")) else 0
-    return tensor.chunk(parts, dim)[rank].clone()
 
 
 @pytest.fixture(scope="session")

@@ -95,3 +95,12 @@ def random_state(params: Params, seed: int) -> State:
     generator = torch.Generator().manual_seed(seed)
     state = {name: torch.randn(shape, generator=generator) for name, shape in shapes(params).items()}
     return {name: 1 + 0.1 * w if w.dim() == 1 else w / w.shape[1] ** 0.5 for name, w in state.items()}
+
+
+def shard(state: State, rank: int, n_ranks: int) -> State:
+    """A rank's part of whole tensors, as released: norms whole; wo, w2 and the embedding by columns; others by rows."""
+    part = {}
+    for name, whole in state.items():
+        dim = 1 if any(key in name for key in ("wo.", "w2.", "tok_embeddings.")) else 0
+        part[name] = whole if "norm" in name else whole.chunk(n_ranks, dim)[rank].clone()
+    return part

@@ -16,6 +16,7 @@ from torch import Tensor
 from llama import Llama, ModelArgs, Transformer, compiling, runtime
 from llama import model as network
 from llama.compiling import CompiledStepper, compiled_stepper
+from llama.int4 import can_quantize_int4, suits_int4
 from llama.kernels import Kernels, can_pack, can_quantize
 from llama.layers import packable_layers
 from llama.sampling import Sampler
@@ -31,7 +32,7 @@ PARAMS: dict[str, Any] = {
     "n_heads": 4,
     "n_kv_heads": 2,
     "vocab_size": 60,
-    "multiple_of": 16,
+    "multiple_of": 64,
     "norm_eps": 1e-5,
 }
 MAX_SEQ_LEN = 20
@@ -130,15 +131,32 @@ def test_the_cache_is_written_in_place(compiled: tuple[Transformer, CompiledStep
     assert [cache.data_ptr() for cache in caches] == addresses
 
 
+FORMS: dict[str, tuple[str, Kernels]] = {
+    "bfloat16": ("bfloat16", Kernels()),
+    "bfloat16, one row padded": ("bfloat16", Kernels(pads_one=True)),
+    "bfloat16, one row by ATen": ("bfloat16", Kernels(native_row=True)),
+    "int8": ("int8", Kernels()),
+    "int4": ("int4", Kernels()),
+    "int4, dequantized": ("int4", Kernels(dequantized_rows=1)),
+}
+
+
 @pytest.mark.usefixtures("_uncompiled")
-@pytest.mark.parametrize("form", ["bfloat16", "bfloat16, one row padded", "bfloat16, one row by ATen", "int8"])
+@pytest.mark.parametrize("form", FORMS)
 def test_products_are_those_of_the_layers(form: str) -> None:
-    model = make(torch.float32 if form == "int8" else torch.bfloat16)
-    if not (can_quantize(CPU) if form == "int8" else can_pack(CPU, torch.bfloat16)):
-        pytest.skip(f"needs a processor with fast products in {form.split(',')[0]}")
+    name, form_kernels = FORMS[form]
+    can_use = {
+        "bfloat16": can_pack(CPU, torch.bfloat16),
+        "int8": can_quantize(CPU),
+        "int4": can_quantize(CPU) and can_quantize_int4(CPU, torch.bfloat16),
+    }
+    if not can_use[name]:
+        pytest.skip(f"needs a processor with fast products in {name}")
+    model = make(torch.float32 if name == "int8" else torch.bfloat16)
     for layer in packable_layers(model):
-        layer.kernels = Kernels(pads_one="padded" in form, native_row="ATen" in form)
-        layer.quantize = "int8" if form == "int8" else None
+        layer.kernels = form_kernels
+        if name != "bfloat16":
+            layer.quantize = name if suits_int4(*layer.weight.shape) else "int8"
     if "ATen" not in form:
         model.pack()
     stepper = CompiledStepper(model)

@@ -629,7 +629,7 @@ def test_packing_anew_after_an_edit_counts(built: Built) -> None:
     expected = scaled(built.original, " ".join(EDITED), -1.0)
     built.assert_computes(expected)
     torch.testing.assert_close(built.weights(), expected, rtol=0, atol=0)
-    assert all(layer._packed_form(layer.weight) for layer in packable_layers(built.model))
+    assert all(layer.packed_form is not None for layer in packable_layers(built.model))
     built.model.output.weight.neg_()
     built.assert_computes(scaled(expected, "output", -1.0))
 

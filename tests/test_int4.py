@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama import Llama, ModelArgs, Transformer, int4, loading, runtime
+from llama import Llama, ModelArgs, Transformer, int4, kernels, loading, runtime
 from llama.checkpoint import read_shard
 from llama.int4 import (
     Int4Weight,
@@ -142,7 +142,7 @@ def test_operators_that_are_gone_wrong_or_slow_are_found_out(
         return out.roll(1, -1) if kind == "another layout" else out * 1.2 if kind == "wrong" else out
 
     monkeypatch.setattr(int4, "int4_linear", linear)
-    monkeypatch.setattr(int4, "duration", lambda work: 100.0 if kind == "slow" and work.func is linear else 1.0)
+    monkeypatch.setattr(kernels, "duration", lambda work: 100.0 if kind == "slow" and work.func is linear else 1.0)
     assert not can_quantize_int4(CPU, torch.bfloat16)
 
 
@@ -160,7 +160,7 @@ def test_weights_are_dequantized_from_the_number_of_rows_where_it_is_faster(
         x, _, from_rows = work.args
         return 10.0 if (from_rows == 0) == (len(x) < faster_from) else 1.0
 
-    monkeypatch.setattr(int4, "duration", seconds)
+    monkeypatch.setattr(kernels, "duration", seconds)
     assert measure_int4([quantize_int4(normal(64, 32)), quantize_int4(normal(2048, 64))]) == expected
 
 
@@ -183,7 +183,7 @@ def make(dtype: torch.dtype = torch.bfloat16, dequantized_rows: int | None = 8) 
 
 
 def is_int4(layer: ColumnParallelLinear) -> bool:
-    return layer._packed is not None and isinstance(layer._packed.form, Int4Weight)
+    return isinstance(layer.packed_form, Int4Weight)
 
 
 def assert_computes(layer: nn.Module, weight: Tensor, *, exactly: bool) -> None:
@@ -286,7 +286,7 @@ def test_logits_are_close_to_the_exact_ones(
     assert any("int4 weights are dequantized for products of" in record.message for record in caplog.records)
     *layers, output = packable_layers(model)
     assert all(is_int4(layer) for layer in layers) and len(layers) == 14
-    assert output._packed is not None and isinstance(output._packed.form, QuantizedWeight)
+    assert isinstance(output.packed_form, QuantizedWeight)
     stored = read_shard(folder / "consolidated.00.pth")
     assert all(
         torch.equal(layer.weight, stored[f"{name}.weight"]) for name, layer in model.named_modules() if layer in layers
@@ -328,10 +328,7 @@ def _two_ranks(rank: int, params: dict[str, Any]) -> tuple[int, Tensor, Tensor]:
     torch.set_num_threads(1)
     runtime.init_process_groups(2, CPU)
     args = ModelArgs(**params, max_batch_size=2, max_seq_len=16)
-    state = {}
-    for name, weight in oracle.random_state(params, seed=3).items():
-        dim = 1 if any(key in name for key in ("wo.", "w2.", "tok_embeddings.")) else 0
-        state[name] = (weight if "norm" in name else weight.chunk(2, dim)[rank].clone()).bfloat16()
+    state = {name: t.bfloat16() for name, t in oracle.shard(oracle.random_state(params, seed=3), rank, 2).items()}
     model = Transformer.from_state(args, state)
     prompts = tokens(2, 7, params)
     plain = model(prompts, 0)
@@ -424,8 +421,8 @@ def test_the_plan_is_the_memory_of_what_is_held(folder: Path, tokenizer_path: Pa
     model = build(folder, tokenizer_path).model
     *layers, output = packable_layers(model)
     others = [w for name, w in model.named_parameters() if "norm" in name or "tok_embeddings" in name]
-    held = sum(part.nbytes for layer in layers for part in vars(layer._packed.form).values())
-    held += output.weight.numel() + output._packed.form.scales.nbytes + sum(weight.nbytes for weight in others)
+    held = sum(part.nbytes for layer in layers for part in vars(layer.packed_form).values())
+    held += output.weight.numel() + output.packed_form.scales.nbytes + sum(weight.nbytes for weight in others)
     assert plan_memory(model.params, 1, torch.bfloat16, quantize="int4").weights == held
 
 

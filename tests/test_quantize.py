@@ -55,7 +55,7 @@ def make(dtype: torch.dtype = torch.float32, *, requires_grad: bool = False) -> 
 
 
 def is_quantized(layer: ColumnParallelLinear) -> bool:
-    return layer._packed is not None and isinstance(layer._packed.form, QuantizedWeight)
+    return isinstance(layer.packed_form, QuantizedWeight)
 
 
 def assert_computes(layer: nn.Module, weight: Tensor, *, exactly: bool) -> None:
@@ -257,11 +257,7 @@ def _two_ranks(rank: int, params: dict[str, Any]) -> tuple[list[tuple[int, ...]]
     torch.set_num_threads(1)
     runtime.init_process_groups(2, CPU)
     args = ModelArgs(**params, max_batch_size=2, max_seq_len=16)
-    state = {}
-    for name, weight in oracle.random_state(params, seed=3).items():
-        dim = 1 if any(key in name for key in ("wo.", "w2.", "tok_embeddings.")) else 0
-        state[name] = weight if "norm" in name else weight.chunk(2, dim)[rank].clone()
-    model = Transformer.from_state(args, state)
+    model = Transformer.from_state(args, oracle.shard(oracle.random_state(params, seed=3), rank, 2))
     prompts = tokens(2, 7, params)
     plain = model(prompts, 0)
     for layer in packable_layers(model):
@@ -318,7 +314,7 @@ def test_the_plan_is_the_memory_of_what_is_held(checkpoint: Path, tokenizer_path
     model = build(checkpoint, tokenizer_path, str(dtype).removeprefix("torch.")).model
     layers = packable_layers(model)
     others = [w for name, w in model.named_parameters() if "norm" in name or "tok_embeddings" in name]
-    held = sum(layer.weight.numel() + layer._packed.form.scales.nbytes for layer in layers)
+    held = sum(layer.weight.numel() + layer.packed_form.scales.nbytes for layer in layers)
     held += sum(weight.nbytes for weight in others)
     assert plan_memory(model.params, 1, dtype, quantize="int8").weights == held
 
