@@ -13,8 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +45,7 @@ from llama.kernels import (
 
 _PRODUCT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 QUANTIZED_FORMS = ("int8", "int4")  # what a layer's `quantize` may be, other than None
+_Form: TypeAlias = Tensor | QuantizedWeight | Int4Weight
 
 logger = logging.getLogger(__name__)
 
@@ -100,28 +100,32 @@ for _name in ("numpy", "__array__", "__dlpack__", "storage", "untyped_storage", 
     setattr(PackedParameter, _name, _handing_out(_name))
 
 
-@dataclass(frozen=True)
 class _Packed:
-    """A weight in a blocked layout, bfloat16 (opaque: no operation but the packed product takes it), int8 or int4, and
-    the parameters that it was made from: the weight and, if that is quantized itself, its scales."""
+    """A weight in a blocked layout: bfloat16 (opaque: no operation but the packed product takes it), int8 or int4.
 
-    sources: tuple[nn.Parameter, ...]
-    versions: tuple[int, ...]
-    form: Tensor | QuantizedWeight | Int4Weight
+    Args:
+        weight: the parameter that it was made from.
+        scales: the weight's own scales, if that is quantized itself.
+        form: the blocked weight.
+    """
 
-    @classmethod
-    def of(cls, sources: tuple[nn.Parameter, ...], form: Tensor | QuantizedWeight | Int4Weight) -> _Packed:
-        for source in sources:
-            if type(source) is nn.Parameter:
-                source.__class__ = PackedParameter
-        return cls(sources, tuple(source._version for source in sources), form)
+    def __init__(self, weight: nn.Parameter, scales: nn.Parameter | None, form: _Form) -> None:
+        for parameter in (weight, scales):
+            if type(parameter) is nn.Parameter:
+                parameter.__class__ = PackedParameter
+        self.form = form
+        self._weight, self._version = weight, weight._version
+        self._scales, self._scales_version = scales, None if scales is None else scales._version
 
-    def is_current(self, weight: Tensor, scales: Tensor | None) -> bool:
-        """Whether these parameters still are what this was made from."""
-        now = (weight,) if scales is None or weight.dtype != torch.int8 else (weight, scales)
-        return len(now) == len(self.sources) and all(
-            tensor is source and type(tensor) is PackedParameter and tensor._version == version
-            for tensor, source, version in zip(now, self.sources, self.versions, strict=True)
+    def is_of(self, weight: Tensor, layer: nn.Module) -> bool:
+        """Whether the layer's parameters still are what this was made from. A step asks it for each product."""
+        if not (weight is self._weight and type(weight) is PackedParameter and weight._version == self._version):
+            return False
+        if weight.dtype is not torch.int8:
+            return True
+        scales = layer.scales
+        return scales is self._scales and (
+            scales is None or (type(scales) is PackedParameter and scales._version == self._scales_version)
         )
 
     def product(self, x: Tensor, kernels: Kernels) -> Tensor | None:
@@ -174,7 +178,7 @@ class _OwnsPackedForm(nn.Module):
         return F.linear(x, plain if plain.dtype == x.dtype else plain.to(x.dtype), bias)
 
     @property
-    def packed_form(self) -> Tensor | QuantizedWeight | Int4Weight | None:
+    def packed_form(self) -> _Form | None:
         """What the layer computes with in place of its weight; None if that is the weight itself."""
         packed = self._current(self.weight)
         return None if packed is None else packed.form
@@ -182,7 +186,7 @@ class _OwnsPackedForm(nn.Module):
     def _current(self, weight: Tensor) -> _Packed | None:
         """The packed form and its sources if they are those of now; drops it otherwise."""
         packed = self._packed
-        if packed is None or packed.is_current(weight, self.scales):
+        if packed is None or packed.is_of(weight, self):
             return packed
         self._packed = None
         logger.info("a packed weight was changed, or its memory handed out; its layer computes unpacked from now on")
@@ -203,13 +207,13 @@ class _OwnsPackedForm(nn.Module):
         if weight is None or weight.requires_grad:
             return
         if weight.dtype == torch.int8 and self.scales is not None:
-            self._packed = _Packed.of((weight, self.scales), block_quantized(weight.detach(), self.scales.detach()))
+            self._packed = _Packed(weight, self.scales, block_quantized(weight.detach(), self.scales.detach()))
         elif self.quantize == "int4":
-            self._packed = _Packed.of((weight,), quantize_int4(weight))
+            self._packed = _Packed(weight, None, quantize_int4(weight))
         elif self.quantize:
-            self._packed = _Packed.of((weight,), quantize_weight(weight, scratch))
+            self._packed = _Packed(weight, None, quantize_weight(weight, scratch))
         else:
-            self._packed = _Packed.of((weight,), _packed_values(weight.detach(), dtype, scratch))
+            self._packed = _Packed(weight, None, _packed_values(weight.detach(), dtype, scratch))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """nn.Module's, which has a layer quantized if its part of `state_dict` is."""
