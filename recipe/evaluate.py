@@ -1,4 +1,4 @@
-"""What the tiny model answers: greedy or sampled decoding through the oracle, held-out score, example prompts."""
+"""What the tiny model answers: greedy or sampled decoding through that network, held-out score, example prompts."""
 
 import re
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from recipe.corpus import EXACT_SYSTEM
 from recipe.heldout import HELD_OUT
+from recipe.network import State, logits
 from recipe.tokenizer import pair_texts
-from tests.oracle import State, logits
 
 PARIS = (
     "Paris has much to offer. Three sights that most visitors enjoy:\n\n1. The Eiffel Tower: an iron tower of 1889 with a "

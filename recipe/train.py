@@ -2,7 +2,7 @@
 
     python -m recipe.train --output_dir tiny-llama
 
-The network is the oracle of the tests, in bfloat16 matrix products over float32 weights. Everything is seeded.
+The network is that of `recipe/network.py`, in bfloat16 matrix products over float32 weights. Everything is seeded.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from recipe.corpus import Document, documents, holds_held_out
 from recipe.evaluate import Model, held_out_score, show_examples
+from recipe.network import State, hidden, shapes
 from recipe.tokenizer import Example, encode_document, train_tokenizer
-from tests.oracle import State, hidden, shapes
 
 PARAMS: dict[str, Any] = {
     "dim": 256,
@@ -90,7 +90,7 @@ def loss_of(state: State, params: dict[str, Any], tokens: Tensor, targets: Tenso
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The oracle's causal attention with scale and mask folded into one product: faster to train through on a CPU."""
+    """The network's causal attention with scale and mask folded into one product: faster to train through on a CPU."""
     bsz, n_heads, seqlen, head_dim = q.shape
     future = torch.full((seqlen, seqlen), -1e4, dtype=q.dtype).triu(1).expand(bsz * n_heads, -1, -1)
     scores = torch.baddbmm(future, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=head_dim**-0.5)
