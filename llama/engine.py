@@ -22,6 +22,7 @@ from torch import Tensor
 from llama.chosen import ChosenTokens, by_sampler
 from llama.model import takes_cache_positions
 from llama.model_lock import lock_of
+from llama.openmp import pause_workers
 from llama.prefill import PrefillPass
 from llama.runner import ModelRunner
 from llama.runtime import to_device
@@ -134,6 +135,7 @@ class Engine:
                 yield step
         finally:
             self.abort(call)
+            pause_workers()  # the next call may come from another thread
 
     def next_step(self, call: Call) -> Step | None:
         """Returns the call's next step, running steps in this thread if necessary; None when the call has ended.
@@ -150,6 +152,8 @@ class Engine:
                 try:
                     self.step()
                 finally:
+                    if any(sequence.call is not call for sequence in self._running):
+                        pause_workers()  # the next step may be another thread's
                     self._lock.release()
         return call.steps.popleft()
 

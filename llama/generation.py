@@ -40,6 +40,7 @@ from llama.inputs import (
 )
 from llama.loading import load_networks
 from llama.model_lock import lock_of
+from llama.openmp import pause_workers
 from llama.results import (
     ChatPrediction,
     Completion,
@@ -189,6 +190,7 @@ class Llama:
         generator.chat_error = chat_error(ckpt_dir)
         if compile:
             generator.stepper = compiled_stepper(models[0]) or generator.stepper
+        pause_workers()
         if runtime.is_first_rank():
             parts = ", ".join(f"{name} {part:.2f}" for name, part in seconds.items())
             logger.info("Loaded in %.2f seconds (%s)", sum(seconds.values()), parts, extra={"parts": seconds})

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary
 
+from llama.openmp import pause_workers
+
 
 class _Waiter:
     """A thread that waits for the lock, or until `unless` holds."""
@@ -115,6 +117,8 @@ class ModelLock:
     def release(self) -> None:
         """Hands the lock over to the first thread that waits for it."""
         self.holder = None
+        if self._waiters:
+            pause_workers()
         with self._mutex:
             self._hand_over()
 
