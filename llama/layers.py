@@ -328,9 +328,9 @@ def _is_cpu_inference(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dtype in _PRODUCT_DTYPES
         and type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.numel() > 0
-        and x.size(-1) == weight.size(-1)  # if not, F.linear says so
+        and x.shape[-1] == weight.shape[-1]  # if not, F.linear says so
         and forward_ad._current_level < 0
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
