@@ -9,6 +9,7 @@ thread must give up its pool before another one runs the network.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -16,14 +17,18 @@ from pathlib import Path
 
 import torch
 
+_PROCESS = os.getpid()
 _SOFT = 1  # omp_pause_soft: what the program has set, such as the number of threads, is kept
 
 
 def pause_workers() -> None:
     """Ends the calling thread's workers. Its next operation of torch starts new ones, in some 0.1 ms.
 
-    Without effect where torch runs on another library than GNU OpenMP.
+    Without effect where torch runs on another library than GNU OpenMP, and in forked processes, where the parent's
+    workers are not there to be ended.
     """
+    if os.getpid() != _PROCESS:
+        return
     if (pause := _omp_pause_resource_all()) is not None:
         pause(_SOFT)
 

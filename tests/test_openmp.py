@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import torch
 from llama import Llama, openmp
 from llama.model_lock import ModelLock
 from llama.openmp import pause_workers
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(openmp._omp_pause_resource_all() is None, reason="torch runs on another OpenMP library")
 
@@ -87,3 +90,21 @@ def test_without_the_library_nothing_happens(monkeypatch: pytest.MonkeyPatch) ->
     before = n_threads()
     pause_workers()
     assert n_threads() == before
+
+
+_FORKED = """
+import os, torch
+from llama.openmp import pause_workers
+torch.set_num_threads(2)
+torch.ones(1 << 18).exp_()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    pause_workers()
+    os._exit(0)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_process_does_not_wait_for_its_parents_workers() -> None:
+    subprocess.run([sys.executable, "-c", _FORKED], check=True, timeout=60, cwd=ROOT)
