@@ -77,6 +77,7 @@ def main(
             same text, often in less time.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    commandline.check_speculative(speculative, build)
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
     generator = Llama.build(
         ckpt_dir=ckpt_dir,

@@ -131,21 +131,24 @@ def _shard_shape(shape: tuple[int, ...], dim: int | None, parts: int) -> tuple[i
     return tuple(size // parts if axis == dim else size for axis, size in enumerate(shape))
 
 
-def list_shards(ckpt_dir: str | Path) -> list[Path]:
+def list_shards(ckpt_dir: str | Path, *, argument: str = "ckpt_dir") -> list[Path]:
     """The checkpoint's files, however many there are, in rank order.
+
+    Args:
+        argument: what the caller calls the folder, for errors.
 
     Raises:
         AssertionError: there are none (see `find_shards`).
         ValueError: `ckpt_dir` is not a path.
     """
     if not isinstance(ckpt_dir, (str, os.PathLike)):
-        raise ValueError(f"ckpt_dir must be the path of a folder, got {quote(ckpt_dir)}")
+        raise ValueError(f"{argument} must be the path of a folder, got {quote(ckpt_dir)}")
     found = Path(ckpt_dir).glob("*.pth")
     shards = sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
     if not shards:
         raise AssertionError(
             f"no checkpoint files found in {ckpt_dir}\n"
-            "ckpt_dir must be the folder that holds params.json and consolidated.00.pth"
+            f"{argument} must be the folder that holds params.json and consolidated.00.pth"
             + (", got a path where there is none" if not Path(ckpt_dir).is_dir() else "")
         )
     return shards

@@ -1,8 +1,9 @@
-"""Compiled decode steps: a block of the network as a graph that torch's compiler (inductor) turns into C++.
+"""Compiled decode steps: a block of the network as a graph that torch's compiler (inductor) turns into C++ or Triton.
 
 The graph is traced from `TransformerBlock.forward` itself. It takes the weights and the KV cache as inputs, so that all
-blocks share it and edits in place count. Packed and quantized products are operators that the compiler calls as they
-are; it fuses the small operations between them. Nothing of the compiler is imported before the first step.
+blocks share it and edits in place count. Packed and quantized products, and attention on CUDA, are operators that the
+compiler calls as they are; it fuses the small operations between them, and on CUDA computes the products of a single
+row itself. Nothing of the compiler is imported before the first step.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llama import kernels, runtime
 from llama import model as network
@@ -25,7 +28,7 @@ from llama.int4 import Int4Weight, int4_linear
 from llama.kernels import PADDED_ROWS, Kernels, QuantizedWeight, native_linear, onednn_int8_linear, row_bucket
 from llama.model import CachePositions, Transformer, TransformerBlock
 from llama.quoting import printable
-from llama.stepping import PlainStepper, Stepper, has_hooks
+from llama.stepping import PlainStepper, StaticStepper, Stepper, has_hooks
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,8 +36,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of inductor. Operations of fewer elements than these per thread are left to one: starting others takes longer.
+# Of inductor. On a CPU, operations of fewer elements than these per thread are left to one: starting others takes
+# longer. On CUDA, with this tuning it computes products of a single row by kernels of its own, which read faster.
 _OPTIONS = {"size_asserts": False, "nan_asserts": False, "cpp.min_chunk_size": 16384}
+_CUDA_OPTIONS = {"size_asserts": False, "nan_asserts": False, "coordinate_descent_tuning": True}
+_CACHES = ("attention.keys", "attention.values")
 _Graph = Callable[..., Sequence[Tensor]]
 
 
@@ -42,9 +48,9 @@ class CompiledStepper:
     """Takes steps of one token per row through compiled blocks. Wider ones are the network's own.
 
     There are two graphs, for one row and for several, each for any number of cached positions. A graph is compiled when
-    it is first needed, which takes seconds. Inductor keeps the result on disk, in the folder that
-    `TORCHINDUCTOR_CACHE_DIR` names, from which the next process loads it. Where this fails, one warning is logged, and
-    all steps are the network's own.
+    it is first needed, which takes seconds, and on CUDA half a minute. Inductor keeps the result on disk, in the folder
+    that `TORCHINDUCTOR_CACHE_DIR` names, from which the next process loads it. Where this fails, one warning is logged,
+    and all steps are the network's own.
 
     Args:
         model: the network as it was built. As long as it has hooks, or its code, modules or the form of its weights
@@ -88,8 +94,12 @@ class CompiledStepper:
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         if tokens.size(1) > 1 or not self._has_graph(len(lengths)):
             return self._plain(tokens, lengths)
-        positions = CachePositions(runtime.to_device(lengths, tokens.device), kv_len=max(lengths) + 1)
-        logits: Tensor = self._compiled.forward(tokens, positions)
+        return self.run(tokens, CachePositions(runtime.to_device(lengths, tokens.device), kv_len=max(lengths) + 1))
+
+    def run(self, tokens: Tensor, positions: CachePositions) -> Tensor:
+        """The logits (bsz, 1, vocab_size) of a step, tokens (bsz, 1); the network's own without a graph for it."""
+        model = self._compiled if self._has_graph(len(tokens)) else self._model
+        logits: Tensor = model.forward(tokens, positions)
         return logits
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -121,7 +131,7 @@ class CompiledStepper:
         except Exception as error:  # whatever the compiler comes upon, the network itself is there
             self._works = False
             reason = printable(f"{type(error).__name__}: {error}", 500)
-            if not _has_cpp_compiler():
+            if self._model.norm.weight.is_cpu and not _has_cpp_compiler():
                 reason = "a C++ compiler must be installed, such as g++, or named by CXX; got none that works"
             logger.warning("compile=True has no effect, which makes each token slower: %s", reason)
         else:
@@ -130,15 +140,15 @@ class CompiledStepper:
         return self._works
 
 
-def compiled_stepper(model: Transformer) -> Stepper | None:
-    """A `CompiledStepper` where there can be one: on a CPU, without other ranks. None, with a warning, elsewhere."""
-    device = model.norm.weight.device
-    if device.type == "cpu" and not runtime.has_several_ranks():
-        return CompiledStepper(model)
-    if not runtime.is_first_rank():
-        return None
-    where = "one process" if device.type == "cpu" else "a CPU; on CUDA, graphs replay the steps as without it"
-    logger.warning("compile=True has no effect: it is for %s", where)
+def compiled_stepper(model: Transformer, *, cuda_graphs: bool = True) -> Stepper | None:
+    """A stepper with compiled steps, on a CPU or CUDA and without other ranks. None, with a warning, elsewhere."""
+    device = model.norm.weight.device.type
+    if device in ("cpu", "cuda") and not runtime.has_several_ranks():
+        compiled = CompiledStepper(model)
+        return compiled if device == "cpu" else StaticStepper(model, graphs=cuda_graphs, compiled=compiled)
+    if runtime.is_first_rank():
+        where = "one process" if device in ("cpu", "cuda") else "a CPU or CUDA"
+        logger.warning("compile=True has no effect: it is for %s", where)
     return None
 
 
@@ -153,10 +163,13 @@ def _compile_block(model: Transformer, *, several_rows: bool) -> _Graph:
     assert isinstance(block, TransformerBlock)
     inputs = _inputs(block)
 
+    on_cuda = block.attention.keys.device.type == "cuda"
+
     def run(x: Tensor, slots: Tensor, rotations: Tensor, mask: Tensor, *tensors: Tensor) -> tuple[Tensor]:
         traceable = _traceable(block, dict(zip(inputs, tensors, strict=True)))
         positions = CachePositions(slots, kv_len=mask.size(-1), slots=slots)
-        return (traceable(x, positions, torch.view_as_complex(rotations), mask),)
+        with _AttentionAsOperator() if on_cuda else nullcontext():
+            return (traceable(x, positions, torch.view_as_complex(rotations), mask),)
 
     fake = FakeTensorMode(shape_env=ShapeEnv())
     with torch.inference_mode(False), torch.no_grad():
@@ -164,13 +177,14 @@ def _compile_block(model: Transformer, *, several_rows: bool) -> _Graph:
         symbols: list[Any] = [size for size in (args[0].size(0), args[3].size(-1)) if isinstance(size, torch.SymInt)]
         args += [fake.from_tensor(tensor, static_shapes=True) for tensor in inputs.values()]
         traced = make_fx(run, _allow_non_fake_inputs=True)(*args)
+        _drop_views_of_views(traced)
         _rotate_in_real_numbers(traced)
         with torch._guards.tracing(torch._guards.TracingContext(fake)):
             compiled = standalone_compile(
                 traced,
                 args,
                 dynamic_shapes="from_tracing_context",
-                options={"config_patches": _OPTIONS},
+                options={"config_patches": _CUDA_OPTIONS if on_cuda else _OPTIONS},
             )
     if any(symbol.node.maybe_as_int() is not None for symbol in symbols):
         raise RuntimeError(f"the graph must serve any number of rows and positions, got one for {symbols}")
@@ -193,7 +207,7 @@ def _example_step(fake: FakeTensorMode, block: TransformerBlock, *, several_rows
     attention, keys = block.attention, block.attention.keys
     bsz = any_size(keys.size(0)) if several_rows else 1
     kv_len = any_size(keys.size(2))
-    with fake:
+    with fake, torch.device(keys.device):
         return [
             torch.empty((bsz, 1, block.dim), dtype=keys.dtype),
             torch.empty((bsz * attention.n_local_kv_heads,), dtype=torch.int64),
@@ -203,8 +217,12 @@ def _example_step(fake: FakeTensorMode, block: TransformerBlock, *, several_rows
 
 
 def _inputs(block: nn.Module) -> dict[str, Tensor]:
-    """What a block's graph reads and writes, by name: parameters, caches, and packed forms in their weights' places."""
+    """What a block's graph reads and writes, by name: parameters, caches, and packed forms in their weights' places.
+
+    Caches are (-1, head_dim), which is how they are written to: torch before 2.13 copies an input to write to a view.
+    """
     inputs: dict[str, Tensor] = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    inputs |= {name: cache.flatten(0, 2) for name, cache in inputs.items() if name in _CACHES}
     for name, layer in block.named_modules():
         form = getattr(layer, "packed_form", None)
         if form is None:
@@ -247,6 +265,7 @@ def _code_of(model: Transformer) -> list[object]:
 def _traceable(block: TransformerBlock, tensors: dict[str, Tensor]) -> nn.Module:
     """A copy of a block that holds these tensors, and whose products are operators."""
     unused = torch.empty(0, device="meta")
+    tensors = tensors | {name: tensors[name].view(block.get_buffer(name).shape) for name in _CACHES}
     held = [*block.named_parameters(), *block.named_buffers()]
     traceable = copy.deepcopy(block, {id(tensor): tensors.get(name, unused) for name, tensor in held})
     for name, layer in traceable.named_modules():
@@ -258,8 +277,9 @@ def _traceable(block: TransformerBlock, tensors: dict[str, Tensor]) -> nn.Module
         elif f"{name}.int4.packed" in tensors:
             int4 = Int4Weight(*(tensors[f"{name}.int4.{part.name}"] for part in fields(Int4Weight)))
             layer.linear = partial(_int4_linear, weight=int4, kernels=layer.kernels)
-        elif getattr(layer, "kernels", Kernels()).native_row and layer.weight.dtype == torch.bfloat16:
-            layer.linear = partial(_plain_linear, weight=layer.weight)
+        elif hasattr(layer, "kernels") and layer.weight.dtype == block.attention.keys.dtype:
+            native_row = layer.kernels.native_row and layer.weight.dtype == torch.bfloat16
+            layer.linear = partial(_plain_linear, weight=layer.weight, native_row=native_row)
     return traceable
 
 
@@ -273,9 +293,12 @@ def _packed_linear(x: Tensor, bias: None, *, blocked: Tensor, kernels: Kernels) 
     return padded[:1].view(*x.shape[:-1], -1)
 
 
-def _plain_linear(x: Tensor, bias: None, *, weight: Tensor) -> Tensor:
-    out: Tensor = F.linear(x, weight) if x.size(0) > 1 else _operators().native_linear(x, weight)
-    return out
+def _plain_linear(x: Tensor, bias: None, *, weight: Tensor, native_row: bool) -> Tensor:
+    if native_row and x.size(0) == 1:
+        out: Tensor = _operators().native_linear(x, weight)
+        return out
+    # Not by F.linear, which torch before 2.12 cannot trace for any number of rows.
+    return (x.flatten(0, 1) @ weight.t()).unsqueeze(1)
 
 
 def _quantized_linear(x: Tensor, bias: None, *, weight: QuantizedWeight) -> Tensor:
@@ -300,6 +323,7 @@ def _operators() -> Any:
     library.define("native_linear(Tensor x, Tensor weight) -> Tensor")
     library.define("int8_linear(Tensor x, Tensor blocked, Tensor scales) -> Tensor")
     library.define("int4_linear(Tensor x, Tensor packed, Tensor scales_and_zeros, int? dequantized_rows) -> Tensor")
+    library.define("attention(Tensor queries, Tensor keys, Tensor values, Tensor? mask) -> Tensor")
 
     def packed_linear(x: Tensor, blocked: Tensor, pads_few: bool) -> Tensor:
         return kernels.packed_linear(x, blocked, _PADDING[pads_few])
@@ -310,6 +334,9 @@ def _operators() -> Any:
 
     def of_int4(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, dequantized_rows: int | None) -> Tensor:
         return int4_linear(x, Int4Weight(packed, scales_and_zeros), dequantized_rows)
+
+    def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(queries, keys, values, mask).contiguous()
 
     def shape(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.size(0)))
@@ -326,12 +353,37 @@ def _operators() -> Any:
         for key in ("CPU", "MkldnnCPU"):
             library.impl(name, kernel, key)
         library.impl(name, meta, "Meta")
+    for key in ("CPU", "CUDA"):
+        library.impl("attention", attention, key)
+    library.impl("attention", lambda queries, *_: queries.new_empty(queries.shape), "Meta")
     _libraries.append(library)
     return torch.ops.llama
 
 
 _libraries: list[torch.library.Library] = []  # operators live as long as these
 _PADDING = {pads: Kernels(pads_few=pads) for pads in (False, True)}
+
+
+class _AttentionAsOperator(TorchFunctionMode):
+    """Traces attention as one operator: which of torch's kernels computes it is decided by sizes at each call."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            queries, keys, values, mask = args
+            return _operators().attention(queries, keys, values, mask)
+        return func(*args, **(kwargs or {}))
+
+
+def _drop_views_of_views(traced: GraphModule) -> None:
+    """Replaces views by the inputs that they are views of, where they have their shape again."""
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        source = node
+        while source.target is torch.ops.aten.view.default:
+            source = source.args[0]
+        if source.op == "placeholder" and source.meta["val"].shape == node.meta["val"].shape:
+            node.replace_all_uses_with(source)
 
 
 def _rotate_in_real_numbers(traced: GraphModule) -> None:

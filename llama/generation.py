@@ -163,8 +163,8 @@ class Llama:
             draft_ckpt_dir: folder of a smaller checkpoint with the same vocabulary and as many files, which drafts
                 tokens for calls with `speculative="draft"`; it gets a KV cache of the same sizes.
             compile: whether steps of one token per row run through blocks that `torch.compile`'s compiler, inductor,
-                made; on a CPU, in one process, with a C++ compiler. The first steps of one row and of several wait for
-                it; later processes find what it made on disk. Rounds differently outside of float32.
+                made; on a CPU with a C++ compiler or on CUDA, in one process. The first steps of one row and of
+                several wait for it; later processes find what it made on disk. Rounds differently outside of float32.
 
         Raises:
             AssertionError: `ckpt_dir` holds no `*.pth` file, or not `model_parallel_size` of them.
@@ -189,7 +189,7 @@ class Llama:
         generator = Llama(models[0], tokenizer, seed=seed, cuda_graphs=cuda_graphs, draft_model=draft_model)
         generator.chat_error = chat_error(ckpt_dir)
         if compile:
-            generator.stepper = compiled_stepper(models[0]) or generator.stepper
+            generator.stepper = compiled_stepper(models[0], cuda_graphs=cuda_graphs) or generator.stepper
         pause_workers()
         if runtime.is_first_rank():
             parts = ", ".join(f"{name} {part:.2f}" for name, part in seconds.items())

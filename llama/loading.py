@@ -18,6 +18,7 @@ from llama.checkpoint import (
     VocabularyError,
     find_shards,
     is_linear,
+    list_shards,
     load_shard,
     model_args,
     page_release,
@@ -125,7 +126,9 @@ def load_networks(
     timings = Timings()
     mp = runtime.resolve_model_parallel_size(model_parallel_size)
     folders = [ckpt_dir] if draft_ckpt_dir is None else [ckpt_dir, draft_ckpt_dir]
-    shards = [find_shards(folder, mp) for folder in folders]
+    shards = [find_shards(ckpt_dir, mp)]
+    if draft_ckpt_dir is not None:
+        shards.append(_find_draft_shards(draft_ckpt_dir, mp))
     tokenizer = Tokenizer(tokenizer_path)
     sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
     args = [model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path) for folder in folders]
@@ -156,6 +159,16 @@ def load_networks(
             "give the tokenizer.model that this checkpoint was trained with"
         ) from error
     return tokenizer, models, timings.seconds
+
+
+def _find_draft_shards(draft_ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
+    shards = list_shards(draft_ckpt_dir, argument="draft_ckpt_dir")
+    if len(shards) != model_parallel_size:
+        raise AssertionError(
+            f"draft_ckpt_dir must hold as many checkpoint files as ckpt_dir, {model_parallel_size}, "
+            f"got {len(shards)} in {draft_ckpt_dir}; llama.tools.reshard writes it with another number of files"
+        )
+    return shards
 
 
 def _load_model(

@@ -148,6 +148,7 @@ class PassCosts:
         """
         n_layers = min(len(model.layers), _MEASURED_LAYERS)
         part = _without_hooks(model, n_layers, max(_MEASURED))
+        part.freqs_cis = model.freqs_cis[:1].expand(max(_MEASURED), -1)  # also where max_seq_len is less; any will do
         device = device_of(model)
         passes, outputs = [], []
         for n in _MEASURED:

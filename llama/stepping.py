@@ -49,6 +49,16 @@ class Stepper(Protocol):
         """
 
 
+class CompiledStep(Protocol):
+    """A faster way to compute steps of one token per row, for `StaticStepper`."""
+
+    def serves(self, model: object) -> bool:
+        """As a stepper's."""
+
+    def run(self, tokens: Tensor, positions: CachePositions) -> Tensor:
+        """What calling the model would return, for tokens (bsz, 1)."""
+
+
 class PlainStepper:
     """Calls the network without padding rows or positions; `start_pos` is an int if it is the same for all rows."""
 
@@ -77,24 +87,33 @@ class StaticStepper:
         model: the network.
         graphs: whether to capture a CUDA graph for each (rows, width, positions) on first use and replay it afterwards,
             with one launch instead of hundreds. If capturing fails, logs a warning and launches kernels one by one.
+        compiled: computes the steps of one token per row as long as it serves the model; None for the model itself.
     """
 
     looks_ahead = True
 
-    def __init__(self, model: Transformer, *, graphs: bool) -> None:
+    def __init__(self, model: Transformer, *, graphs: bool, compiled: CompiledStep | None = None) -> None:
         device = model.norm.weight.device
         self._model = model
         self._tokens = torch.zeros(model.params.max_batch_size * MAX_WIDTH, dtype=torch.int64, device=device)
         self._positions = torch.zeros(model.params.max_batch_size, dtype=torch.int64, device=device)
         self._graphs = graphs
+        self._compiled = compiled
+        self._is_compiled = compiled is not None
         self._pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: graphs never run at the same time
         self._steps: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
         self._captured: tuple[list[Any], list[int]] = ([], [])  # what the graphs depend on: see `_fixed_parts`
 
     def serves(self, model: object) -> bool:
         """False for a model with hooks, which a graph cannot run. Drops graphs if code, modules or memory changed."""
-        if model is not self._model or not self._graphs:
-            return model is self._model
+        if model is not self._model:
+            return False
+        is_compiled = self._compiled is not None and self._compiled.serves(model)
+        if is_compiled != self._is_compiled:
+            self._steps.clear()
+            self._is_compiled = is_compiled
+        if not self._graphs:
+            return True
         if has_hooks(self._model):
             return False
         objects, addresses = _fixed_parts(self._model)
@@ -125,6 +144,8 @@ class StaticStepper:
 
         def step() -> Tensor:
             positions = CachePositions(self._positions[:bsz], kv_len=kv_len)
+            if width == 1 and self._is_compiled and self._compiled is not None:
+                return self._compiled.run(tokens, positions)
             logits: Tensor = self._model(tokens, positions)
             return logits
 

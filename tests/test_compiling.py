@@ -21,7 +21,7 @@ from llama.kernels import Kernels, can_pack, can_quantize
 from llama.layers import packable_layers
 from llama.sampling import Sampler
 from llama.sequence import Step
-from llama.stepping import PlainStepper, Stepper
+from llama.stepping import PlainStepper, StaticStepper, Stepper
 from tests import oracle
 from tests.steps import decode
 
@@ -295,6 +295,50 @@ def test_a_packed_weight_that_is_edited_counts() -> None:
     assert stepper.serves(model)
     got, expected = (logits(model, each, [1, 2], [3, 9]) for each in (stepper, PlainStepper(model)))
     torch.testing.assert_close(got, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_static_step_is_compiled_as_long_as_nothing_changes(change: str) -> None:
+    """What CUDA graphs capture, on a CPU."""
+    edit, still_compiled = CHANGES[change]
+    model = make()
+    compiled = CompiledStepper(model)
+    stepper = StaticStepper(model, graphs=False, compiled=compiled)
+    assert stepper.serves(model)
+    assert_same_steps(run(model, stepper), run(model, PlainStepper(model)))
+    assert set(compiled._graphs) == {False, True}
+    edit(model)
+    assert stepper.serves(model) and stepper._is_compiled == still_compiled
+    assert_same_steps(run(model, stepper), run(model, PlainStepper(model)))
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_attention_is_one_operator_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "nullcontext", compiling._AttentionAsOperator)  # which a CPU has in its place
+    model = make()
+    stepper = CompiledStepper(model)
+    for tokens, lengths in (([7], [3]), ([1, 2, 3], [14, 1, 9])):
+        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, PlainStepper(model)))
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    for graph in stepper._graphs.values():
+        names = [str(node.target) for node in graph.graph.nodes]  # type: ignore[attr-defined]
+        assert names.count("llama.attention.default") == 1
+        assert not [name for name in names if "scaled_dot_product" in name or "softmax" in name]
+
+
+def test_caches_are_written_to_as_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as views of them, for which torch before 2.13 copies the whole cache in every step."""
+    written: list[Any] = []
+
+    def record(traced: Any, *_: Any, **__: Any) -> Any:
+        nodes = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.index_copy_.default)
+        written.extend(node.args[0] for node in nodes)
+        return traced
+
+    monkeypatch.setattr("torch._inductor.standalone_compile", record)
+    logits(model := make(), CompiledStepper(model), [7], [3])
+    assert [node.op for node in written] == ["placeholder", "placeholder"]
 
 
 def _fail(*_: Any, **__: Any) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llama import Llama, ModelArgs, Transformer, runtime
+from llama.compiling import CompiledStepper
 from llama.memory import plan_memory
 from llama.stepping import StaticStepper
 from tests import oracle
@@ -71,6 +72,23 @@ def test_graphs_give_what_eager_launches_give(temperature: float) -> None:
     assert isinstance(graphs.stepper, StaticStepper) and graphs.stepper._graphs  # no capture failed
 
 
+def test_compiled_steps_give_what_the_network_gives() -> None:
+    """Of one row and of several, captured and launched one by one."""
+    plain = tiny("cuda", "float32")
+    for options in ({}, {"cuda_graphs": False}):
+        compiled = tiny("cuda", "float32", compile=True, **options)
+        for n in (1, 4):
+            got, expected = (
+                each.chat_completion(DIALOGS[:n], temperature=0, logprobs=True, max_gen_len=40)
+                for each in (compiled, plain)
+            )
+            for mine, theirs in zip(got, expected, strict=True):
+                assert mine["tokens"] == theirs["tokens"]
+                assert mine["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3)
+        assert isinstance(compiled.stepper, StaticStepper) and isinstance(compiled.stepper._compiled, CompiledStepper)
+        assert set(compiled.stepper._compiled._graphs) == {False, True}
+
+
 def test_a_seed_gives_the_same_tokens_again() -> None:
     generator = tiny("cuda", "float16")
     first, again, other = (generator.chat_completion(DIALOGS, temperature=1.0, seed=seed) for seed in (1, 1, 2))
@@ -121,7 +139,7 @@ def test_steps_of_a_billion_weights_replay_as_they_run(one_billion: dict[str, to
     eager, graphs = StaticStepper(model, graphs=False), StaticStepper(model, graphs=True)
     with torch.inference_mode():
         for n_rows, length in ((1, 5), (3, 200), (4, 255), (1, 5)):
-            tokens = torch.arange(10, 10 + n_rows, device="cuda")
+            tokens = torch.arange(10, 10 + n_rows, device="cuda").unsqueeze(1)
             expected = eager(tokens, [length] * n_rows).clone()
             torch.testing.assert_close(graphs(tokens, [length] * n_rows), expected, rtol=0, atol=0)
 

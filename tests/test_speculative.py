@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -261,6 +262,20 @@ def test_a_draft_of_another_vocabulary_is_refused(
         Llama.build(checkpoint, tokenizer_path, 16, 1, draft_ckpt_dir=folder)
 
 
+def test_a_draft_in_another_number_of_files_or_none_is_refused(
+    checkpoint: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    for path in checkpoint.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    shutil.copy(checkpoint / "consolidated.00.pth", tmp_path / "consolidated.01.pth")
+    with pytest.raises(AssertionError, match="draft_ckpt_dir must hold as many checkpoint files as ckpt_dir, 1, got 2"):
+        Llama.build(checkpoint, tokenizer_path, 16, 1, draft_ckpt_dir=tmp_path)
+    with pytest.raises(AssertionError, match="draft_ckpt_dir must be the folder that holds"):
+        Llama.build(checkpoint, tokenizer_path, 16, 1, draft_ckpt_dir=tmp_path / "none")
+    with pytest.raises(ValueError, match="draft_ckpt_dir must be the path of a folder, got 5"):
+        Llama.build(checkpoint, tokenizer_path, 16, 1, draft_ckpt_dir=5)  # type: ignore[arg-type]
+
+
 # How many tokens are drafted
 
 
@@ -319,6 +334,15 @@ def test_measuring_leaves_hooks_and_the_cache_alone(llama: Llama) -> None:
     for layer, keys in zip(llama.model.layers, before, strict=True):
         assert torch.equal(layer.attention.keys, keys)
     assert 0 < costs(1) <= costs(128)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_short_cache_is_measured_too(checkpoint: Path, tokenizer_path: Path) -> None:
+    """Passes are timed over more positions than it has room for."""
+    llama = Llama.build(checkpoint, tokenizer_path, 16, 1, device="cpu", dtype="float32")
+    prompts = ["The"]
+    expected = llama.text_completion(prompts, temperature=0)
+    assert llama.text_completion(prompts, temperature=0, speculative="prompt_lookup") == expected
 
 
 # Prompt lookup
