@@ -222,7 +222,7 @@ def _inputs(block: nn.Module) -> dict[str, Tensor]:
     Caches are (-1, head_dim), which is how they are written to: torch before 2.13 copies an input to write to a view.
     """
     inputs: dict[str, Tensor] = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    inputs |= {name: cache.flatten(0, 2) for name, cache in inputs.items() if name in _CACHES}
+    inputs |= {name: cache.view(-1, cache.size(-1)) for name, cache in inputs.items() if name in _CACHES}
     for name, layer in block.named_modules():
         form = getattr(layer, "packed_form", None)
         if form is None:

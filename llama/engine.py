@@ -186,9 +186,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Runs a decode step for all running sequences, or a prefill. The caller must hold the network's lock.
+        """Runs a prefill's pass, if sequences wait, and unless that completes the prefill, a decode step.
 
-        An error in a pass of the network ends the calls in its batch, and is raised to their callers.
+        The caller must hold the network's lock. An error in a pass of the network ends the calls in its batch, and is
+        raised to their callers.
         """
         try:
             self._apply_changes()
@@ -202,12 +203,15 @@ class Engine:
             self._lock.wake()
 
     def _advance(self) -> None:
+        """Records the tokens of the step in flight, else of a prefill that completes, else of a decode step."""
         tokens = self._in_flight or self._prefill() or self._decode()
         self._in_flight = None
         if tokens is None:
             return
         runner = self._runner
         assert runner is not None
+        # The next step may start before these tokens are known if it will have the same rows, whatever they are: none
+        # waits for a slot, and none reaches its last token now. Drafts need to know the tokens.
         may_look_ahead = runner.looks_ahead and not (self._waiting or self._prefilling)
         all_continue = all(s.n_remaining > 1 and not s.is_finished and not s.speculative for s in self._running)
         if may_look_ahead and all_continue and len(tokens.sequences) == len(self._running):
@@ -229,7 +233,7 @@ class Engine:
 
     def _record(self, sequence: Sequence, steps: list[Step], n_drafted: int) -> None:
         """Adds to a sequence the tokens of a pass: accepted drafted ones, and one more."""
-        n_accepted = len(steps) - 1
+        n_accepted = len(steps) - 1  # `_pass` has counted the newest token already
         sequence.length += n_accepted
         sequence.next_step += n_accepted
         if self._speculator and sequence.draft_state:
@@ -306,6 +310,7 @@ class Engine:
             return self._admit_of_one_length(n_free)
         starting: list[Sequence] = []
         while self._waiting and len(starting) < n_free:
+            # Sequences that draw from one random stream start in one prefill, as the rows of a batch do.
             n_together = min(self._n_starting_with_next(), runner.max_batch_size)
             if len(starting) + n_together > n_free or (starting and n_together > 1):
                 break

@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # `rms_norm` does not get the weight: its result is rounded to the dtype of x before the multiplication.
+        # Without the weight: x / rms(x) is rounded to the dtype of x before the multiplication, as in Meta's code.
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
@@ -198,7 +198,7 @@ class Attention(nn.Module):
         assert positions.slots is not None
         for cached, new in ((self.keys, xk), (self.values, xv)):
             vectors = new.detach().transpose(1, 2).flatten(0, 2)  # in the order of the slots: by row, token, head
-            cached.flatten(0, 2).index_copy_(0, positions.slots, vectors)
+            cached.view(-1, self.head_dim).index_copy_(0, positions.slots, vectors)
         if positions.from_zero:
             return xk, xv
         rows = slice(xk.size(0)) if positions.rows is None else positions.rows
@@ -239,8 +239,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *
     if mask is not None and mask.is_floating_point():
         mask = mask.to(queries.dtype)
     if seqlen == n_rep == 1 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
-        # Two copies of the query take half the time of one: with a single row, torch's kernel does not use its blocked
-        # matrix products.
+        # A second copy of the query halves the time: torch's kernel uses blocked matrix products for several
+        # rows, and none for a single one.
         return F.scaled_dot_product_attention(queries.expand(-1, -1, 2, -1), keys, values, mask)[:, :, :1]
     per_head = mask is not None and mask.dim() == 4 and mask.size(1) > 1
     if n_rep == 1 or seqlen > _FEW_POSITIONS or is_causal or per_head:
@@ -320,7 +320,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(sizes.n_layers))
         self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.output = column_parallel(sizes.dim, sizes.vocab_size, gather_output=True)
-        # Not a buffer: `module.to(dtype)` would discard the imaginary parts.
+        # Twice max_seq_len, as in Meta's code; positions reach half of it. Not a buffer: `module.to(dtype)` would
+        # discard the imaginary parts.
         self.freqs_cis = precompute_freqs_cis(sizes.head_dim, 2 * sizes.max_seq_len, sizes.rope_theta)
 
     def forward(self, tokens: Tensor, start_pos: int | Tensor | CachePositions) -> Tensor:
@@ -385,9 +386,9 @@ class Transformer(nn.Module):
         if not positions.from_zero:
             hidden = torch.arange(positions.kv_len, device=device) > pos.unsqueeze(-1)
             mask = torch.where(hidden, -math.inf, 0.0).unsqueeze(1).to(h.dtype)  # (bsz, 1, seqlen, kv_len)
-        _, n_heads, max_seq_len, _ = self._attentions[0].keys.shape
+        _, n_kv_heads, max_seq_len, _ = self._attentions[0].keys.shape
         rows = torch.arange(bsz, device=device) if positions.rows is None else positions.rows
-        heads = (n_heads * rows).view(-1, 1, 1) + torch.arange(n_heads, device=device)
+        heads = (n_kv_heads * rows).view(-1, 1, 1) + torch.arange(n_kv_heads, device=device)
         slots = (heads * max_seq_len + pos.unsqueeze(-1)).flatten()
         return replace(positions, slots=slots), self.freqs_cis[pos], mask
 
