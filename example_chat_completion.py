@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 from llama import Dialog, Llama
-from llama.runtime import is_first_rank
+from llama.distributed.groups import is_first_rank
 from llama.tools import commandline
 
 PARIS = """\

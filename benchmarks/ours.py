@@ -15,10 +15,10 @@ from benchmarks.machine import typical_bandwidth
 from benchmarks.shapes import bytes_per_decode_step
 from benchmarks.worker import decode_rate
 from llama import Llama
-from llama.engine import Call, Step
-from llama.engine import Sequence as EngineSequence
-from llama.sampling import Sampler
-from llama.stepping import PlainStepper
+from llama.engine.cuda_graphs import PlainStepper
+from llama.engine.engine import Call, Step
+from llama.engine.engine import Sequence as EngineSequence
+from llama.engine.sampling import Sampler
 
 _NO_EOS = -1  # random weights may choose any token, and every row shall run to its end
 _BANDWIDTH_TURNS = 5

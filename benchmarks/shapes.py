@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.job import Job
 from llama import ModelArgs, Tokenizer
-from llama.checkpoint import find_shards, read_params, tensor_shapes
-from llama.memory import MemoryPlan, plan_memory
+from llama.checkpoint.format import find_shards, read_params, tensor_shapes
+from llama.checkpoint.memory import MemoryPlan, plan_memory
 from llama.tools.convert import to_hf
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -36,8 +36,8 @@ from benchmarks.scripts import SCRIPTS, SPEAKING_PROMPTS, Script, repeated_ngram
 from benchmarks.shapes import make_job
 from benchmarks.worker import LOAD
 from llama import Llama
+from llama.distributed.groups import available_cores
 from llama.model import CachePositions
-from llama.runtime import available_cores
 from llama.tools.commandline import run
 
 DRAFT_SHAPE = "110m"  # a tenth of 1b

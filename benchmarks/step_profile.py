@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.machine import cpu_model, matmul_rate, seconds, typical_bandwidth
 from benchmarks.shapes import SHAPES, check_shape, write_checkpoint, write_tokenizer
 from llama import Llama
-from llama.layers import packable_layers
-from llama.stepping import PlainStepper
+from llama.engine.cuda_graphs import PlainStepper
+from llama.layers.linear import packable_layers
 from llama.tools.commandline import run
 
 STEPS = 10  # that are profiled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from llama.quoting import quote
+from llama.errors import quote
 
 PREFILL_TOKENS = 1024  # enough to be compute-bound; more would only take more memory
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from llama.quoting import quote
+from llama.errors import quote
 from llama.tokenizer import PromptError, Tokenizer
 
 Role = Literal["system", "user", "assistant"]

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from llama import runtime
 from llama.chat import (
     B_INST,
     B_SYS,
@@ -25,9 +24,24 @@ from llama.chat import (
     Role,
     chat_error,
 )
-from llama.compiling import compiled_stepper
-from llama.completion import Completer, complete_by_generate
-from llama.engine import Engine, engine_of
+from llama.checkpoint.loading import load_networks
+from llama.distributed import groups as runtime
+from llama.distributed.openmp import pause_workers
+from llama.engine.calls import Completer, complete_by_generate
+from llama.engine.compiled import compiled_stepper
+from llama.engine.cuda_graphs import Stepper, choose_stepper
+from llama.engine.engine import Engine, engine_of
+from llama.engine.lock import lock_of
+from llama.engine.output import (
+    ChatPrediction,
+    Completion,
+    CompletionPrediction,
+    Score,
+    chat_prediction,
+    completion_prediction,
+)
+from llama.engine.runner import ModelRunner
+from llama.engine.sampling import sample_top_p
 from llama.inputs import (
     SamplingParams,
     check_prompts,
@@ -38,20 +52,6 @@ from llama.inputs import (
     encode_text,
     encode_texts,
 )
-from llama.loading import load_networks
-from llama.model_lock import lock_of
-from llama.openmp import pause_workers
-from llama.results import (
-    ChatPrediction,
-    Completion,
-    CompletionPrediction,
-    Score,
-    chat_prediction,
-    completion_prediction,
-)
-from llama.runner import ModelRunner
-from llama.sampling import sample_top_p
-from llama.stepping import Stepper, choose_stepper
 from llama.tokenizer import PromptError, Tokenizer
 
 __all__ = [

@@ -13,7 +13,7 @@ from operator import index
 from typing import Any
 
 from llama.chat import Dialog, Message, check_dialog, encode_dialog, is_unsafe
-from llama.quoting import quote
+from llama.errors import quote
 from llama.tokenizer import PromptError, Tokenizer
 
 SPECULATIVE = ("prompt_lookup", "draft")  # ways to draft tokens: see `speculative.py`

@@ -20,7 +20,7 @@ from fairscale.nn.model_parallel.layers import ParallelEmbedding
 from torch import Tensor, nn
 
 from llama.args import ModelArgs, feed_forward_width
-from llama.layers import (
+from llama.layers.linear import (
     EmptyOnMeta,
     column_parallel,
     leave_undefined,

@@ -8,7 +8,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from llama.quoting import printable, quote
+from llama.errors import printable, quote
 
 _SPACE = "\u2581"  # LOWER ONE EIGHTH BLOCK, which stands for a space in SentencePiece's pieces
 _REPLACEMENT = "\ufffd"

@@ -13,7 +13,7 @@ import torch
 from sentencepiece import SentencePieceTrainer
 
 from llama import Llama, Tokenizer
-from tests import oracle
+from tests.support import oracle
 
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = 512

@@ -21,7 +21,7 @@ import torch
 import example_chat_completion
 import example_text_completion
 from llama import Llama, Tokenizer
-from llama.checkpoint import read_params
+from llama.checkpoint.format import read_params
 from tests.conftest import ROOT
 
 CHAT, TEXT = "example_chat_completion.py", "example_text_completion.py"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama import Llama
-from tests import oracle
+from tests.support import oracle
 
 MAX_SEQ_LEN = 64  # the `llama` fixture's
 NO_EOS = -1

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama import ModelArgs, Transformer, runtime
-from llama.kernels import can_pack
-from llama.layers import packable_layers
+from llama import ModelArgs, Transformer
+from llama.distributed import groups as runtime
+from llama.layers.kernels import can_pack
+from llama.layers.linear import packable_layers
 from llama.model import (
     Attention,
     CachePositions,
@@ -29,7 +30,7 @@ from llama.model import (
     reshape_for_broadcast,
     takes_cache_positions,
 )
-from tests import oracle
+from tests.support import oracle
 
 MULTI_HEAD: dict[str, Any] = {
     "dim": 48,

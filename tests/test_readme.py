@@ -29,11 +29,11 @@ from torch.distributed.run import get_args_parser
 
 import example_chat_completion
 from llama import Llama
-from llama.memory import GIB, plan_memory
-from llama.runtime import DTYPES
-from llama.tools.released import RELEASES
+from llama.checkpoint.memory import GIB, plan_memory
+from llama.checkpoint.releases import RELEASES
+from llama.distributed.groups import DTYPES
 from tests.conftest import ROOT
-from tests.serving import ServerProcesses
+from tests.support.serving import ServerProcesses
 from tests.test_examples import clean_environment, free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # a module that is run anew

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from llama.engine.output import Completion, chat_prediction, completion_prediction
+from llama.errors import quote
 from llama.inputs import SamplingParams
-from llama.quoting import quote
-from llama.results import Completion, chat_prediction, completion_prediction
 from llama.tokenizer import PromptError
 
 GOOD: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": 8}

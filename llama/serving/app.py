@@ -17,9 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama.pieces import Piece
-from llama.quoting import printable, quote
-from llama.service import Service
+from llama.engine.pieces import Piece
+from llama.errors import printable, quote
 from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, check_model, read_request
 from llama.serving.errors import ApiError
 from llama.serving.formats import Answer, Format, event, usage
@@ -27,6 +26,7 @@ from llama.serving.jobs import Job, Planner
 from llama.serving.metrics import CONTENT_TYPE, Metrics
 from llama.serving.protocol import parse_json
 from llama.serving.run import ClientLeftError, Run, while_connected
+from llama.serving.service import Service
 
 _BODY_S = 30.0  # in which a client has to send its body
 _LEFT = 499  # status of requests whose client left, as in nginx

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llama.quoting import quote
+from llama.errors import quote
 from llama.serving.errors import ApiError
 from llama.serving.formats import ChatFormat, CompletionFormat, Format
 from llama.serving.jobs import Job, Planner

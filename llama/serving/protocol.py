@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, TypeVar
 
-from llama.quoting import printable, quote
+from llama.errors import printable, quote
 from llama.serving.errors import ApiError
 
 try:

@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from llama.lockstep import RankError
-from llama.pieces import Piece
-from llama.quoting import printable
-from llama.service import QueueFullError, Service, ServiceStoppedError
+from llama.distributed.lockstep import RankError
+from llama.engine.pieces import Piece
+from llama.errors import printable
 from llama.serving.errors import ApiError
 from llama.serving.jobs import Job
 from llama.serving.metrics import Metrics
+from llama.serving.service import QueueFullError, Service, ServiceStoppedError
 
 Result = TypeVar("Result")
 RETRY_AFTER_S = 1

@@ -13,16 +13,17 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llama import Llama, runtime
+from llama import Llama
 from llama.chat import chat_error
-from llama.quoting import quote
+from llama.distributed import groups as runtime
+from llama.errors import quote
+from llama.serving.batch_file import MAX_CHOICES, Reader
+from llama.serving.batch_results import Completed, Results, compare, read_requests
+from llama.serving.batch_work import Coordinator, Worker, complete_jobs
 from llama.serving.jobs import Planner
+from llama.serving.replica import Replica
 from llama.tools import commandline
-from llama.tools.batch_file import MAX_CHOICES, Reader
-from llama.tools.batch_results import Completed, Results, compare, read_requests
-from llama.tools.batch_work import Coordinator, Worker, complete_jobs
 from llama.tools.progress import Progress
-from llama.tools.replica import Replica
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from llama import Dialog, Llama, Message
 from llama.chat import SPECIAL_TAGS, chat_error, encode_dialog, has_special_tags
-from llama.quoting import quote
-from llama.runtime import broadcast_object, is_first_rank
+from llama.distributed.groups import broadcast_object, is_first_rank
+from llama.errors import quote
 from llama.tools import commandline
 
 try:

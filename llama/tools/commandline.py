@@ -16,11 +16,11 @@ import fire
 import torch
 from fire import decorators, docstrings
 
-from llama.checkpoint import find_tokenizer
+from llama.checkpoint.format import find_tokenizer
+from llama.distributed.lockstep import RankError
+from llama.errors import printable, quote
 from llama.generation import Llama
 from llama.inputs import SPECULATIVE
-from llama.lockstep import RankError
-from llama.quoting import printable, quote
 from llama.tools.toy import toy_checkpoint
 
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError)

@@ -18,14 +18,10 @@ from torch import Tensor
 
 from llama.args import ModelArgs
 from llama.chat import CHAT_FORMAT_FILE
-from llama.checkpoint import split_tensor, tensor_shapes
-from llama.quoting import printable, quote
-from llama.runtime import DTYPES
-from llama.tokenizer import Tokenizer
-from llama.tools.chat_format import copy_chat_format
-from llama.tools.commandline import run
-from llama.tools.hf_folder import INDEX_SUFFIX, HuggingFaceFolder
-from llama.tools.huggingface import (
+from llama.checkpoint.chat_format import copy_chat_format
+from llama.checkpoint.format import split_tensor, tensor_shapes
+from llama.checkpoint.hf_folder import INDEX_SUFFIX, HuggingFaceFolder
+from llama.checkpoint.huggingface import (
     EMBEDDING,
     OUTPUT,
     args_to_config,
@@ -36,12 +32,16 @@ from llama.tools.huggingface import (
     to_half_split,
     to_interleaved,
 )
+from llama.checkpoint.releases import TRAINED_SEQ_LEN
+from llama.checkpoint.sharded import ShardedCheckpoint, same_bits
+from llama.checkpoint.staging import staged_folder
+from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors
+from llama.distributed.groups import DTYPES
+from llama.errors import printable, quote
+from llama.tokenizer import Tokenizer
+from llama.tools.commandline import run
 from llama.tools.progress import Progress
-from llama.tools.released import TRAINED_SEQ_LEN
 from llama.tools.reshard import check_count, check_places
-from llama.tools.sharded import ShardedCheckpoint, same_bits
-from llama.tools.staging import staged_folder
-from llama.tools.tensor_file import TensorFile, lay_out_pth, lay_out_safetensors
 
 MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file; beyond, the weights are spread over several
 _PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps")

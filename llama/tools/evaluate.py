@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama.runtime import is_first_rank
+from llama.distributed.groups import is_first_rank
 from llama.tools import commandline
 
 

@@ -17,15 +17,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llama import Llama, Message, runtime
+from llama import Llama, Message
 from llama.chat import B_INST, B_SYS, E_INST, E_SYS, chat_error, check_dialog
-from llama.checkpoint import find_tokenizer
+from llama.checkpoint.format import find_tokenizer
+from llama.distributed import groups as runtime
+from llama.engine.lock import lock_of
+from llama.engine.runner import ModelRunner
+from llama.errors import quote
 from llama.inputs import SamplingParams
-from llama.model_lock import lock_of
-from llama.quoting import quote
-from llama.runner import ModelRunner
 from llama.serving.jobs import Job
-from llama.tools.replica import Replica
+from llama.serving.replica import Replica
 
 try:
     import lm_eval.models  # noqa: F401 (registers the harness's own classes, as it does only before any other)

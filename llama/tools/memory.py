@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama.args import ModelArgs
-from llama.checkpoint import list_shards, read_shard, stored_quantize
-from llama.layers import QUANTIZED_FORMS
-from llama.memory import GIB, MemoryPlan, largest, plan_memory
-from llama.quoting import quote
-from llama.runtime import DTYPES
+from llama.checkpoint.format import list_shards, read_shard, stored_quantize
+from llama.checkpoint.memory import GIB, MemoryPlan, largest, plan_memory
+from llama.checkpoint.releases import RELEASES, TRAINED_SEQ_LEN
+from llama.checkpoint.sharded import ShardedCheckpoint, network_args
+from llama.distributed.groups import DTYPES
+from llama.errors import quote
+from llama.layers.linear import QUANTIZED_FORMS
 from llama.tools.commandline import run
-from llama.tools.released import RELEASES, TRAINED_SEQ_LEN
-from llama.tools.sharded import ShardedCheckpoint, network_args
 
 _UNITS = {"GiB": GIB, "G": GIB, "GB": 10**9, "MiB": 1024**2, "M": 1024**2, "MB": 10**6}
 _MOST = 2**20  # the largest batch or sequence that is tried

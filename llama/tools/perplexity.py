@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama import Llama
-from llama.runtime import is_first_rank
+from llama.distributed.groups import is_first_rank
 from llama.tools import commandline
 
 

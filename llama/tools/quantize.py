@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.checkpoint import (
+from llama.checkpoint.format import (
     STORED_FORMS,
     is_linear,
     list_shards,
@@ -25,14 +25,14 @@ from llama.checkpoint import (
     stored_quantize,
     tensor_shapes,
 )
-from llama.kernels import quantize_values
-from llama.quoting import quote
+from llama.checkpoint.sharded import ShardedCheckpoint
+from llama.checkpoint.staging import staged_folder
+from llama.checkpoint.writing import TensorFile, lay_out_pth
+from llama.errors import quote
+from llama.layers.kernels import quantize_values
 from llama.tools.commandline import run
 from llama.tools.progress import Progress
 from llama.tools.reshard import check_places
-from llama.tools.sharded import ShardedCheckpoint
-from llama.tools.staging import staged_folder
-from llama.tools.tensor_file import TensorFile, lay_out_pth
 
 
 def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *, quiet: bool = False) -> None:

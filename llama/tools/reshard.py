@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from llama.chat import CHAT_FORMAT_FILE
-from llama.checkpoint import split_tensor
-from llama.quoting import quote
+from llama.checkpoint.format import split_tensor
+from llama.checkpoint.sharded import ShardedCheckpoint
+from llama.checkpoint.staging import check_absent, staged_folder
+from llama.checkpoint.writing import lay_out_pth
+from llama.errors import quote
 from llama.tools.commandline import run
 from llama.tools.progress import Progress
-from llama.tools.sharded import ShardedCheckpoint
-from llama.tools.staging import check_absent, staged_folder
-from llama.tools.tensor_file import lay_out_pth
 
 
 def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: int, *, quiet: bool = False) -> None:

@@ -18,11 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama import Llama, runtime
+from llama import Llama
 from llama.chat import chat_error
-from llama.checkpoint import list_shards
-from llama.quoting import quote
-from llama.service import Service
+from llama.checkpoint.format import list_shards
+from llama.distributed import groups as runtime
+from llama.errors import quote
+from llama.serving.service import Service
 from llama.tools import commandline
 
 if TYPE_CHECKING:

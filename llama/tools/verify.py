@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint import (
+from llama.checkpoint.format import (
     KNOWN_EXTRA,
     is_repeated,
     list_shards,
@@ -24,12 +24,12 @@ from llama.checkpoint import (
     stored_quantize,
     tensor_shapes,
 )
-from llama.quoting import first_few, printable, quote
+from llama.checkpoint.releases import find_release
+from llama.checkpoint.sharded import network_args, same_bits
+from llama.errors import first_few, printable, quote
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run
 from llama.tools.progress import Progress
-from llama.tools.released import find_release
-from llama.tools.sharded import network_args, same_bits
 
 CHECKLIST, TOKENIZER_CHECKLIST = "checklist.chk", "tokenizer_checklist.chk"
 _LINE = re.compile(r"([0-9a-fA-F]{32})\s+\*?(?:\./)?(\S.*)")  # as md5sum writes it; * marks binary mode

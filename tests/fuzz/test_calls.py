@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from llama import Llama
 from llama.tokenizer import PromptError
-from tests import oracle
 from tests.fuzz import profiles
+from tests.support import oracle
 
 MAX_SEQ_LEN = 48
 GOLDEN_PROMPTS = [[1, 9, 4, 77], [1], [300, 5] * 12]

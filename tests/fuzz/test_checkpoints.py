@@ -26,9 +26,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama.checkpoint import find_shards, load_shard, model_args
+from llama.checkpoint.format import find_shards, load_shard, model_args
 from llama.tools.verify import verify
-from tests import oracle
+from tests.support import oracle
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs the [test] extra")
 st = hypothesis.strategies

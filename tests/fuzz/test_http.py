@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from llama import Llama
-from llama.service import Service
 from llama.serving.app import Server, make_app
-from tests import oracle
+from llama.serving.service import Service
 from tests.fuzz import profiles
+from tests.support import oracle
 
 LONGEST_MESSAGE = 500
 GOLDEN = {"prompt": "A llama", "temperature": 0, "max_tokens": 8, "logprobs": 2, "echo": True}

@@ -22,7 +22,7 @@ import pytest
 
 from llama import Llama
 from tests.fuzz.profiles import SEED
-from tests.ranks import FAULT, run_faulty_ranks
+from tests.support.ranks import FAULT, run_faulty_ranks
 
 pytestmark = pytest.mark.faults
 WITHIN_S = 30.0  # within which every rank has to end, on a machine with a core per rank or not

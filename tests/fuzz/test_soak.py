@@ -19,8 +19,8 @@ import torch
 
 from llama import Llama
 from llama.tokenizer import PromptError
-from tests import oracle
 from tests.fuzz import profiles
+from tests.support import oracle
 
 pytestmark = pytest.mark.soak
 WARM_UP = 3000  # calls, among which nearly all shapes of products come up

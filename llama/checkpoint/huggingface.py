@@ -1,0 +1,180 @@
+"""Llama 2 as Hugging Face's transformers writes it: tensor names, the order of query and key rows, `config.json`.
+
+Each mapping has an inverse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from llama.args import ModelArgs
+from llama.errors import quote
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_LAYER_NAMES = {
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+_OTHER_NAMES = {
+    "tok_embeddings.weight": EMBEDDING,
+    "norm.weight": "model.norm.weight",
+    "output.weight": OUTPUT,
+}
+_KNOWN_EXTRA = "rotary_emb.inv_freq"  # older folders carry it, once or in each layer; it follows from config.json
+
+# The values that these fields of config.json may have; the first is that of a missing field.
+_TAKEN: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+    "tie_word_embeddings": (False, True),
+}
+_SIZES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+}
+_MULTIPLES = (256, 1024, 4096, 512, 2048, 128, 64, 32, 16, 8, 4, 2, 1)  # multiple_of: the released values first
+_RELEASED_MULTIPLIER = 1.3
+_MAX_SIZE = 2**31 - 1  # of a size in config.json
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of the tensor that the released files call `name`; no two share one."""
+    if name in _OTHER_NAMES:
+        return _OTHER_NAMES[name]
+    _, layer, in_layer = name.split(".", 2)
+    return f"model.layers.{layer}.{_LAYER_NAMES[in_layer]}"
+
+
+def is_known_extra(name: str) -> bool:
+    """Whether a folder may hold this tensor beside those that the network needs."""
+    return name.endswith(_KNOWN_EXTRA)
+
+
+def rotated_heads(name: str, args: ModelArgs) -> int | None:
+    """Number of heads in the rows of the tensor `name` (a released name) if rotary embedding applies; else None."""
+    if name.endswith("attention.wq.weight"):
+        return args.n_heads
+    return args.kv_heads if name.endswith("attention.wk.weight") else None
+
+
+def to_half_split(weight: Tensor, n_heads: int) -> Tensor:
+    """Rows of wq or wk, reordered for transformers' rotary embedding.
+
+    In released weights the rotated pairs of a head's n rows are (0, 1), (2, 3), ...; in transformers' they are
+    (0, n/2), (1, n/2 + 1), ...
+    """
+    rows, width = weight.shape
+    return weight.view(n_heads, rows // n_heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
+
+
+def to_interleaved(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of `to_half_split`."""
+    rows, width = weight.shape
+    return weight.view(n_heads, 2, rows // n_heads // 2, width).transpose(1, 2).reshape(rows, width)
+
+
+def args_to_config(args: ModelArgs) -> dict[str, Any]:
+    """The fields of `config.json` that describe the network."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{theirs: getattr(args, ours) for ours, theirs in _SIZES.items()},
+        "num_key_value_heads": args.kv_heads,
+        "intermediate_size": args.hidden_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
+def config_to_args(config: Mapping[str, Any]) -> ModelArgs:
+    """The network that a `config.json` describes.
+
+    Raises:
+        ValueError: this library does not support it; the message names the field.
+    """
+    _check_architecture(config)
+    sizes = {ours: _whole_number(config, theirs) for ours, theirs in _SIZES.items()}
+    hidden_dim = _whole_number(config, "intermediate_size")
+    all_heads = config.get("num_key_value_heads") is None
+    kv_heads = sizes["n_heads"] if all_heads else _whole_number(config, "num_key_value_heads")
+    args = ModelArgs(
+        **sizes, n_kv_heads=kv_heads, norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=_rope_theta(config)
+    )
+    args.validate()
+    if config.get("head_dim") not in (None, args.head_dim):
+        raise ValueError(
+            f"head_dim must be hidden_size / num_attention_heads = {args.head_dim}, got {quote(config['head_dim'])}"
+        )
+    return with_hidden_dim(args, hidden_dim)
+
+
+def with_hidden_dim(args: ModelArgs, hidden_dim: int) -> ModelArgs:
+    """`args` with a multiple_of and, where needed, a ffn_dim_multiplier that give exactly this hidden size.
+
+    Tries no multiplier, that of the released 70B, and decimal ones from the shortest on.
+    """
+    multiples = [multiple for multiple in _MULTIPLES if hidden_dim % multiple == 0]
+    candidates = [(multiple, multiplier) for multiplier in (None, _RELEASED_MULTIPLIER) for multiple in multiples]
+    unscaled = replace(args, multiple_of=1, ffn_dim_multiplier=None).hidden_dim
+    for digits in range(1, 6):
+        scale = 10**digits
+        candidates += [(m, math.ceil((hidden_dim - m + 1) / unscaled * scale) / scale) for m in multiples]
+    candidates.append((1, (hidden_dim + 0.5) / unscaled))  # exact: the fraction is cut off
+    found = (replace(args, multiple_of=m, ffn_dim_multiplier=x) for m, x in candidates if x is None or x > 0)
+    exact = next((candidate for candidate in found if candidate.hidden_dim == hidden_dim), None)
+    if exact is None:  # past what a float can express
+        raise ValueError(f"intermediate_size must follow from hidden_size={args.dim}, got {hidden_dim}")
+    return exact
+
+
+def _check_architecture(config: Mapping[str, Any]) -> None:
+    if config.get("model_type") != "llama":
+        raise ValueError(f"model_type must be 'llama', got {quote(config.get('model_type'))}")
+    architectures = config.get("architectures") or ["LlamaForCausalLM"]
+    if architectures not in (["LlamaForCausalLM"], ["LLaMAForCausalLM"]):  # the second: of 2023's first conversions
+        raise ValueError(f"architectures must be ['LlamaForCausalLM'], got {quote(architectures)}")
+    for field, taken in _TAKEN.items():
+        value = config.get(field, taken[0])
+        if value not in taken:
+            raise ValueError(f"{field} must be {' or '.join(map(repr, taken))} for Llama 2, got {quote(value)}")
+
+
+def _rope_theta(config: Mapping[str, Any]) -> Any:
+    """The base of the rotary frequencies. transformers 5 has it inside `rope_parameters`."""
+    theta = config.get("rope_theta")
+    for field in ("rope_scaling", "rope_parameters"):
+        settings = config.get(field) or {}
+        kind = settings.get("rope_type", settings.get("type", "default")) if isinstance(settings, dict) else settings
+        if kind != "default":
+            raise ValueError(f"{field} must be 'default': Llama 2 does not scale rotary embeddings; got {quote(kind)}")
+        theta = settings.get("rope_theta", theta)
+    return 10000.0 if theta is None else theta
+
+
+def _whole_number(config: Mapping[str, Any], field: str) -> int:
+    value = config.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
+        raise ValueError(f"{field} must be an integer from 1 to {_MAX_SIZE}, got {quote(value)}")
+    return value

@@ -1,0 +1,260 @@
+"""From checkpoint folders to networks on their device, with the weights held once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+from llama.checkpoint.format import (
+    VocabularyError,
+    find_shards,
+    is_linear,
+    list_shards,
+    load_shard,
+    model_args,
+    page_release,
+    stored_quantize,
+    tensor_shapes,
+)
+from llama.checkpoint.memory import available_memory, check_memory, out_of_memory_explained, plan_memory
+from llama.distributed import groups as runtime
+from llama.errors import quote
+from llama.layers.int4 import GROUP, OUTPUTS, Int4Weight, can_quantize_int4, measure_int4, suits_int4
+from llama.layers.kernels import Kernels, can_pack, can_quantize, measure_kernels
+from llama.layers.linear import QUANTIZED_FORMS, packable_layers
+from llama.model import Transformer
+from llama.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Timings:
+    """Seconds of each part of a job, by the name given at its end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+def choose_quantize(quantize: str | None, ckpt_dir: str | Path, device: torch.device) -> str | None:
+    """The form of the linear layers: the one that is asked for, or that the checkpoint is stored in, or None.
+
+    Raises:
+        ValueError: there is no such form, or the device cannot have it.
+    """
+    if quantize not in (None, *QUANTIZED_FORMS):
+        raise ValueError(f"quantize must be None, {' or '.join(map(repr, QUANTIZED_FORMS))}, got {quote(quantize)}")
+    stored = stored_quantize(ckpt_dir)
+    if stored and quantize not in (None, stored):
+        raise ValueError(
+            f"quantize must be {stored!r}, or left out, for {ckpt_dir}, which has {stored} weights, "
+            f"got {quote(quantize)}; use the checkpoint that it was made from"
+        )
+    if (quantize := quantize or stored) is None:
+        return None
+    what = f"{quantize!r} weights, as {ckpt_dir} has," if stored else f"quantize={quantize!r}"
+    otherwise = "use the checkpoint that it was made from" if stored else "leave it out"
+    if device.type != "cpu":
+        raise ValueError(f"{what} must be used on a CPU, got device {device}; {otherwise}, or use device='cpu'")
+    if not can_quantize(device):
+        raise ValueError(
+            f"{what} must have a processor and a build of torch with fast and exact int8 products in oneDNN, "
+            f"got ones without (on x86, AVX-VNNI or AVX-512 VNNI is needed); {otherwise}"
+        )
+    return quantize
+
+
+def check_int4(args: ModelArgs, model_parallel_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError unless the network's linear layers can be int4 here. The last, `output`, is int8."""
+    if dtype != torch.bfloat16:
+        raise ValueError(f"dtype must be bfloat16 with quantize='int4', got {dtype}; use that, or quantize='int8'")
+    if not can_quantize_int4(device, dtype):
+        raise ValueError(
+            "quantize='int4' must have a processor and a build of torch with fast and right int4 products, "
+            "got ones without; use quantize='int8', or leave it out"
+        )
+    for name, shape in tensor_shapes(args, model_parallel_size).items():
+        if is_linear(name) and name != "output.weight" and not suits_int4(shape[0], shape[1]):
+            raise ValueError(
+                f"each rank's part of a linear layer must have a multiple of {OUTPUTS} outputs and of {GROUP} inputs "
+                f"with quantize='int4', got {name} of shape {shape} at model_parallel_size={model_parallel_size}; "
+                "use quantize='int8', or leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint that is going to be loaded: its files, the network's sizes, and the form of its linear layers."""
+
+    shards: list[Path]
+    args: ModelArgs
+    quantize: str | None
+
+
+def load_networks(
+    ckpt_dir: str | Path,
+    tokenizer_path: str | Path,
+    draft_ckpt_dir: str | Path | None,
+    *,
+    max_seq_len: int,
+    max_batch_size: int,
+    model_parallel_size: int | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    quantize: str | None,
+) -> tuple[Tokenizer, list[Transformer], dict[str, float]]:
+    """Sets up the processes and loads this rank's shards; arguments and errors as in `Llama.build`.
+
+    All is checked before anything is loaded.
+
+    Returns:
+        The tokenizer; the network, and the draft model if there is one; the seconds that each part took.
+    """
+    timings = Timings()
+    mp = runtime.resolve_model_parallel_size(model_parallel_size)
+    folders = [ckpt_dir] if draft_ckpt_dir is None else [ckpt_dir, draft_ckpt_dir]
+    shards = [find_shards(ckpt_dir, mp)]
+    if draft_ckpt_dir is not None:
+        shards.append(_find_draft_shards(draft_ckpt_dir, mp))
+    tokenizer = Tokenizer(tokenizer_path)
+    sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
+    args = [model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path) for folder in folders]
+    for of_network in args:
+        of_network.check_shards(mp)
+    device = runtime.select_device(device)
+    dtype = runtime.select_dtype(dtype, device)
+    forms = [choose_quantize(quantize, folder, device) for folder in folders]
+    for of_network, form in zip(args, forms, strict=True):
+        if form == "int4":
+            check_int4(of_network, mp, device, dtype)
+    sources = [_Source(*source) for source in zip(shards, args, forms, strict=True)]
+    available = available_memory(device) // runtime.processes_on(device)
+    for source in reversed(sources):  # the draft model first, which leaves the rest to the network
+        check_memory(source.args, mp, dtype, available, str(device), quantize=source.quantize)
+        available -= plan_memory(source.args, mp, dtype, quantize=source.quantize).total
+    timings("checks")
+    runtime.share_cores()
+    runtime.init_process_groups(mp, device)
+    timings("process group")
+    same = ("build", args, mp, dtype, device.type, forms)
+    try:
+        with runtime.loading_together(same), out_of_memory_explained(args[0], mp, dtype, str(device)):
+            models = [_load_model(source, mp, device, dtype, timings) for source in sources]
+    except VocabularyError as error:
+        raise ValueError(
+            f"{error}; the tokenizer {tokenizer_path} has {tokenizer.n_words} pieces: "
+            "give the tokenizer.model that this checkpoint was trained with"
+        ) from error
+    return tokenizer, models, timings.seconds
+
+
+def _find_draft_shards(draft_ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
+    shards = list_shards(draft_ckpt_dir, argument="draft_ckpt_dir")
+    if len(shards) != model_parallel_size:
+        raise AssertionError(
+            f"draft_ckpt_dir must hold as many checkpoint files as ckpt_dir, {model_parallel_size}, "
+            f"got {len(shards)} in {draft_ckpt_dir}; llama.tools.reshard writes it with another number of files"
+        )
+    return shards
+
+
+def _load_model(
+    source: _Source, model_parallel_size: int, device: torch.device, dtype: torch.dtype, timings: Timings
+) -> Transformer:
+    """The network with the weights of this rank's file.
+
+    On a CPU that packs bfloat16 weights, packed forms are held in memory, and the plain weights stay in the mapped
+    file, in its dtype. A cache of one row makes do with the plain weights where these are as fast for a single row.
+    Quantized forms are held like packed ones, for any dtype. Elsewhere the weights are moved to the device and the
+    dtype.
+    """
+    path, args, quantize = source.shards[runtime.model_parallel_rank()], source.args, source.quantize
+    state = load_shard(path, args, model_parallel_size, stored_quantize(path.parent))
+    kernels, packs = Kernels(), quantize is not None or can_pack(device, dtype)
+    if packs and quantize is None:
+        kernels = measure_kernels(state.values(), dtype, packed_only=args.max_batch_size > 1)
+        timings("probe")
+    kernels = runtime.broadcast_object(kernels)  # other kernels round otherwise, and replicas should agree
+    if packs and quantize is None:
+        packs = kernels.packs_one_row or args.max_batch_size > 1
+        if runtime.is_first_rank():
+            logger.info("Kernels measured: %s", kernels)
+    if not packs:
+        load_to_device(state, path, device=device, dtype=dtype)
+    model = Transformer.from_state(args, state, cache_dtype=dtype)
+    timings("weights")
+    layers = packable_layers(model)
+    for layer in layers:
+        layer.kernels = kernels
+        layer.quantize = quantize
+    if quantize == "int4":
+        model.output.quantize = "int8"  # its errors are the logits' own
+    if packs:
+        model.pack(dtype, release=page_release(path))
+        timings("packing" if quantize is None else "quantizing")
+    if quantize == "int4":
+        forms = [layer.packed_form for layer in layers]
+        rows = runtime.broadcast_object(measure_int4([form for form in forms if isinstance(form, Int4Weight)]))
+        for layer in layers:
+            layer.kernels = replace(kernels, dequantized_rows=rows)
+        timings("probe")
+        if runtime.is_first_rank():
+            logger.info(
+                "int4 weights are dequantized for products of %s", f"{rows} rows or more" if rows else "no rows"
+            )
+    return model
+
+
+def load_to_device(state: dict[str, Tensor], path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Replaces the tensors read from `path` by copies on `device` in `dtype`; never holds two copies of the whole."""
+    release = page_release(path)
+    copy = _PinnedCopy(device) if device.type == "cuda" else partial(torch.Tensor.to, device=device)
+    for name, tensor in state.items():
+        state[name] = copy(tensor).to(dtype)
+        if state[name] is not tensor:
+            release(tensor)
+
+
+class _PinnedCopy:
+    """Copies tensors to a CUDA device through pinned memory: one buffer is filled while the other one travels.
+
+    The driver would otherwise copy mapped pages to a small pinned buffer of its own, with the device waiting for it.
+    """
+
+    def __init__(self, device: torch.device, buffer_bytes: int = 64 * 1024**2) -> None:
+        self._device = device
+        self._size = buffer_bytes
+        self._ring = cycle([(_pinned(buffer_bytes), torch.cuda.Event()) for _ in range(2)])
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        parts = [_bytes_of(t).split(self._size) for t in (tensor.contiguous(), copied)]
+        for source, target in zip(*parts, strict=True):
+            buffer, arrived = next(self._ring)
+            arrived.synchronize()
+            staged = buffer[: len(source)].copy_(source)
+            target.copy_(staged, non_blocking=True)
+            arrived.record(torch.cuda.current_stream(self._device))
+        return copied
+
+
+def _pinned(n_bytes: int) -> Tensor:
+    return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """A view of a contiguous tensor's memory."""
+    return tensor.flatten().view(torch.uint8)

@@ -1,0 +1,130 @@
+"""A checkpoint folder read as whole tensors, one at a time, whatever the number of its files.
+
+The files are memory-mapped, and the memory of one tensor is freed before the next one is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+from llama.checkpoint.format import (
+    KNOWN_EXTRA,
+    check_layer_count,
+    check_tensors,
+    join_tensor,
+    list_shards,
+    page_release,
+    read_params,
+    read_shard,
+    shard_dim,
+    stored_quantize,
+    tensor_shapes,
+)
+
+
+class ShardedCheckpoint:
+    """The whole tensors of a checkpoint; all names and shapes are checked before the first is read.
+
+    Quantized checkpoints have no whole tensors: each file's scales are for its own part of a layer's inputs.
+
+    Attributes:
+        args: the network; its vocabulary is that of the embedding where params.json has -1.
+        n_files: number of files.
+        names: names of the tensors, in the released order; `rope.freqs` last, if the files have it.
+        layout: every whole tensor's shape and dtype, as tensors on the meta device.
+
+    Raises:
+        AssertionError: the folder holds no `*.pth` file.
+        FileNotFoundError: it holds no params.json.
+        ValueError: params.json or a file is wrong, or a tensor that every file repeats differs, or the checkpoint is
+            quantized.
+    """
+
+    def __init__(self, ckpt_dir: str | Path) -> None:
+        self._shards = list_shards(ckpt_dir)
+        if (form := stored_quantize(ckpt_dir)) is not None:
+            raise ValueError(
+                f"{ckpt_dir} must have plain weights for this, got {form} weights; use the checkpoint that it was "
+                "made from, and quantize the result"
+            )
+        self.n_files = len(self._shards)
+        self._states = [read_shard(path) for path in self._shards]
+        self._page_release = [page_release(path) for path in self._shards]
+        self._last: str | None = None  # the tensor read last
+        self.args = network_args(ckpt_dir, self._states[0])
+        try:
+            self.args.check_shards(self.n_files)
+        except ValueError as error:
+            raise ValueError(f"{ckpt_dir} has {self.n_files} files, but {error}; is a file missing?") from error
+        self.names = list(tensor_shapes(self.args, 1))
+        if all(KNOWN_EXTRA in state for state in self._states):
+            self.names.append(KNOWN_EXTRA)
+        self._check_files()
+        for name in self.names:
+            self._check_agreement(name)
+        parts = {name: [state[name].to("meta") for state in self._states] for name in self.names}
+        self.layout = {name: join_tensor(name, tensors) for name, tensors in parts.items()}
+
+    def whole(self, name: str) -> Tensor:
+        """The tensor `name`, joined from all files; with a single file, a view of the mapped file."""
+        self._release_last()
+        self._last = name
+        return join_tensor(name, [state[name] for state in self._states])
+
+    def _release_last(self) -> None:
+        """Frees the memory of the tensor read last; it is read from its file again if it is still in use."""
+        if self._last is not None:
+            for release, state in zip(self._page_release, self._states, strict=True):
+                release(state[self._last])
+
+    def _check_files(self) -> None:
+        shapes = tensor_shapes(self.args, self.n_files)
+        extra = {KNOWN_EXTRA: (self.args.head_dim // 2,)}
+        for path, state in zip(self._shards, self._states, strict=True):
+            check_tensors(path, state, shapes | (extra if KNOWN_EXTRA in state else {}))
+
+    def _check_agreement(self, name: str) -> None:
+        """Checks that all files hold `name` in one dtype and, where each holds all of it, with the same bits."""
+        first, others = self._states[0][name], [state[name] for state in self._states[1:]]
+        for path, other in zip(self._shards[1:], others, strict=True):
+            if other.dtype != first.dtype:
+                raise ValueError(
+                    f"{name} must have one dtype in all files, got {first.dtype} in {self._shards[0]} and "
+                    f"{other.dtype} in {path}"
+                )
+            if shard_dim(name) is None and not same_bits(first, other):
+                raise ValueError(
+                    f"{name} must be the same in all files, but differs between {self._shards[0]} and {path}"
+                )
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bytes; a NaN equals itself here."""
+    if one.shape != other.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def network_args(ckpt_dir: str | Path, state: dict[str, Tensor]) -> ModelArgs:
+    """What params.json describes, with the embedding's number of rows where `vocab_size` is -1.
+
+    Args:
+        state: the tensors of one of the files.
+    """
+    path = Path(ckpt_dir) / "params.json"
+    try:
+        args = ModelArgs.of(ModelArgs(**read_params(ckpt_dir)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    check_layer_count(list_shards(ckpt_dir)[0], args, len(state))
+    if args.vocab_size != -1:
+        return args
+    embedding = state.get("tok_embeddings.weight")
+    if embedding is None or embedding.dim() != 2:
+        raise ValueError(f"{path}: vocab_size must be given where there is no 2-D tok_embeddings.weight, got -1")
+    return replace(args, vocab_size=embedding.size(0))

@@ -1,0 +1,475 @@
+"""The environment that a model runs in: processes, model-parallel group, device, dtype and threads.
+
+This is the only module that reads environment variables or names a communication backend.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize
+from fairscale.nn.model_parallel.initialize import (
+    destroy_model_parallel,
+    get_data_parallel_group,
+    get_data_parallel_rank,
+    get_data_parallel_world_size,
+    get_model_parallel_group,
+    get_model_parallel_rank,
+    get_model_parallel_src_rank,
+    get_model_parallel_world_size,
+    get_pipeline_parallel_group,
+    initialize_model_parallel,
+    model_parallel_is_initialized,
+)
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from llama.distributed.lockstep import TIMEOUT_VARIABLE, Lockstep, RankError
+
+T = TypeVar("T")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LOADING_TIMEOUT_S = 2 * 3600.0  # for all ranks to load their shards, which may come over a slow network
+_groups_lock = threading.Lock()
+_lockstep: tuple[weakref.ref[dist.ProcessGroup], Lockstep] | None = None  # and the process group that it belongs to
+_lockstep_numbers = itertools.count()  # give each lockstep its own keys in the store
+
+
+def world_size() -> int:
+    """Return the number of processes that run this program, from the process group if there is one, else WORLD_SIZE."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return _number_from_environment("WORLD_SIZE", 1)
+
+
+def _number_from_environment(name: str, default: int, *, minimum: int = 1) -> int:
+    """Return the whole number in an environment variable, or `default` if the variable is not set."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        number = int(text)
+    except ValueError:
+        number = minimum - 1
+    if number < minimum:
+        raise ValueError(
+            f"the environment variable {name} must be a whole number of at least {minimum}, got {text[:40]!r}; "
+            "unset it, or start with torchrun, which sets it"
+        )
+    return number
+
+
+def resolve_model_parallel_size(requested: int | None) -> int:
+    """Return the model-parallel size to use: the requested one, else the initialized one, else the world size.
+
+    Raises:
+        ValueError: the world size is not a multiple of it, or a group of another size is already initialized.
+    """
+    current = get_model_parallel_world_size() if model_parallel_is_initialized() else None
+    world = world_size()
+    size = requested if requested is not None else current if current is not None else world
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"model_parallel_size must be a positive integer or None, got {size!r}")
+    if world % size:
+        raise ValueError(
+            f"the world size must be a multiple of model_parallel_size, got a world size of {world} and "
+            f"model_parallel_size={size}; start the program with torchrun --nproc_per_node {size}"
+        )
+    if current is not None and current != size:
+        raise ValueError(
+            f"model_parallel_size must be {current}, the size of the model-parallel group that this process has "
+            f"joined, got {size}; pass {current}, or start a new process"
+        )
+    return size
+
+
+def init_process_groups(model_parallel_size: int, device: torch.device) -> None:
+    """Join the process group and fairscale's model-parallel group, unless this process has joined them already.
+
+    Thread-safe. A process forked afterwards must not use the groups, but can exit normally.
+
+    Raises:
+        RankError: a rank did not start in time, or the ranks have failed before.
+    """
+    with _groups_lock:
+        if not dist.is_initialized():
+            _init_process_group(device)
+            pid = os.getpid()
+            atexit.register(lambda: _leave() if os.getpid() == pid else None)
+            os.register_at_fork(after_in_child=_keep_groups_of_parent)
+        if lockstep := _ranks_in_lockstep():
+            lockstep.check()
+        if not model_parallel_is_initialized():
+            _init_model_parallel(model_parallel_size)
+
+
+def _init_process_group(device: torch.device) -> None:
+    global _lockstep
+    nccl = device.type == "cuda" and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # NCCL for tensors on the GPU, gloo for objects on the host
+    missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
+    if not missing:
+        store, rank, size, lockstep = _join_launched_ranks()
+        device_id = device if nccl else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
+        if lockstep:
+            _lockstep = weakref.ref(_default_group()), lockstep
+    elif world_size() == 1:  # a plain script or notebook: a group of one process, which needs no address
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    else:
+        raise ValueError(
+            f"with WORLD_SIZE={world_size()}, {', '.join(_LAUNCHER_VARIABLES)} must all be set, got no "
+            f"{', '.join(missing)}; start with torchrun, which sets them"
+        )
+
+
+def _join_launched_ranks() -> tuple[Store, int, int, Lockstep | None]:
+    """Wait for all ranks that the launcher started; return their store, this process's rank, and the world size."""
+    rank, size = _number_from_environment("RANK", 0, minimum=0), world_size()
+    if rank >= size:
+        raise ValueError(f"the environment variable RANK must be below WORLD_SIZE={size}, got {rank}; use torchrun")
+    timeout = timedelta(seconds=_rank_timeout())
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankError(
+            f"all {size} ranks must meet at {address} within {_rank_timeout():g} seconds (set by {TIMEOUT_VARIABLE}), "
+            f"got: {str(error).splitlines()[0]}"
+        ) from error
+    store.set_timeout(dist.default_pg_timeout)
+    lockstep = _new_lockstep(store, rank, size) if size > 1 else None
+    return store, rank, size, lockstep
+
+
+def _init_model_parallel(size: int) -> None:
+    """Create fairscale's groups and suppress the lines that it prints, but not the output of other threads."""
+    initialize.print = lambda *args: None  # shadows the built-in function, in fairscale's module only
+    try:
+        initialize_model_parallel(size)
+    finally:
+        del initialize.print
+
+
+def _leave() -> None:
+    """Destroy the groups at exit; the threads of a group that still exists can abort the interpreter's shutdown."""
+    global _lockstep
+    if dist.is_initialized() and (lockstep := _current_lockstep()):
+        lockstep.leave()
+    _lockstep = None
+    destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _keep_groups_of_parent() -> None:
+    """In a forked child, never destroy the groups: that would wait for threads that exist only in the parent."""
+    for group in dist.distributed_c10d._world.pg_map:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
+def _close_model_parallel_groups() -> None:
+    """Close the connections to the other ranks, so that no rank keeps waiting for this one."""
+    if not model_parallel_is_initialized():
+        return
+    groups = [get_model_parallel_group(), get_data_parallel_group(), get_pipeline_parallel_group()]
+    destroy_model_parallel()
+    while groups:
+        group = groups.pop()
+        if "nccl" in dist.get_backend_config(group):
+            group.abort()
+        dist.destroy_process_group(group)
+
+
+# ---- lockstep of the ranks ----
+
+
+def _default_group() -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.distributed_c10d._get_default_group()
+    return group
+
+
+def _new_lockstep(store: Store, rank: int, size: int) -> Lockstep:
+    """Join the lockstep of all ranks; wait until all of them have started."""
+    keys = PrefixStore(f"llama/{next(_lockstep_numbers)}", store)
+    lockstep = Lockstep(keys, rank, size, _rank_timeout())
+    lockstep.arrive()
+    return lockstep
+
+
+def _current_lockstep() -> Lockstep | None:
+    """Return the lockstep that belongs to the current process group; None if there is none yet."""
+    return _lockstep[1] if _lockstep and _lockstep[0]() is _default_group() else None
+
+
+def _ranks_in_lockstep() -> Lockstep | None:
+    """Return the lockstep with the other ranks, joining it if needed; None for a single process."""
+    global _lockstep
+    if not has_several_ranks():
+        return None
+    if not (lockstep := _current_lockstep()):
+        store = dist.distributed_c10d._get_default_store()
+        lockstep = _new_lockstep(store, dist.get_rank(), dist.get_world_size())
+        _lockstep = weakref.ref(_default_group()), lockstep
+    return lockstep
+
+
+def _rank_timeout() -> float:
+    """Return the number of seconds to wait for the other ranks to start, or to make the same call."""
+    return float(_number_from_environment(TIMEOUT_VARIABLE, 300))
+
+
+def has_several_ranks() -> bool:
+    """Return whether there are other processes, which hold shards or replicas of the same network."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def compare_calls(call: object, *, timeout_s: float | None = None) -> None:
+    """Raise RankError on all ranks unless all of them make the same call. Every rank must do this before it computes.
+
+    Args:
+        call: a tuple of the call's name and its checked arguments, compared by `repr`; None if this rank refused the
+            arguments.
+        timeout_s: maximum time to wait for the others; by default `LLAMA_RANK_TIMEOUT` seconds, or 300 if not set.
+    """
+    if lockstep := _ranks_in_lockstep():
+        lockstep.check()
+        groups = [_group_ranks()]
+        if replica()[1] > 1:
+            groups.append(dist.get_process_group_ranks(get_data_parallel_group()))
+        lockstep.compare_calls(call, [ranks for ranks in groups if len(ranks) > 1], timeout_s)
+
+
+def _group_ranks() -> list[int]:
+    """Return the ranks in this process's model-parallel group."""
+    if not model_parallel_is_initialized():
+        return list(range(dist.get_world_size()))
+    return dist.get_process_group_ranks(get_model_parallel_group())
+
+
+def rank_errors() -> AbstractContextManager[None]:
+    """Context manager for work in which ranks communicate: an error on one rank stops all ranks within seconds.
+
+    The other ranks raise RankError, which names the failed rank. The model-parallel groups are then closed, and the
+    program must be restarted. If all ranks raise the same error at the same place, the groups stay usable.
+
+    With NCCL, a rank that waits for the GPU stops only when torchrun or NCCL's own timeout ends it.
+    """
+    lockstep = _ranks_in_lockstep()
+    return lockstep.guard(_close_model_parallel_groups) if lockstep else nullcontext()
+
+
+@contextmanager
+def loading_together(call: object) -> Iterator[None]:
+    """Context manager for loading this rank's shard: RankError on all ranks if one fails or builds a different model.
+
+    Args:
+        call: the name and arguments of the call that builds the model, as in `compare_calls`.
+    """
+    with rank_errors():
+        yield
+    compare_calls(call, timeout_s=_LOADING_TIMEOUT_S)
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is rank 0, the one that should print."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def model_parallel_size() -> int:
+    """Return the number of ranks that one network is sharded over; 1 if there is no model-parallel group."""
+    return get_model_parallel_world_size() if model_parallel_is_initialized() else 1
+
+
+def model_parallel_rank() -> int:
+    """Return this process's rank in its model-parallel group."""
+    rank: int = get_model_parallel_rank()
+    return rank
+
+
+def broadcast_from_first(tensor: Tensor) -> Tensor:
+    """Broadcast `tensor` in place from the first rank of the model-parallel group, and return it."""
+    if model_parallel_size() > 1:
+        dist.broadcast(tensor, get_model_parallel_src_rank(), group=get_model_parallel_group())
+    return tensor
+
+
+def is_first_of_group() -> bool:
+    """Return whether this process is the first rank of its model-parallel group."""
+    return model_parallel_size() == 1 or model_parallel_rank() == 0
+
+
+def broadcast_flag(flag: bool, *, stream: int = 0) -> bool:
+    """Broadcast a flag from the first rank of the model-parallel group. Every rank must call this at the same point.
+
+    Args:
+        flag: this rank's flag; ignored on all ranks but the first.
+        stream: number of the stream that calls, the same on all ranks.
+
+    Returns:
+        The first rank's flag; False, without communication, if the ranks have failed before.
+
+    Raises:
+        RankError: another rank makes a different call.
+    """
+    lockstep = _ranks_in_lockstep()
+    if lockstep and lockstep.failure is not None:
+        return False
+    if not lockstep or model_parallel_size() == 1:
+        return flag
+    return lockstep.broadcast_flag(flag, _group_ranks(), stream)
+
+
+def broadcast_object(value: T | None = None) -> T:
+    """Broadcast an object from rank 0 to all ranks; `value` is ignored on the others."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return cast(T, box[0])
+
+
+def broadcast_in_group(value: T | None = None) -> T:
+    """Return the object that the first rank of the model-parallel group passes; the other ranks wait for it."""
+    box = [value]
+    if model_parallel_size() > 1:
+        dist.broadcast_object_list(box, src=get_model_parallel_src_rank(), group=get_model_parallel_group())
+    return cast(T, box[0])
+
+
+def replica() -> tuple[int, int]:
+    """Return the index of this process's replica of the network, and the number of replicas (world size / MP)."""
+    if not model_parallel_is_initialized():
+        return 0, 1
+    return get_data_parallel_rank(), get_data_parallel_world_size()
+
+
+def gather_replicas(value: T) -> list[T]:
+    """Return the objects that all replicas pass, in order, on every replica."""
+    _, n_replicas = replica()
+    if n_replicas == 1:
+        return [value]
+    gathered: list[T | None] = [None] * n_replicas
+    dist.all_gather_object(gathered, value, group=get_data_parallel_group())
+    return cast(list[T], gathered)
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """Return torch's default generator of a device, which `torch.manual_seed` seeds."""
+    if device.type == "cuda":
+        torch.cuda.init()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    return torch.default_generator
+
+
+def select_device(requested: str | torch.device | None) -> torch.device:
+    """Return this process's device: the requested one, else the first available of CUDA, MPS and CPU.
+
+    `LOCAL_RANK` gives the index of a CUDA device if `requested` has none.
+    """
+    if requested is None:
+        if torch.cuda.is_available():
+            requested = "cuda"
+        else:  # several processes would communicate through gloo, which does not support MPS tensors
+            requested = "mps" if torch.backends.mps.is_available() and world_size() == 1 else "cpu"
+    try:
+        device = torch.device(requested)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', got {requested!r}") from error
+    if device.type == "cuda":
+        return _cuda_device(device)
+    if device.type not in ("cpu", "mps"):
+        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', got {requested!r}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(
+            "device must be available on this machine and in this build of torch, got 'mps'; use device='cpu'"
+        )
+    return device
+
+
+def _cuda_device(device: torch.device) -> torch.device:
+    if not torch.cuda.is_available():
+        raise ValueError(f"device must be available, got '{device}', but torch finds no CUDA device; use device='cpu'")
+    index = device.index if device.index is not None else _number_from_environment("LOCAL_RANK", 0, minimum=0)
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"the index of the CUDA device must be below the number of devices ({torch.cuda.device_count()}), got "
+            f"{index}; start at most one process per GPU (torchrun --nproc_per_node), or use device='cpu'"
+        )
+    return torch.device("cuda", index)
+
+
+def to_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """Return the values as an int64 tensor on `device`; the copy to a CUDA device is asynchronous."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def to_host(tensor: Tensor) -> Callable[[], list[Any]]:
+    """Start copying a tensor to the host; return a function that waits for the copy and returns its values.
+
+    The values are those at the time of this call, even if the tensor changes later.
+    """
+    if tensor.device.type != "cuda":
+        values: list[Any] = tensor.tolist()
+        return lambda: values
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> list[Any]:
+        copied.synchronize()
+        return host.tolist()
+
+    return wait
+
+
+def select_dtype(requested: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """Return the dtype of weights and KV cache: the requested one, else bfloat16 on CPU and float16 elsewhere."""
+    if requested is None:
+        return torch.bfloat16 if device.type == "cpu" else torch.float16
+    dtype = DTYPES.get(requested) if isinstance(requested, str) else requested
+    if dtype is None or dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {requested!r}")
+    return dtype
+
+
+def processes_on(device: torch.device) -> int:
+    """Return the number of this program's processes that share the memory of `device`; 1 for a CUDA device."""
+    return 1 if device.type == "cuda" else local_world_size()
+
+
+def local_world_size() -> int:
+    """Return the number of this program's processes on this machine."""
+    return _number_from_environment("LOCAL_WORLD_SIZE", 1)
+
+
+def share_cores() -> None:
+    """Set the number of torch's threads to this process's share of the machine's cores.
+
+    Only if `OMP_NUM_THREADS` is 1, which torchrun sets when it starts several processes and the user has not set it.
+    Any other value was set by the user and is kept.
+    """
+    if local_world_size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(max(1, available_cores() // local_world_size()))
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""The generation loop: sequences, passes of the network, sampling, and the text of completions."""

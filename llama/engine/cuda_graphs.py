@@ -1,0 +1,211 @@
+"""Runs a decode step of the network: feeds each row's newest token, and returns the logits after it.
+
+With speculative decoding, drafted tokens follow the newest one. `PlainStepper` calls the network directly.
+`StaticStepper` gives the same logits with shapes, addresses and control flow that do not change from step to step, so
+that a GPU can replay a step as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from llama import model as network
+from llama.distributed.groups import to_device
+from llama.model import CachePositions, Transformer, takes_cache_positions
+
+KV_BUCKET = 256  # a static step attends to a multiple of this many positions; those past a row's end are masked
+MAX_WIDTH = 16  # maximum number of tokens per row in a step
+
+logger = logging.getLogger(__name__)
+
+
+class Stepper(Protocol):
+    """A way to run decode steps.
+
+    Attributes:
+        looks_ahead: whether to start the next step before the tokens of the current one are on the host.
+    """
+
+    looks_ahead: bool
+
+    def serves(self, model: object) -> bool:
+        """Whether this stepper computes what calling `model` would now. Checked before new sequences start."""
+
+    def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Feeds tokens to the cache's first rows.
+
+        Args:
+            tokens: (bsz, width) int64, on the model's device. Rows with fewer tokens are right-padded.
+            lengths: number of tokens that each row of the cache already holds; all have room for `width` more.
+
+        Returns:
+            Logits (bsz, width, vocab_size); the next call may overwrite them.
+        """
+
+
+class CompiledStep(Protocol):
+    """A faster way to compute steps of one token per row, for `StaticStepper`."""
+
+    def serves(self, model: object) -> bool:
+        """As a stepper's."""
+
+    def run(self, tokens: Tensor, positions: CachePositions) -> Tensor:
+        """What calling the model would return, for tokens (bsz, 1)."""
+
+
+class PlainStepper:
+    """Calls the network without padding rows or positions; `start_pos` is an int if it is the same for all rows."""
+
+    looks_ahead = False
+
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        self._call = call
+
+    def serves(self, model: object) -> bool:
+        return True
+
+    def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        longest = max(lengths)
+        start_pos: int | CachePositions = longest
+        if longest != min(lengths):
+            start_pos = CachePositions(to_device(lengths, tokens.device), kv_len=longest + tokens.size(1))
+        return self._call(tokens, start_pos)
+
+
+class StaticStepper:
+    """Reads tokens and positions from fixed buffers on the device.
+
+    The number of rows is padded to a power of two, and the number of cached positions to a multiple of `KV_BUCKET`.
+
+    Args:
+        model: the network.
+        graphs: whether to capture a CUDA graph for each (rows, width, positions) on first use and replay it afterwards,
+            with one launch instead of hundreds. If capturing fails, logs a warning and launches kernels one by one.
+        compiled: computes the steps of one token per row as long as it serves the model; None for the model itself.
+    """
+
+    looks_ahead = True
+
+    def __init__(self, model: Transformer, *, graphs: bool, compiled: CompiledStep | None = None) -> None:
+        device = model.norm.weight.device
+        self._model = model
+        self._tokens = torch.zeros(model.params.max_batch_size * MAX_WIDTH, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(model.params.max_batch_size, dtype=torch.int64, device=device)
+        self._graphs = graphs
+        self._compiled = compiled
+        self._is_compiled = compiled is not None
+        self._pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: graphs never run at the same time
+        self._steps: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
+        self._captured: tuple[list[Any], list[int]] = ([], [])  # what the graphs depend on: see `_fixed_parts`
+
+    def serves(self, model: object) -> bool:
+        """False for a model with hooks, which a graph cannot run. Drops graphs if code, modules or memory changed."""
+        if model is not self._model:
+            return False
+        is_compiled = self._compiled is not None and self._compiled.serves(model)
+        if is_compiled != self._is_compiled:
+            self._steps.clear()
+            self._is_compiled = is_compiled
+        if not self._graphs:
+            return True
+        if has_hooks(self._model):
+            return False
+        objects, addresses = _fixed_parts(self._model)
+        known, known_addresses = self._captured
+        same = len(objects) == len(known) and all(a is b for a, b in zip(objects, known, strict=True))
+        if not same or addresses != known_addresses:
+            self._steps.clear()
+            self._captured = objects, addresses
+        return True
+
+    def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        (n_rows, width), params = tokens.shape, self._model.params
+        # Padding rows write to the last positions of the following rows, which are free or not yet prefilled that far.
+        bsz = min(_next_power_of_two(n_rows), params.max_batch_size)
+        kv_len = min(_round_up(max(lengths) + width, KV_BUCKET), params.max_seq_len)
+        self._tokens[: tokens.numel()].copy_(tokens.flatten())
+        self._positions[:bsz].copy_(
+            to_device([*lengths, *[params.max_seq_len - width] * (bsz - n_rows)], tokens.device)
+        )
+        sizes = bsz, width, kv_len
+        if sizes not in self._steps:
+            self._steps[sizes] = self._make_step(*sizes)
+        return self._steps[sizes]()[:n_rows]
+
+    def _make_step(self, bsz: int, width: int, kv_len: int) -> Callable[[], Tensor]:
+        """Returns a function that runs a step of these sizes on the buffers."""
+        tokens = self._tokens[: bsz * width].view(bsz, width)
+
+        def step() -> Tensor:
+            positions = CachePositions(self._positions[:bsz], kv_len=kv_len)
+            if width == 1 and self._is_compiled and self._compiled is not None:
+                return self._compiled.run(tokens, positions)
+            logits: Tensor = self._model(tokens, positions)
+            return logits
+
+        if not self._graphs:
+            return step
+        try:
+            return self._capture(step)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._graphs = False
+            logger.warning("CUDA graphs are disabled, which makes decoding slower; capturing one failed: %s", error)
+            return step
+
+    def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        device = self._tokens.device
+        warm_up = torch.cuda.Stream(device)
+        warm_up.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(warm_up):
+            step()  # on first use libraries allocate memory and select kernels, which is not allowed during capture
+        torch.cuda.current_stream(device).wait_stream(warm_up)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local, because other threads, such as NCCL's watchdog, use the device during the capture.
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+
+def choose_stepper(model: Any, *, cuda_graphs: bool) -> Stepper | None:
+    """Returns the best stepper for the model's device; None to call the network directly."""
+    on_cuda = takes_cache_positions(model) and model.norm.weight.device.type == "cuda"
+    return StaticStepper(model, graphs=cuda_graphs) if on_cuda else None
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether calling the model runs forward hooks."""
+    global_hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+    return any(global_hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _fixed_parts(model: nn.Module) -> tuple[list[Any], list[int]]:
+    """What a captured graph depends on: code, modules and their attributes, and the addresses of their tensors."""
+    objects: list[Any] = list(vars(network).values())
+    addresses = []
+    for module in model.modules():
+        parts = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
+        objects += [module, type(module).forward, *parts]
+        addresses += [part.data_ptr() for part in parts if isinstance(part, Tensor)]
+    return objects, addresses
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least n."""
+    return -(-n // multiple) * multiple

@@ -1,0 +1,154 @@
+"""The tokens chosen in a pass: sampled on the device, copied to the host, and compared with drafted tokens."""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama.distributed.groups import broadcast_from_first, model_parallel_size, to_device, to_host
+from llama.engine.sampling import Sampler, logprobs_of
+from llama.engine.sequence import Sequence, Step
+
+
+@dataclass(frozen=True)
+class ChosenTokens:
+    """The tokens chosen in a pass, which may still be on their way to the host.
+
+    Attributes:
+        sequences: the sequences in the pass, in the order of their slots.
+        drafts: for each sequence, the drafted tokens that followed its newest token in the pass.
+        chosen: (n,) int64 on the device, the same on all ranks of a model-parallel group: for each sequence, the token
+            chosen after its newest token, then those chosen after each drafted token.
+        values: waits for the copy of `chosen`, and returns it as a list. Under model parallelism one more element
+            follows: 1 if the first rank announces changes (see `Engine`), else 0.
+        announces: whether changes are announced; always False under model parallelism, where `values` has the flag.
+        logprobs: waits for the log-probabilities of `chosen`, and returns them; None if no sequence asked for any.
+        top: two functions, which return the most likely tokens at the position of each one in `chosen`, and their
+            log-probabilities; None if no sequence asked for any.
+    """
+
+    sequences: list[Sequence]
+    drafts: abc.Sequence[abc.Sequence[int]]
+    chosen: Tensor
+    values: Callable[[], list[int]]
+    announces: bool
+    logprobs: Callable[[], list[float]] | None
+    top: tuple[Callable[[], list[list[int]]], Callable[[], list[list[float]]]] | None
+
+    @classmethod
+    def choose(
+        cls,
+        logits: Tensor,
+        sequences: abc.Sequence[Sequence],
+        announces: bool,
+        drafts: abc.Sequence[abc.Sequence[int]] = (),
+    ) -> ChosenTokens:
+        """Samples a token after the newest token of each sequence and after each drafted one.
+
+        Args:
+            logits: (bsz, width, vocab), float32; width is at least 1 + the length of the longest draft.
+            sequences: bsz sequences, in the order of their slots.
+            announces: whether this rank announces changes; the first rank's value counts.
+            drafts: drafted tokens of each sequence; empty for none.
+        """
+        drafts = drafts or [()] * len(sequences)
+        n_positions = [1 + len(draft) for draft in drafts]
+        if min(n_positions) == logits.size(1):
+            logits = logits.flatten(0, 1)
+        else:
+            logits = torch.cat([row[:n] for row, n in zip(logits, n_positions, strict=True)])
+        steps = [(s, s.next_step + i) for s, n in zip(sequences, n_positions, strict=True) for i in range(n)]
+        chosen = sample(logits, steps)
+        for sequence in sequences:
+            sequence.next_step += 1
+        values = to_host(chosen) if model_parallel_size() == 1 else None
+        if values is None:  # the announcement travels with the tokens, to save a message per step
+            message = broadcast_from_first(torch.cat((chosen, to_device([int(announces)], chosen.device))))
+            chosen, values, announces = message[:-1], to_host(message), False
+        n_top = max(sequence.top_logprobs for sequence in sequences)
+        logprobs = top = None
+        if any(sequence.logprobs for sequence in sequences):
+            logprobs = to_host(logprobs_of(logits, chosen))
+        if n_top:
+            likely = logits.log_softmax(-1).topk(min(n_top, logits.size(-1)))
+            top = to_host(likely.indices), to_host(likely.values)
+        return cls(list(sequences), drafts, chosen, values, announces, logprobs, top)
+
+    def on_host(self) -> tuple[list[tuple[Sequence, list[Step]]], bool]:
+        """Waits for the tokens; returns the steps of each sequence, and whether changes were announced.
+
+        A sequence gets a step for each accepted draft token (one that equals the token chosen in its place), and one
+        for the token chosen after these. The steps do not have a finish reason yet.
+        """
+        tokens = self.values()
+        n_tokens = sum(1 + len(draft) for draft in self.drafts)
+        announced = self.announces or any(tokens[n_tokens:])
+        logprobs = self.logprobs() if self.logprobs else None
+        top = [list(zip(*row, strict=True)) for row in zip(*(f() for f in self.top), strict=True)] if self.top else None
+        results, first = [], 0
+        for sequence, draft in zip(self.sequences, self.drafts, strict=True):
+            end = first + 1 + common_length(draft, tokens[first:])
+            steps = [
+                Step(
+                    sequence.index,
+                    tokens[i],
+                    logprobs[i] if logprobs and sequence.logprobs else None,
+                    None,
+                    tuple(top[i][: sequence.top_logprobs]) if top else (),
+                )
+                for i in range(first, end)
+            ]
+            results.append((sequence, steps))
+            first += 1 + len(draft)
+        return results, announced
+
+    def rewind(self) -> None:
+        """Rewinds samplers whose sequences have all ended, since their tokens here will not be used."""
+        for sampler, sequences in by_sampler(self.sequences):
+            if all(sequence.is_finished for sequence in sequences):
+                sampler.rewind()
+
+
+def by_sampler(sequences: Iterable[Sequence]) -> list[tuple[Sampler, list[Sequence]]]:
+    """Groups sequences by the sampler that they share."""
+    groups: dict[int, tuple[Sampler, list[Sequence]]] = {}
+    for sequence in sequences:
+        groups.setdefault(id(sequence.sampler), (sequence.sampler, []))[1].append(sequence)
+    return list(groups.values())
+
+
+def sample(logits: Tensor, steps: abc.Sequence[tuple[Sequence, int]]) -> Tensor:
+    """Samples a token from each row of logits.
+
+    Args:
+        logits: (n, vocab) float32.
+        steps: for each row, its sequence and the step of that sequence's sampler.
+
+    Returns:
+        (n,) int64.
+    """
+    if all(sequence.sampler.is_greedy for sequence, _ in steps):
+        return logits.argmax(-1)
+    groups: dict[int, list[int]] = {}
+    for i, (sequence, _) in enumerate(steps):
+        groups.setdefault(0 if sequence.sampler.is_greedy else id(sequence.sampler), []).append(i)
+    chosen = torch.empty(len(steps), dtype=torch.int64, device=logits.device)
+    for indices in groups.values():
+        sampler = steps[indices[0]][0].sampler
+        noise_rows = [steps[i][0].noise_row for i in indices]
+        sampler_steps = [steps[i][1] for i in indices]
+        if len(groups) == 1:
+            return sampler(logits, noise_rows, sampler_steps)
+        index = to_device(indices, logits.device)
+        chosen[index] = sampler(logits[index], noise_rows, sampler_steps)
+    return chosen
+
+
+def common_length(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
+    """Length of the longest common prefix of two lists of tokens."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))

@@ -1,0 +1,363 @@
+"""Speculative decoding (Leviathan et al., 2023): several drafted tokens are verified in one pass of the network.
+
+A pass has to read all weights anyway, so computing a few more positions costs little. Tokens are drafted by prompt
+lookup, which repeats what followed similar text before, or by a smaller network. The network samples at each drafted
+position with the noise that plain decoding would use there, and drafted tokens are accepted up to the first that
+differs from the sampled one. So the output is that of plain decoding, whatever is drafted, except that outside of
+float32 the number of rows in a pass can affect rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_left
+from collections import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama.distributed.groups import broadcast_from_first, to_device
+from llama.engine.cuda_graphs import MAX_WIDTH
+from llama.engine.runner import ModelRunner, device_of
+from llama.engine.sampled import by_sampler, common_length, sample
+from llama.engine.sequence import Sequence
+from llama.model import CachePositions
+
+_WIDTHS = (1, 2, 3, 4, 6, 8, 12, MAX_WIDTH)  # tokens per row of a pass; only a few widths, since each needs kernels
+_NGRAM_SIZES = (4, 2, 1)  # n-grams to search for in earlier text, longest first
+_MAX_OCCURRENCES = 16  # most recent occurrences of an n-gram that are compared
+_MAX_MATCHED = 16  # tokens that are compared at an occurrence
+_MAX_STEPS_AHEAD = 64  # of a sequence over others with the same sampler, which stores the noise of steps in between
+_PRIORS = {0: 0.7, 1: 0.2, 2: 0.4, 4: 0.65, 8: 0.85}  # acceptance rate by number of matched tokens; 0: draft model
+_PRIOR_WEIGHT = 2.0  # in drafts
+_DECAY = 0.9  # factor for earlier observations with each new draft
+_MEASURED = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of positions whose pass is timed
+_MEASURED_LAYERS = 4
+_TIMING_ROUNDS = 4
+_MANY = 16  # positions; passes of more are timed once, since a short disturbance matters less to them
+# Expected over plain decoding; below it nothing is drafted. The margin is for work that the timed passes leave out,
+# such as sampling at more positions. It also has drafts that are always rejected tried more rarely.
+_MIN_SPEEDUP = 1.05
+
+
+@dataclass
+class Counts:
+    """Statistics of speculative decoding.
+
+    Attributes:
+        passes: number of passes with drafted tokens, summed over sequences.
+        drafted: number of drafted tokens.
+        accepted: number of drafted tokens that were accepted.
+    """
+
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+class PromptLookup:
+    """Drafts the tokens that followed the longest earlier match of the last tokens (Saxena, 2023)."""
+
+    def __init__(self) -> None:
+        self._ends: dict[tuple[int, ...], list[int]] = {}  # n-gram -> indices of the tokens that followed it
+        self._n_indexed = 1
+
+    def propose(self, tokens: list[int], n: int) -> tuple[list[int], int]:
+        """Returns up to `n` drafted tokens and the length of the match; no tokens and 0 if there is no match.
+
+        Args:
+            tokens: the prompt and completion so far; must start with the tokens of earlier calls.
+        """
+        for end in range(self._n_indexed, len(tokens)):
+            for size in _NGRAM_SIZES:
+                if end >= size:
+                    self._ends.setdefault(tuple(tokens[end - size : end]), []).append(end)
+        self._n_indexed = max(self._n_indexed, len(tokens))
+        for size in _NGRAM_SIZES:
+            ends = self._ends.get(tuple(tokens[-size:]), [])[-_MAX_OCCURRENCES:]
+            if ends:
+                matched, end = max((self._matched(tokens, end), end) for end in ends)
+                draft: list[int] = []
+                while len(draft) < n:  # past the last token the draft repeats itself, as periodic text does
+                    at = end + len(draft)
+                    draft.append(tokens[at] if at < len(tokens) else draft[at - len(tokens)])
+                return draft, matched
+        return [], 0
+
+    @staticmethod
+    def _matched(tokens: list[int], end: int) -> int:
+        """Number of tokens before `end` that equal the last tokens, up to `_MAX_MATCHED`."""
+        limit = min(_MAX_MATCHED, end)
+        return next((i for i in range(limit) if tokens[end - 1 - i] != tokens[-1 - i]), limit)
+
+
+class Acceptance:
+    """Estimates the acceptance rate of drafted tokens by match length, from priors and recent drafts."""
+
+    def __init__(self) -> None:
+        self._seen = dict.fromkeys(_PRIORS, (0.0, 0.0))  # accepted, rejected
+
+    def _level(self, matched: int) -> int:
+        return max(level for level in _PRIORS if level <= matched)
+
+    def rate(self, matched: int) -> float:
+        """The estimated probability that a drafted token is accepted; `matched` is 0 for a draft model."""
+        level = self._level(matched)
+        accepted, rejected = self._seen[level]
+        weight = _PRIOR_WEIGHT
+        return (_PRIORS[level] * weight + accepted) / (weight + accepted + rejected)
+
+    def observe(self, matched: int, n_drafted: int, n_accepted: int) -> None:
+        """Updates the estimate after a pass. Without a draft, it slowly returns to the prior, to try drafting again."""
+        level = self._level(matched)
+        accepted, rejected = (_DECAY ** (1.0 if n_drafted else 0.1) * n for n in self._seen[level])
+        self._seen[level] = accepted + n_accepted, rejected + (n_accepted < n_drafted)
+
+
+class PassCosts:
+    """The duration of a pass in seconds by its number of positions, interpolated between measurements."""
+
+    def __init__(self, seconds: abc.Sequence[float]) -> None:
+        """
+        Args:
+            seconds: durations of passes with `_MEASURED` positions.
+        """
+        # A disturbed timing is too long: a pass cannot take longer than one with more positions.
+        self._seconds = [min(seconds[i:]) for i in range(len(seconds))]
+
+    def __call__(self, n_positions: int) -> float:
+        i = bisect_left(_MEASURED, n_positions)
+        if i == len(_MEASURED):
+            return self._seconds[-1] * n_positions / _MEASURED[-1]
+        if _MEASURED[i] == n_positions:
+            return self._seconds[i]
+        (x0, x1), (y0, y1) = _MEASURED[i - 1 : i + 1], self._seconds[i - 1 : i + 1]
+        return y0 + (y1 - y0) * (n_positions - x0) / (x1 - x0)
+
+    @classmethod
+    @torch.inference_mode()
+    def measure(cls, model: Any) -> PassCosts:
+        """Times passes of the network's first layers, without running its hooks or writing to its KV cache.
+
+        Under model parallelism all ranks must call this together; they all get the first rank's times.
+        """
+        n_layers = min(len(model.layers), _MEASURED_LAYERS)
+        part = _without_hooks(model, n_layers, max(_MEASURED))
+        part.freqs_cis = model.freqs_cis[:1].expand(max(_MEASURED), -1)  # also where max_seq_len is less; any will do
+        device = device_of(model)
+        passes, outputs = [], []
+        for n in _MEASURED:
+            tokens = torch.zeros((1, n), dtype=torch.int64, device=device)
+            positions = CachePositions(torch.zeros(1, dtype=torch.int64, device=device), kv_len=n)
+            passes.append(partial(part, tokens, positions))
+            outputs.append(partial(part.output, part.norm(part.tok_embeddings(tokens))))
+        scale = len(model.layers) / n_layers
+        seconds = [
+            output + max(0.0, total - output) * scale
+            for total, output in zip(_min_seconds(passes, device), _min_seconds(outputs, device), strict=True)
+        ]
+        times = torch.tensor(seconds, dtype=torch.float32, device=device)
+        return cls(broadcast_from_first(times).tolist())
+
+
+def _min_seconds(functions: abc.Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """The minimum duration over several rounds of functions that compute `_MEASURED` positions."""
+    times = [math.inf] * len(functions)
+    for i in range(_TIMING_ROUNDS + 1):
+        for place, (n, function) in enumerate(zip(_MEASURED, functions, strict=True)):
+            if n > _MANY and i > 1:
+                continue
+            started = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if i:  # the first round is a warm-up
+                times[place] = min(times[place], time.perf_counter() - started)
+    return times
+
+
+def _without_hooks(model: nn.Module, n_layers: int, max_seq_len: int) -> Any:
+    """A shallow copy of the network with its first layers, the same weights, no hooks, and a new cache of one row."""
+    shadow = object.__new__(type(model))
+    state = dict(vars(model))
+    for name, value in state.items():
+        if "hooks" in name and isinstance(value, dict):
+            state[name] = type(value)()
+    children = [(name, child) for name, child in model._modules.items() if child is not None]
+    if isinstance(model, nn.ModuleList):
+        children = children[:n_layers]
+    state["_modules"] = {name: _without_hooks(child, n_layers, max_seq_len) for name, child in children}
+    state["_buffers"] = buffers = dict(model._buffers)
+    for name in ("keys", "values"):
+        if isinstance(cache := buffers.get(name), Tensor):
+            _, n_heads, _, head_dim = cache.shape
+            buffers[name] = cache.new_zeros((1, n_heads, max_seq_len, head_dim))
+    shadow.__dict__.update(state)
+    return shadow
+
+
+class DraftModel:
+    """Drafts with a smaller network, which must have the same vocabulary and whose KV cache has the same slots.
+
+    Args:
+        runner: runs the smaller network.
+    """
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._cached: list[list[int]] = [[] for _ in range(runner.max_batch_size)]  # tokens in each slot of the cache
+
+    def propose(self, sequences: abc.Sequence[Sequence], n: int) -> list[list[int]]:
+        """Drafts `n` tokens for each sequence with speculative="draft". All sequences must have room for `n` more."""
+        tokens = [s.tokens if s.speculative == "draft" else [0] for s in sequences]
+        lengths = self._fill(tokens)
+        width = max(len(t) - length for t, length in zip(tokens, lengths, strict=True))
+        pending = [t[length:] for t, length in zip(tokens, lengths, strict=True)]
+        device = self._runner.device
+        logits = self._runner.step(to_device(pad(pending, width), device).view(len(tokens), width), lengths)
+        last = to_device([len(p) - 1 for p in pending], device)
+        logits = logits[torch.arange(len(tokens), device=device), last]
+        drafts = [self._sample(logits, sequences, 0)]
+        for i in range(1, n):
+            logits = self._runner.step(drafts[-1].unsqueeze(1), [len(t) + i - 1 for t in tokens])
+            drafts.append(self._sample(logits[:, 0], sequences, i))
+        rows: list[list[int]] = broadcast_from_first(torch.stack(drafts, 1)).tolist()
+        for slot, (t, row) in enumerate(zip(tokens, rows, strict=True)):
+            self._cached[slot] = t + row[:-1]
+        return [row if s.speculative == "draft" else [] for s, row in zip(sequences, rows, strict=True)]
+
+    def _fill(self, tokens: abc.Sequence[list[int]]) -> list[int]:
+        """Prefills slots that lack more than a few tokens; returns the number of each slot's tokens in the cache."""
+        if self._runner.has_lost_cache():
+            self._cached = [[] for _ in self._cached]
+        lengths = [common_length(self._cached[i], t[:-1]) for i, t in enumerate(tokens)]
+        width = max(len(t) - length for t, length in zip(tokens, lengths, strict=True))
+        max_pending = MAX_WIDTH if max(lengths) + width <= self._runner.max_seq_len else 1
+        lagging = [i for i, t in enumerate(tokens) if len(t) - lengths[i] > max_pending]
+        if lagging:
+            self._runner.prefill([tokens[i][:-1] for i in lagging], lagging)
+            for i in lagging:
+                lengths[i] = len(tokens[i]) - 1
+        return lengths
+
+    def _sample(self, logits: Tensor, sequences: abc.Sequence[Sequence], ahead: int) -> Tensor:
+        """Samples with the noise that the large network will use, which makes equal tokens more likely."""
+        return sample(logits, [(sequence, sequence.next_step + ahead) for sequence in sequences])
+
+    def move_row(self, source: int, target: int) -> None:
+        """Moves the cache of a sequence that moved from slot `source` to slot `target`."""
+        cached = self._cached[source]
+        if cached and not self._runner.has_lost_cache():
+            self._runner.move_row(source, target, len(cached))
+            self._cached[target], self._cached[source] = cached, []
+
+
+@dataclass
+class _DraftState:
+    """The state of one sequence for drafting."""
+
+    lookup: PromptLookup = field(default_factory=PromptLookup)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    matched: int = 0  # length of the match that gave the newest draft; 0 for a draft model
+
+
+class Speculator:
+    """Drafts tokens for the running sequences, choosing the number of tokens that promises the highest speed.
+
+    Args:
+        model: the network that verifies the drafts.
+        draft: the runner of a draft model; None for prompt lookup only.
+
+    Attributes:
+        counts: statistics so far.
+    """
+
+    def __init__(self, model: Any, draft: ModelRunner | None = None) -> None:
+        self._costs = PassCosts.measure(model)
+        self._draft_costs: PassCosts | None = None
+        self._draft = DraftModel(draft) if draft else None
+        if draft:
+            self._draft_costs = PassCosts.measure(draft.model)
+        self.counts = Counts()
+
+    def propose(self, sequences: abc.Sequence[Sequence], room: int) -> list[list[int]]:
+        """Returns the drafted tokens of each sequence, which may be none. To be called once before each pass.
+
+        Args:
+            sequences: all running sequences, in the order of their slots.
+            room: number of tokens that fit after the newest token in every row of the cache.
+        """
+        limits = self._limits(sequences, room)
+        drafts: list[list[int]] = []
+        for sequence, n in zip(sequences, limits, strict=True):
+            sequence.draft_state = state = sequence.draft_state or _DraftState()
+            draft, state.matched = [], 0
+            if sequence.speculative == "prompt_lookup" and n > 0:
+                draft, state.matched = state.lookup.propose(sequence.tokens, n)
+            drafts.append(draft)
+        width = self._best_width(sequences, drafts, limits)
+        if width > 1 and any(s.speculative == "draft" and n for s, n in zip(sequences, limits, strict=True)):
+            assert self._draft is not None
+            by_model = self._draft.propose(sequences, width - 1)
+            drafts = [a or b[:n] for a, b, n in zip(drafts, by_model, limits, strict=True)]
+        return [draft[: width - 1] for draft in drafts]
+
+    def _limits(self, sequences: abc.Sequence[Sequence], room: int) -> list[int]:
+        """The maximum number of tokens to draft for each sequence."""
+        slowest = {id(sampler): min(s.next_step for s in group) for sampler, group in by_sampler(sequences)}
+        limits = []
+        for s in sequences:
+            limit = min(s.n_remaining - 1, room, MAX_WIDTH - 1) if s.speculative else 0
+            if not s.sampler.is_greedy:
+                limit = min(limit, slowest[id(s.sampler)] + _MAX_STEPS_AHEAD - s.next_step)
+            limits.append(max(0, limit))
+        return limits
+
+    def _best_width(
+        self, sequences: abc.Sequence[Sequence], drafts: abc.Sequence[list[int]], limits: abc.Sequence[int]
+    ) -> int:
+        """The number of tokens per row with the highest expected tokens per second; 1 for plain decoding."""
+        rates = [s.draft_state.acceptance.rate(s.draft_state.matched) for s in sequences]
+        by_model = [s.speculative == "draft" and n > 0 for s, n in zip(sequences, limits, strict=True)]
+        longest = [n if model else len(draft) for model, n, draft in zip(by_model, limits, drafts, strict=True)]
+        bsz = len(sequences)
+        best, best_speed = 1, _MIN_SPEEDUP * bsz / self._costs(bsz)
+        for width in _WIDTHS[1:]:
+            if width > 1 + max(longest):
+                break
+            tokens = sum(_expected(rate, min(n, width - 1)) for rate, n in zip(rates, longest, strict=True))
+            seconds = self._costs(bsz * width)
+            if any(by_model):
+                assert self._draft_costs is not None
+                seconds += self._draft_costs(bsz * 2) + (width - 2) * self._draft_costs(bsz)
+            if tokens / seconds > best_speed:
+                best, best_speed = width, tokens / seconds
+        return best
+
+    def observe(self, sequence: Sequence, n_drafted: int, n_accepted: int) -> None:
+        """Updates the statistics after a pass with the sequence's draft."""
+        if sequence.speculative:
+            sequence.draft_state.acceptance.observe(sequence.draft_state.matched, n_drafted, n_accepted)
+            self.counts.passes += n_drafted > 0
+            self.counts.drafted += n_drafted
+            self.counts.accepted += n_accepted
+
+    def move_row(self, source: int, target: int) -> None:
+        """Moves the draft model's cache of a sequence that moved from slot `source` to slot `target`."""
+        if self._draft:
+            self._draft.move_row(source, target)
+
+
+def _expected(rate: float, n: int) -> float:
+    """The expected number of new tokens from a pass with `n` drafted tokens, each accepted with probability `rate`."""
+    return 1.0 + n if math.isclose(rate, 1) else (1 - rate ** (n + 1)) / (1 - rate)
+
+
+def pad(rows: abc.Sequence[abc.Sequence[int]], width: int) -> list[int]:
+    """Right-pads rows with 0 to `width`, and concatenates them."""
+    return [token for row in rows for token in (*row, *[0] * (width - len(row)))]

@@ -1,0 +1,1 @@
+"""The sharded layers and the products that they compute."""

@@ -1,0 +1,191 @@
+"""The file of results of a batch, and the requests that have results in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama.errors import quote
+from llama.serving.batch_file import Line, read_line, result_id
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: two runs at the same time are not detected there
+    fcntl = None  # type: ignore[assignment]
+
+_SYNC_S = 5.0  # between two times that the results are forced onto the disk
+
+
+class Results:
+    """The file of results, one per line. Only one process may have it open.
+
+    Args:
+        path: the file; if it exists, results are added. An incomplete last line is removed.
+
+    Raises:
+        ValueError: another process has it open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        is_new = not path.exists()
+        self._file = open(path, "a+b")  # noqa: SIM115 (`close` closes it)
+        try:
+            _lock(self._file.fileno(), path)
+            _repair(self._file)
+        except BaseException:
+            self._file.close()
+            raise
+        self._synced = time.monotonic()
+        if is_new and os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+
+    def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The results in the file, with the numbers of their lines."""
+        self._file.seek(0)
+        for number, raw in enumerate(self._file, start=1):
+            try:
+                fields = json.loads(raw)
+                if not isinstance(fields, dict) or not isinstance(fields.get("id"), str):
+                    raise ValueError("not a result")
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{self._path}, line {number}: each line must be a result of this command, got "
+                    f"{quote(raw.decode(errors='replace'))}; use another --output, or remove the line"
+                ) from error
+            yield number, fields
+
+    def append(self, line: bytes) -> None:
+        """Adds a line. It is in the file on return, and on the disk within `_SYNC_S` of the next line."""
+        self._file.write(line)
+        self._file.flush()
+        if time.monotonic() - self._synced > _SYNC_S:
+            self._sync()
+
+    def close(self) -> None:
+        self._sync()
+        self._file.close()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+
+def _lock(fd: int, path: Path) -> None:
+    """Locks the file until this process ends; without effect on a file system without locks."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"--output must be a file that no other process is writing, got {path}; wait for the other process to end"
+        ) from error
+    except OSError:
+        return
+
+
+def _repair(file: Any) -> None:
+    """Removes an incomplete last line; one that lacks only its newline gets it."""
+    size = file.seek(0, os.SEEK_END)
+    tail = b""
+    while size > len(tail) and b"\n" not in tail:
+        start = max(0, size - 2 * len(tail) - 4096)
+        file.seek(start)
+        tail = file.read(size - start)
+    torn = tail.rpartition(b"\n")[2]
+    if not torn:
+        return
+    try:
+        json.loads(torn)
+    except (ValueError, RecursionError):
+        file.truncate(size - len(torn))
+    else:
+        file.write(b"\n")
+    file.flush()
+
+
+def read_requests(path: Path) -> Iterator[Line]:
+    """The lines of a file of requests; empty ones are skipped.
+
+    Raises:
+        ValueError: a request is without a `custom_id`.
+    """
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            if raw.strip():
+                try:
+                    yield read_line(number, raw)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
+
+
+@dataclass
+class Completed:
+    """The requests that have results already.
+
+    Attributes:
+        n_lines: number of requests in the input.
+        done: numbers of the input's lines that have a result.
+        fingerprints: of the runs that wrote results, each with the number of its first line in the output.
+    """
+
+    n_lines: int
+    done: set[int]
+    fingerprints: dict[str, int]
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.done) == self.n_lines
+
+
+def compare(input: Path, results: Results, output: Path) -> Completed:
+    """Finds the requests that have results.
+
+    Raises:
+        ValueError: two requests have the same `custom_id`, or a result belongs to no request of the input.
+    """
+    numbers: dict[str, int] = {}
+    ids: dict[str, int] = {}
+    n_lines = 0
+    for line in read_requests(input):
+        n_lines += 1
+        ids[result_id(line)] = line.number
+        if line.custom_id is not None and numbers.setdefault(line.custom_id, line.number) != line.number:
+            raise ValueError(
+                f"{input}: line {line.number} must have a custom_id of its own, got {quote(line.custom_id)}, which "
+                f"line {numbers[line.custom_id]} has too"
+            )
+    completed = Completed(n_lines, set(), {})
+    for number, fields in results.read():
+        request = ids.get(fields["id"])
+        custom_id = fields.get("custom_id")
+        if request is None:
+            was = numbers.get(custom_id) if isinstance(custom_id, str) else None
+            now = f"line {was} of the input has another request now" if was else "the input has no such request"
+            raise ValueError(
+                f"--output must be a new file, or the results of the same --input, got {output}, whose line {number} "
+                f"is the result of custom_id {quote(custom_id)}: {now}"
+            )
+        if request in completed.done:
+            raise ValueError(f"{output}, line {number}: custom_id {quote(custom_id)} must have one result, got two")
+        completed.done.add(request)
+        if mark := _fingerprint(fields):
+            completed.fingerprints.setdefault(mark, number)
+    return completed
+
+
+def _fingerprint(fields: dict[str, Any]) -> str | None:
+    """The `system_fingerprint` of a result; None for an error."""
+    inner: Any = fields
+    for name in ("response", "body", "system_fingerprint"):
+        inner = inner.get(name) if isinstance(inner, dict) else None
+    return inner if isinstance(inner, str) else None

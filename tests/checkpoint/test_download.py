@@ -1,0 +1,969 @@
+"""download.sh, run as users run it, against a server on this machine that fails in every way we know of.
+
+Nothing here leaves 127.0.0.1. Each run sees only the tools in a folder of its own, so that curl and wget, md5sum and
+macOS's md5 are each tried alone, and each run is checked for having shown the link or written it into a file.
+"""
+
+import dataclasses
+import hashlib
+import http.server
+import os
+import pty
+import random
+import resource
+import select
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "download.sh"
+BASH = shutil.which("bash")
+SHARDS = {"7b": 1, "13b": 2, "70b": 8, "7b-chat": 1, "13b-chat": 2, "70b-chat": 8}
+SHARD_SIZE = 150_000
+TOOLS = ["cat", "df", "mkdir", "mv", "rm", "sed", "sleep", "stty", "tail", "tr", "wc"]
+SECRET = "SeCrEt"
+QUERY = f"Policy={SECRET}-eyJTdGF0_~&Signature={SECRET}~x-y_z&Key-Pair-Id={SECRET}K15"
+SHARD = "llama-2-7b/consolidated.00.pth"
+COMMON = ["LICENSE", "USE_POLICY.md", "tokenizer.model", "tokenizer_checklist.chk"]
+CHAT_7B = [f"llama-2-7b-chat/{name}" for name in ("checklist.chk", "consolidated.00.pth", "params.json")]
+
+HANG_S = 600  # a test that waits longer hangs; no test may depend on how busy the machine is
+
+pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
+
+
+def checklist_of(files: dict[str, bytes]) -> bytes:
+    return b"".join(f"{hashlib.md5(body).hexdigest()}  {name}\n".encode() for name, body in files.items())
+
+
+def make_tree() -> dict[str, bytes]:
+    """Every file that Meta publishes, under its path, with shards of SHARD_SIZE bytes."""
+    rng = random.Random(0)
+    tokenizer = {"tokenizer.model": rng.randbytes(3000)}
+    tree = {"LICENSE": b"licence\n", "USE_POLICY.md": b"policy\n", **tokenizer}
+    tree["tokenizer_checklist.chk"] = checklist_of(tokenizer)
+    for model, n_shards in SHARDS.items():
+        files = {f"consolidated.{i:02d}.pth": rng.randbytes(SHARD_SIZE) for i in range(n_shards)}
+        files["params.json"] = f'{{"model": "{model}"}}'.encode()
+        files["checklist.chk"] = checklist_of(files)
+        tree.update({f"llama-2-{model}/{name}": body for name, body in files.items()})
+    return tree
+
+
+TREE = make_tree()
+
+
+@dataclasses.dataclass
+class Fault:
+    """How the server misbehaves on the next `times` requests for a path."""
+
+    status: int | None = None  # this status instead of the file
+    cut_at: int | None = None  # the connection ends at this offset of the file
+    hang_at: int | None = None  # the same, but the connection stays open and silent
+    body: bytes | None = None  # this instead of the file
+    ignore_range: bool = False
+    times: int = 1
+
+
+@dataclasses.dataclass
+class Request:
+    path: str
+    range: str | None
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.tree = dict(TREE)
+        self.query = QUERY
+        self.faults: dict[str, list[Fault]] = {}
+        self.requests: list[Request] = []
+        self.hanging = threading.Event()  # a client now waits on a silent connection
+        self.closing = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/*?{self.query}"
+
+    def fault(self, path: str, **how: object) -> None:
+        self.faults.setdefault(path, []).append(Fault(**how))  # type: ignore[arg-type]
+
+    def next_fault(self, path: str) -> Fault:
+        faults = self.faults.get(path)
+        if not faults:
+            return Fault()
+        faults[0].times -= 1
+        return faults[0] if faults[0].times else faults.pop(0)
+
+    def ranges(self, path: str) -> list[str | None]:
+        return [request.range for request in self.requests if request.path == path]
+
+    def paths(self) -> list[str]:
+        return [request.path for request in self.requests]
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that goes away is part of these tests."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        path = url.path.removeprefix("/")
+        asked_range = self.headers.get("Range")
+        self.server.requests.append(Request(path, asked_range))
+        fault = self.server.next_fault(path)
+        body = self.server.tree.get(path) if fault.body is None else fault.body
+        self.close_connection = True
+        if url.query != self.server.query:
+            self.refuse(403)
+        elif fault.status is not None:
+            self.refuse(fault.status)
+        elif body is None:
+            self.refuse(404)
+        else:
+            start = int(asked_range.removeprefix("bytes=").rstrip("-")) if asked_range else 0
+            self.serve(body, 0 if fault.ignore_range else start, fault)
+
+    def refuse(self, status: int) -> None:
+        message = b"<html>an error page, which must not end up in a file</html>"
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(message)))
+        self.end_headers()
+        self.wfile.write(message)
+
+    def serve(self, body: bytes, start: int, fault: Fault) -> None:
+        if start and start >= len(body):
+            self.refuse(416)
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        end = next((at for at in (fault.cut_at, fault.hang_at) if at is not None), len(body))
+        self.wfile.write(body[start:end])
+        if fault.hang_at is not None:
+            self.server.hanging.set()
+            self.server.closing.wait(HANG_S)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@dataclasses.dataclass
+class Outcome:
+    status: int
+    output: str
+
+    def expect(self, status: int, *words: str) -> None:
+        assert self.status == status, self.output
+        for said in words:
+            assert said in self.output
+
+
+def real_tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"needs {name}")
+    return path
+
+
+def is_gnu_wget_1() -> bool:
+    wget = shutil.which("wget")
+    if wget is None:
+        return False
+    return "GNU Wget 1" in subprocess.run([wget, "--version"], capture_output=True, text=True).stdout
+
+
+class Download:
+    """A folder of tools, a target folder, and the server's link: what a run of the script sees."""
+
+    def __init__(self, folder: Path, server: Server, downloader: str) -> None:
+        assert BASH is not None
+        self.bash = BASH
+        self.script = SCRIPT
+        self.folder = folder
+        self.server = server
+        self.bin = folder / "bin"
+        self.target = folder / "target"
+        self.home = folder / "home"
+        self.bin.mkdir()
+        self.home.mkdir()
+        for tool in [*TOOLS, downloader]:
+            (self.bin / tool).symlink_to(real_tool(tool))
+        self.install_md5("md5sum" if shutil.which("md5sum") else "md5")
+        self.env = {
+            "PATH": str(self.bin),
+            "HOME": str(self.home),
+            "PRESIGNED_URL": server.url,
+            "MODEL_SIZE": "7B",
+            "TARGET_FOLDER": str(self.target),
+            "RETRY_DELAY": "0",
+            "RETRIES": "2",
+            "SKIP_SPACE_CHECK": "1",
+        }
+
+    def install(self, name: str, shell_text: str) -> None:
+        """Puts a stand-in for a tool in its place."""
+        path = self.bin / name
+        path.unlink(missing_ok=True)
+        path.write_text(f"#!{self.bash}\n{shell_text}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def install_md5(self, name: str) -> None:
+        """Leaves `name` as the only tool for checksums; md5 is macOS's own or a stand-in that knows `md5 -r FILE`."""
+        for tool in ("md5sum", "md5"):
+            (self.bin / tool).unlink(missing_ok=True)
+        if name == "md5sum" or shutil.which("md5"):
+            (self.bin / name).symlink_to(real_tool(name))
+        else:
+            code = "import hashlib, sys; p = sys.argv[1]; print(hashlib.md5(open(p, 'rb').read()).hexdigest(), p)"
+            self.install("md5", f'[ "$1" = -r ] || exit 64\nexec "{sys.executable}" -I -S -c "{code}" "$2"')
+
+    def start(self, *args: str, cwd: Path | None = None, **kwargs: object) -> "subprocess.Popen[str]":
+        return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+            [self.bash, str(self.script), *args],
+            cwd=cwd or self.folder,
+            env=self.env,
+            start_new_session=True,
+            **{"stdin": subprocess.DEVNULL, "stdout": -1, "stderr": subprocess.STDOUT, "text": True, **kwargs},
+        )
+
+    def run(self, *args: str, cwd: Path | None = None, **env: str | None) -> Outcome:
+        """Runs the script; `env` adds to the variables, or with None takes one away."""
+        self.env.update({name: value for name, value in env.items() if value is not None})
+        for name in [name for name, value in env.items() if value is None]:
+            del self.env[name]
+        return self.finish(self.start(*args, cwd=cwd))
+
+    def finish(self, process: "subprocess.Popen[str]") -> Outcome:
+        output, _ = process.communicate(timeout=HANG_S)
+        self.check_secrecy(output)
+        return Outcome(process.returncode, output)
+
+    def check_secrecy(self, output: str) -> None:
+        assert SECRET not in output
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path.parent != self.bin and path.stat().st_size < 10_000_000:
+                assert SECRET.encode() not in path.read_bytes(), path
+
+    def put_all(self, files: dict[str, bytes]) -> None:
+        for path, body in files.items():
+            self.put(path, body)
+
+    def start_empty(self) -> None:
+        shutil.rmtree(self.target)
+
+    def put(self, path: str, body: bytes) -> None:
+        file = self.target / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(body)
+
+    def files(self) -> dict[str, bytes]:
+        found = (path for path in self.target.rglob("*") if path.is_file())
+        return {path.relative_to(self.target).as_posix(): path.read_bytes() for path in found}
+
+
+def tree_of(*models: str) -> dict[str, bytes]:
+    folders = tuple(f"llama-2-{model}/" for model in models)
+    return {path: body for path, body in TREE.items() if "/" not in path or path.startswith(folders)}
+
+
+def without(tree: dict[str, bytes], *paths: str) -> dict[str, bytes]:
+    return {path: body for path, body in tree.items() if path not in paths}
+
+
+@pytest.fixture(params=["curl", "wget"])
+def download(request: pytest.FixtureRequest, tmp_path: Path, server: Server) -> Download:
+    """One for each downloader, for what differs between them. All of 7B but its shard is there already."""
+    if request.param == "wget" and not is_gnu_wget_1():
+        pytest.skip("needs GNU wget 1")
+    download = Download(tmp_path, server, request.param)
+    download.put_all(without(tree_of("7b"), SHARD))
+    return download
+
+
+@pytest.fixture
+def any_download(tmp_path: Path, server: Server) -> Download:
+    """The same with whichever downloader is there, for what does not depend on it."""
+    download = Download(tmp_path, server, "wget" if is_gnu_wget_1() and not shutil.which("curl") else "curl")
+    download.put_all(without(tree_of("7b"), SHARD))
+    return download
+
+
+# --- what is asked for ---
+
+
+def test_all_models(download: Download) -> None:
+    download.start_empty()
+    outcome = download.run(MODEL_SIZE="")
+    outcome.expect(0)
+    assert download.files() == TREE
+    assert sorted(download.server.paths()) == sorted(TREE)
+
+
+@pytest.mark.parametrize(
+    ("answer", "models"),
+    [
+        ("7B", ["7b"]),
+        ("7b-CHAT, 13B", ["7b-chat", "13b"]),
+        ("13B-chat 7B", ["13b-chat", "7b"]),
+        (",7B,,7B,\n", ["7b"]),
+    ],
+)
+def test_some_models(any_download: Download, answer: str, models: list[str]) -> None:
+    any_download.start_empty()
+    outcome = any_download.run(MODEL_SIZE=answer)
+    outcome.expect(0)
+    assert any_download.files() == tree_of(*models)
+    assert sorted(any_download.server.paths()) == sorted(any_download.files())
+
+
+@pytest.mark.parametrize("answer", ["7B,8B", "7B-base", "7B;13B", "*", "7", "--help"])
+def test_unknown_model_is_refused_before_anything_is_fetched(any_download: Download, answer: str) -> None:
+    outcome = any_download.run(MODEL_SIZE=answer)
+    outcome.expect(2, "unknown model", "7B,13B,70B,7B-chat,13B-chat,70B-chat")
+    assert any_download.server.requests == []
+
+
+def test_link_given_as_the_model_is_not_shown(any_download: Download) -> None:
+    outcome = any_download.run(MODEL_SIZE=any_download.server.url)
+    outcome.expect(2, "no model name")
+
+
+@pytest.mark.parametrize("variable", ["PRESIGNED_URL", "MODEL_SIZE"])
+def test_without_terminal_and_variable(any_download: Download, variable: str) -> None:
+    outcome = any_download.run(**{variable: None})
+    outcome.expect(2, f"{variable} is not set", "no terminal")
+    assert any_download.server.requests == []
+
+
+def test_help(any_download: Download) -> None:
+    for flag in ("-h", "--help"):
+        outcome = any_download.run(flag)
+        assert outcome.status == 0
+        assert all(name in outcome.output for name in ("PRESIGNED_URL", "MODEL_SIZE", "TARGET_FOLDER", "70B-chat"))
+    any_download.run("7B").expect(2, "only argument")
+    any_download.run(any_download.server.url).expect(2, "only argument")
+    assert any_download.server.requests == []
+
+
+@pytest.mark.parametrize(("knob", "value"), [("RETRIES", "-1"), ("RETRY_DELAY", "08"), ("STALL_SECONDS", "x")])
+def test_knobs_are_whole_numbers(any_download: Download, knob: str, value: str) -> None:
+    outcome = any_download.run(**{knob: value})
+    outcome.expect(2, knob)
+
+
+# --- the link ---
+
+
+@pytest.mark.parametrize(
+    "paste",
+    [
+        "{amp}",
+        "  {url}\n",
+        '"{url}"',
+        "'{url}'",
+        "\u201c{url}\u201d\u00a0",
+        "<{url}>\r\n",
+        "{wrapped}",
+        "{backslashes}",
+        "{percent}",
+    ],
+)
+def test_url_is_unescaped(any_download: Download, paste: str) -> None:
+    url = any_download.server.url
+    forms = {
+        "url": url,
+        "amp": url.replace("&", "&amp;"),
+        "wrapped": f"{url[:60]}\n {url[60:]}",
+        "backslashes": url.replace("?", "\\?").replace("=", "\\=").replace("*", "\\*"),
+        "percent": url.replace("*", "%2A"),
+    }
+    outcome = any_download.run(PRESIGNED_URL=paste.format(**forms))
+    outcome.expect(0)
+    assert any_download.files() == tree_of("7b")
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        (f"https://127.0.0.1/LICENSE?{QUERY}", "no *"),
+        (f"https://127.0.0.1/l.php?u=https%3A%2F%2Fexample%2F%2A%3F{QUERY}", "no *"),
+        (f"https://127.0.0.1/?{QUERY}*", "no *"),
+        (f"ftp://127.0.0.1/*?{QUERY}", "does not begin with http"),
+        (f"127.0.0.1/*?{QUERY}", "does not begin with http"),
+        ("7B", "does not begin with http"),
+        (' "" ', "empty"),
+    ],
+)
+def test_url_that_cannot_be_right(any_download: Download, url: str, says: str) -> None:
+    outcome = any_download.run(PRESIGNED_URL=url)
+    outcome.expect(2, says)
+
+
+def test_link_is_in_no_argument_and_no_environment(download: Download) -> None:
+    downloader = "curl" if (download.bin / "curl").exists() else "wget"
+    seen = download.folder / "seen"
+    real = real_tool(downloader)
+    download.install(downloader, f'{{ printf "%s\\n" "$@"; export -p; }} >>"{seen}"\nexec "{real}" "$@"')
+    outcome = download.run(url="exported")  # looks for the link in every file, `seen` among them
+    outcome.expect(0)
+    assert "TARGET_FOLDER" in seen.read_text()
+
+
+# --- where it goes ---
+
+
+def test_target_with_spaces_and_below_a_new_folder(download: Download) -> None:
+    download.target = download.folder / "my models" / "llama  2"
+    outcome = download.run(TARGET_FOLDER=str(download.target))
+    outcome.expect(0)
+    assert download.files() == tree_of("7b")
+    assert download.run().status == 0
+
+
+@pytest.mark.parametrize("target", [None, "below", "-rf"])
+def test_target_is_relative_to_the_current_folder(any_download: Download, target: str | None) -> None:
+    here = any_download.folder / "here"
+    here.mkdir()
+    any_download.target = here / (target or "")
+    outcome = any_download.run(cwd=here, TARGET_FOLDER=target)
+    outcome.expect(0)
+    assert any_download.files() == tree_of("7b")
+
+
+def test_licence_of_this_library_is_left_alone(any_download: Download) -> None:
+    script = any_download.target / "download.sh"
+    shutil.copy(SCRIPT, script)
+    any_download.put("LICENSE", b"MIT")
+    any_download.script = script
+    outcome = any_download.run(cwd=any_download.target, TARGET_FOLDER=None)
+    outcome.expect(0)
+    files = any_download.files()
+    assert files["LICENSE"] == b"MIT"
+    assert files["LICENSE-llama-2"] == TREE["LICENSE"]
+
+
+def test_target_that_cannot_be_made(any_download: Download) -> None:
+    (any_download.folder / "file").write_bytes(b"")
+    outcome = any_download.run(TARGET_FOLDER=str(any_download.folder / "file" / "below"))
+    outcome.expect(1, "cannot make the folder")
+    assert any_download.server.requests == []
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SHARD_SIZE // 2, SHARD_SIZE // 2))
+
+
+def test_full_disk(download: Download) -> None:
+    # A limit on the size of a file stands for a full disk: Python ignores SIGXFSZ, and so do its children then.
+    process = download.start(preexec_fn=limit_file_size, restore_signals=False)
+    outcome = download.finish(process)
+    outcome.expect(1, "Is the disk full")
+    assert download.server.ranges(SHARD) == [None]
+    assert download.run().status == 0
+    assert download.files() == tree_of("7b")
+
+
+# --- interrupted downloads ---
+
+
+def test_cut_connection_is_resumed(download: Download) -> None:
+    download.server.fault(SHARD, cut_at=60_000)
+    outcome = download.run()
+    outcome.expect(0)
+    assert download.server.ranges(SHARD) == [None, "bytes=60000-"]
+    assert download.files() == tree_of("7b")
+
+
+def test_next_run_resumes(download: Download) -> None:
+    download.server.fault(SHARD, cut_at=60_000, times=3)
+    outcome = download.run(RETRIES="1")
+    outcome.expect(1, "breaks off", "Run this again")
+    assert download.files() == without(tree_of("7b"), SHARD) | {f"{SHARD}.part": TREE[SHARD][:60_000]}
+    download.server.faults.clear()
+    download.server.requests.clear()
+    outcome = download.run()
+    outcome.expect(0)
+    assert download.server.ranges(SHARD) == ["bytes=60000-"]
+    assert set(download.server.paths()) == {SHARD, "llama-2-7b/checklist.chk"}
+    assert download.files() == tree_of("7b")
+
+
+def test_only_failures_without_a_byte_gained_count(download: Download) -> None:
+    cuts = (20_000, 40_000, 60_000)
+    for at in cuts:
+        download.server.fault(SHARD, cut_at=at)
+        download.server.fault(SHARD, status=503)
+    outcome = download.run(RETRIES="1")
+    outcome.expect(0)
+    assert download.server.ranges(SHARD) == [None, *(f"bytes={at}-" for at in cuts for _ in range(2))]
+
+
+def test_cut_small_files(download: Download) -> None:
+    download.start_empty()
+    for path in COMMON:
+        download.server.fault(path, cut_at=4)
+    outcome = download.run()
+    outcome.expect(0)
+    assert download.files() == tree_of("7b")
+
+
+def test_server_that_ignores_range(download: Download) -> None:
+    download.server.fault(SHARD, cut_at=60_000)
+    download.server.fault(SHARD, ignore_range=True, times=9)
+    outcome = download.run()
+    outcome.expect(0)
+    assert download.server.ranges(SHARD)[1] == "bytes=60000-"
+    assert download.files() == tree_of("7b")
+
+
+def test_server_that_ignores_range_and_always_cuts(download: Download) -> None:
+    download.server.fault(SHARD, cut_at=60_000, ignore_range=True, times=99)
+    outcome = download.run()
+    outcome.expect(1, "breaks off")
+    assert len(download.server.ranges(SHARD)) <= 8
+
+
+def test_silent_connection_is_given_up_and_resumed(download: Download) -> None:
+    download.server.fault(SHARD, hang_at=1000)
+    outcome = download.run(STALL_SECONDS="1", RETRIES="20")
+    outcome.expect(0)
+    ranges = download.server.ranges(SHARD)
+    assert ranges[0] is None and len(ranges) > 1  # on a busy machine the second one, too, may be too slow
+    assert download.files() == tree_of("7b")
+
+
+def test_interrupt_leaves_it_resumable(download: Download) -> None:
+    download.server.fault(SHARD, hang_at=100_000)
+    process = download.start()
+    assert download.server.hanging.wait(HANG_S)
+    part = download.target / f"{SHARD}.part"
+    wait_until(lambda: part.exists() and part.stat().st_size > 0)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    outcome = download.finish(process)
+    outcome.expect(130, "Interrupted")
+    size = part.stat().st_size
+    assert download.files() == without(tree_of("7b"), SHARD) | {f"{SHARD}.part": TREE[SHARD][:size]}
+    outcome = download.run()
+    outcome.expect(0)
+    assert download.server.ranges(SHARD) == [None, f"bytes={size}-"]
+    assert download.files() == tree_of("7b")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + HANG_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("body", [TREE[SHARD], TREE[SHARD] + b"too long"])
+def test_part_that_is_as_long_as_the_file_or_longer(download: Download, body: bytes) -> None:
+    download.put(f"{SHARD}.part", body)
+    outcome = download.run()
+    outcome.expect(0)
+    assert download.server.ranges(SHARD) == [f"bytes={len(body)}-"] + ([None] if body != TREE[SHARD] else [])
+    assert download.files() == tree_of("7b")
+
+
+def test_truncated_file_under_its_final_name_is_resumed(download: Download) -> None:
+    download.put(SHARD, TREE[SHARD][:70_000])
+    outcome = download.run()
+    outcome.expect(0)
+    assert download.server.ranges(SHARD) == ["bytes=70000-"]
+    assert download.files() == tree_of("7b")
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (403, ["expired", "used up", "Ask for a new one at https://"]),
+        (401, ["expired"]),
+        (404, ["no such file", "compare the name"]),
+        (400, ["Copy it whole"]),
+    ],
+)
+def test_refused_link(download: Download, status: int, says: list[str]) -> None:
+    download.server.fault(CHAT_7B[1], status=status, times=99)
+    outcome = download.run(MODEL_SIZE="7B,7B-chat")
+    assert outcome.status == 1
+    assert all(words in outcome.output for words in [*says, CHAT_7B[1], str(status)]), outcome.output
+    assert download.server.ranges(CHAT_7B[1]) == [None]  # it was not tried again
+    assert download.files() == without(tree_of("7b", "7b-chat"), CHAT_7B[1])
+
+
+def test_new_link_after_the_old_one_expired_in_the_middle(download: Download) -> None:
+    download.server.fault(SHARD, cut_at=60_000)
+    download.server.fault(SHARD, status=403)
+    assert "expired" in download.run().output
+    outcome = download.run()
+    outcome.expect(0)
+    assert download.server.ranges(SHARD) == [None, "bytes=60000-", "bytes=60000-"]
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_trouble_of_the_server_is_waited_out(download: Download, status: int) -> None:
+    download.server.fault(SHARD, status=status, times=2)
+    outcome = download.run()
+    outcome.expect(0)
+    assert len(download.server.ranges(SHARD)) == 3
+    assert f"status {status}" in outcome.output
+    assert download.files() == tree_of("7b")
+
+
+def test_trouble_of_the_server_that_lasts(download: Download) -> None:
+    download.server.fault(SHARD, status=503, times=99)
+    outcome = download.run()
+    outcome.expect(1, "Try again later")
+    assert len(download.server.ranges(SHARD)) == 3
+    assert download.files() == without(tree_of("7b"), SHARD)
+
+
+def test_delay_doubles_and_starts_anew_after_progress(any_download: Download) -> None:
+    slept = any_download.folder / "slept"
+    any_download.install("sleep", f'printf "%s " "$1" >>"{slept}"')
+    any_download.server.fault(SHARD, status=503, times=6)
+    any_download.server.fault(SHARD, cut_at=60_000)
+    any_download.server.fault(SHARD, status=503, times=2)
+    outcome = any_download.run(RETRIES="6", RETRY_DELAY="3")
+    outcome.expect(0)
+    assert slept.read_text().split() == ["3", "6", "12", "24", "48", "60", "3", "6", "12"]
+
+
+def test_no_network(download: Download) -> None:
+    with socket.socket() as bound:  # bound but not listening: whoever connects is refused
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}/*?{QUERY}"
+        outcome = download.run(PRESIGNED_URL=url)
+    outcome.expect(1, "cannot be reached", "proxy")
+    assert outcome.output.count("trying again") == 2
+    assert download.files() == without(tree_of("7b"), SHARD)
+
+
+@pytest.mark.parametrize(
+    ("curl_status", "wget_status", "says"),
+    [(60, 5, "certificate is not trusted"), (2, 2, "does not work here"), (127, 127, "cannot be started")],
+)
+def test_failures_on_this_side_are_not_tried_again(
+    download: Download, curl_status: int, wget_status: int, says: str
+) -> None:
+    if (download.bin / "curl").exists():
+        download.install("curl", f"printf 000; exit {curl_status}")
+    else:
+        download.install("wget", f'[ "$1" = --help ] && echo --input-file\nexit {wget_status}')
+    outcome = download.run()
+    outcome.expect(1, says)
+    assert "trying again" not in outcome.output
+
+
+# --- checksums ---
+
+
+@pytest.mark.parametrize("tool", ["md5sum", "md5"])
+def test_corrupt_file_is_fetched_once_more(download: Download, tool: str) -> None:
+    download.install_md5(tool)
+    download.server.fault(SHARD, body=b"x" * SHARD_SIZE)
+    outcome = download.run()
+    outcome.expect(0)
+    assert "corrupt" in outcome.output
+    assert download.server.ranges(SHARD) == [None, None]
+    assert download.files() == tree_of("7b")
+
+
+@pytest.mark.parametrize("tool", ["md5sum", "md5"])
+@pytest.mark.parametrize("path", [SHARD, "llama-2-7b/params.json", "tokenizer.model"])
+def test_file_that_stays_corrupt(any_download: Download, tool: str, path: str) -> None:
+    any_download.install_md5(tool)
+    any_download.put(SHARD, TREE[SHARD])
+    (any_download.target / path).unlink()
+    any_download.server.fault(path, body=b"<html>log in first</html>", times=99)
+    outcome = any_download.run()
+    outcome.expect(1, f"{path}: corrupt twice")
+    assert any_download.server.ranges(path) == [None, None]
+    assert not any_download.files().keys() & {path, f"{path}.part"}
+    assert any_download.files().items() <= TREE.items()
+
+
+@pytest.mark.parametrize("part", [b"x" * 60_000, b"x" * SHARD_SIZE])
+def test_corrupt_part_is_replaced(download: Download, part: bytes) -> None:
+    download.put(f"{SHARD}.part", part)
+    outcome = download.run()
+    outcome.expect(0)
+    assert download.server.ranges(SHARD) == [f"bytes={len(part)}-", None]
+    assert download.files() == tree_of("7b")
+
+
+@pytest.mark.parametrize("tool", ["md5sum", "md5"])
+def test_verified_files_are_skipped(download: Download, tool: str) -> None:
+    download.install_md5(tool)
+    download.put_all(tree_of("7b", "13b"))
+    outcome = download.run(MODEL_SIZE="7B,13B")
+    outcome.expect(0)
+    assert outcome.output.count("already verified") == 6
+    assert download.server.requests == []
+
+
+@pytest.mark.parametrize("tool", ["md5sum", "md5"])
+def test_damaged_file_is_the_only_one_fetched_again(any_download: Download, tool: str) -> None:
+    any_download.install_md5(tool)
+    any_download.start_empty()
+    any_download.put_all(tree_of("13b"))
+    damaged = "llama-2-13b/consolidated.01.pth"
+    any_download.put(damaged, TREE[damaged][:-1] + b"?")
+    assert any_download.run(MODEL_SIZE="13B").status == 0
+    assert any_download.server.paths() == ["llama-2-13b/checklist.chk", damaged, damaged]  # 416, then whole
+    assert any_download.files() == tree_of("13b")
+
+
+def test_damaged_checklist_condemns_no_good_file(any_download: Download) -> None:
+    any_download.put(SHARD, TREE[SHARD])
+    any_download.put("llama-2-7b/checklist.chk", TREE["llama-2-7b-chat/checklist.chk"])
+    assert any_download.run().status == 0
+    assert any_download.server.paths() == ["llama-2-7b/checklist.chk"]
+    assert any_download.files() == tree_of("7b")
+
+
+def test_login_page_in_place_of_the_checklist(any_download: Download) -> None:
+    any_download.put("llama-2-7b/checklist.chk", b"the old one")
+    any_download.server.tree["llama-2-7b/checklist.chk"] = b"<html>Welcome! <b>Log in</b> first.</html>"
+    outcome = any_download.run()
+    outcome.expect(1, "is no checklist")
+    assert any_download.files()["llama-2-7b/checklist.chk"] == b"the old one"
+    assert SHARD not in any_download.server.paths()
+
+
+def test_checklist_that_lacks_a_file(any_download: Download) -> None:
+    lines = TREE["llama-2-7b/checklist.chk"].splitlines(keepends=True)
+    any_download.server.tree["llama-2-7b/checklist.chk"] = lines[1]
+    outcome = any_download.run()
+    outcome.expect(1, "is no checklist")
+
+
+def test_checklist_in_other_dress(any_download: Download) -> None:
+    text = TREE["llama-2-7b/checklist.chk"].decode()
+    lines = [line.split() for line in text.splitlines()]
+    dressed = "other line\r\n" + "\r\n".join(f"{md5} *./{name}" for md5, name in lines)
+    any_download.server.tree["llama-2-7b/checklist.chk"] = dressed.encode()
+    outcome = any_download.run()
+    outcome.expect(0)
+    assert any_download.files() == tree_of("7b") | {"llama-2-7b/checklist.chk": dressed.encode()}
+
+
+@pytest.mark.parametrize("tool", ["md5sum", "md5"])
+def test_failing_checksum_tool_costs_no_file(any_download: Download, tool: str) -> None:
+    any_download.put(SHARD, TREE[SHARD])
+    any_download.install_md5(tool)
+    any_download.install(tool, "exit 1")
+    outcome = any_download.run()
+    outcome.expect(1, f"{tool} could not read")
+    assert any_download.files() == tree_of("7b")
+
+
+def test_missing_tools_are_named_before_anything_is_fetched(any_download: Download) -> None:
+    for tool in ("md5sum", "md5"):
+        (any_download.bin / tool).unlink(missing_ok=True)
+    outcome = any_download.run()
+    outcome.expect(1, "neither md5sum nor md5")
+    for tool in ("curl", "wget"):
+        (any_download.bin / tool).unlink(missing_ok=True)
+    outcome = any_download.run()
+    outcome.expect(1, "neither curl nor wget")
+    for text in ("BusyBox v1.35.0 multi-call binary. Usage: wget [-cqS] URL...", "GNU Wget2 2.1.0 --input-file"):
+        any_download.install("wget", f"echo '{text}' >&2")
+        outcome = any_download.run()
+        outcome.expect(1, "Install curl or GNU wget")
+    assert any_download.server.requests == []
+
+
+# --- disk space ---
+
+
+def install_df(download: Download, free_kib: int) -> None:
+    download.env["SKIP_SPACE_CHECK"] = "0"
+    download.install(
+        "df",
+        'echo "Filesystem 1024-blocks Used Available Capacity Mounted on"\n'
+        f'echo "map auto home  976490576 123456 {free_kib}     3% /Volumes/My 5% Disk"',
+    )
+
+
+GIB = 1024 * 1024  # in KiB
+
+
+@pytest.mark.parametrize(
+    ("models", "gib"), [("7B", 13), ("13B-chat", 25), ("70B", 130), ("7B,13B,70B", 168), (" All ", 336)]
+)
+def test_too_little_space(any_download: Download, models: str, gib: int) -> None:
+    install_df(any_download, gib * GIB - 1)
+    outcome = any_download.run(MODEL_SIZE=models)
+    outcome.expect(1, "not enough disk space", f"about {gib} GB are still to come")
+    assert f"{gib - 1} GB are free" in outcome.output
+    assert any_download.server.requests == []
+
+
+def test_enough_space(any_download: Download) -> None:
+    install_df(any_download, 13 * GIB)
+    outcome = any_download.run()
+    outcome.expect(0)
+
+
+def test_only_what_is_missing_needs_space(any_download: Download) -> None:
+    for shard in range(6):
+        any_download.put(f"llama-2-70b/consolidated.0{shard}.pth", b"")
+    part = any_download.target / "llama-2-70b/consolidated.06.pth.part"
+    part.touch()
+    os.truncate(part, 1024**3)  # sparse
+    install_df(any_download, 2 * 130 * GIB // 8 - GIB - 1)
+    assert "about 32 GB are still to come" in any_download.run(MODEL_SIZE="70B").output
+    part.unlink()
+    assert "about 33 GB are still to come" in any_download.run().output
+    assert any_download.server.requests == []
+
+
+def test_space_that_cannot_be_read_is_only_a_warning(any_download: Download) -> None:
+    any_download.env["SKIP_SPACE_CHECK"] = "0"
+    any_download.install("df", "exit 1")
+    outcome = any_download.run()
+    outcome.expect(0, "could not be read")
+    assert any_download.files() == tree_of("7b")
+
+
+def test_real_df_is_understood(any_download: Download) -> None:
+    outcome = any_download.run(SKIP_SPACE_CHECK="0")
+    assert "could not be read" not in outcome.output
+    assert outcome.status == 0 or "not enough disk space" in outcome.output
+
+
+# --- at a terminal ---
+
+
+class Terminal:
+    """The script at a pseudo-terminal; what it shows is collected in `shown`."""
+
+    def __init__(self, download: Download) -> None:
+        self.master, slave = pty.openpty()
+        self.process = download.start(stdin=slave, stdout=slave, stderr=slave)
+        self.slave = slave
+        self.shown = ""
+
+    def read(self) -> bool:
+        """Collects what is there; False once nothing more can come."""
+        ready, _, _ = select.select([self.master], [], [], 0.05)
+        if ready:
+            self.shown += os.read(self.master, 65536).decode()
+        return bool(ready) or self.process.poll() is None
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + HANG_S
+        while text not in self.shown:
+            assert self.read(), self.shown
+            assert time.monotonic() < deadline, self.shown
+
+    def type(self, text: str) -> None:
+        for start in range(0, len(text), 1000):
+            os.write(self.master, text[start : start + 1000].encode())
+            time.sleep(0.02)
+
+    def finish(self) -> int:
+        while self.read():
+            pass
+        return self.process.wait(HANG_S)
+
+    @property
+    def echoes(self) -> bool:
+        return bool(termios.tcgetattr(self.slave)[3] & termios.ECHO)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.slave)
+        os.close(self.master)
+
+
+@pytest.fixture
+def terminal(any_download: Download) -> Iterator[Terminal]:
+    del any_download.env["PRESIGNED_URL"], any_download.env["MODEL_SIZE"]
+    terminal = Terminal(any_download)
+    terminal.wait_for("not shown")
+    wait_until(lambda: not terminal.echoes)
+    yield terminal
+    terminal.close()
+
+
+def test_questions_at_a_terminal(terminal: Terminal, any_download: Download) -> None:
+    url = any_download.server.url
+    terminal.type(f"{url[:70]}\n{url[70:]}\n")  # a link that was wrapped
+    terminal.wait_for("Models to download")
+    assert terminal.echoes
+    terminal.type("7B\n")
+    assert terminal.finish() == 0, terminal.shown
+    any_download.check_secrecy(terminal.shown)
+    assert any_download.files() == tree_of("7b")
+
+
+def test_link_longer_than_a_terminals_line(terminal: Terminal, any_download: Download) -> None:
+    any_download.server.query += "&more=" + "x" * 6000
+    terminal.type(f"{any_download.server.url}\n")
+    terminal.wait_for("Models to download")
+    terminal.type("7B\n")
+    assert terminal.finish() == 0, terminal.shown
+    any_download.check_secrecy(terminal.shown)
+
+
+def test_interrupt_at_the_question_gives_the_terminal_back(terminal: Terminal, any_download: Download) -> None:
+    os.killpg(terminal.process.pid, signal.SIGINT)
+    assert terminal.finish() == 130
+    assert terminal.echoes
+    assert any_download.server.requests == []
+
+
+def test_progress_is_shown_at_a_terminal_only(download: Download) -> None:
+    download.server.fault(SHARD, cut_at=60_000)
+    download.server.fault(SHARD, status=503)
+    terminal = Terminal(download)
+    assert terminal.finish() == 0, terminal.shown
+    terminal.close()
+    assert " 40" in terminal.shown  # percent
+    download.check_secrecy(terminal.shown)
+    (download.target / SHARD).unlink()
+    assert "100" not in download.run().output
+
+
+# --- the text of the script ---
+
+
+def test_shellcheck() -> None:
+    subprocess.run([real_tool("shellcheck"), str(SCRIPT)], check=True)

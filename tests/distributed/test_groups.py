@@ -1,0 +1,405 @@
+"""Processes, devices, dtypes and threads: in this process where that can be, else in a fresh interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llama import Llama
+from llama.distributed import groups as runtime
+from tests.conftest import ROOT
+from tests.support import oracle
+
+CPU = torch.device("cpu")
+
+
+def run_script(script: str, *arguments: object, options: tuple[str, ...] = (), **environment: str) -> Any:
+    """Runs Python with these environment variables and no others but the search paths; returns what it prints as JSON.
+
+    The script may leave no word on stderr and has to end with status 0.
+    """
+    paths = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": os.environ.get("HOME", "/")}
+    done = subprocess.run(
+        [sys.executable, *options, "-c", script, *map(str, arguments)],
+        env=paths | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+PLAIN = """
+import atexit, json, sys
+import torch.distributed as dist
+from llama import Llama
+results = []
+atexit.register(lambda: print(json.dumps([*results, dist.is_initialized()])))  # after the library's own
+folder, tokenizer = sys.argv[1:]
+def build():
+    return Llama.build(folder, tokenizer, max_seq_len=64, max_batch_size=4, device="cpu", dtype="float32")
+first = build()
+second = build()
+results += [llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0] for llama in (second, first)]
+results.append(first.generate([[1, 9]], 8, seed=4)[0])
+"""
+
+
+def test_a_plain_script_needs_no_environment(checkpoint: Path, tokenizer_path: Path, llama: Llama) -> None:
+    """No launcher, no variables; two builds; any warning is an error; the end is clean."""
+    greedy, seeded = llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0], llama.generate([[1, 9]], 8, seed=4)[0]
+    got = run_script(PLAIN, checkpoint, tokenizer_path, options=("-W", "error"), OMP_NUM_THREADS="1")
+    assert got == [greedy, greedy, seeded, False]  # and no process group is left
+
+
+OWN_GROUPS = """
+import contextlib, io, json, os, sys
+import torch.distributed as dist
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group, initialize_model_parallel
+from llama import Llama
+folder, tokenizer, two_files = sys.argv[1:]
+def build(folder, size=None):
+    return Llama.build(folder, tokenizer, 64, 4, size, device="cpu", dtype="float32")
+errors = []
+for size in (None, 2):
+    try:
+        build(two_files, size)
+    except ValueError as error:
+        errors.append(str(error))
+del os.environ["WORLD_SIZE"]
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+with contextlib.redirect_stdout(io.StringIO()):
+    initialize_model_parallel(1)
+before = dist.group.WORLD, get_model_parallel_group()
+rows = build(folder).generate([[1, 9, 4], [7]], 8, temperature=0)[0]
+kept = before == (dist.group.WORLD, get_model_parallel_group())
+dist.destroy_process_group()
+print(json.dumps([errors, rows, kept]))
+"""
+
+
+def test_groups_that_exist_are_used_and_an_unfinished_launch_is_explained(
+    checkpoint: Path,
+    tokenizer_path: Path,
+    llama: Llama,
+    write_checkpoint: Callable[..., Path],
+    params: dict[str, Any],
+    state: oracle.State,
+) -> None:
+    """WORLD_SIZE=2 without a launcher's other variables; then, the error past, a program with groups of its own."""
+    two_files = write_checkpoint(params, state, 2)
+    errors, rows, kept = run_script(
+        OWN_GROUPS, checkpoint, tokenizer_path, two_files, OMP_NUM_THREADS="1", WORLD_SIZE="2"
+    )
+    assert len(errors) == 2
+    for error in errors:
+        assert "WORLD_SIZE=2" in error and "MASTER_ADDR" in error and "torchrun" in error
+    assert rows == llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0]
+    assert kept
+
+
+THREADS = """
+import io, json, sys, threading
+from fairscale.nn.model_parallel import initialize
+from llama import Llama
+folder, tokenizer = sys.argv[1:]
+printed, errors, rows = io.StringIO(), [], []
+stdout, sys.stdout = sys.stdout, printed
+start = threading.Barrier(8)
+def build():
+    start.wait()
+    try:
+        llama = Llama.build(folder, tokenizer, max_seq_len=64, max_batch_size=4, device="cpu", dtype="float32")
+        rows.append(llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0])
+    except Exception as error:
+        errors.append(repr(error))
+threads = [threading.Thread(target=build) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+kept = sys.stdout is printed
+sys.stdout = stdout
+print(json.dumps([errors, rows, kept, printed.getvalue(), "print" in vars(initialize)]))
+"""
+
+
+def test_first_builds_in_several_threads(checkpoint: Path, tokenizer_path: Path, llama: Llama) -> None:
+    """They make the groups once, print nothing, and leave stdout to the other threads."""
+    expected = llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0]
+    got = run_script(THREADS, checkpoint, tokenizer_path, OMP_NUM_THREADS="1")
+    assert got == [[], [expected] * 8, True, "", False]
+
+
+PRINTS = """
+import json, sys, torch
+from fairscale.nn.model_parallel import initialize
+from llama.distributed import groups as runtime
+seen = []
+real = runtime.initialize_model_parallel
+def slow(size):
+    seen.append(sys.stdout is sys.__stdout__)  # as another thread would find it
+    initialize.print("not to be seen")
+    real(size)
+    if len(seen) == 1:
+        raise OSError("once")
+runtime.initialize_model_parallel = slow
+for attempt in range(2):
+    try:
+        runtime.init_process_groups(1, torch.device("cpu"))
+    except OSError:
+        initialize.destroy_model_parallel()
+    seen.append("print" in vars(initialize))
+print(json.dumps(seen))
+"""
+
+
+def test_fairscale_is_silenced_in_its_own_module_alone_and_only_while_it_makes_the_groups() -> None:
+    """Also after an error in it."""
+    assert run_script(PRINTS, OMP_NUM_THREADS="1") == [True, False, True, False]
+
+
+FORK = """
+import json, os, sys
+from llama import Llama
+folder, tokenizer = sys.argv[1:]
+llama = Llama.build(folder, tokenizer, max_seq_len=64, max_batch_size=4, device="cpu", dtype="float32")
+child = os.fork()
+if child == 0:
+    sys.exit(7)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(json.dumps([status, llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0]]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system on which processes can fork")
+def test_a_forked_child_can_exit_and_leaves_the_parents_groups_alone(
+    checkpoint: Path, tokenizer_path: Path, llama: Llama
+) -> None:
+    expected = llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0]
+    status, rows = run_script(FORK, checkpoint, tokenizer_path, options=("-W", "ignore"), OMP_NUM_THREADS="1")
+    assert (status, rows) == (7, expected)
+
+
+PEAK = """
+import json, sys
+import torch
+from llama import Llama
+def peak_and_now():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return [1024 * int(lines[key].split()[0]) for key in ("VmHWM", "VmRSS")]
+folder, tokenizer, dtype = sys.argv[1:]
+torch.nn.functional.linear(torch.ones(4, 64), torch.ones(64, 64))
+before = peak_and_now()[1]
+llama = Llama.build(folder, tokenizer, max_seq_len=16, max_batch_size=1, device="cpu", dtype=dtype)
+loaded = peak_and_now()[0]
+llama.generate([[1, 9]], 2, temperature=0)
+print(json.dumps([loaded - before, peak_and_now()[0] - before]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see what memory is used")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_never_holds_a_second_copy(
+    write_checkpoint: Callable[..., Path], params: dict[str, Any], tokenizer_path: Path, dtype: str
+) -> None:
+    """The checkpoint is bfloat16: as it is, and converted. Peak memory, mapped pages counted, to the first token."""
+    big = params | {"dim": 768, "n_layers": 8, "n_heads": 8, "multiple_of": 256, "ffn_dim_multiplier": None}
+    state = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in oracle.shapes(big).items()}
+    weights = sum(tensor.numel() for tensor in state.values()) * (2 if dtype == "bfloat16" else 4)
+    folder = write_checkpoint(big, state)
+    assert weights > 90 * 2**20
+    for grown in run_script(PEAK, folder, tokenizer_path, dtype, OMP_NUM_THREADS="1"):
+        assert grown < 1.25 * weights + 20 * 2**20
+
+
+# ---- sizes ----
+
+
+@pytest.fixture
+def nothing_initialized(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes this process look as if no group had been made; its arguments are the environment's variables."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(runtime, "model_parallel_is_initialized", lambda: False)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def launch(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
+def test_the_model_parallel_size_defaults_to_the_world_size_else_one(nothing_initialized: Callable[..., None]) -> None:
+    assert runtime.resolve_model_parallel_size(None) == 1
+    nothing_initialized(WORLD_SIZE="8")
+    assert runtime.resolve_model_parallel_size(None) == 8
+    assert [runtime.resolve_model_parallel_size(size) for size in (1, 2, 4, 8)] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "", "1.5"])
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+def test_sizes_in_the_environment_are_whole_numbers_above_zero(
+    nothing_initialized: Callable[..., None], name: str, value: str
+) -> None:
+    nothing_initialized(**{name: value})
+    read = runtime.world_size if name == "WORLD_SIZE" else runtime.local_world_size
+    with pytest.raises(
+        ValueError, match=rf"variable {name} must be a whole number of at least 1, got '{value}'; unset"
+    ):
+        read()
+
+
+@pytest.mark.parametrize("value", ["-1", "x"])
+def test_the_local_rank_in_the_environment_is_a_whole_number(
+    machine: Callable[[int, bool], None], nothing_initialized: Callable[..., None], value: str
+) -> None:
+    machine(2, False)
+    nothing_initialized(LOCAL_RANK=value)
+    with pytest.raises(ValueError, match=rf"variable LOCAL_RANK must be a whole number of at least 0, got '{value}'"):
+        runtime.select_device(None)
+
+
+@pytest.mark.parametrize("size", [3, 5, 9, 16])
+def test_no_size_is_clamped(nothing_initialized: Callable[..., None], size: int) -> None:
+    nothing_initialized(WORLD_SIZE="8")
+    with pytest.raises(ValueError, match=rf"multiple .* got a world size of 8 and model_parallel_size={size};"):
+        runtime.resolve_model_parallel_size(size)
+
+
+def test_one_process_is_its_own_first_rank_group_and_replica(llama: Llama) -> None:
+    assert runtime.is_first_rank() and runtime.is_first_of_group()
+    assert runtime.model_parallel_rank() == 0
+    assert runtime.replica() == (0, 1)
+    assert runtime.gather_replicas("mine") == ["mine"]
+    assert runtime.broadcast_flag(True) and not runtime.broadcast_flag(False)
+    tensor = torch.tensor([3, 4])
+    assert runtime.broadcast_from_first(tensor) is tensor
+    assert dist.get_backend() == "gloo" or torch.cuda.is_available()
+
+
+# ---- devices and dtypes ----
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], None]:
+    """Makes torch see that many CUDA devices, and MPS or not."""
+
+    def machine(n_cuda: int, mps: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: n_cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return machine
+
+
+def test_the_fastest_device_there_is(
+    machine: Callable[[int, bool], None], nothing_initialized: Callable[..., None]
+) -> None:
+    machine(2, True)
+    assert runtime.select_device(None) == torch.device("cuda:0")
+    machine(0, True)
+    assert runtime.select_device(None) == torch.device("mps")
+    machine(0, False)
+    assert runtime.select_device(None) == CPU
+    nothing_initialized(WORLD_SIZE="2")
+    machine(0, True)
+    assert runtime.select_device(None) == CPU  # gloo takes no MPS tensors
+
+
+def test_the_local_rank_chooses_the_cuda_device(
+    machine: Callable[[int, bool], None], nothing_initialized: Callable[..., None]
+) -> None:
+    machine(4, False)
+    nothing_initialized(RANK="7", LOCAL_RANK="3", WORLD_SIZE="8")
+    assert runtime.select_device(None) == runtime.select_device("cuda") == torch.device("cuda:3")
+    assert runtime.select_device("cuda:1") == torch.device("cuda:1")
+    assert runtime.select_device("cpu") == CPU
+    machine(2, False)
+    with pytest.raises(ValueError, match=r"number of devices .2., got 3"):
+        runtime.select_device(None)
+
+
+@pytest.mark.parametrize("requested", ["tpu", "gpu", "", "cuda:x", 1.5, ["cpu"], "meta", "xpu"])
+def test_a_device_that_is_none(machine: Callable[[int, bool], None], requested: Any) -> None:
+    machine(0, False)
+    with pytest.raises(ValueError, match="device must be"):
+        runtime.select_device(requested)
+
+
+@pytest.mark.parametrize("requested", ["cuda", "cuda:0", "mps", torch.device("cuda")])
+def test_a_device_that_this_machine_lacks(machine: Callable[[int, bool], None], requested: Any) -> None:
+    machine(0, False)
+    with pytest.raises(ValueError, match=r"device must be .* got '(cuda|cuda:0|mps)'.* use device='cpu'"):
+        runtime.select_device(requested)
+
+
+def test_default_dtypes() -> None:
+    assert runtime.select_dtype(None, CPU) == torch.bfloat16
+    assert runtime.select_dtype(None, torch.device("cuda:1")) == torch.float16
+    assert runtime.select_dtype(None, torch.device("mps")) == torch.float16
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_a_dtype_by_name_or_itself(name: str) -> None:
+    assert runtime.select_dtype(name, CPU) == runtime.select_dtype(getattr(torch, name), CPU) == getattr(torch, name)
+
+
+@pytest.mark.parametrize("requested", ["int8", "fp16", "float64", "", torch.float64, torch.int8, 16, ["float16"]])
+def test_a_dtype_that_is_none(requested: Any) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, got "):
+        runtime.select_dtype(requested, CPU)
+
+
+# ---- cores ----
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """The number of threads after `share_cores` on a machine of 8 cores, with that environment."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def threads(**variables: str) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            torch.set_num_threads(1)
+            runtime.share_cores()
+            return torch.get_num_threads()
+
+    yield threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("processes", "share"), [(2, 4), (3, 2), (8, 1), (16, 1)])
+def test_processes_of_a_machine_share_its_cores(threads: Callable[..., int], processes: int, share: int) -> None:
+    assert threads(LOCAL_WORLD_SIZE=str(processes), OMP_NUM_THREADS="1") == share  # what torchrun sets
+
+
+def test_a_number_of_threads_that_the_user_set_stays(threads: Callable[..., int]) -> None:
+    assert threads(LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="3") == 1  # left as torch took it
+    assert threads(LOCAL_WORLD_SIZE="1", OMP_NUM_THREADS="1") == 1
+    assert threads() == 1
+
+
+def test_processes_share_host_memory_but_not_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert runtime.processes_on(CPU) == 4
+    assert runtime.processes_on(torch.device("cuda:2")) == 1
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert runtime.processes_on(CPU) == 1

@@ -1,0 +1,409 @@
+"""Compiled steps: the network's own logits and tokens, and the network itself where they would not be."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama import Llama, ModelArgs, Transformer
+from llama import model as network
+from llama.distributed import groups as runtime
+from llama.engine import compiled as compiling
+from llama.engine.compiled import CompiledStepper, compiled_stepper
+from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper
+from llama.engine.sampling import Sampler
+from llama.engine.sequence import Step
+from llama.layers.int4 import can_quantize_int4, suits_int4
+from llama.layers.kernels import Kernels, can_pack, can_quantize
+from llama.layers.linear import packable_layers
+from tests.support import oracle
+from tests.support.steps import decode
+
+CPU = torch.device("cpu")
+PARAMS: dict[str, Any] = {
+    "dim": 64,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": 60,
+    "multiple_of": 64,
+    "norm_eps": 1e-5,
+}
+MAX_SEQ_LEN = 20
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11], [12]]
+
+
+def make(dtype: torch.dtype = torch.float32) -> Transformer:
+    runtime.init_process_groups(1, CPU)
+    args = ModelArgs(**PARAMS, max_batch_size=4, max_seq_len=MAX_SEQ_LEN)
+    state = {name: tensor.to(dtype) for name, tensor in oracle.random_state(PARAMS, seed=3).items()}
+    return Transformer.from_state(args, state, cache_dtype=dtype)
+
+
+def run(model: Transformer, stepper: Stepper, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[Step]]:
+    sampler = Sampler(0.0, 1.0, 1, torch.Generator())
+    by_prompt: list[list[Step]] = [[] for _ in prompts]
+    for step in decode(model, prompts, sampler, rows=[0], max_gen_len=12, eos_id=-1, logprobs=True, stepper=stepper):
+        by_prompt[step.sequence].append(step)
+    return by_prompt
+
+
+def assert_same_steps(got: list[list[Step]], expected: list[list[Step]]) -> None:
+    for mine, theirs in zip(got, expected, strict=True):
+        assert [step.token for step in mine] == [step.token for step in theirs]
+        assert [step.logprob for step in mine] == pytest.approx([step.logprob for step in theirs], abs=1e-4)
+
+
+def logits(model: Transformer, stepper: Stepper, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Those of one step after prompts that are longer than `lengths`."""
+    with torch.inference_mode():
+        model(torch.arange(len(tokens) * 15).view(-1, 15) % 60, 0)
+        return stepper(torch.tensor(tokens).unsqueeze(1), lengths).clone()
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The library's own."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("llama") and r.levelno >= logging.WARNING]
+
+
+@pytest.fixture
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are traced, and run as they are: compiling one takes seconds."""
+    monkeypatch.setattr("torch._inductor.standalone_compile", lambda traced, *_, **__: traced)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> tuple[Transformer, CompiledStepper]:
+    """A network whose two graphs have been compiled, and its stepper."""
+    if not compiling._has_cpp_compiler():
+        pytest.skip("needs a C++ compiler: install g++, or name one by CXX")
+    model = make()
+    stepper = CompiledStepper(model)
+    for n_rows in (1, 4):
+        assert stepper._has_graph(n_rows)
+    return model, stepper
+
+
+def test_tokens_and_logits_are_those_of_the_network(compiled: tuple[Transformer, CompiledStepper]) -> None:
+    """In float32, for one row and several, at any lengths, to the cache's last position."""
+    model, stepper = compiled
+    assert_same_steps(run(model, stepper), run(model, PlainStepper(model)))
+    long = [[*range(18)], [*range(9)], [1]]
+    assert_same_steps(run(model, stepper, long), run(model, PlainStepper(model), long))
+    for tokens, lengths in (([7], [3]), ([7], [14]), ([1, 2], [5, 5]), ([1, 2, 3, 4], [14, 1, 9, 3])):
+        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, PlainStepper(model)))
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+def test_what_is_compiled_serves_any_number_of_rows_and_positions(
+    compiled: tuple[Transformer, CompiledStepper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, stepper = compiled
+
+    def compile_block(*_: Any, **__: Any) -> Any:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(compiling, "_compile_block", compile_block)
+    for n_rows in (1, 2, 3, 4):
+        run(model, stepper, PROMPTS[:n_rows])
+    assert stepper.serves(model)
+
+
+def test_the_cache_is_written_in_place(compiled: tuple[Transformer, CompiledStepper]) -> None:
+    """A step stores its keys and values at its own positions, and nothing else."""
+    model, stepper = compiled
+    caches = [cache for layer in model.layers for cache in (layer.attention.keys, layer.attention.values)]
+    logits(model, PlainStepper(model), [7, 8], [6, 2])
+    expected = [cache.clone() for cache in caches]
+    for cache in caches:
+        cache[0, :, 6], cache[1, :, 2] = 100.0, 100.0
+    addresses = [cache.data_ptr() for cache in caches]
+    with torch.inference_mode():
+        stepper(torch.tensor([[7], [8]]), [6, 2])
+    for cache, values in zip(caches, expected, strict=True):
+        torch.testing.assert_close(cache, values, atol=1e-4, rtol=0)
+    assert [cache.data_ptr() for cache in caches] == addresses
+
+
+FORMS: dict[str, tuple[str, Kernels]] = {
+    "bfloat16": ("bfloat16", Kernels()),
+    "bfloat16, one row padded": ("bfloat16", Kernels(pads_one=True)),
+    "bfloat16, one row by ATen": ("bfloat16", Kernels(native_row=True)),
+    "int8": ("int8", Kernels()),
+    "int4": ("int4", Kernels()),
+    "int4, dequantized": ("int4", Kernels(dequantized_rows=1)),
+}
+
+
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("form", FORMS)
+def test_products_are_those_of_the_layers(form: str) -> None:
+    name, form_kernels = FORMS[form]
+    can_use = {
+        "bfloat16": can_pack(CPU, torch.bfloat16),
+        "int8": can_quantize(CPU),
+        "int4": can_quantize(CPU) and can_quantize_int4(CPU, torch.bfloat16),
+    }
+    if not can_use[name]:
+        pytest.skip(f"needs a processor with fast products in {name}")
+    model = make(torch.float32 if name == "int8" else torch.bfloat16)
+    for layer in packable_layers(model):
+        layer.kernels = form_kernels
+        if name != "bfloat16":
+            layer.quantize = name if suits_int4(*layer.weight.shape) else "int8"
+    if "ATen" not in form:
+        model.pack()
+    stepper = CompiledStepper(model)
+    for tokens, lengths in (([7], [3]), ([1, 2, 3], [14, 1, 9])):
+        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, PlainStepper(model)))
+        torch.testing.assert_close(got, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+    assert set(stepper._graphs) == {False, True}
+
+
+def test_operators_are_called_where_layers_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what the weights would give: these are read no more."""
+    if not can_pack(CPU, torch.bfloat16):
+        pytest.skip("needs a processor with fast products in bfloat16")
+    names: list[str] = []
+
+    def record(traced: Any, *_: Any, **__: Any) -> Any:
+        names.extend(str(node.target) for node in traced.graph.nodes if node.op == "call_function")
+        return traced
+
+    monkeypatch.setattr("torch._inductor.standalone_compile", record)
+    model = make(torch.bfloat16)
+    model.pack()
+    logits(model, CompiledStepper(model), [7], [3])
+    assert names.count("llama.packed_linear.default") == 7
+    assert not [name for name in names if "complex" in name or "aten.mm" in name or "aten.linear" in name]
+
+
+def _edit(model: Transformer) -> None:
+    model.layers[1].feed_forward.w2.weight.mul_(2)
+
+
+def _assign(model: Transformer) -> None:
+    wq = model.layers[0].attention.wq
+    wq.weight = torch.nn.Parameter(wq.weight * 2, requires_grad=False)
+
+
+def _scale_a_norm(model: Transformer) -> None:
+    model.layers[1].ffn_norm.weight.mul_(2)
+
+
+def _replace_a_module(model: Transformer) -> None:
+    w2 = model.layers[1].feed_forward.w2
+    plain = torch.nn.Linear(w2.weight.size(1), w2.weight.size(0), bias=False)
+    plain.weight.data = w2.weight.data * 2
+    model.layers[1].feed_forward.w2 = plain
+
+
+def _patch_an_instance(model: Transformer) -> None:
+    feed_forward = model.layers[0].feed_forward
+    forward = feed_forward.forward
+    feed_forward.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+
+
+def _change_an_attribute(model: Transformer) -> None:
+    model.layers[1].attention_norm.eps = 10.0
+
+
+CHANGES: dict[str, tuple[Callable[[Transformer], None], bool]] = {
+    "a weight edited in place": (_edit, True),
+    "a weight assigned": (_assign, True),
+    "a norm's weight": (_scale_a_norm, True),
+    "a module replaced": (_replace_a_module, False),
+    "a forward patched": (_patch_an_instance, False),
+    "an attribute": (_change_an_attribute, False),
+}
+
+
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_counts(change: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Through the graphs where these read it, else because they stand aside, which is said once."""
+    edit, still_serves = CHANGES[change]
+    model = make()
+    stepper = CompiledStepper(model)
+    before = run(model, stepper)
+    assert stepper.serves(model) and stepper._graphs
+    edit(model)
+    for _ in range(2):
+        assert stepper.serves(model) == still_serves
+        after = run(model, stepper)
+        assert_same_steps(after, run(model, PlainStepper(model)))
+        assert [[s.logprob for s in steps] for steps in after] != [[s.logprob for s in steps] for steps in before]
+    assert [message.count("compile=True has no effect") for message in warnings_of(caplog)] == [1] * (not still_serves)
+
+
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("where", ["FeedForward.forward", "Attention.update_cache", "attend"])
+def test_patched_code_counts(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a class or in the network's module."""
+    model = make()
+    stepper = CompiledStepper(model)
+    assert stepper.serves(model)
+    *of, name = where.split(".")
+    owner = getattr(network, of[0]) if of else network
+    original = getattr(owner, name)
+    called: list[None] = []
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        called.append(None)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, patched)
+    assert not stepper.serves(model)
+    run(model, stepper, PROMPTS[:1])
+    assert len(called) == 12 * PARAMS["n_layers"]
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_hooks_run_and_the_graphs_are_back_without_them(caplog: pytest.LogCaptureFixture) -> None:
+    model = make()
+    stepper = CompiledStepper(model)
+    expected = run(model, stepper, PROMPTS[:1])
+    called: list[None] = []
+    handle = model.layers[1].attention.wo.register_forward_hook(lambda *_: called.append(None))
+    assert_same_steps(run(model, stepper, PROMPTS[:1]), expected)
+    assert len(called) == 12
+    assert warnings_of(caplog) == ["compile=True has no effect, which makes each token slower: the network has hooks"]
+    handle.remove()
+    assert stepper.serves(model)
+    assert_same_steps(run(model, stepper, PROMPTS[:1]), expected)
+    assert len(called) == 12
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_a_packed_weight_that_is_edited_counts() -> None:
+    if not can_pack(CPU, torch.bfloat16):
+        pytest.skip("needs a processor with fast products in bfloat16")
+    model = make(torch.bfloat16)
+    model.pack()
+    stepper = CompiledStepper(model)
+    run(model, stepper)
+    assert stepper.serves(model)
+    _edit(model)
+    assert not stepper.serves(model)
+    model.pack()
+    assert stepper.serves(model)
+    got, expected = (logits(model, each, [1, 2], [3, 9]) for each in (stepper, PlainStepper(model)))
+    torch.testing.assert_close(got, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_static_step_is_compiled_as_long_as_nothing_changes(change: str) -> None:
+    """What CUDA graphs capture, on a CPU."""
+    edit, still_compiled = CHANGES[change]
+    model = make()
+    compiled = CompiledStepper(model)
+    stepper = StaticStepper(model, graphs=False, compiled=compiled)
+    assert stepper.serves(model)
+    assert_same_steps(run(model, stepper), run(model, PlainStepper(model)))
+    assert set(compiled._graphs) == {False, True}
+    edit(model)
+    assert stepper.serves(model) and stepper._is_compiled == still_compiled
+    assert_same_steps(run(model, stepper), run(model, PlainStepper(model)))
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_attention_is_one_operator_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "nullcontext", compiling._AttentionAsOperator)  # which a CPU has in its place
+    model = make()
+    stepper = CompiledStepper(model)
+    for tokens, lengths in (([7], [3]), ([1, 2, 3], [14, 1, 9])):
+        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, PlainStepper(model)))
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    for graph in stepper._graphs.values():
+        names = [str(node.target) for node in graph.graph.nodes]  # type: ignore[attr-defined]
+        assert names.count("llama.attention.default") == 1
+        assert not [name for name in names if "scaled_dot_product" in name or "softmax" in name]
+
+
+def test_caches_are_written_to_as_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as views of them, for which torch before 2.13 copies the whole cache in every step."""
+    written: list[Any] = []
+
+    def record(traced: Any, *_: Any, **__: Any) -> Any:
+        nodes = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.index_copy_.default)
+        written.extend(node.args[0] for node in nodes)
+        return traced
+
+    monkeypatch.setattr("torch._inductor.standalone_compile", record)
+    logits(model := make(), CompiledStepper(model), [7], [3])
+    assert [node.op for node in written] == ["placeholder", "placeholder"]
+
+
+def _fail(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("no such operation\nin this compiler")
+
+
+def test_what_cannot_be_compiled_is_said_once_and_makes_no_difference(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torch._inductor.standalone_compile", _fail)
+    monkeypatch.setattr(compiling, "_has_cpp_compiler", lambda: True)
+    model = make()
+    stepper = CompiledStepper(model)
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        assert run(model, stepper, prompts) == run(model, PlainStepper(model), prompts)
+    (message,) = warnings_of(caplog)
+    assert "compile=True has no effect" in message and "NotImplementedError: no such operation" in message
+    assert not stepper.serves(model)
+
+
+def test_a_missing_compiler_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = make()
+    stepper = CompiledStepper(model)
+    assert run(model, stepper) == run(model, PlainStepper(model))
+    (message,) = warnings_of(caplog)
+    assert message == (
+        "compile=True has no effect, which makes each token slower: a C++ compiler must be installed, such as g++, or "
+        "named by CXX; got none that works"
+    )
+
+
+def test_several_ranks_are_not_compiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model = make()
+    assert isinstance(compiled_stepper(model), CompiledStepper)
+    monkeypatch.setattr(runtime, "has_several_ranks", lambda: True)
+    assert compiled_stepper(model) is None
+    assert warnings_of(caplog) == ["compile=True has no effect: it is for one process"]
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_texts_are_the_same(llama: Llama, checkpoint: Path, tokenizer_path: Path) -> None:
+    built = Llama.build(checkpoint, tokenizer_path, 64, 4, device="cpu", dtype="float32", compile=True)
+    prompts = ["The quick brown fox", "Llamas", "the"]
+    for options in ({"temperature": 0.0}, {"temperature": 0.9, "seed": 5}):
+        expected = llama.text_completion(prompts, max_gen_len=24, **options)  # type: ignore[arg-type]
+        assert built.text_completion(prompts, max_gen_len=24, **options) == expected  # type: ignore[arg-type]
+    assert isinstance(built.stepper, CompiledStepper) and built.stepper._graphs
+
+
+IMPORTS = """
+import sys
+from llama import Llama
+llama = Llama.build({checkpoint!r}, {tokenizer!r}, 64, 4, device="cpu")
+llama.text_completion(["The"], max_gen_len=4)
+print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules])
+"""
+
+
+def test_the_compiler_is_not_imported_where_it_is_not_asked_for(checkpoint: Path, tokenizer_path: Path) -> None:
+    code = IMPORTS.format(checkpoint=str(checkpoint), tokenizer=str(tokenizer_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

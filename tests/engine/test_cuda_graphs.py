@@ -1,0 +1,314 @@
+"""The static step: the plain one's logits and tokens, from buffers that stay where they are, one step ahead."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from llama import Llama, ModelArgs, Transformer
+from llama.distributed import groups as runtime
+from llama.engine import cuda_graphs as stepping
+from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper, choose_stepper
+from llama.engine.sampling import Sampler
+from llama.engine.sequence import Step
+from llama.model import CachePositions
+from tests.support import oracle
+from tests.support.ranks import run_ranks
+from tests.support.steps import decode
+
+PARAMS: dict[str, Any] = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": 60,
+    "multiple_of": 16,
+    "norm_eps": 1e-5,
+}
+MAX_SEQ_LEN = 20
+
+
+@pytest.fixture(autouse=True)
+def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stepping, "KV_BUCKET", 8)
+
+
+def make(max_batch_size: int, seed: int = 3) -> Transformer:
+    """A network whose cache is full of what an earlier call left."""
+    runtime.init_process_groups(1, torch.device("cpu"))
+    args = ModelArgs(**PARAMS, max_batch_size=max_batch_size, max_seq_len=MAX_SEQ_LEN)
+    model = Transformer.from_state(args, oracle.random_state(PARAMS, seed=seed), cache_dtype=torch.float32)
+    for layer in model.layers:
+        layer.attention.keys.fill_(100.0)
+        layer.attention.values.fill_(100.0)
+    return model
+
+
+class Replaying(StaticStepper):
+    """Records the step's operations when they first come up and runs the record from then on, as a CUDA graph would:
+    the same operations, on the same memory, whatever Python would do now."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__(model, graphs=False)
+        self._graphs = True
+        self.captured: list[tuple[int, int, int]] = []
+
+    def _make_step(self, bsz: int, width: int, kv_len: int) -> Callable[[], Tensor]:
+        self.captured.append((bsz, width, kv_len))
+        return super()._make_step(bsz, width, kv_len)
+
+    def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        step()
+        with torch.inference_mode(False), torch.no_grad():
+            recorded = make_fx(step)()
+        logits = recorded()
+
+        def replay() -> Tensor:
+            return logits.copy_(recorded())
+
+        return replay
+
+
+STEPPERS: dict[str, Callable[[Transformer], Stepper]] = {
+    "static": lambda model: StaticStepper(model, graphs=False),
+    "replayed": Replaying,
+}
+
+
+def run(
+    model: Transformer, stepper: Stepper, prompts: Sequence[Sequence[int]], max_gen_len: int, **options: Any
+) -> tuple[list[list[Step]], Tensor]:
+    """The steps of each prompt, and where the random stream stands afterwards."""
+    rows = range(min(len(prompts), model.params.max_batch_size))
+    sampler = Sampler(options.pop("temperature"), 0.95, len(rows), torch.Generator().manual_seed(1))
+    by_prompt: list[list[Step]] = [[] for _ in prompts]
+    for step in decode(model, prompts, sampler, rows=rows, max_gen_len=max_gen_len, stepper=stepper, **options):
+        by_prompt[step.sequence].append(step)
+    return by_prompt, sampler.generator.get_state()
+
+
+@pytest.mark.parametrize("kind", STEPPERS)
+@pytest.mark.parametrize("seed", range(8))
+def test_tokens_are_those_of_the_plain_step(kind: str, seed: int) -> None:
+    """Any lengths, rows that end at any moment, more prompts than rows; and the stream is left at the same place."""
+    rng = random.Random(seed)
+    model = make(rng.randint(1, 5))
+    stepper = STEPPERS[kind](model)
+    for temperature in (0.0, 0.9):
+        prompts = [[rng.randrange(60) for _ in range(rng.randint(1, MAX_SEQ_LEN))] for _ in range(rng.randint(1, 9))]
+        max_gen_len, logprobs = rng.randint(1, MAX_SEQ_LEN), rng.random() < 0.5
+        free_run, _ = run(model, PlainStepper(model), prompts, max_gen_len, temperature=temperature, eos_id=-1)
+        tokens = [step.token for steps in free_run for step in steps if step.token is not None] or [0]
+        options: dict[str, Any] = {"temperature": temperature, "eos_id": rng.choice(tokens), "logprobs": logprobs}
+        expected, plain_stream = run(model, PlainStepper(model), prompts, max_gen_len, **options)
+        got, stream = run(model, stepper, prompts, max_gen_len, **options)
+        for mine, theirs in zip(got, expected, strict=True):
+            assert [(s.token, s.finish_reason) for s in mine] == [(s.token, s.finish_reason) for s in theirs]
+            for a, b in zip(mine, theirs, strict=True):
+                assert a.logprob == (None if b.logprob is None else pytest.approx(b.logprob, abs=1e-5))
+        assert torch.equal(stream, plain_stream)
+
+
+def test_sizes_are_padded_so_that_few_graphs_serve() -> None:
+    """Rows to powers of two, as far as the cache goes; the prefix to buckets, likewise."""
+    model = make(6)
+    stepper = Replaying(model)
+    run(model, stepper, [[1]] * 6, 19, temperature=0.0, eos_id=-1)
+    run(model, stepper, [[1]] * 5, 12, temperature=0.0, eos_id=-1)
+    run(model, stepper, [[1, 2], [3]], 5, temperature=0.0, eos_id=-1)
+    assert stepper.captured == [(6, 1, 8), (6, 1, 16), (6, 1, 20), (2, 1, 8)]
+
+
+def test_padding_leaves_the_running_rows_alone() -> None:
+    """Three rows run as four: the fourth's last position may change, nothing else."""
+    model = make(4)
+    stepper = StaticStepper(model, graphs=False)
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    expected = model.forward(prompts, 0)
+    caches = [cache for layer in model.layers for cache in (layer.attention.keys, layer.attention.values)]
+    before = [cache.clone() for cache in caches]
+    with torch.inference_mode():
+        logits = stepper(prompts[:, 2:], [2, 2, 2])[:, 0]
+    torch.testing.assert_close(logits, expected[:, 2])
+    for now, then in zip(caches, before, strict=True):
+        torch.testing.assert_close(now[:3], then[:3])
+        assert torch.equal(now[3, :, :-1], then[3, :, :-1])
+
+
+def test_a_capture_that_fails_is_said_once_and_makes_no_difference(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Replaying):
+        def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, prompts = make(2), [[1, 2, 3], [4]]
+    expected, _ = run(model, PlainStepper(model), prompts, 15, temperature=0.0, eos_id=-1)
+    with caplog.at_level(logging.WARNING):
+        got, _ = run(model, Failing(model), prompts, 15, temperature=0.0, eos_id=-1)
+    assert got == expected
+    (record,) = caplog.records
+    assert "CUDA graphs are disabled" in record.message and "not permitted" in record.message
+
+
+def test_a_step_is_under_way_while_the_one_before_is_booked() -> None:
+    """That is what keeps a GPU busy. The first token comes from the prefill, the last has no step behind it."""
+    model = make(2)
+    taken: list[int] = []
+
+    class Counting(StaticStepper):
+        def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+            taken.append(lengths[0])
+            return super().__call__(tokens, lengths)
+
+    sampler = Sampler(0.0, 1.0, 1, torch.Generator())
+    stepper = Counting(model, graphs=False)
+    steps = decode(model, [[1, 2]], sampler, rows=[0], max_gen_len=4, eos_id=-1, stepper=stepper)
+    assert [len(taken) for _ in steps] == [1, 2, 3, 3]
+
+
+def test_leaving_early_gives_back_what_the_step_ahead_drew() -> None:
+    model = make(1)
+
+    def stream_after(stepper: Stepper) -> Tensor:
+        sampler = Sampler(1.0, 1.0, 1, torch.Generator().manual_seed(5))
+        steps = decode(model, [[1, 2]], sampler, rows=[0], max_gen_len=9, eos_id=-1, stepper=stepper)
+        for _ in range(3):
+            next(steps)
+        steps.close()  # type: ignore[attr-defined]
+        return sampler.generator.get_state()
+
+    assert torch.equal(stream_after(StaticStepper(model, graphs=False)), stream_after(PlainStepper(model)))
+
+
+def test_texts_and_streams_are_the_same_one_step_ahead(llama: Llama) -> None:
+    """Stop strings and all, through the public calls."""
+    ahead = Llama(llama.model, llama.tokenizer)
+    ahead.stepper = StaticStepper(llama.model, graphs=False)
+    prompts = ["The quick brown fox", "Llamas", "the"]
+    for temperature in (0.0, 1.0):
+        options: dict[str, Any] = {"temperature": temperature, "max_gen_len": 24, "seed": 3}
+        expected = llama.text_completion(prompts, **options)
+        assert ahead.text_completion(prompts, **options) == expected
+        stop = [text["generation"][4:6] for text in expected if len(text["generation"]) > 6]
+        assert ahead.text_completion(prompts, **options, stop=stop) == llama.text_completion(
+            prompts, **options, stop=stop
+        )
+        pieces = list(llama.stream_text_completion(prompts[0], **options))
+        assert list(ahead.stream_text_completion(prompts[0], **options)) == pieces
+
+
+def _two_ranks(rank: int) -> list[tuple[list[list[Step]], Tensor]]:
+    runtime.init_process_groups(2, torch.device("cpu"))
+    args = ModelArgs(**PARAMS, max_batch_size=3, max_seq_len=MAX_SEQ_LEN)
+    shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
+    stream = torch.Generator().manual_seed(rank)
+    state = {name: torch.randn(shape, generator=stream) for name, shape in shapes.items()}
+    state |= {name: torch.ones(shape) for name, shape in shapes.items() if "norm" in name}  # the same on both ranks
+    model = Transformer.from_state(args, state, cache_dtype=torch.float32)
+    steppers = (PlainStepper(model), StaticStepper(model, graphs=False))
+    return [run(model, s, [[1, 2], [3], [4, 5, 6]], 9, temperature=0.8, eos_id=7) for s in steppers]
+
+
+def test_two_ranks_step_ahead_together() -> None:
+    for (expected, plain_stream), (got, stream) in run_ranks(2, _two_ranks):
+        assert got == expected
+        assert torch.equal(stream, plain_stream)
+
+
+def test_a_cpu_takes_plain_steps(llama: Llama) -> None:
+    assert choose_stepper(llama.model, cuda_graphs=True) is None
+
+
+def _load(model: Transformer) -> None:
+    model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
+
+
+def _replace_a_module(model: Transformer) -> None:
+    model.layers[1].feed_forward.w2 = torch.nn.Linear(1, 1)
+
+
+def _move_memory(model: Transformer) -> None:
+    model.output.weight.data = model.output.weight.data.clone()
+
+
+def _assign_a_parameter(model: Transformer) -> None:
+    model.norm.weight = torch.nn.Parameter(model.norm.weight.detach().clone())
+
+
+def _assign_a_cache(model: Transformer) -> None:
+    model.layers[0].attention.cache_k = model.layers[0].attention.cache_k.clone()
+
+
+CHANGES: dict[str, tuple[Callable[[Transformer], object], bool]] = {
+    "nothing": (lambda model: None, True),
+    "an edit in place": (lambda model: model.output.weight.mul_(2), True),
+    "a pass": (lambda model: model(torch.tensor([[1]]), 0), True),
+    "weights loaded in place": (lambda model: model.load_state_dict(model.state_dict()), True),
+    "weights assigned": (_load, False),
+    "a module replaced": (_replace_a_module, False),
+    "a weight's memory": (_move_memory, False),
+    "a Parameter assigned": (_assign_a_parameter, False),
+    "a cache assigned": (_assign_a_cache, False),
+    "another dtype": (lambda model: model.bfloat16(), False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_graphs_are_dropped_where_they_would_no_longer_be_true(change: str) -> None:
+    edit, stays = CHANGES[change]
+    model = make(1)
+    stepper = Replaying(model)
+    for _ in range(2):
+        assert stepper.serves(model)
+        run(model, stepper, [[1, 2]], 4, temperature=0.0, eos_id=-1)
+        assert stepper.captured == [(1, 1, 8)]
+    edit(model)
+    assert stepper.serves(model)
+    assert bool(stepper._steps) == stays
+
+
+@pytest.mark.parametrize("where", ["model", "module", "process"])
+def test_hooks_rule_graphs_out_as_long_as_they_are_there(where: str) -> None:
+    model = make(1)
+    graphs, eager = Replaying(model), StaticStepper(model, graphs=False)
+
+    def hook(*_: Any) -> None:
+        return None
+
+    if where == "process":
+        handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    else:
+        handle = (model if where == "model" else model.layers[1].attention.wq).register_forward_hook(hook)
+    try:
+        assert not graphs.serves(model) and eager.serves(model)
+    finally:
+        handle.remove()
+    assert graphs.serves(model)
+
+
+def test_a_stepper_serves_its_own_network_alone() -> None:
+    model, other = make(1), make(1)
+    for stepper in (Replaying(model), StaticStepper(model, graphs=False)):
+        assert stepper.serves(model) and not stepper.serves(other)
+
+
+def test_logits_of_rows_with_one_position_and_with_several_are_the_same() -> None:
+    """An int start_pos, or each row's own."""
+    model = make(3)
+    step = PlainStepper(model)
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    expected = model(prompts, 0)
+    seen: list[type] = []
+    model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(type(args[1])))
+    torch.testing.assert_close(step(prompts[:, 2:], [2, 2, 2])[:, 0], expected[:, 2])
+    tokens = prompts[torch.arange(3), torch.tensor([2, 0, 1])]
+    torch.testing.assert_close(
+        step(tokens.unsqueeze(1), [2, 0, 1])[:, 0], expected[torch.arange(3), torch.tensor([2, 0, 1])]
+    )
+    assert seen == [int, CachePositions]

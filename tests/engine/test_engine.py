@@ -1,0 +1,511 @@
+"""The loop of steps: whatever the schedule, each prompt gets what it would get alone, and no pass is wasted."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Listed
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama import ModelArgs, Transformer
+from llama.distributed import groups as runtime
+from llama.engine.calls import _InLockstep
+from llama.engine.cuda_graphs import MAX_WIDTH, StaticStepper
+from llama.engine.engine import Engine
+from llama.engine.sampling import Sampler
+from llama.engine.scoring import score
+from llama.engine.sequence import Call, Sequence, Step
+from tests.support import oracle
+from tests.support.steps import decode
+
+PARAMS: dict[str, Any] = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": 60,
+    "multiple_of": 16,
+    "norm_eps": 1e-5,
+}
+MAX_SEQ_LEN = 20
+NO_EOS = -1
+
+
+@pytest.fixture(scope="module")
+def state() -> oracle.State:
+    return oracle.random_state(PARAMS, seed=3)
+
+
+@pytest.fixture(scope="module")
+def make(state: oracle.State) -> Callable[..., Transformer]:
+    """A network whose cache has that many rows, full of what an earlier call left."""
+    runtime.init_process_groups(1, torch.device("cpu"))
+
+    def make(max_batch_size: int, max_seq_len: int = MAX_SEQ_LEN) -> Transformer:
+        args = ModelArgs(**PARAMS, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+        model = Transformer.from_state(args, state, cache_dtype=torch.float32)
+        for layer in model.layers:
+            layer.attention.keys.fill_(100.0)
+            layer.attention.values.fill_(100.0)
+        return model
+
+    return make
+
+
+def sampler(temperature: float, n_rows: int, seed: int = 0) -> Sampler:
+    return Sampler(temperature, 0.95, n_rows, torch.Generator().manual_seed(seed))
+
+
+def drain(steps: Iterator[Step], n_prompts: int) -> list[list[Step]]:
+    """The steps of each prompt, checked to end with the one step that has a reason."""
+    by_prompt: list[list[Step]] = [[] for _ in range(n_prompts)]
+    for step in steps:
+        by_prompt[step.sequence].append(step)
+    for mine in by_prompt:
+        assert [step.finish_reason is not None for step in mine] == [False] * (len(mine) - 1) + [True]
+        assert all(step.token is not None for step in mine[:-1])
+    return by_prompt
+
+
+def run(
+    model: Transformer,
+    prompts: Listed[Listed[int]],
+    max_gen_len: int,
+    *,
+    temperature: float = 0.0,
+    eos_id: int = NO_EOS,
+    n_rows: int | None = None,
+    **options: Any,
+) -> list[list[Step]]:
+    n_rows = n_rows or min(len(prompts), model.params.max_batch_size)
+    draws = sampler(temperature, n_rows)
+    steps = decode(model, prompts, draws, rows=range(n_rows), max_gen_len=max_gen_len, eos_id=eos_id, **options)
+    return drain(steps, len(prompts))
+
+
+def tokens_of(steps: Listed[Step]) -> list[int]:
+    return [step.token for step in steps if step.token is not None]
+
+
+def random_prompts(rng: random.Random, n: int, longest: int = MAX_SEQ_LEN) -> list[list[int]]:
+    return [[rng.randrange(PARAMS["vocab_size"]) for _ in range(rng.randint(1, longest))] for _ in range(n)]
+
+
+def check_greedy(state: oracle.State, prompt: list[int], answer: list[int]) -> Tensor:
+    """Each token is the oracle's likeliest, given what precedes it; returns the oracle's logits behind the answer."""
+    logits = oracle.logits(state, PARAMS, torch.tensor([prompt + answer]))[0]
+    before = logits[len(prompt) - 1 : -1]
+    assert torch.all(before.gather(1, torch.tensor(answer).view(-1, 1)).squeeze(1) > before.amax(1) - 1e-4)
+    return logits[-1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_schedules_give_what_the_oracle_gives_one_at_a_time(
+    make: Callable[..., Transformer], state: oracle.State, seed: int
+) -> None:
+    """Any lengths, more prompts than rows, rows that end at EOS at any moment, EOS inside prompts too."""
+    rng = random.Random(seed)
+    prompts = [*random_prompts(rng, rng.randint(1, 14)), [5] * MAX_SEQ_LEN, [7] * (MAX_SEQ_LEN - 1)]
+    rng.shuffle(prompts)
+    max_gen_len, model = rng.randint(1, MAX_SEQ_LEN), make(rng.randint(1, 5))
+    room = [min(max_gen_len, MAX_SEQ_LEN - len(prompt)) for prompt in prompts]
+
+    endless = [tokens_of(steps) for steps in run(model, prompts, max_gen_len)]
+    assert [len(answer) for answer in endless] == room
+    for prompt, answer in zip(prompts, endless, strict=True):
+        check_greedy(state, prompt, answer)
+
+    seen_in = Counter(token for answer in endless for token in set(answer))
+    eos_id = seen_in.most_common(1)[0][0]
+    prompts[0][0] = eos_id  # one that was there before ends nothing
+    for prompt, steps, limit in zip(prompts, run(model, prompts, max_gen_len, eos_id=eos_id), room, strict=True):
+        answer = tokens_of(steps)
+        logits = check_greedy(state, prompt, answer)
+        assert eos_id not in answer
+        if steps[-1].finish_reason == "length":
+            assert len(answer) == limit
+        else:
+            assert len(answer) < limit and logits[eos_id] > logits.max() - 1e-4
+    assert max(seen_in.values()) > 1 or len(prompts) < 5  # EOS did occur
+
+
+@pytest.mark.parametrize("length", [1, MAX_SEQ_LEN - 1, MAX_SEQ_LEN])
+def test_the_row_of_the_cache_limits_the_answer(make: Callable[..., Transformer], length: int) -> None:
+    ((*_, last),) = steps = run(make(2), [[3] * length], max_gen_len=1000)
+    assert len(tokens_of(steps[0])) == MAX_SEQ_LEN - length
+    assert last.finish_reason == "length"
+    assert (last.token is None) == (length == MAX_SEQ_LEN)
+
+
+def test_an_eos_at_once_gives_no_token(make: Callable[..., Transformer]) -> None:
+    ((first, *_),) = run(make(1), [[4, 9]], max_gen_len=5)
+    assert first.token is not None
+    assert run(make(1), [[4, 9]], max_gen_len=5, eos_id=first.token) == [[Step(0, None, None, "stop")]]
+
+
+def test_the_caller_can_end_a_prompt(make: Callable[..., Transformer]) -> None:
+    """`ends` sees each token that a prompt brings, once and in order; the others go on."""
+    prompts, model = [[4, 9], [8], [1, 2, 3]], make(2)
+    free = [tokens_of(steps) for steps in run(model, prompts, max_gen_len=8)]
+    asked: list[tuple[int, int]] = []
+
+    def ends(prompt: int, token: int) -> bool:
+        asked.append((prompt, token))
+        return prompt == 0 and sum(p == 0 for p, _ in asked) == 3
+
+    steps = run(model, prompts, max_gen_len=8, ends=ends)
+    assert [tokens_of(mine) for mine in steps] == [free[0][:3], *free[1:]]
+    assert [mine[-1].finish_reason for mine in steps] == ["stop", "length", "length"]
+    for i, mine in enumerate(steps):
+        assert [token for prompt, token in asked if prompt == i] == tokens_of(mine)
+
+
+class _Passes:
+    """The shapes (bsz, seqlen) that go into the network, and the number of positions that are projected."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.shapes: list[tuple[int, int]] = []
+        self.projected: list[int] = []
+        model.tok_embeddings.register_forward_pre_hook(self._note_tokens)
+        model.output.register_forward_pre_hook(self._note_hidden)
+
+    def _note_tokens(self, module: torch.nn.Module, args: tuple[Tensor]) -> None:
+        self.shapes.append((args[0].shape[0], args[0].shape[1]))
+
+    def _note_hidden(self, module: torch.nn.Module, args: tuple[Tensor]) -> None:
+        self.projected.append(args[0].shape[:-1].numel())
+
+
+def test_a_free_row_is_refilled_while_the_others_go_on(make: Callable[..., Transformer]) -> None:
+    """One long answer and, beside it, eight short ones one after the other: no step more than the long one needs."""
+    model = make(2)
+    passes = _Passes(model)
+    short = [[i] * (MAX_SEQ_LEN - 2) for i in range(8)]  # room for 2 tokens: a prefill and a step each
+    steps = run(model, [[1], *short], max_gen_len=17)
+    assert [len(tokens_of(mine)) for mine in steps] == [17] + [2] * 8
+    single = [shape for shape in passes.shapes if shape[1] == 1]
+    assert len(single) == 16  # the long prompt's own tokens after its first one
+    assert sum(bsz for bsz, _ in single) == 16 + 8
+    assert sum(bsz for bsz, seqlen in passes.shapes if seqlen > 1) == 9  # each prompt is prefilled once
+
+
+@pytest.fixture
+def chunks_of_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama.engine.runner.PASS_COST", {"cpu": 2})
+    monkeypatch.setattr("llama.engine.runner._CHUNK_IN_PASS_COSTS", 4)
+
+
+@pytest.mark.usefixtures("chunks_of_8")
+def test_running_sequences_get_a_step_between_the_chunks_of_long_prompts(make: Callable[..., Transformer]) -> None:
+    """No pass between two of their steps has more positions than a chunk and the rest that is too small for another."""
+    model = make(4, max_seq_len=64)
+    passes = _Passes(model)
+    engine = Engine(model)
+    running = Call([Sequence([1, 2], sampler(0, 1), 0, 40, NO_EOS)])
+    engine.add(running)
+    engine.advance()
+    engine.add(Call(Sequence([3 + i] * length, sampler(0, 1), 0, 2, NO_EOS) for i, length in enumerate((50, 7, 60))))
+    while not engine.is_idle:
+        engine.advance()
+    long_passes = [bsz * seqlen for bsz, seqlen in passes.shapes[1:] if seqlen > 1]
+    assert sum(long_passes) == 50 + 7 + 60
+    assert max(long_passes) <= 8 + MAX_WIDTH
+    kinds = ["prefill" if seqlen > 1 else "step" for _, seqlen in passes.shapes]
+    assert not any(pair == ("prefill", "prefill") for pair in itertools.pairwise(kinds))
+
+
+@pytest.mark.usefixtures("chunks_of_8")
+@pytest.mark.parametrize("seed", range(6))
+def test_sequences_that_join_leave_or_lose_the_cache_at_any_time_get_what_the_oracle_gives(
+    make: Callable[..., Transformer], state: oracle.State, seed: int
+) -> None:
+    """Prompts in chunks beside running sequences, some aborted halfway, others using the network in between."""
+    rng = random.Random(seed)
+    model = make(3, max_seq_len=64)
+    engine = Engine(model, StaticStepper(model, graphs=False) if seed % 2 else None)
+    calls: list[Call] = []
+    for prompt in random_prompts(rng, 14, longest=60):
+        calls.append(Call([Sequence(prompt, sampler(0, 1), 0, rng.randint(1, 20), NO_EOS)]))
+        engine.add(calls[-1])
+        for _ in range(rng.randint(0, 4)):
+            engine.advance()
+            if rng.random() < 0.15:
+                engine.abort(rng.choice(calls))
+            if rng.random() < 0.15:
+                with torch.no_grad():
+                    model(torch.tensor([[1, 2, 3]]), 0)
+    while not engine.is_idle:
+        engine.advance()
+    for call in calls:
+        (sequence,) = call.sequences
+        check_greedy(state, sequence.tokens[: sequence.n_prompt], sequence.tokens[sequence.n_prompt :])
+    assert sum(sequence.n_remaining == 0 for call in calls for sequence in call.sequences) > 5
+
+
+def test_a_batch_is_prefilled_in_one_pass_and_steps_carry_no_ended_row(make: Callable[..., Transformer]) -> None:
+    model = make(4)
+    passes = _Passes(model)
+    run(model, [[1] * 9, [2] * 18, [3] * 4, [4] * 17], max_gen_len=5)
+    assert passes.shapes == [(4, 18), (4, 1), (3, 1), (2, 1), (2, 1)]
+    assert passes.projected == [bsz for bsz, _ in passes.shapes]  # of a prompt's positions, the last alone
+
+
+def test_a_step_is_computed_only_when_it_is_asked_for(make: Callable[..., Transformer]) -> None:
+    model = make(2)
+    passes = _Passes(model)
+    steps = decode(model, [[1, 2]], sampler(0, 1), rows=[0], max_gen_len=9, eos_id=NO_EOS)
+    assert not passes.shapes
+    next(steps)
+    assert passes.shapes == [(1, 2)]
+    next(steps)
+    assert passes.shapes == [(1, 2), (1, 1)]
+
+
+def test_between_steps_the_callers_grad_mode_holds(make: Callable[..., Transformer]) -> None:
+    for _ in decode(make(1), [[1, 2]], sampler(0, 1), rows=[0], max_gen_len=3, eos_id=NO_EOS):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_logprobs_are_those_of_the_raw_logits(
+    make: Callable[..., Transformer], state: oracle.State, temperature: float
+) -> None:
+    prompts = random_prompts(random.Random(1), 7)
+    for prompt, steps in zip(
+        prompts, run(make(3), prompts, 6, temperature=temperature, logprobs=True, n_rows=3), strict=True
+    ):
+        answer = tokens_of(steps)
+        logits = oracle.logits(state, PARAMS, torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer).view(-1, 1)).squeeze(1)
+        got = [step.logprob for step in steps if step.token is not None]
+        assert got == pytest.approx(expected.tolist(), abs=1e-4)
+    assert {step.logprob for steps in run(make(3), prompts, 3) for step in steps} == {None}
+
+
+def test_a_rows_draws_depend_on_its_noise_alone(make: Callable[..., Transformer]) -> None:
+    """Whatever prompts stand beside it, of whatever lengths, and wherever they end."""
+    model, mine = make(3), [1, 2, 3]
+    expected = tokens_of(run(model, [[5], mine, [6]], 8, temperature=1.5)[1])
+    for left, right in (([9] * 15, [4]), ([7], [8] * MAX_SEQ_LEN), ([7] * (MAX_SEQ_LEN - 1), [8] * 18)):
+        assert tokens_of(run(model, [left, mine, right], 8, temperature=1.5)[1]) == expected
+    others = [tokens_of(run(model, prompts, 8, temperature=1.5)[0]) for prompts in ([mine, [5], [6]], [mine])]
+    assert expected not in others
+
+
+def test_rows_with_the_same_prompt_draw_independently(make: Callable[..., Transformer]) -> None:
+    answers = [tokens_of(steps) for steps in run(make(4), [[1, 2]] * 9, 10, temperature=1.5)]
+    assert len({tuple(answer) for answer in answers}) == 9
+
+
+def test_prompts_prefilled_in_several_groups_keep_their_rows(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[..., Transformer], state: oracle.State
+) -> None:
+    monkeypatch.setattr(ModelArgs, "prefill_tokens", property(lambda self: self.max_seq_len))
+    model, prompts = make(5), random_prompts(random.Random(4), 11)
+    passes = _Passes(model)
+    for prompt, steps in zip(prompts, run(model, prompts, 5), strict=True):
+        check_greedy(state, prompt, tokens_of(steps))
+    assert all(bsz * seqlen <= MAX_SEQ_LEN for bsz, seqlen in passes.shapes)
+
+
+class ForwardOnly:
+    """All that Meta's own loop asks of a network: `params`, and `forward` with one int position for all rows."""
+
+    def __init__(self, state: oracle.State, max_batch_size: int) -> None:
+        self.params = SimpleNamespace(**PARAMS, max_batch_size=max_batch_size, max_seq_len=MAX_SEQ_LEN)
+        self.passes: list[tuple[int, int, int]] = []
+        self._state = state
+        self._seen = torch.zeros((max_batch_size, MAX_SEQ_LEN), dtype=torch.int64)
+
+    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
+        assert type(start_pos) is int
+        self.passes.append((*tokens.shape, start_pos))
+        bsz, end = tokens.size(0), start_pos + tokens.size(1)
+        self._seen[:bsz, start_pos:end] = tokens
+        return oracle.logits(self._state, PARAMS, self._seen[:bsz, :end])[:, start_pos:]
+
+
+def patched(model: Transformer) -> Transformer:
+    """The network with a `forward` of its own, which takes an int start_pos."""
+    forward = model.forward
+
+    def int_forward(tokens: Tensor, start_pos: int) -> Tensor:
+        assert type(start_pos) is int
+        return forward(tokens, start_pos)
+
+    model.forward = int_forward  # type: ignore[method-assign, assignment]
+    return model
+
+
+def compiled(model: Transformer) -> Any:
+    return torch.compile(model, backend="eager", dynamic=True)
+
+
+@pytest.mark.parametrize("kind", ["only forward", "patched"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_network_that_takes_one_position_gives_what_the_oracle_gives(
+    make: Callable[..., Transformer], state: oracle.State, seed: int, kind: str
+) -> None:
+    """Any lengths, more prompts than rows, rows that end at EOS; each prompt's answer is that of the plain network."""
+    rng = random.Random(seed)
+    max_batch_size, max_gen_len = rng.randint(1, 4), rng.randint(1, MAX_SEQ_LEN)
+    prompts = [*random_prompts(rng, 7, 4), [5] * MAX_SEQ_LEN, [6] * MAX_SEQ_LEN]
+    rng.shuffle(prompts)
+    model: Any = ForwardOnly(state, max_batch_size) if kind == "only forward" else patched(make(max_batch_size))
+    plain = make(max_batch_size)
+    endless = run(model, prompts, max_gen_len, logprobs=True)
+    for prompt, steps in zip(prompts, endless, strict=True):
+        answer = tokens_of(steps)
+        check_greedy(state, prompt, answer)
+        scores = oracle_scores(state, prompt + answer)[len(prompt) :]
+        assert [step.logprob for step in steps if step.token is not None] == pytest.approx(scores, abs=1e-4)
+    eos_id = Counter(token for steps in endless for token in set(tokens_of(steps))).most_common(1)[0][0]
+    for mine, theirs in zip(
+        run(model, prompts, max_gen_len, eos_id=eos_id), run(plain, prompts, max_gen_len, eos_id=eos_id), strict=True
+    ):
+        assert tokens_of(mine) == tokens_of(theirs)
+        assert mine[-1].finish_reason == theirs[-1].finish_reason
+
+
+def test_prompts_of_one_length_go_together_where_one_position_is_taken(state: oracle.State) -> None:
+    """In the order of the first of each length; the next ones wait until all rows have ended."""
+    model = ForwardOnly(state, 3)
+    run(model, [[1, 2], [3], [4, 5], [6], [7, 8], [9, 1]], max_gen_len=3)
+    assert model.passes == [
+        *[(3, 2, 0), (3, 1, 2), (3, 1, 3)],
+        *[(2, 1, 0), (2, 1, 1), (2, 1, 2)],
+        *[(1, 2, 0), (1, 1, 2), (1, 1, 3)],
+    ]
+
+
+def test_a_network_that_takes_one_position_draws_from_its_rows_noise(
+    make: Callable[..., Transformer], state: oracle.State
+) -> None:
+    prompts = [[1, 2], [3, 4], [5, 6]]
+    expected = run(make(3), prompts, 8, temperature=1.5)
+    assert run(ForwardOnly(state, 3), prompts, 8, temperature=1.5) == expected  # type: ignore[arg-type]
+
+
+def test_a_compiled_network_gives_what_the_oracle_gives(make: Callable[..., Transformer], state: oracle.State) -> None:
+    prompts = [[1, 2], [3, 4]]
+    model = compiled(make(2))
+    for prompt, steps in zip(prompts, run(model, prompts, 4), strict=True):
+        check_greedy(state, prompt, tokens_of(steps))
+
+
+def test_scores_of_a_network_with_only_a_forward(state: oracle.State) -> None:
+    texts = random_prompts(random.Random(2), 5)
+    for text, got in zip(texts, score(ForwardOnly(state, 2), texts), strict=True):
+        assert got == pytest.approx(oracle_scores(state, text), abs=1e-4)
+
+
+def _disturb_by_a_call(model: Any) -> None:
+    getattr(model, "forward")(torch.zeros((1, 7), dtype=torch.int64), 0)  # noqa: B009
+
+
+def _disturb_by_decoding(model: Any) -> None:
+    n_rows = model.params.max_batch_size
+    prompts = [[9, 8, 7]] * n_rows
+    list(decode(model, prompts, sampler(0, n_rows), rows=range(n_rows), max_gen_len=4, eos_id=NO_EOS))
+
+
+def _disturb_by_scoring(model: Any) -> None:
+    score(model, [[11] * MAX_SEQ_LEN])
+
+
+DISTURBANCES = {"call": _disturb_by_a_call, "decode": _disturb_by_decoding, "score": _disturb_by_scoring}
+
+
+@pytest.mark.parametrize("kind", ["plain", "static", "patched", "only forward"])
+@pytest.mark.parametrize("disturbance", DISTURBANCES)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_others_overwrote_in_the_cache_is_computed_anew(
+    make: Callable[..., Transformer], state: oracle.State, seed: int, disturbance: str, kind: str
+) -> None:
+    """Between any two steps, with rows of any lengths, prompts that wait, and rows that move into gaps."""
+    if (disturbance, kind) == ("call", "only forward"):
+        pytest.skip("nothing tells of a direct call of a network that has no modules")
+    rng = random.Random(seed)
+    max_batch_size, prompts = rng.randint(1, 4), random_prompts(rng, 7)
+    model: Any = ForwardOnly(state, max_batch_size) if kind == "only forward" else make(max_batch_size)
+    if kind == "patched":
+        patched(model)
+    stepper = StaticStepper(model, graphs=False) if kind == "static" else None
+    n_rows = min(len(prompts), max_batch_size)
+    draws = sampler(0.0, n_rows)
+    options: dict[str, Any] = {"max_gen_len": 6, "eos_id": NO_EOS, "stepper": stepper, "logprobs": True}
+
+    def disturbed() -> Iterator[Step]:
+        for step in decode(model, prompts, draws, rows=range(n_rows), **options):
+            yield step
+            if rng.random() < 0.5:
+                DISTURBANCES[disturbance](model)
+
+    for prompt, steps in zip(prompts, drain(disturbed(), len(prompts)), strict=True):
+        answer = tokens_of(steps)
+        check_greedy(state, prompt, answer)
+        expected = oracle_scores(state, prompt + answer)[len(prompt) :]
+        assert [step.logprob for step in steps if step.token is not None] == pytest.approx(expected, abs=1e-4)
+
+
+def test_two_loops_side_by_side_give_what_each_gives_alone(make: Callable[..., Transformer]) -> None:
+    model, prompts = make(2), [[[1, 2, 3], [4], [5, 6]], [[7, 8], [9]]]
+    expected = [run(model, mine, 8, temperature=1.5) for mine in prompts]
+    loops = [decode(model, mine, sampler(1.5, 2), rows=range(2), max_gen_len=8, eos_id=NO_EOS) for mine in prompts]
+    found: list[list[Step]] = [[], []]
+    for steps in itertools.zip_longest(*loops):
+        for mine, step in zip(found, steps, strict=True):
+            mine += [step] if step else []
+    assert [drain(iter(steps), len(mine)) for steps, mine in zip(found, prompts, strict=True)] == expected
+
+
+def test_a_cache_that_nobody_touched_is_not_computed_anew(make: Callable[..., Transformer]) -> None:
+    model = make(3)
+    passes = _Passes(model)
+    run(model, [[1, 2], [3, 4], [4, 5], [6, 7]], 5)
+    assert sum(bsz for bsz, seqlen in passes.shapes if seqlen > 1) == 4
+
+
+def oracle_scores(state: oracle.State, text: Listed[int]) -> list[float]:
+    logprobs = oracle.logits(state, PARAMS, torch.tensor([text]))[0].log_softmax(-1)
+    return [0.0, *(logprobs[i - 1, token].item() for i, token in enumerate(text) if i)]
+
+
+def test_scores_equal_the_oracles_for_any_number_of_texts(
+    make: Callable[..., Transformer], state: oracle.State
+) -> None:
+    texts = [*random_prompts(random.Random(2), 9), [3], [4] * MAX_SEQ_LEN]
+    for text, got in zip(texts, score(make(4), texts), strict=True):
+        assert got == pytest.approx(oracle_scores(state, text), abs=1e-4)
+        assert got[0] == 0.0
+
+
+def test_scores_of_a_long_text_have_no_seams(make: Callable[..., Transformer], state: oracle.State) -> None:
+    """Long texts are projected onto the vocabulary in parts, to bound the logits held at a time."""
+    model, rng = make(2, max_seq_len=1100), random.Random(0)
+    passes = _Passes(model)
+    texts = [[rng.randrange(60) for _ in range(n)] for n in (1100, 513)]
+    for text, got in zip(texts, score(model, texts), strict=True):
+        assert got == pytest.approx(oracle_scores(state, text), abs=2e-4)
+    assert max(passes.projected) < 1024
+
+
+def test_one_process_keeps_its_own_step(make: Callable[..., Transformer]) -> None:
+    """Without other ranks, `_InLockstep` passes every step on and computes none after it is closed."""
+    model = make(2)
+
+    def steps() -> Iterator[Step]:
+        return decode(model, [[1, 2]], sampler(0, 1), rows=[0], max_gen_len=6, eos_id=NO_EOS)
+
+    assert list(_InLockstep(steps())) == list(steps())
+    passes, cut = _Passes(model), _InLockstep(steps())
+    next(iter(cut))
+    cut.close()
+    assert len(passes.shapes) == 1

@@ -1,0 +1,211 @@
+"""The lock of a network: one holder at a time, handed over in order, and waited for until something else happens."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from llama.engine import lock as model_lock
+from llama.engine.lock import ModelLock, lock_of
+
+
+def test_users_of_one_network_share_a_lock_and_those_of_others_do_not() -> None:
+    class Equal:
+        """By value, as a dataclass is: no key of a dictionary."""
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    one, another, equal, too = nn.Linear(1, 1), nn.Linear(1, 1), Equal(), Equal()
+    locks = [lock_of(x) for x in (one, another, equal, too)]
+    assert len({id(lock) for lock in locks}) == 4
+    assert [lock_of(x) for x in (one, another, equal, too)] == locks
+
+
+def test_one_thread_at_a_time_holds_the_lock() -> None:
+    lock, inside, most = ModelLock(), [], []
+
+    def work(i: int) -> None:
+        for _ in range(50):
+            with lock:
+                inside.append(i)
+                assert lock.holder == threading.get_ident()
+                most.append(len(inside))
+                inside.remove(i)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert len(most) == 400 and set(most) == {1}
+    assert lock.holder is None and not lock.is_held
+
+
+def test_a_call_from_inside_of_another_is_an_error_and_not_a_deadlock() -> None:
+    lock, errors = ModelLock(), []
+
+    def call_inside() -> None:
+        with lock:
+            with pytest.raises(RuntimeError, match="must not be made from inside another call") as info, lock:
+                pass
+            errors.append(info.value)
+            assert lock.is_held
+
+    thread = threading.Thread(target=call_inside, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive() and len(errors) == 1
+    assert not lock.is_held
+
+
+def test_try_acquire_does_not_wait() -> None:
+    lock = ModelLock()
+    with lock:
+        assert not lock.try_acquire()
+        with ThreadPoolExecutor(1) as pool:
+            assert not pool.submit(lock.try_acquire).result(timeout=60)
+        assert lock.holder == threading.get_ident()
+    assert lock.try_acquire() and lock.holder == threading.get_ident()
+    lock.__exit__()
+    assert lock.holder is None and not lock.is_held
+
+
+def test_a_call_that_fails_releases_the_lock() -> None:
+    lock = ModelLock()
+    with pytest.raises(ZeroDivisionError), lock:
+        1 / 0  # noqa: B018
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lock.__enter__).result(timeout=60)
+    assert lock.is_held
+
+
+def test_several_ranks_are_called_from_one_thread_only() -> None:
+    lock, other = ModelLock(), ModelLock()
+    for _ in range(2):
+        lock.check_thread(several_ranks=True)
+        other.check_thread(several_ranks=False)
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(RuntimeError, match="must come from one thread"):
+            pool.submit(lock.check_thread, several_ranks=True).result()
+        pool.submit(other.check_thread, several_ranks=False).result()
+    lock.check_thread(several_ranks=True)
+
+
+# Waiting in order, or until something happens
+
+
+class Waiters:
+    """Threads that wait for a lock, one after another."""
+
+    def __init__(self, lock: ModelLock, pool: ThreadPoolExecutor) -> None:
+        self.lock, self._pool = lock, pool
+
+    def start(self, work: Callable[[], object]) -> Future[object]:
+        """Starts a thread that will wait for the lock; returns when it does."""
+        n_waiting = len(self.lock._waiters)
+        future = self._pool.submit(work)
+        until(lambda: len(self.lock._waiters) > n_waiting)
+        return future
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def lock() -> ModelLock:
+    return ModelLock()
+
+
+@pytest.fixture
+def waiters(lock: ModelLock) -> Iterator[Waiters]:
+    with ThreadPoolExecutor(8) as pool:
+        yield Waiters(lock, pool)
+
+
+def test_the_lock_is_handed_over_in_order_of_arrival(lock: ModelLock, waiters: Waiters) -> None:
+    order: list[int] = []
+
+    def work(i: int) -> None:
+        with lock:
+            order.append(i)
+
+    with lock:
+        futures = [waiters.start(partial(work, i)) for i in range(6)]
+        assert lock.is_wanted
+        assert order == []
+    for future in futures:
+        future.result(timeout=60)
+    assert order == list(range(6)) and not lock.is_held and not lock.is_wanted
+
+
+def test_a_thread_that_waits_unless_is_woken_without_the_lock_when_that_holds(
+    lock: ModelLock, waiters: Waiters
+) -> None:
+    happened: set[int] = set()
+    with lock:
+        futures = [waiters.start(partial(lock.acquire, lambda i=i: i in happened)) for i in range(3)]
+        assert not lock.is_wanted
+        lock.wake()
+        assert len(lock._waiters) == 3
+        happened.add(1)
+        lock.wake()
+        assert futures[1].result(timeout=60) is False
+        assert not futures[0].done() and not futures[2].done()
+        happened.add(0)
+    # When the lock is released, the first thread has no use for it any more: the third one gets it.
+    assert futures[0].result(timeout=60) is False
+    assert futures[2].result(timeout=60) is True
+    assert lock.is_held
+    lock.release()
+    assert not lock.is_held
+
+
+def test_a_free_lock_is_not_acquired_where_unless_holds(lock: ModelLock) -> None:
+    assert lock.acquire(lambda: True) is False and not lock.is_held
+    assert lock.acquire(lambda: False) is True and lock.holder == threading.get_ident()
+    lock.release()
+
+
+def test_an_interrupted_wait_leaves_the_lock_to_the_others(
+    lock: ModelLock, waiters: Waiters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted:
+        """Raises as Ctrl-C does: either while it waits, or when the lock has just been handed over to it."""
+
+        def __init__(self) -> None:
+            self._lock, self._n = threading.Lock(), 0
+            self.release = self._lock.release
+
+        def acquire(self) -> None:
+            self._n += 1
+            if self._n > 1:
+                if is_late:
+                    until(lambda: not self._lock.locked())
+                raise KeyboardInterrupt
+            self._lock.acquire()
+
+    for is_late in (False, True):
+        with lock:
+            with monkeypatch.context() as patch:
+                patch.setattr(model_lock, "threading", SimpleNamespace(Lock=Interrupted, get_ident=threading.get_ident))
+                if is_late:
+                    interrupted = waiters.start(lock.acquire)
+                else:
+                    with pytest.raises(KeyboardInterrupt):
+                        waiters._pool.submit(lock.acquire).result(timeout=60)
+            other = waiters.start(lock.acquire)
+        assert other.result(timeout=60) is True
+        if is_late:
+            with pytest.raises(KeyboardInterrupt):
+                interrupted.result(timeout=60)
+        lock.release()
+        assert not lock.is_held and not lock._waiters

@@ -1,0 +1,370 @@
+"""The products of linear layers: equal values in every form, and the choice among them by their times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama.layers import kernels
+from llama.layers.kernels import (
+    Kernels,
+    block_quantized,
+    can_pack,
+    can_quantize,
+    dequantize,
+    measure_kernels,
+    pack_weight,
+    packed_linear,
+    quantize_values,
+    quantize_weight,
+    quantized_linear,
+)
+from tests.support import oracle
+
+CPU = torch.device("cpu")
+IN, OUT = 64, 48
+PADDING = Kernels(pads_one=True, pads_few=True)
+needs_packing = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="needs a CPU with bfloat16 in oneDNN")
+needs_int8 = pytest.mark.skipif(not can_quantize(CPU), reason="needs a CPU with int8 products (VNNI)")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@needs_packing
+@pytest.mark.parametrize("n_rows", [1, 2, 3])
+def test_padding_few_rows_changes_no_value(n_rows: int) -> None:
+    """Up to rounding: another number of rows may add in another order."""
+    blocked = pack_weight(normal(OUT, IN).bfloat16())
+    x = normal(n_rows, IN, seed=1).bfloat16()
+    torch.testing.assert_close(packed_linear(x, blocked, PADDING), packed_linear(x, blocked), atol=0.03, rtol=0.01)
+
+
+@needs_packing
+def test_the_numbers_of_rows_that_products_are_made_for_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps code for each: of 4096 numbers, 80 remain, and padding adds an eighth at most."""
+    made: list[int] = []
+
+    def record(x: Tensor, blocked: Tensor) -> Tensor:
+        made.append(len(x))
+        return x.new_zeros(len(x), OUT)
+
+    monkeypatch.setattr(kernels, "_onednn_linear", record)
+    x = torch.zeros(4096, 1, dtype=torch.bfloat16)
+    for n_rows in range(1, 4097):
+        assert packed_linear(x[:n_rows], x).shape == (n_rows, OUT)
+        assert n_rows <= made[-1] <= n_rows * 9 / 8
+    assert len(set(made)) <= 80
+    assert set(range(1, 17)) <= set(made)  # the batch sizes of decoding get no padding
+
+
+def test_onednns_switch_is_put_back_after_an_error() -> None:
+    before = torch._C._get_mkldnn_enabled()
+    with pytest.raises(ZeroDivisionError), kernels._without_onednn():
+        1 / torch._C._get_mkldnn_enabled()
+    assert torch._C._get_mkldnn_enabled() == before
+
+
+# int8 products
+
+
+def quantized_product(x: Tensor, weight: Tensor, block: int) -> Tensor:
+    """The oracle, in float64: each block of inputs rotated, both operands rounded to 127 steps of their largest value.
+
+    The entry (i, j) of a Hadamard matrix is 1 or -1 by whether i and j have an even number of ones in common.
+    """
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
+    rotation = torch.tensor(signs, dtype=torch.float64) / block**0.5
+
+    def rounded(values: Tensor) -> Tensor:
+        rotated = (values.double().view(len(values), -1, block) @ rotation).flatten(1)
+        step = rotated.abs().amax(1, keepdim=True) / 127
+        return (rotated / step).round() * step
+
+    return rounded(x) @ rounded(weight).T
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n_in", "block"), [(64, 32), (96, 32), (48, 16), (12, 4), (7, 1)])
+def test_the_int8_product_is_that_of_rotated_and_rounded_operands(n_in: int, block: int, dtype: torch.dtype) -> None:
+    x, weight = normal(70, n_in, seed=1).to(dtype), normal(OUT, n_in)
+    out = quantized_linear(x, quantize_weight(weight))
+    assert out.dtype == dtype
+    expected = quantized_product(x, weight, block)
+    # Halves may be rounded either way: of one input, by a step.
+    step = x.abs().max().item() * block**0.5 / 127 * weight.abs().max().item() * block**0.5
+    torch.testing.assert_close(out.double(), expected, atol=step, rtol=0.01)
+    off = (out.double() - expected).norm() / expected.norm()
+    assert off < (0.005 if dtype == torch.bfloat16 else 0.002)  # bfloat16: of the output's rounding
+
+
+@needs_int8
+@pytest.mark.parametrize("file_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_weight_of_any_dtype_is_quantized_as_what_it_is(file_dtype: torch.dtype) -> None:
+    weight, x = normal(OUT, IN).to(file_dtype), normal(5, IN, seed=1)
+    assert torch.equal(
+        quantized_linear(x, quantize_weight(weight)), quantized_linear(x, quantize_weight(weight.float()))
+    )
+
+
+@needs_int8
+def test_a_weight_that_is_quantized_part_by_part_is_quantized_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = normal(OUT, IN), normal(5, IN, seed=1)
+    whole = quantized_linear(x, quantize_weight(weight))
+    scratch = torch.full((OUT * IN + 7,), torch.nan, dtype=torch.bfloat16)
+    in_scratch = quantize_weight(weight, scratch)
+    scratch.fill_(torch.nan)
+    assert torch.equal(quantized_linear(x, in_scratch), whole)
+    for n_elements in (1, 5 * IN, 7 * IN + 3):
+        monkeypatch.setattr(kernels, "QUANTIZED_ELEMENTS", n_elements)
+        assert torch.equal(quantized_linear(x, quantize_weight(weight)), whole)
+
+
+@needs_int8
+@pytest.mark.parametrize(("n_out", "n_in"), [(64, 64), (192, 128), (100, 64), (64, 96), (OUT, IN)])
+def test_weights_are_laid_out_as_onednn_does_it(n_out: int, n_in: int) -> None:
+    """The first one of a shape is blocked by oneDNN itself, whose bytes those of the others have to be."""
+    held = []
+    for seed in range(3):
+        values, scales = quantize_values(normal(n_out, n_in, seed=seed))
+        held.append(block_quantized(values, scales))
+        expected = torch.ops.onednn.qlinear_prepack(values, None)
+        assert torch.equal(kernels._memory_of(held[-1].blocked), kernels._memory_of(expected))
+    known = kernels._blocked_by_onednn.get(torch.Size((n_out, n_in)))
+    assert known is None or (known is held[0].blocked and n_out % 64 == n_in % 64 == 0)
+
+
+@needs_int8
+def test_a_layout_that_is_not_known_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on processors without AVX-512, or in another version of oneDNN."""
+    expected = [quantized_linear(normal(5, 128, seed=9), quantize_weight(normal(64, 128, seed=i))) for i in range(2)]
+    for name, other in (
+        ("_rearrange", lambda values, memory: memory.zero_()),
+        ("_memory_of", lambda blocked: torch.ops.mkldnn.there_is_no_such_operator(blocked)),
+        ("_memory_of", lambda blocked: torch.zeros(7, dtype=torch.int8)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "_blocked_by_onednn", {})
+            patch.setattr(kernels, name, other)
+            for i in range(2):
+                weight = quantize_weight(normal(64, 128, seed=i))
+                assert torch.equal(quantized_linear(normal(5, 128, seed=9), weight), expected[i])
+            assert not kernels._blocked_by_onednn
+
+
+@needs_int8
+def test_a_blocked_weight_is_not_kept_for_others() -> None:
+    quantize_weight(normal(64, 320))
+    assert torch.Size((64, 320)) not in kernels._blocked_by_onednn
+
+
+@pytest.mark.parametrize("n_in", [64, 96, 12, 7])
+def test_numbers_and_scales_are_the_weight_to_half_a_step(n_in: int) -> None:
+    """Of the rotated weight; rotating back leaves the norm of the error as it is."""
+    weight = normal(OUT, n_in) * torch.logspace(-3, 3, OUT).unsqueeze(1)
+    weight[5] = 0
+    values, scales = quantize_values(weight)
+    assert values.dtype == torch.int8 and values.abs().max() <= 127 and scales.shape == (OUT,)
+    block = math.gcd(n_in, 32)
+    error = (dequantize(values, scales) - weight).norm(dim=1)
+    assert (error <= 0.5 * scales * block**0.5 * n_in**0.5 * 1.001).all()
+    assert error[6:].min() > 0
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n_in", "n_out"), [(IN, OUT), (352, 100)])
+def test_a_row_has_the_same_int8_product_whatever_the_other_rows(n_in: int, n_out: int, dtype: torch.dtype) -> None:
+    weight = quantize_weight(normal(n_out, n_in))
+    x = (normal(300, n_in, seed=1) * torch.logspace(-3, 3, 300).unsqueeze(1)).to(dtype)
+    together = quantized_linear(x, weight)
+    for n_rows in (1, 2, 3, 4, 5, 8, 16, 17, 33, 131):
+        for first in (0, 1, 160):
+            part = slice(first, first + n_rows)
+            assert torch.equal(quantized_linear(x[part], weight), together[part])
+
+
+@needs_int8
+@pytest.mark.parametrize("shape", [(IN,), (1, IN), (1, 3, IN), (3, 1, IN), (17, IN), (3, 11, IN)], ids=str)
+def test_an_int8_product_has_the_inputs_shape(shape: tuple[int, ...]) -> None:
+    weight, x = quantize_weight(normal(OUT, IN)), normal(*shape, seed=1)
+    out = quantized_linear(x, weight)
+    assert out.shape == (*shape[:-1], OUT)
+    assert torch.equal(out.flatten(0, -2) if len(shape) > 1 else out[None], quantized_linear(x.view(-1, IN), weight))
+    spread = torch.stack((x, -x), -1).flatten(-2)[..., ::2]  # not contiguous
+    assert torch.equal(quantized_linear(spread, weight), out)
+
+
+@needs_int8
+def test_rows_of_zeros_and_of_nan_stay_what_they_are_and_leave_the_others_alone() -> None:
+    weight, x = quantize_weight(normal(OUT, IN)), normal(4, IN, seed=1)
+    expected = quantized_linear(x, weight)
+    x[1], x[2, 5] = 0, torch.nan
+    out = quantized_linear(x, weight)
+    assert torch.equal(out[1], torch.zeros(OUT)) and out[2].isnan().all()
+    assert torch.equal(out[[0, 3]], expected[[0, 3]])
+
+
+@needs_int8
+def test_an_output_without_weights_is_zero() -> None:
+    weight = normal(OUT, IN)
+    weight[3] = 0
+    out = quantized_linear(normal(4, IN, seed=1), quantize_weight(weight))
+    assert torch.equal(out[:, 3], torch.zeros(4)) and out.isfinite().all()
+
+
+@needs_int8
+def test_the_rotation_spreads_a_few_large_inputs() -> None:
+    """As trained networks have them: the steps of rounding would be theirs, and the other inputs lost."""
+    x, weight = normal(50, 256, seed=1), normal(OUT, 256)
+    x[:, 17] *= 100
+    exact = x.double() @ weight.double().T
+    error, unrotated = (
+        (product.double() - exact).norm() / exact.norm()
+        for product in (quantized_linear(x, quantize_weight(weight)), quantized_product(x, weight, block=1))
+    )
+    assert error < 0.6 * unrotated
+
+
+# What this processor has
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
+    assert not can_pack(CPU, dtype)
+
+
+def test_other_devices_are_not_packed() -> None:
+    assert not can_pack(torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, None])
+def test_operators_that_are_gone_or_wrong_are_found_out(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None
+) -> None:
+    """As in a build of torch without oneDNN, or one that gives these private operators another meaning."""
+
+    def linear(x: Tensor, blocked: Tensor) -> Tensor:
+        if error:
+            raise error
+        return torch.zeros(len(x), 64, dtype=x.dtype)
+
+    monkeypatch.setattr(kernels, "_onednn_linear", linear)
+    assert not can_pack(CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", [AttributeError, RuntimeError, "another zero point", "saturating", "exact"])
+def test_int8_operators_that_are_gone_or_wrong_are_found_out(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception] | str
+) -> None:
+    """Processors before VNNI add pairs of products in 16 bits."""
+
+    def linear(x: Tensor, blocked: Tensor, scales: Tensor) -> Tensor:
+        if not isinstance(kind, str):
+            raise kind
+        values = torch.full((64, 256), 127.0)
+        values[1::2, ::3] = -127
+        products = x.float().unsqueeze(1) * values
+        pairs = products.view(len(x), 64, -1, 2).sum(-1)
+        limit = 2.0**15 if kind == "saturating" else 2.0**17
+        zero_point = 127 if kind == "another zero point" else 128
+        return (pairs.clamp(-limit, limit - 1).sum(-1) - zero_point * values.sum(1)) * scales
+
+    monkeypatch.setattr(kernels, "onednn_int8_linear", linear)
+    monkeypatch.setattr(kernels, "duration", lambda work: 1.0)
+    assert can_quantize(CPU) == (kind == "exact" and hasattr(torch.ops.onednn, "qlinear_prepack"))
+
+
+@needs_int8
+def test_a_slow_reference_of_the_int8_product_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, accepted in ((100.0, False), (3.0, True)):
+        monkeypatch.setattr(kernels, "duration", _taking(seconds))
+        assert can_quantize(CPU) == accepted
+
+
+def _taking(seconds: float) -> Callable[[Any], float]:
+    """A clock by which the int8 product takes so long, and others a second."""
+    return lambda work: seconds if work.func is kernels.onednn_int8_linear else 1.0
+
+
+def test_other_devices_are_not_quantized() -> None:
+    assert not can_quantize(torch.device("cuda")) and not can_quantize(torch.device("mps"))
+
+
+def _refuse_to_time(*_: Any) -> bool:
+    raise AssertionError("a product was timed")
+
+
+@needs_packing
+def test_small_networks_are_not_timed(monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]) -> None:
+    """Their build would take longer, and the forms differ too little. Its few milliseconds are those of a look."""
+    monkeypatch.setattr(kernels, "_is_faster", _refuse_to_time)
+    weights = oracle.random_state(params, seed=3).values()
+    for packed_only in (False, True):
+        assert measure_kernels(weights, torch.bfloat16, packed_only=packed_only) == Kernels()
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Has the timings decide as a test says, one after another, with each form run once."""
+    answers: list[bool] = []
+
+    def decide(work: Callable[[], None], other: Callable[[], None]) -> bool:
+        work()
+        other()
+        return answers.pop(0)
+
+    monkeypatch.setattr(kernels, "_is_faster", decide)
+    monkeypatch.setattr(kernels, "_PROBE_BYTES", 4 * OUT * IN)
+    yield answers
+    assert not answers
+
+
+@needs_packing
+@pytest.mark.parametrize(
+    ("answers", "packed_only", "expected"),
+    [
+        ([True, False], True, Kernels(pads_one=True)),
+        ([False, True], True, Kernels(pads_few=True)),
+        ([False, False, True, False], False, Kernels(native_row=True)),
+        ([False, False, False, True], False, Kernels(packs_one_row=True)),
+    ],
+)
+def test_the_form_that_was_faster_is_taken(
+    timed: list[bool], answers: list[bool], packed_only: bool, expected: Kernels
+) -> None:
+    timed += answers
+    weights = [normal(OUT, IN, seed=i) for i in range(3)]
+    assert measure_kernels(weights, torch.bfloat16, packed_only=packed_only) == expected
+
+
+def test_weights_of_the_most_common_size_are_timed() -> None:
+    """Norms are no matrices, and one large embedding weighs less than many kernels."""
+    weights = [torch.empty(5000), *[torch.empty(40, 10) for _ in range(9)], torch.empty(300, 10)]
+    assert {weight.shape for weight in kernels._sample(weights)} == {(40, 10)}
+
+
+def test_a_form_is_faster_if_it_takes_clearly_less_time_than_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test's own, which the work moves on; the other's time counts as much as the work's."""
+    now = [0.0]
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
+
+    def taking(*seconds: float) -> Callable[[], None]:
+        times = list(seconds) * 5
+
+        def work() -> None:
+            now[0] += times.pop(0)
+
+        return work
+
+    assert kernels._is_faster(taking(0.9), taking(1.0))
+    assert not kernels._is_faster(taking(0.99), taking(1.0))
+    assert not kernels._is_faster(taking(1.1), taking(1.0))
+    assert kernels._is_faster(taking(0.9, 0.9, 9.0, 0.9, 0.9), taking(1.0))  # once, something else had the processor

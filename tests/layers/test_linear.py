@@ -1,0 +1,681 @@
+"""The sharded layers: fairscale's products and gradients in every form; no packed form outlives its weight."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel import layers as fairscale_layers
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize, prune
+
+from llama import ModelArgs, Transformer
+from llama.distributed import groups as runtime
+from llama.layers import kernels
+from llama.layers import linear as layers
+from llama.layers.kernels import Kernels, can_pack
+from llama.layers.linear import (
+    ColumnParallelLinear,
+    EmptyOnMeta,
+    PackedParameter,
+    RowParallelLinear,
+    column_parallel,
+    pack_layers,
+    packable_layers,
+    row_parallel,
+)
+from tests.support import oracle
+from tests.support.ranks import run_ranks
+
+CPU = torch.device("cpu")
+IN, OUT = 64, 48
+PADDING = Kernels(pads_one=True, pads_few=True)
+needs_packing = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="needs a CPU with bfloat16 in oneDNN")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups() -> None:
+    """fairscale's layers need a model-parallel group."""
+    runtime.init_process_groups(1, CPU)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make(dtype: torch.dtype = torch.bfloat16, *, requires_grad: bool = False) -> ColumnParallelLinear:
+    layer = column_parallel(IN, OUT)
+    layer.weight = nn.Parameter(normal(OUT, IN).to(dtype), requires_grad)
+    return layer
+
+
+def make_packed(dtype: torch.dtype = torch.bfloat16) -> ColumnParallelLinear:
+    layer = make(dtype)
+    layer.pack(torch.bfloat16)
+    return layer
+
+
+def make_native(dtype: torch.dtype = torch.bfloat16) -> ColumnParallelLinear:
+    """A layer that takes ATen's matrix-vector product."""
+    layer = make(dtype)
+    layer.kernels = Kernels(native_row=True)
+    return layer
+
+
+def exact(x: Tensor, weight: Tensor) -> Tensor:
+    """The product of bfloat16 operands, as float64 has it."""
+    return x.double() @ weight.detach().bfloat16().double().T
+
+
+def assert_computes(layer: nn.Module, weight: Tensor) -> None:
+    for n_rows in (1, 3):
+        x = normal(n_rows, IN, seed=1).bfloat16()
+        with torch.no_grad():
+            got = layer(x)
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), exact(x, weight), atol=0.05, rtol=0.01)
+
+
+# Products
+
+
+@needs_packing
+@pytest.mark.parametrize("kernels", [Kernels(), PADDING, Kernels(native_row=True)], ids=str)
+@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize(
+    "shape", [(64,), (1, 64), (2, 64), (1, 3, 64), (3, 1, 64), (5, 64), (17, 64), (3, 11, 64), (130, 64)], ids=str
+)
+def test_every_form_gives_the_product_in_the_inputs_shape(
+    shape: tuple[int, ...], packs: bool, kernels: Kernels
+) -> None:
+    layer = make_packed() if packs else make()
+    layer.kernels = kernels
+    x = normal(*shape, seed=1).bfloat16()
+    out = layer(x)
+    assert out.dtype == torch.bfloat16 and out.shape == (*shape[:-1], OUT)
+    torch.testing.assert_close(out.double(), exact(x, layer.weight), atol=0.05, rtol=0.01)
+    assert (layer._packed is not None) == packs
+
+
+@needs_packing
+def test_inputs_need_not_be_contiguous() -> None:
+    layer = make_packed()
+    for x in (normal(IN, 9).bfloat16().T, normal(9, 2 * IN).bfloat16()[:, ::2], normal(1, IN).bfloat16().expand(7, -1)):
+        torch.testing.assert_close(layer(x).double(), exact(x, layer.weight), atol=0.05, rtol=0.01)
+
+
+@needs_packing
+@pytest.mark.parametrize("kernels", [Kernels(), PADDING, Kernels(native_row=True)], ids=str)
+@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("shape", [(0, IN), (3, 0, IN), (0, 5, IN)], ids=str)
+def test_no_rows_give_no_outputs(shape: tuple[int, ...], packs: bool, kernels: Kernels) -> None:
+    layer = make_packed() if packs else make()
+    layer.kernels = kernels
+    out = layer(torch.zeros(shape, dtype=torch.bfloat16))
+    assert out.shape == (*shape[:-1], OUT) and out.dtype == torch.bfloat16
+
+
+@needs_packing
+@pytest.mark.parametrize("shape", [(1, IN - 1), (9, IN + 1)], ids=str)
+def test_inputs_of_another_size_get_torchs_own_error(shape: tuple[int, int]) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        make_packed()(torch.ones(shape, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("file_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("packs", [False, pytest.param(True, marks=needs_packing)], ids=["plain", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_outputs_have_the_inputs_dtype_whatever_the_weights(
+    dtype: torch.dtype, packs: bool, file_dtype: torch.dtype
+) -> None:
+    layer = make_packed(file_dtype) if packs else make(file_dtype)
+    x = normal(4, IN, seed=1).to(dtype)
+    out = layer(x)
+    assert out.dtype == dtype and layer.weight.dtype == file_dtype
+    torch.testing.assert_close(out.double(), exact(x.bfloat16(), layer.weight), atol=0.3, rtol=0.03)
+
+
+@needs_packing
+def test_packing_leaves_the_weight_as_it_is_and_scratch_memory_makes_no_difference() -> None:
+    layer, weight = make(torch.float32), normal(OUT, IN)
+    scratch = torch.full((OUT * IN + 7,), torch.nan, dtype=torch.bfloat16)
+    layer.pack(torch.bfloat16, scratch)
+    x = normal(5, IN, seed=1).bfloat16()
+    assert torch.equal(layer(x), make_packed(torch.float32)(x))
+    scratch.fill_(torch.nan)
+    assert layer(x).isfinite().all()
+    assert torch.equal(layer.weight, weight) and layer.state_dict().keys() == {"weight"}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["column", "row"])
+@pytest.mark.parametrize("packs", [False, pytest.param(True, marks=needs_packing)], ids=["plain", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_is_that_of_fairscales_own_layers(dtype: torch.dtype, packs: bool, kind: str, bias: bool) -> None:
+    if kind == "column":
+        ours, theirs = (
+            cls(IN, OUT, bias=bias) for cls in (ColumnParallelLinear, fairscale_layers.ColumnParallelLinear)
+        )
+    else:
+        ours, theirs = (cls(IN, OUT, bias=bias) for cls in (RowParallelLinear, fairscale_layers.RowParallelLinear))
+    with torch.no_grad():
+        if bias:
+            theirs.bias.copy_(normal(OUT, seed=2))
+        ours.load_state_dict(theirs.state_dict())
+    ours.to(dtype).requires_grad_(False)
+    theirs.to(dtype)
+    if packs:
+        ours.pack(torch.bfloat16)
+    for shape in ((1, 1, IN), (2, 5, IN)):
+        x = normal(*shape, seed=1).to(dtype)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(ours(x), theirs(x).detach(), atol=tolerance, rtol=tolerance)
+
+
+def _on_two_ranks(rank: int) -> list[tuple[str, Tensor, Tensor]]:
+    """Outputs and gradients of ours and fairscale's layers, of all kinds, with the same shards."""
+    runtime.init_process_groups(2, CPU)
+    found = []
+    for packs in [False, True] if can_pack(CPU, torch.bfloat16) else [False]:
+        dtype = torch.bfloat16 if packs else torch.float32
+        for kind, flag in (("Column", True), ("Column", False), ("Row", True), ("Row", False)):
+            pair = []
+            for module in (layers, fairscale_layers):
+                option = {"gather_output" if kind == "Column" else "input_is_parallel": flag}
+                layer = getattr(module, f"{kind}ParallelLinear")(IN, OUT, bias=True, **option)
+                shard = normal(*layer.weight.shape, seed=rank) / 8
+                layer.load_state_dict({"weight": shard, "bias": normal(*layer.bias.shape, seed=2)})
+                layer.to(dtype)
+                if packs:
+                    layer.requires_grad_(False)
+                if packs and module is layers:
+                    layer.pack(dtype)
+                width = layer.weight.shape[1] if kind == "Row" and flag else IN
+                # What all ranks hold whole is the same on all of them.
+                x = normal(3, width, seed=rank + 5 if width != IN else 5).to(dtype).requires_grad_(not packs)
+                out = layer(x)
+                tensors = [out.detach()]
+                if not packs:
+                    out.square().sum().backward()
+                    tensors += [x.grad, layer.weight.grad, layer.bias.grad]
+                pair.append(tensors)
+            name = f"{kind} {flag} {dtype}"
+            found += [(name, ours, theirs) for ours, theirs in zip(*pair, strict=True)]
+    return found
+
+
+def test_outputs_and_gradients_on_two_ranks_are_those_of_fairscales_own_layers() -> None:
+    for found in run_ranks(2, _on_two_ranks):
+        assert len(found) >= 16
+        for name, ours, theirs in found:
+            tolerance = 1e-5 if ours.dtype == torch.float32 else 0.03
+            torch.testing.assert_close(
+                ours, theirs, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+def test_the_products_of_one_row_leave_onednns_switch_as_it_was() -> None:
+    layer = make_native()
+    x = normal(1, IN, seed=1).bfloat16()
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        layer(x)
+        assert not torch._C._get_mkldnn_enabled()
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+    layer(x)
+    assert torch._C._get_mkldnn_enabled() == before
+
+
+def test_the_matrix_vector_product_is_for_one_row_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(kernels, "_without_onednn", refuse)
+    for dtype, shape in ((torch.bfloat16, (2, IN)), (torch.bfloat16, (0, IN)), (torch.float32, (1, IN))):
+        make_native(dtype)(torch.zeros(shape, dtype=dtype))
+    with pytest.raises(ZeroDivisionError):
+        make_native()(torch.zeros((1, 1, IN), dtype=torch.bfloat16))
+
+
+def test_eight_threads_leave_onednns_switch_as_it_was() -> None:
+    """Two that saved and restored it at the same time could leave it off for the process."""
+    before = torch._C._get_mkldnn_enabled()
+    layer = make_native()
+    x = normal(1, IN, seed=1).bfloat16()
+    expected = layer(x)
+    barrier = threading.Barrier(8)
+
+    def work(_: int) -> bool:
+        barrier.wait()
+        found = []
+        for _ in range(30):
+            with kernels._without_onednn():
+                off = not torch._C._get_mkldnn_enabled()
+                time.sleep(0)  # let another thread come in between
+                found.append(off and not torch._C._get_mkldnn_enabled())
+            found.append(torch.equal(layer(x), expected))
+        return all(found)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+    assert torch._C._get_mkldnn_enabled() == before
+
+
+# Changes of the weight
+
+
+def _edit_in_inference_mode(layer: nn.Module) -> None:
+    with torch.inference_mode():
+        layer.weight.mul_(-1)
+
+
+def _edit_a_view_in_inference_mode(layer: nn.Module) -> None:
+    with torch.inference_mode():
+        layer.weight.detach()[3].zero_()
+
+
+def _negate_by_a_parametrization(layer: nn.Module) -> None:
+    class Negated(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return -weight
+
+    parametrize.register_parametrization(layer, "weight", Negated())
+
+
+def _bake_a_parametrization_in(layer: nn.Module) -> None:
+    _negate_by_a_parametrization(layer)
+    parametrize.remove_parametrizations(layer, "weight")
+
+
+def _set(name: str, make_value: Callable[[Tensor], Any]) -> Callable[[nn.Module], None]:
+    return lambda layer: setattr(layer, name, make_value(layer.weight.detach()))
+
+
+def _optimize(optimizer: type[torch.optim.Optimizer], **options: bool) -> Callable[[nn.Module], None]:
+    """A training step that differentiates through another graph than the layer's forward."""
+
+    def edit(layer: nn.Module) -> None:
+        layer.requires_grad_()
+        steps = optimizer(layer.parameters(), lr=0.5, **options)  # type: ignore[call-arg]
+        with torch.enable_grad():
+            (layer.weight * normal(*layer.weight.shape, seed=7)).sum().backward()
+        steps.step()
+        layer.requires_grad_(False)
+
+    return edit
+
+
+def _optimize_a_frozen_weight(layer: nn.Module) -> None:
+    layer.weight.grad = normal(*layer.weight.shape, seed=7).to(layer.weight.dtype)
+    torch.optim.AdamW(layer.parameters(), lr=0.5, fused=True).step()
+
+
+EDITS: dict[str, Callable[[nn.Module], Any]] = {
+    "in place": lambda layer: layer.weight.mul_(-1),
+    "one entry": lambda layer: layer.weight.__setitem__((0, 0), 99.0),
+    "a row": lambda layer: layer.weight[3].zero_(),
+    "a transposed view": lambda layer: layer.weight.T[3].zero_(),
+    "a detached view": lambda layer: layer.weight.detach().mul_(-1),
+    "another dtype's view": lambda layer: layer.weight.view(torch.int32).zero_(),
+    "the state dict's tensor": lambda layer: layer.state_dict()["weight"].mul_(-1),
+    "out=": lambda layer: torch.neg(layer.weight, out=layer.weight),
+    "in inference mode": _edit_in_inference_mode,
+    "a view in inference mode": _edit_a_view_in_inference_mode,
+    "an initializer": lambda layer: nn.init.constant_(layer.weight, 0.5),
+    "foreach": lambda layer: torch._foreach_mul_([layer.weight], -1.0),
+    "set_": lambda layer: layer.weight.set_(-layer.weight),
+    ".data, edited": lambda layer: layer.weight.data.mul_(-1),
+    ".data, a row": lambda layer: layer.weight.data[3].zero_(),
+    ".data, assigned": lambda layer: setattr(layer.weight, "data", -layer.weight.detach()),
+    "vector_to_parameters": lambda layer: nn.utils.vector_to_parameters(
+        torch.ones(layer.weight.numel()), layer.parameters()
+    ),
+    "numpy": lambda layer: layer.weight.numpy().fill(0.5),
+    "numpy, forced": lambda layer: layer.weight.numpy(force=True).fill(0.5),
+    "numpy.asarray": lambda layer: np.asarray(layer.weight).fill(0.5),
+    "from_dlpack": lambda layer: torch.from_dlpack(layer.weight).mul_(-1),
+    "storage": lambda layer: layer.weight.untyped_storage().copy_((-layer.weight).untyped_storage()),
+    "load_state_dict": lambda layer: layer.load_state_dict({"weight": -layer.weight}),
+    "load_state_dict, assigned": lambda layer: layer.load_state_dict({"weight": -layer.weight}, assign=True),
+    "a new Parameter": _set("weight", lambda weight: nn.Parameter(-weight, requires_grad=False)),
+    "swap_tensors": lambda layer: torch.utils.swap_tensors(layer.weight, nn.Parameter(-layer.weight.detach())),
+    "a parametrization": _negate_by_a_parametrization,
+    "a parametrization, baked in": _bake_a_parametrization_in,
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.9),
+    "another dtype": lambda layer: layer.float().weight.detach().mul_(-1),
+    "SGD": _optimize(torch.optim.SGD, foreach=False),
+    "SGD, foreach": _optimize(torch.optim.SGD, foreach=True),
+    "SGD, fused": _optimize(torch.optim.SGD, fused=True),
+    "AdamW, foreach": _optimize(torch.optim.AdamW, foreach=True),
+    "AdamW, fused": _optimize(torch.optim.AdamW, fused=True),
+    "a fused step on a frozen weight": _optimize_a_frozen_weight,
+}
+
+
+@needs_packing
+@pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_of_the_weight_counts(edit: str, file_dtype: torch.dtype) -> None:
+    if "numpy" in edit and file_dtype == torch.bfloat16:
+        pytest.skip("numpy has no bfloat16")
+    if edit == "SGD, fused" and file_dtype == torch.bfloat16:
+        pytest.skip("this step of torch leaves bfloat16 as it is on a CPU")
+    layer = make_packed(file_dtype)
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        EDITS[edit](layer)
+    assert (layer.weight - before).abs().max() > 0.4
+    assert_computes(layer, layer.weight)
+    assert layer._packed is None
+
+
+@needs_packing
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_weight_can_be_packed_again(edit: str) -> None:
+    layer = make_packed(torch.float32)
+    with torch.no_grad():
+        EDITS[edit](layer)
+        assert_computes(layer, layer.weight)
+        layer.pack(torch.bfloat16)
+        assert_computes(layer, layer.weight)
+        assert (layer._packed is not None) == (edit not in ("a parametrization", "pruning", "swap_tensors"))
+        if layer._packed:
+            layer.weight.detach().mul_(0.5)
+            assert_computes(layer, layer.weight)
+            assert layer._packed is None
+
+
+@needs_packing
+def test_looking_at_a_weight_keeps_the_packed_form() -> None:
+    layer = make_packed()
+    weight = layer.weight
+    layer.requires_grad_(False)
+    layer.to(torch.bfloat16).to("cpu").eval()
+    layer.zero_grad()
+    for _ in (weight.shape, weight.sum(), weight.detach(), weight[3], weight.tolist(), repr(weight), weight.float()):
+        assert_computes(layer, weight)
+    layer.state_dict()
+    torch.save(layer.state_dict(), io.BytesIO())
+    copy.deepcopy(layer)
+    pickle.dumps(layer)
+    assert layer.weight is weight and isinstance(weight, PackedParameter) and layer._packed is not None
+
+
+@needs_packing
+def test_a_weight_of_another_packed_layer_counts() -> None:
+    layer, other = make_packed(), make()
+    other.weight.neg_()
+    other.pack(torch.bfloat16)
+    layer.weight.copy_(normal(OUT, IN))  # as many versions as the other's
+    layer.pack(torch.bfloat16)
+    layer.weight, other.weight = other.weight, layer.weight
+    assert_computes(layer, -normal(OUT, IN))
+    assert_computes(other, normal(OUT, IN))
+
+
+@needs_packing
+def test_memory_that_other_processes_may_write_to_has_no_packed_form() -> None:
+    layer = make_packed()
+    layer.share_memory()
+    assert_computes(layer, layer.weight)
+    assert layer._packed is None
+
+
+@needs_packing
+def test_dropping_the_packed_form_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    layer = make_packed()
+    layer.weight.mul_(-1)
+    with caplog.at_level(logging.INFO, logger="llama.layers.linear"):
+        for _ in range(3):
+            assert_computes(layer, layer.weight)
+    (record,) = caplog.records
+    assert "computes unpacked" in record.message
+
+
+@needs_packing
+def test_a_weight_that_requires_gradients_is_left_unpacked() -> None:
+    """It is going to be trained, and fused optimizers change a weight without counting a version."""
+    layer = make(requires_grad=True)
+    layer.pack(torch.bfloat16)
+    assert layer._packed is None and type(layer.weight) is nn.Parameter
+    assert_computes(layer, layer.weight)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": lambda module: _saved(module),
+}
+
+
+def _saved(module: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@needs_packing
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_of_a_packed_layer_are_layers_of_their_own(kind: str) -> None:
+    layer = make_packed()
+    copied = COPIES[kind](layer)
+    assert type(copied) is ColumnParallelLinear and copied.weight is not layer.weight
+    assert type(copied.weight) is nn.Parameter and not copied.weight.requires_grad
+    assert_computes(copied, layer.weight)
+    copied.weight.data.mul_(-1)
+    assert_computes(copied, -layer.weight)
+    assert layer._packed is not None
+    copied.pack(torch.bfloat16)
+    assert_computes(copied, -layer.weight)
+    assert_computes(layer, layer.weight)
+
+
+@needs_packing
+def test_a_weight_that_two_layers_share_stays_shared_in_a_copy() -> None:
+    pair = nn.ModuleList([make_packed(), make()])
+    pair[1].weight = pair[0].weight
+    copied = copy.deepcopy(pair)
+    assert copied[0].weight is copied[1].weight is not pair[0].weight
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("what", ["weight", "input", "both"])
+@pytest.mark.parametrize("build", ["float32", "bfloat16", pytest.param("packed", marks=needs_packing)])
+def test_gradients_flow_through_a_layer(build: str, what: str) -> None:
+    dtype = torch.float32 if build == "float32" else torch.bfloat16
+    layer = make_packed() if build == "packed" else make(dtype)
+    layer.requires_grad_(what != "input")
+    for n_rows in (1, 6):
+        layer.zero_grad()
+        x = normal(n_rows, IN, seed=1).to(dtype).requires_grad_(what != "weight")
+        upstream = normal(n_rows, OUT, seed=2).to(dtype)
+        layer(x).backward(upstream)
+        tolerance = 1e-4 if dtype == torch.float32 else 0.1
+        if what != "weight":
+            assert x.grad is not None
+            expected = (upstream.double() @ layer.weight.double()).float()
+            torch.testing.assert_close(x.grad.float(), expected, atol=tolerance, rtol=0.02)
+        if what != "input":
+            expected = (upstream.double().T @ x.double()).float()
+            torch.testing.assert_close(layer.weight.grad.float(), expected, atol=tolerance, rtol=0.02)
+
+
+@needs_packing
+def test_gradients_of_inputs_keep_the_packed_form_of_a_frozen_weight() -> None:
+    """As in LoRA, where a base weight is frozen: passes without gradients use it."""
+    layer = make_packed()
+    layer(normal(2, IN).bfloat16().requires_grad_()).sum().backward()
+    assert_computes(layer, layer.weight)
+    assert layer._packed is not None
+
+
+@needs_packing
+def test_forward_mode_derivatives_flow_through_a_packed_layer() -> None:
+    layer = make_packed()
+    x, tangent = normal(3, IN).bfloat16(), normal(3, IN, seed=1).bfloat16()
+    expected = F.linear(tangent, layer.weight)
+    assert torch.equal(torch.func.jvp(layer, (x,), (tangent,))[1], expected)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))
+    assert dual.tangent is not None and torch.equal(dual.tangent, expected)
+
+
+@needs_packing
+def test_functional_calls_use_the_weights_that_they_are_given() -> None:
+    layer = make_packed()
+    x = normal(3, IN, seed=1).bfloat16()
+    given = {"weight": -layer.weight.detach()}
+    torch.testing.assert_close(
+        torch.func.functional_call(layer, given, (x,)).double(), -exact(x, layer.weight), atol=0.05, rtol=0.01
+    )
+    assert_computes(layer, layer.weight)
+
+
+# A whole network
+
+
+def networks(params: dict[str, Any]) -> tuple[Transformer, Transformer]:
+    """The same bfloat16 weights, plain and packed."""
+    args = ModelArgs(**params, max_batch_size=4, max_seq_len=64)
+    state = {name: tensor.bfloat16() for name, tensor in oracle.random_state(params, seed=3).items()}
+    plain, packed = (Transformer.from_state(args, dict(state)) for _ in range(2))
+    packed.pack()
+    assert all(layer._packed for layer in packable_layers(packed))
+    return plain, packed
+
+
+@needs_packing
+@pytest.mark.parametrize("seqlen", [1, 3, 40])
+def test_packed_and_plain_give_the_same_logits(params: dict[str, Any], seqlen: int) -> None:
+    plain, packed = networks(params)
+    tokens = torch.randint(params["vocab_size"], (4, seqlen), generator=torch.Generator().manual_seed(0))
+    for start_pos, part in ((0, tokens), (seqlen, tokens[:, :1])):
+        expected = plain.forward(part, start_pos)
+        torch.testing.assert_close(packed.forward(part, start_pos), expected, rtol=0, atol=0.05 * expected.std().item())
+
+
+@needs_packing
+def test_each_weight_is_released_once_and_stays_readable(params: dict[str, Any]) -> None:
+    args = ModelArgs(**params, max_batch_size=1, max_seq_len=8)
+    state = oracle.random_state(params, seed=3)
+    model = Transformer.from_state(args, state, cache_dtype=torch.bfloat16)
+    released: list[Tensor] = []
+    model.pack(torch.bfloat16, release=released.append)
+    matrices = [name for name in state if "norm" not in name and "embeddings" not in name]
+    assert {weight.data_ptr() for weight in released} == {state[name].data_ptr() for name in matrices}
+    assert len(released) == len(matrices) == len(packable_layers(model))
+    held = model.state_dict()
+    assert all(held[name] is not None and torch.equal(held[name], state[name]) for name in matrices)
+    assert model.forward(torch.tensor([[1, 2]]), 0).isfinite().all()
+
+
+def _two_ranks(rank: int, params: dict[str, Any]) -> list[Tensor]:
+    runtime.init_process_groups(2, CPU)
+    args = ModelArgs(**params, max_batch_size=2, max_seq_len=16)
+    shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
+    stream = torch.Generator().manual_seed(rank)
+    state = {name: (0.1 * torch.randn(shape, generator=stream)).bfloat16() for name, shape in shapes.items()}
+    outputs = []
+    for packs in (False, True):
+        model = Transformer.from_state(args, dict(state))
+        if packs:
+            model.pack()
+        outputs.append(model.forward(torch.tensor([[1, 2, 3], [4, 5, 6]]), 0))
+    return outputs
+
+
+@needs_packing
+def test_packed_and_plain_agree_on_two_ranks(params: dict[str, Any]) -> None:
+    for plain, packed in run_ranks(2, _two_ranks, params):
+        torch.testing.assert_close(packed, plain, rtol=0, atol=0.05 * plain.std().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_row_and_several_give_the_same_and_leave_the_switch_of_onednn(
+    params: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """The matrix-vector kernel serves one row only."""
+    args = ModelArgs(**params, max_batch_size=4, max_seq_len=64)
+    state = {name: tensor.to(dtype) for name, tensor in oracle.random_state(params, seed=3).items()}
+    plain = Transformer.from_state(args, state)
+    for layer in packable_layers(plain):
+        layer.kernels = Kernels(native_row=True)
+    tokens = torch.randint(params["vocab_size"], (4, 1), generator=torch.Generator().manual_seed(0))
+    together = plain.forward(tokens, 0)
+    enabled = torch._C._get_mkldnn_enabled()
+    for row in range(4):
+        alone = plain.forward(tokens[row : row + 1], 0)
+        tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=tolerance * together.std().item())
+    assert torch._C._get_mkldnn_enabled() == enabled
+
+
+def test_new_tensors_go_to_the_meta_device() -> None:
+    with EmptyOnMeta():
+        assert torch.empty(3).is_meta
+        assert column_parallel(4, 6).weight.is_meta and row_parallel(4, 6).weight.is_meta
+    assert not torch.empty(3).is_meta
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_packing
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_that_are_packed_side_by_side_are_packed_as_one_by_one(file_dtype: torch.dtype) -> None:
+    made = []
+    for seed in range(9):
+        layer = column_parallel(IN, OUT * (seed % 3 + 1))
+        layer.weight = nn.Parameter(normal(OUT * (seed % 3 + 1), IN, seed=seed).to(file_dtype), False)
+        made.append(layer)
+    x = normal(3, IN, seed=1).bfloat16()
+    expected = []
+    for layer in made:
+        layer.pack(torch.bfloat16)
+        expected.append(layer(x))
+        layer._packed = None
+    released: list[int] = []
+    with torch.inference_mode():
+        pack_layers(made, torch.bfloat16, lambda weight: released.append(weight.data_ptr()))
+    assert sorted(released) == sorted(layer.weight.data_ptr() for layer in made)
+    for layer, out in zip(made, expected, strict=True):
+        assert layer._packed is not None and torch.equal(layer(x), out)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_packing_leaves_the_number_of_threads_as_it_was_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def pack(weight: Tensor) -> Tensor:
+        seen.append(torch.get_num_threads())
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(layers, "pack_weight", pack)
+    with pytest.raises(ZeroDivisionError):
+        pack_layers([make() for _ in range(50)], torch.bfloat16)
+    assert set(seen) == {1} and len(seen) < 50
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 3

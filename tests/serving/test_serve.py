@@ -1,0 +1,500 @@
+"""The HTTP server, with OpenAI's own client and without model parallelism and with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from openai import APIError, BadRequestError, NotFoundError, OpenAI
+from starlette.testclient import TestClient
+
+from llama import Llama
+from llama.serving.app import Server, make_app
+from llama.serving.service import Service
+from llama.tools import serve
+from tests.conftest import TEXT
+from tests.support.serving import ServerProcesses
+
+CONTEXT, SLOTS = 128, 4
+FLAGS = ("--max_seq_len", str(CONTEXT), "--max_batch_size", str(SLOTS), "--model_name", "llama")
+QUESTION: Any = [{"role": "user", "content": "Where do llamas live?"}]
+MODEL = "llama"
+
+
+@pytest.fixture(scope="module")
+def servers(
+    write_checkpoint: Callable[..., Path], params: Any, state: dict[str, torch.Tensor], tokenizer_path: Path
+) -> Iterator[dict[int, ServerProcesses]]:
+    """A server of one process and one of two. In the end, SIGTERM ends all ranks once they have finished an answer."""
+    with ThreadPoolExecutor() as pool:
+        folders = {ranks: write_checkpoint(params, state, ranks) for ranks in (1, 2)}
+        starting = {
+            ranks: pool.submit(ServerProcesses, folder, tokenizer_path, *FLAGS, ranks=ranks)
+            for ranks, folder in folders.items()
+        }
+        started = {ranks: future.result() for ranks, future in starting.items()}
+    yield started
+    try:
+        for ranks, server in started.items():
+            check_end(server, ranks)
+    finally:
+        for server in started.values():
+            server.kill()
+
+
+def check_end(server: ServerProcesses, ranks: int) -> None:
+    server.wait_until_idle()
+    chunks = iter(client_of(server).completions.create(model=MODEL, prompt="x", max_tokens=100, n=8, stream=True))
+    first = next(chunks)
+    assert server.terminate() == [0] * ranks, server.log()
+    assert sum(chunk.choices[0].finish_reason is not None for chunk in [first, *chunks]) == 8
+    assert "Traceback" not in server.log()
+
+
+@pytest.fixture(params=[1, 2], ids=["one process", "two ranks"])
+def server(request: pytest.FixtureRequest, servers: dict[int, ServerProcesses]) -> ServerProcesses:
+    return servers[request.param]
+
+
+@pytest.fixture
+def client(server: ServerProcesses) -> OpenAI:
+    return client_of(server)
+
+
+def client_of(server: ServerProcesses) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def expected(llama: Llama) -> dict[str, Any]:
+    """What calls of the library return, greedy."""
+    prompt = llama.tokenizer.encode(TEXT[0], bos=True, eos=False)
+    ids = llama.generate([prompt], 12, 0)[0][0]
+    return {
+        "prompt": prompt,
+        "ids": ids,
+        "continuation": llama.tokenizer.decode(prompt + ids)[len(TEXT[0]) :],
+        "answer": llama.chat_completion([QUESTION], 0, max_gen_len=12)[0]["generation"]["content"],
+    }
+
+
+# ---- answers ----
+
+
+def test_a_completion_continues_its_prompt(client: OpenAI, expected: dict[str, Any]) -> None:
+    answer = client.completions.create(model=MODEL, prompt=TEXT[0], temperature=0, max_tokens=12)
+    assert answer.choices[0].text == expected["continuation"]
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(expected["prompt"]), 12)
+    assert answer.object == "text_completion"
+
+
+def test_prompts_come_as_texts_and_as_ids(client: OpenAI, expected: dict[str, Any]) -> None:
+    ids = expected["prompt"]
+    many = client.completions.create(model=MODEL, prompt=[TEXT[1], TEXT[0]], temperature=0, max_tokens=12)
+    assert many.choices[1].text == expected["continuation"]
+    assert [choice.index for choice in many.choices] == [0, 1]
+    for prompt in (ids, [ids, ids]):
+        answer = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=12)
+        assert {choice.text for choice in answer.choices} == {expected["continuation"]}
+    assert client.completions.create(model=MODEL, prompt="", temperature=0).usage.completion_tokens == 16  # type: ignore[union-attr]
+
+
+def test_a_chat_is_answered_as_by_chat_completion(client: OpenAI, expected: dict[str, Any]) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_completion_tokens=12)
+    message = answer.choices[0].message
+    assert (message.role, message.content) == ("assistant", expected["answer"])
+    again = [*QUESTION, message.model_dump(), {"role": "user", "content": [{"type": "text", "text": "And now?"}]}]
+    follow_up: Any = [{"role": "developer", "content": "Be brief."}, *again]
+    assert client.chat.completions.create(model=MODEL, messages=follow_up, max_tokens=2).usage.completion_tokens == 2  # type: ignore[union-attr]
+
+
+def test_without_a_limit_a_chat_may_fill_the_context(client: OpenAI) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage
+    assert answer.usage.total_tokens == CONTEXT
+
+
+def test_a_stream_brings_what_a_whole_answer_has(client: OpenAI) -> None:
+    settings: Any = {"model": MODEL, "seed": 3, "n": 2, "max_tokens": 15, "stream_options": {"include_usage": True}}
+    whole = client.chat.completions.create(
+        messages=QUESTION, **{k: v for k, v in settings.items() if k != "stream_options"}
+    )
+    chunks = list(client.chat.completions.create(messages=QUESTION, stream=True, **settings))
+    for choice in whole.choices:
+        mine = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in mine) == choice.message.content
+        assert [c.finish_reason for c in mine if c.finish_reason] == [choice.finish_reason]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+    settings |= {"prompt": [TEXT[0], TEXT[2]], "echo": True, "logprobs": 1}
+    text_whole = client.completions.create(**{k: v for k, v in settings.items() if k != "stream_options"})
+    text_chunks = list(client.completions.create(stream=True, **settings))
+    for text_choice in text_whole.choices:
+        parts = [c for chunk in text_chunks for c in chunk.choices if c.index == text_choice.index]
+        assert "".join(c.text for c in parts) == text_choice.text
+        assert text_choice.text.startswith(TEXT[0] if text_choice.index < 2 else TEXT[2])
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            joined = [value for c in parts if c.logprobs for value in getattr(c.logprobs, name)]
+            assert joined == getattr(text_choice.logprobs, name)
+
+
+def test_a_seed_repeats_an_answer_and_n_gives_different_ones(client: OpenAI) -> None:
+    def ask(**settings: Any) -> list[str | None]:
+        answer = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=15, **settings)
+        return [choice.message.content for choice in answer.choices]
+
+    three = ask(seed=7, n=3)
+    assert three == ask(seed=7, n=3)
+    assert ask(seed=7) == three[:1]
+    assert len({*three, *ask(seed=-5)}) == 4
+    assert ask() != ask()
+
+
+def test_a_stop_string_ends_an_answer_and_does_not_show(client: OpenAI) -> None:
+    settings: Any = {"model": MODEL, "prompt": TEXT[0], "seed": 1, "max_tokens": 30}
+    whole = client.completions.create(**settings).choices[0].text
+    stop = whole[8:10]
+    cut = client.completions.create(**settings, stop=["never there", stop]).choices[0]
+    assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
+    chunks = [c.choices[0] for c in client.completions.create(**settings, stop=stop, stream=True)]
+    assert "".join(c.text for c in chunks) == cut.text
+    assert chunks[-1].finish_reason == "stop"
+
+
+def test_log_probabilities_are_those_of_the_library(client: OpenAI, llama: Llama, expected: dict[str, Any]) -> None:
+    rows, scores = llama.generate([expected["prompt"]], 12, 0, logprobs=True, echo=True)
+    assert scores
+    answer = client.completions.create(model=MODEL, prompt=TEXT[0], temperature=0, max_tokens=12, logprobs=2, echo=True)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs
+    assert logprobs.token_logprobs
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.token_logprobs[1:] == pytest.approx(scores[0][1:], abs=1e-4)
+    assert logprobs.tokens
+    assert "".join(logprobs.tokens) == answer.choices[0].text == llama.tokenizer.decode(rows[0])
+    assert logprobs.text_offset == [len("".join(logprobs.tokens[:i])) for i in range(len(rows[0]))]
+    assert logprobs.top_logprobs
+    assert all(2 <= len(top) <= 3 for top in logprobs.top_logprobs[1:])
+    scored = client.completions.create(model=MODEL, prompt=TEXT[0], max_tokens=0, logprobs=0, echo=True)
+    assert scored.choices[0].text == TEXT[0]
+    assert scored.usage
+    assert scored.usage.completion_tokens == 0
+
+    chat = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, seed=2, max_tokens=20, logprobs=True, top_logprobs=4
+    )
+    entries = chat.choices[0].logprobs
+    assert entries
+    assert entries.content
+    assert len(entries.content) == 20
+    raw = b"".join(bytes(entry.bytes or []) for entry in entries.content)
+    assert raw.decode(errors="replace") == chat.choices[0].message.content
+    assert all(len(entry.top_logprobs) == 4 for entry in entries.content)
+
+
+# ---- many clients ----
+
+
+def test_clients_at_once_get_what_each_gets_alone(server: ServerProcesses, client: OpenAI) -> None:
+    prompts = [f"{TEXT[i % 3]} {i * 37}"[i % 5 :] for i in range(32)]
+
+    def ask(i: int) -> str:
+        settings: Any = {"model": MODEL, "prompt": prompts[i], "temperature": 0, "max_tokens": 4 + i % 9}
+        if i % 2:
+            return client.completions.create(**settings).choices[0].text
+        return "".join(chunk.choices[0].text for chunk in client.completions.create(**settings, stream=True))
+
+    alone = [ask(i) for i in range(32)]
+    with ThreadPoolExecutor(32) as pool:
+        assert list(pool.map(ask, range(32))) == alone
+    server.wait_until_idle()
+
+
+def test_a_cancelled_stream_frees_its_slot(server: ServerProcesses, client: OpenAI) -> None:
+    before = server.metric("llama_generated_tokens_total")
+    with client.chat.completions.create(model=MODEL, messages=QUESTION, n=16, stream=True) as stream:
+        next(iter(stream))
+    server.wait_until_idle()
+    assert server.metric("llama_generated_tokens_total") - before < 16 * 60
+
+
+def test_clients_that_leave_at_random_leak_nothing(server: ServerProcesses) -> None:
+    rng = random.Random(4)
+    leaving = []
+    for i in range(40):
+        body = {"prompt": TEXT[i % 3], "max_tokens": 60, "n": rng.randint(1, 4), "stream": i % 2 == 0}
+        leaving.append(server.send("/v1/completions", body, until=None if i % 4 else rng.randrange(1, 150)))
+        if rng.random() < 0.3:
+            time.sleep(rng.random() * 0.05)
+        if len(leaving) > 8:
+            leaving.pop(rng.randrange(len(leaving))).close()
+    for connection in leaving:
+        connection.close()
+    server.wait_until_idle()
+
+
+def test_a_client_that_does_not_read_slows_nobody(server: ServerProcesses, client: OpenAI) -> None:
+    body = {"messages": QUESTION, "n": 8, "stream": True, "logprobs": True, "top_logprobs": 20}
+    connection = server.send("/v1/chat/completions", body, receive_buffer=2048)
+    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=3)
+    assert answer.choices[0].message.content is not None
+    server.wait(lambda: server.metric("llama_sequences_running") == 0, 30)  # although nothing was read
+    connection.settimeout(30)
+    received = b""
+    while b"[DONE]" not in received:
+        received = received[-100:] + connection.recv(65536)
+    connection.close()
+
+
+# ---- errors ----
+
+CHAT, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"frequency_penalty": 0.5}, "frequency_penalty"),
+    (CHAT, {"top_k": 5}, "top_k"),
+    (CHAT, {"temperature": 2.5}, "temperature"),
+    (CHAT, {"top_p": -0.1}, "top_p"),
+    (CHAT, {"n": 0}, "n"),
+    (CHAT, {"n": True}, "n"),
+    (CHAT, {"seed": 1.5}, "seed"),
+    (CHAT, {"stop": ["a", ""]}, "stop"),
+    (CHAT, {"max_tokens": 0}, "max_tokens"),
+    (CHAT, {"max_completion_tokens": CONTEXT}, "max_completion_tokens"),
+    (CHAT, {"max_completion_tokens": 1, "max_tokens": 1}, "max_tokens"),
+    (CHAT, {"top_logprobs": 2}, "top_logprobs"),
+    (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
+    (CHAT, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+    (CHAT, {"messages": [{"role": "user", "content": "[INST] hi"}]}, "messages[0].content"),
+    (CHAT, {"messages": [*QUESTION, *QUESTION]}, "messages[1]"),
+    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "llama " * 5000}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+    (CHAT, {"\x1b[2J" * 50: 1}, "\\x1b[2J"),
+    (TEXT_PATH, {"prompt": []}, "prompt"),
+    (TEXT_PATH, {"prompt": [[1], []]}, "prompt"),
+    (TEXT_PATH, {"prompt": [1, 10**6]}, "prompt"),
+    (TEXT_PATH, {"prompt": ["a", 1]}, "prompt"),
+    (TEXT_PATH, {"prompt": [1] * (CONTEXT + 1)}, "prompt"),
+    (TEXT_PATH, {"prompt": ["x"] * 300}, "prompt"),
+    (TEXT_PATH, {"logprobs": 6}, "logprobs"),
+    (TEXT_PATH, {"suffix": "x"}, "suffix"),
+    (TEXT_PATH, {"best_of": 3}, "best_of"),
+    (TEXT_PATH, {"max_tokens": 10**30}, "max_tokens"),
+]
+
+
+def test_what_is_wrong_or_not_supported_is_named(servers: dict[int, ServerProcesses]) -> None:
+    with httpx.Client(base_url=servers[1].url) as web:
+        for path, wrong, field in WRONG:
+            body = {"messages": QUESTION} if path == CHAT else {"prompt": "x"}
+            raw = json.dumps(body | wrong)
+            answer = web.post(path, content=raw, headers={"Content-Type": "application/json"})
+            error = answer.json()["error"]
+            assert answer.status_code == 400, raw[:200]
+            assert error["type"] == "invalid_request_error"
+            assert error["param"].startswith(field), raw[:200]
+            assert error["param"] in error["message"]
+            assert len(error["message"]) < 400
+            assert error["message"].isprintable()
+
+
+def test_the_client_raises_its_own_errors(client: OpenAI) -> None:
+    with pytest.raises(BadRequestError) as raised:
+        client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=3)
+    assert (raised.value.param, raised.value.type) == ("temperature", "invalid_request_error")
+
+
+def test_neutral_values_of_unsupported_fields_are_taken(servers: dict[int, ServerProcesses]) -> None:
+    neutral: Any = {
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "tools": [],
+        "response_format": {"type": "text"},
+        "user": "me",
+        "store": False,
+        "stop": None,
+        "seed": None,
+    }
+    answer = client_of(servers[1]).chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=1, **neutral)
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_another_model_is_not_found(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+    for call in (
+        lambda: client.models.retrieve("gpt"),
+        lambda: client.completions.create(model="gpt", prompt="x"),
+    ):
+        with pytest.raises(NotFoundError) as raised:
+            call()
+        assert raised.value.code == "model_not_found"
+
+
+# ---- the routes, in this process ----
+
+
+@pytest.fixture(scope="module")
+def service(llama: Llama) -> Iterator[Service]:
+    service = Service(llama, max_waiting=8)
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    yield service
+    service.stop()
+    thread.join()
+
+
+def test_a_server_says_that_it_is_not_ready_or_has_failed(service: Service) -> None:
+    state = Server("llama")
+    web = TestClient(make_app(state))
+    answer = web.get("/health")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+    assert web.post("/v1/completions", json={"prompt": "x"}).headers["retry-after"]
+    state.ready(service)
+    assert web.get("/health").status_code == 200
+    state.failed(RuntimeError("rank 1 ended"))
+    assert (web.get("/health").status_code, web.post("/v1/completions", json={"prompt": "x"}).status_code) == (503, 503)
+
+
+def test_a_key_is_needed_where_one_is_set(service: Service) -> None:
+    state = Server("llama", api_key="sécret")
+    state.ready(service)
+    web = TestClient(make_app(state))
+    assert web.get("/health").status_code == web.get("/").status_code == 200
+    right = "Bearer sécret".encode().decode("latin-1")
+    for path in ("/v1/models", "/metrics"):
+        for header in ({}, {"Authorization": "Bearer no"}, {"Authorization": "sécret"}):
+            raw = {name: value.encode() for name, value in header.items()}
+            answer = web.get(path, headers=raw)  # type: ignore[arg-type]
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert web.get(path, headers={"Authorization": right.encode("latin-1")}).status_code == 200  # type: ignore[dict-item]
+    assert web.post("/v1/chat/completions", content=b"x" * 10).status_code == 401
+
+
+def test_drafted_tokens_change_no_answer(service: Service) -> None:
+    """At temperature 0 and sampled, on a prompt that repeats itself."""
+    answers = []
+    for speculative in (None, "prompt_lookup"):
+        state = Server("llama", speculative=speculative)
+        state.ready(service)
+        body = {"prompt": f"{TEXT[0]} {TEXT[0]}", "max_tokens": 20, "n": 2, "logprobs": 1, "seed": 3}
+        for temperature in (0, 1):
+            answer = TestClient(make_app(state)).post("/v1/completions", json=body | {"temperature": temperature})
+            answers.append([(choice["text"], choice["finish_reason"]) for choice in answer.json()["choices"]])
+    assert answers[:2] == answers[2:]
+
+
+def test_bodies_are_bounded_and_must_be_json(service: Service) -> None:
+    state = Server("llama", max_body_bytes=1000)
+    state.ready(service)
+    web = TestClient(make_app(state))
+    json_header = {"Content-Type": "application/json"}
+
+    def status(content: Any, headers: dict[str, str] = json_header) -> int:
+        answer = web.post("/v1/completions", content=content, headers=headers)
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        return answer.status_code
+
+    assert status(b'{"prompt": "' + b"x" * 1000 + b'"}') == 413
+    assert status(iter([b'{"prompt": "', b"x" * 600, b"x" * 600, b'"}'])) == 413
+    assert status(b"{}", {"Content-Type": "text/plain"}) == 415
+    for raw in (b"", b"{", b"[1]", b'{"prompt": NaN}', b"\xff\xfe", b"[" * 999, b'{"n":' + b"9" * 900 + b"}"):
+        assert status(raw) == 400
+    assert web.get("/nowhere").json()["error"]["message"].startswith("GET /nowhere")
+    assert web.get("/v1/completions").status_code == 405
+
+
+def test_a_full_queue_and_a_slow_answer_are_errors_that_say_so(llama: Llama) -> None:
+    service = Service(llama, max_waiting=2)  # not running: nothing is ever answered
+    state = Server("llama", timeout_s=0.2)
+    state.ready(service)
+    web = TestClient(make_app(state))
+    answer = web.post("/v1/completions", json={"prompt": "a", "n": 3})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+    answer = web.post("/v1/completions", json={"prompt": ["a", "b"]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    answer = web.post("/v1/completions", json={"prompt": "a"})  # the others are still in its inbox
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_full")
+    assert answer.headers["retry-after"] == "1"
+    assert service.n_requests == 0
+    service.stop()
+    assert web.post("/v1/completions", json={"prompt": "a"}).json()["error"]["code"] == "shutting_down"
+
+
+# ---- processes ----
+
+
+def test_a_lost_rank_ends_streams_and_the_other_rank(
+    write_checkpoint: Callable[..., Path], params: Any, state: dict[str, torch.Tensor], tokenizer_path: Path
+) -> None:
+    flags = ("--max_seq_len", "4096", "--max_batch_size", "4", "--model_name", MODEL)
+    server = ServerProcesses(write_checkpoint(params, state, 2), tokenizer_path, *flags, ranks=2)
+    try:
+        stream = client_of(server).chat.completions.create(model=MODEL, messages=QUESTION, n=4, stream=True)
+        next(iter(stream))
+        killed = time.monotonic()
+        server.processes[1].send_signal(signal.SIGKILL)
+        with pytest.raises(APIError, match="rank 1 ended"):
+            for _ in stream:
+                pass
+        assert server.processes[0].wait(timeout=20) != 0
+        assert time.monotonic() - killed < 10
+        assert "rank 1 ended" in server.log()
+    finally:
+        server.kill()
+
+
+def test_replicas_are_refused_and_so_is_a_port_in_use(
+    checkpoint: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(OSError, match="--port must be free"):
+            serve.main(str(checkpoint), str(tokenizer_path), port=taken.getsockname()[1])
+    with pytest.raises(ValueError, match="--max_waiting must be"):
+        serve.main(str(checkpoint), str(tokenizer_path), max_waiting=0)
+    monkeypatch.setattr("llama.distributed.groups.world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"one process per checkpoint file, 1, got 2.*one server each"):
+        serve.main(str(checkpoint), str(tokenizer_path))
+
+
+def test_events_are_sent_at_once_and_not_held_back_for_an_acknowledgement() -> None:
+    async def no_delay(listener: socket.socket) -> int:
+        accepted = asyncio.get_running_loop().create_future()
+
+        class Protocol(asyncio.Protocol):
+            def connection_made(self, transport: Any) -> None:
+                accepted.set_result(transport.get_extra_info("socket"))
+
+        async with await asyncio.get_running_loop().create_server(Protocol, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            value: int = (await accepted).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+        return value
+
+    with serve._open_port("127.0.0.1", 0) as listener:
+        assert asyncio.run(no_delay(listener))

@@ -1,0 +1,476 @@
+"""Resharding: exact to the bit for any number of files, all or nothing on disk, one clear error for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama.checkpoint import staging
+from llama.checkpoint.writing import TensorFile
+from llama.tools import progress
+from llama.tools.commandline import run
+from llama.tools.reshard import reshard
+from tests.conftest import PARAMS, ROOT
+from tests.support import oracle
+
+SIZES = (1, 2, 4, 8)
+Write = Callable[..., Path]
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def wide_params() -> dict[str, Any]:
+    """Counts that 1, 2, 4 and 8 ranks can share."""
+    return PARAMS | {"n_kv_heads": 8}
+
+
+@pytest.fixture(scope="module")
+def wide_state(wide_params: dict[str, Any]) -> State:
+    """bfloat16 weights with some bit patterns that arithmetic would not keep: a NaN with a payload, minus zero."""
+    state = {name: w.bfloat16() for name, w in oracle.random_state(wide_params, seed=1).items()}
+    for tensor in state.values():
+        tensor.view(torch.int16).view(-1)[:3] = torch.tensor([0x7FA1, -0x8000, 0x0001], dtype=torch.int16)
+    return state
+
+
+@pytest.fixture(scope="module")
+def folders(write_checkpoint: Write, wide_params: dict[str, Any], wide_state: State) -> dict[int, Path]:
+    """The same weights in 1, 2, 4 and 8 files, split by the fixture's own rule."""
+    return {n: write_checkpoint(wide_params, wide_state, n) for n in SIZES}
+
+
+@pytest.fixture
+def source(write_checkpoint: Write, wide_params: dict[str, Any], wide_state: State) -> Path:
+    """Two files that a test may change."""
+    return write_checkpoint(wide_params, wide_state, 2)
+
+
+def load(folder: Path, *, mmap: bool = True) -> list[State]:
+    return [torch.load(path, weights_only=True, mmap=mmap) for path in sorted(folder.glob("*.pth"))]
+
+
+def assert_same_files(folder: Path, other: Path, *, mmap: bool = True) -> None:
+    ours, theirs = load(folder, mmap=mmap), load(other)
+    assert len(ours) == len(theirs)
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            assert tensor.dtype == two[name].dtype and tensor.shape == two[name].shape
+            assert torch.equal(tensor.view(torch.uint8), two[name].contiguous().view(torch.uint8)), name
+
+
+def assert_refused(message: str, folder: Path, output: Path, size: Any = 1, kind: type[Exception] = ValueError) -> None:
+    """The call raises, with these words, and leaves the disk as it was."""
+    before = sorted(output.parent.rglob("*"))
+    with pytest.raises(kind, match=message):
+        reshard(folder, output, size)
+    assert sorted(output.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("m", SIZES)
+def test_any_number_of_files_to_any_is_exact_to_the_bit(
+    folders: dict[int, Path], tmp_path: Path, n: int, m: int
+) -> None:
+    reshard(folders[n], tmp_path / "there", m)
+    assert_same_files(tmp_path / "there", folders[m])
+    reshard(tmp_path / "there", tmp_path / "back", n)
+    assert_same_files(tmp_path / "back", folders[n])
+    assert sorted(os.listdir(tmp_path)) == ["back", "there"]
+
+
+def test_numbers_of_files_that_do_not_divide_each_other(write_checkpoint: Write, tmp_path: Path) -> None:
+    params = PARAMS | {"dim": 48, "n_heads": 6, "n_kv_heads": 6, "multiple_of": 12, "vocab_size": 510}
+    state = oracle.random_state(params, seed=2)
+    reshard(write_checkpoint(params, state, 3), tmp_path / "out", 2)
+    assert_same_files(tmp_path / "out", write_checkpoint(params, state, 2))
+
+
+@pytest.mark.parametrize("name", ["josé", "模型", "with space"])
+def test_an_output_path_of_any_letters(folders: dict[int, Path], tmp_path: Path, name: str) -> None:
+    reshard(folders[1], tmp_path / name / "out", 2)
+    assert_same_files(tmp_path / name / "out", folders[2])
+
+
+def test_written_files_pass_zips_own_check(folders: dict[int, Path], tmp_path: Path) -> None:
+    """Their checksums are those of the bytes, as in files that torch.save writes: unzip -t finds no fault."""
+    reshard(folders[1], tmp_path / "out", 2)
+    for path in (tmp_path / "out").glob("*.pth"):
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+        if unzip := shutil.which("unzip"):
+            done = subprocess.run([unzip, "-t", path], check=False, capture_output=True, text=True)
+            assert done.returncode == 0 and "No errors detected" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_each_dtype_is_kept(write_checkpoint: Write, tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {name: w.to(dtype) for name, w in oracle.random_state(PARAMS, seed=3).items()}
+    reshard(write_checkpoint(PARAMS, state, 4), tmp_path / "out", 2)
+    assert_same_files(tmp_path / "out", write_checkpoint(PARAMS, state, 2))
+
+
+def test_the_result_loads_without_mapping_too(folders: dict[int, Path], tmp_path: Path) -> None:
+    reshard(folders[2], tmp_path / "out", 4)
+    assert_same_files(tmp_path / "out", folders[4], mmap=False)
+
+
+def test_params_and_tokenizer_are_copied_as_they_are(source: Path, tmp_path: Path) -> None:
+    params = json.loads((source / "params.json").read_text()) | {"vocab_size": -1}  # as in the released files
+    (source / "params.json").write_text(json.dumps(params, indent=3))
+    (source / "tokenizer.model").write_bytes(b"a tokenizer")
+    (source / "checklist.chk").write_text("would not fit the new files")
+    reshard(source, tmp_path / "out", 1)
+    names = ["consolidated.00.pth", "params.json", "tokenizer.model"]
+    assert sorted(os.listdir(tmp_path / "out")) == names
+    for name in names[1:]:
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_rope_freqs_goes_into_every_file(source: Path, tmp_path: Path) -> None:
+    freqs = torch.arange(4.0)
+    for path in source.glob("*.pth"):
+        torch.save(torch.load(path) | {"rope.freqs": freqs}, path)
+    reshard(source, tmp_path / "out", 4)
+    assert all(torch.equal(state["rope.freqs"], freqs) for state in load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("new_zipfile", [True, False])
+def test_tensors_that_are_views_or_in_the_old_file_format(
+    write_checkpoint: Write, folders: dict[int, Path], wide_params: dict[str, Any], tmp_path: Path, new_zipfile: bool
+) -> None:
+    folder = write_checkpoint(wide_params, {}, 1)
+    whole = {name: tensor.t().contiguous().t() for name, tensor in load(folders[1])[0].items()}  # strides turned
+    torch.save(whole, folder / "consolidated.00.pth", _use_new_zipfile_serialization=new_zipfile)
+    reshard(folder, tmp_path / "out", 2)
+    assert_same_files(tmp_path / "out", folders[2])
+
+
+def test_sizes_that_cannot_be_split_are_refused_with_the_numbers(
+    source: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert_refused(r"n_heads \(8\) .* \(3\)", source, tmp_path / "out", 3)
+    assert_refused(r"n_kv_heads \(4\) .* \(8\)", checkpoint, tmp_path / "out", 8)
+    for size in (0, -2, True, 1.5, "two"):
+        assert_refused("model_parallel_size must be an integer of at least 1, got", source, tmp_path / "out", size)
+
+
+def test_places_that_are_taken_are_refused(source: Path, tmp_path: Path) -> None:
+    assert_refused("must not be the input folder", source, source)
+    (tmp_path / "link").symlink_to(source)
+    assert_refused("must not be the input folder", source, tmp_path / "link")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("keep")
+    assert_refused("exists already", source, tmp_path / "full", kind=FileExistsError)
+    assert_refused("exists already", source, tmp_path / "full" / "mine", kind=FileExistsError)
+    (tmp_path / "empty").mkdir()
+    reshard(source, tmp_path / "empty", 1)
+    reshard(source, tmp_path / "deep" / "er", 1)
+    assert_same_files(tmp_path / "empty", tmp_path / "deep" / "er")
+
+
+def test_a_folder_without_checkpoint_is_refused(source: Path, tmp_path: Path) -> None:
+    assert_refused("no checkpoint files found in", tmp_path / "nowhere", tmp_path / "out", kind=AssertionError)
+    (source / "params.json").unlink()
+    assert_refused("no params.json", source, tmp_path / "out", kind=FileNotFoundError)
+
+
+def test_too_small_a_disk_is_found_out_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+    assert_refused(r"must have 0\.00 GB free, got 0\.00 GB", source, tmp_path / "new" / "out", kind=OSError)
+
+
+def test_files_that_disagree_are_refused(source: Path, tmp_path: Path) -> None:
+    path = source / "consolidated.01.pth"
+    good = torch.load(path)
+    torch.save(good | {"norm.weight": good["norm.weight"] + 1}, path)
+    assert_refused("norm.weight must be the same in all files", source, tmp_path / "out")
+    torch.save(good | {"output.weight": good["output.weight"].float()}, path)
+    assert_refused("output.weight must have one dtype .* torch.bfloat16 in .* torch.float32", source, tmp_path / "out")
+    path.unlink()
+    assert_refused(r"got shape \(512, 32\)", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("n_files", [3, 7])
+def test_a_missing_file_is_named_as_the_likely_cause(folders: dict[int, Path], tmp_path: Path, n_files: int) -> None:
+    (tmp_path / "in").mkdir()
+    for path in [folders[8] / "params.json", *sorted(folders[8].glob("*.pth"))[:n_files]]:
+        (tmp_path / "in" / path.name).symlink_to(path)
+    assert_refused(f"has {n_files} files, .* is a file missing", tmp_path / "in", tmp_path / "out")
+
+
+class Bomb:
+    """Unpickling it runs code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("bomb went off",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"norm.weight": Bomb()}, "must hold tensors alone"),
+        ([torch.zeros(2)], "must hold a flat dict of tensors"),
+        ({"norm.weight": "no tensor"}, "must hold a flat dict of tensors"),
+        ({"norm.weight": torch.zeros(64, device="meta")}, "lacks"),
+        ({7: torch.zeros(2)}, "n_layers must be .*, got 3, but .* no more than 1 tensors"),
+        (dict.fromkeys(range(3), torch.zeros(2)), "lacks tok_embeddings.weight"),
+        ({}, "n_layers must be .*, got 3, but .* no more than 0 tensors"),
+    ],
+)
+def test_files_that_hold_other_things_are_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = torch.load(source / "consolidated.00.pth") if message == "lacks" else {}
+    torch.save(good | content if good else content, source / "consolidated.00.pth")
+    assert_refused("must be a dense tensor" if good else message, source, tmp_path / "out")
+
+
+def test_tensors_that_params_do_not_describe_are_refused(source: Path, tmp_path: Path) -> None:
+    path = source / "consolidated.00.pth"
+    good = torch.load(path)
+    for change, message in (
+        ({"extra": torch.zeros(2)}, "no other tensors .* but has extra"),
+        ({"norm.weight": torch.zeros(63)}, r"norm.weight must have shape .*, got shape \(63,\)"),
+        ({"norm.weight": torch.zeros(64, dtype=torch.int64)}, "must have dtype .*, got torch.int64"),
+        ({"norm.weight": torch.zeros(64).to_sparse()}, "must be a dense tensor"),
+    ):
+        torch.save(good | change, path)
+        assert_refused(message, source, tmp_path / "out")
+
+
+def test_truncated_and_overwritten_files_give_one_clear_error(source: Path, tmp_path: Path) -> None:
+    path = source / "consolidated.00.pth"
+    content = path.read_bytes()
+    draw = random.Random(0)
+    for length in [0, 1, 2, 22, len(content) - 1, *(draw.randrange(len(content)) for _ in range(10))]:
+        path.write_bytes(content[:length])
+        assert_refused("consolidated.00.pth .* [cC]ompare its checksum", source, tmp_path / "out")
+    for _ in range(10):
+        path.write_bytes(draw.randbytes(2000))
+        assert_refused("consolidated.00.pth", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "must be JSON"),
+        ("{", "must be JSON"),
+        ("[]", "must hold a JSON object, got list"),
+        ('{"dim": "64"}', "dim must be an integer, got '64'"),
+        ('{"dim": 64.0}', "dim must be an integer, got 64.0"),
+        ('{"dim": null}', "dim must be an integer, got None"),
+        ('{"dim": 64, "n_heads": true}', "n_heads must be an integer, got True"),
+        ('{"dim": 64, "n_heads": 8, "n_layers": 1000000000}', "n_layers must be .*, got 1000000000, but"),
+        ('{"dim": 64, "n_heads": 7}', "n_heads=7"),
+        ('{"dim": 64, "n_heads": 8, "norm_eps": [1]}', r"norm_eps must be a number, got \[1\]"),
+        ('{"dim": 64, "heads": 8}', "keys must be among .*, got 'heads'"),
+        ('{"dim": 64, "n_heads": 8, "n_layers": 3, "vocab_size": -2}', "vocab_size must be above 0 .*, got -2"),
+        ('{"dim": 64, "n_heads": 8, "n_layers": 3, "vocab_size": 500}', r"by params.json, got shape \(512, 32\)"),
+    ],
+)
+def test_wrong_params_give_one_clear_error(source: Path, tmp_path: Path, content: str, message: str) -> None:
+    (source / "params.json").write_text(content)
+    assert_refused(message, source, tmp_path / "out")
+
+
+@pytest.fixture
+def interrupted_write(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C while the tenth tensor is written."""
+    write, calls = TensorFile.write, iter(range(1000))
+
+    def fails(self: TensorFile, name: str, tensor: torch.Tensor) -> int:
+        if next(calls) == 10:
+            raise KeyboardInterrupt
+        return write(self, name, tensor)
+
+    monkeypatch.setattr(TensorFile, "write", fails)
+    yield
+    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("interrupted_write")
+def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        reshard(source, tmp_path / "out", 1)
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == []
+
+
+ENDED = """
+import os, signal, sys
+from llama.tools.commandline import run
+from llama.tools.reshard import reshard
+from llama.checkpoint.writing import TensorFile
+number = int(sys.argv.pop())
+TensorFile.write = lambda *args: os.kill(os.getpid(), number)
+run(reshard)
+"""
+
+
+def end_by_signal(source: Path, output: Path, number: int) -> int:
+    """Runs the command, which gets a signal while it writes; the status with which it ends."""
+    arguments = ["--ckpt_dir", str(source), "--output_dir", str(output), "--model_parallel_size", "1", str(int(number))]
+    return subprocess.run([sys.executable, "-c", ENDED, *arguments], cwd=ROOT, check=False).returncode
+
+
+def test_what_a_killed_run_left_is_replaced(source: Path, folders: dict[int, Path], tmp_path: Path) -> None:
+    assert end_by_signal(source, tmp_path / "out", signal.SIGKILL) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name != "out"
+    reshard(source, tmp_path / "out", 1)
+    assert os.listdir(tmp_path) == ["out"]
+    assert_same_files(tmp_path / "out", folders[1])
+
+
+def test_a_terminated_run_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    assert end_by_signal(source, tmp_path / "out", signal.SIGTERM) == 128 + signal.SIGTERM
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_closing_of_the_terminal_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    assert end_by_signal(source, tmp_path / "out", signal.SIGHUP) == 128 + signal.SIGHUP
+    assert os.listdir(tmp_path) == []
+
+
+LIMITED = """
+import resource, sys
+from llama.tools.commandline import run
+from llama.tools.reshard import reshard
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[-1]), -1))
+del sys.argv[-1]
+run(reshard)
+"""
+
+
+@pytest.mark.parametrize("limit", [1000, 100_000])
+def test_a_limit_on_the_size_of_files_is_one_clear_error(source: Path, tmp_path: Path, limit: int) -> None:
+    """`ulimit -f`."""
+    arguments = ["--ckpt_dir", source, "--output_dir", tmp_path / "out", "--model_parallel_size", "1", str(limit)]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *arguments], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and os.listdir(tmp_path) == []
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "ulimit -f" in done.stderr or "File too large" in done.stderr
+
+
+def test_a_flag_without_its_value_writes_no_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt_dir", source, "--model_parallel_size", 4]
+    assert "--output_dir must have a value" in str(command(monkeypatch, *flags, "--output_dir"))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", [7, None, True])
+def test_places_that_are_no_paths_are_refused(source: Path, tmp_path: Path, place: Any) -> None:
+    with pytest.raises(ValueError, match=f"output_dir must be a path, got {place}"):
+        reshard(source, place, 1)
+    assert_refused(f"must be a path, got {place}", place, tmp_path / "out")
+
+
+def test_two_runs_for_one_folder_do_not_mix(source: Path, tmp_path: Path) -> None:
+    with staging.staged_folder(tmp_path / "out", 0) as folder:
+        (folder / "mine").write_text("whole")
+        assert_refused("another run is writing", source, tmp_path / "out", kind=FileExistsError)
+    assert (tmp_path / "out" / "mine").read_text() == "whole"
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
+    """The command's exit status; a text is printed on stderr and gives 1."""
+    monkeypatch.setattr(sys, "argv", ["reshard", *map(str, arguments)])
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit) as stop:
+        run(reshard)
+    return stop.value.code
+
+
+def test_the_command(source: Path, folders: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt_dir", source, "--model_parallel_size", 4]
+    assert command(monkeypatch, *flags, "--output_dir", "1e3") == 0  # a name, not a number
+    assert_same_files(tmp_path / "1e3", folders[4])
+    assert command(monkeypatch, *flags, "--output_dir", "1e3") == (
+        "error: output_dir must be a new or an empty folder, got 1e3, which exists already"
+    )
+    assert command(monkeypatch, *flags, "--output_dir", "out", "--mistyped", 3) == 2
+    assert os.listdir(tmp_path) == ["1e3"]
+
+
+def test_the_usage_text_lists_flags_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "--ckpt_dir", "x") == 2
+    shown = capsys.readouterr().err
+    assert "CKPT_DIR OUTPUT_DIR MODEL_PARALLEL_SIZE" in shown and "group" not in shown.lower()
+
+
+@pytest.mark.usefixtures("interrupted_write")
+def test_the_command_ends_cleanly_at_ctrl_c(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--ckpt_dir", source, "--model_parallel_size", 4, "--output_dir", tmp_path / "out"]
+    assert command(monkeypatch, *arguments) == 130
+    assert capsys.readouterr().err.split() == ["interrupted"] and os.listdir(tmp_path) == []
+
+
+def test_the_module_is_a_command(source: Path, tmp_path: Path) -> None:
+    arguments = ["--ckpt_dir", source, "--model_parallel_size", "3", "--output_dir", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "llama.tools.reshard", *arguments], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stdout == "" and os.listdir(tmp_path) == []
+    assert done.stderr.startswith("error: n_heads (8) must be a multiple") and done.stderr.count("\n") == 1
+
+
+MEASURED = """
+import resource, sys
+import torch
+from llama.tools.reshard import reshard
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+reshard(sys.argv[1], sys.argv[2], 2)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere mapped pages count until memory is short")
+def test_memory_stays_bounded(write_checkpoint: Write, tmp_path: Path) -> None:
+    params = PARAMS | {"dim": 512, "n_layers": 16, "vocab_size": 2048}
+    folder = write_checkpoint(params, {name: w.bfloat16() for name, w in oracle.random_state(params, seed=4).items()})
+    n_mib = (folder / "consolidated.00.pth").stat().st_size // 2**20
+    command = [sys.executable, "-c", MEASURED, str(folder), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert n_mib > 80 and int(done.stdout) < n_mib / 4
+
+
+def test_progress_tells_bytes_and_speed_with_tqdm_and_nothing_without(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tqdm", reason="without it there is no bar")
+    monkeypatch.setattr(progress, "_PLAIN_S", 0.0)
+
+    def shown(**settings: Any) -> str:
+        with progress.Progress("copy", 10**10, **settings) as bar:
+            bar.add(4 * 10**9)
+            bar.add(6 * 10**9, "a note")
+        return capfd.readouterr().err
+
+    assert re.search(r"copy: 100%.* 10\.0G/10\.0G .*B/s, a note", shown())
+    assert shown(quiet=True) == ""
+    monkeypatch.setattr(progress, "tqdm", None)
+    assert shown() == ""
