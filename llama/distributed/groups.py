@@ -148,6 +148,8 @@ def _join_launched_ranks() -> tuple[Store, int, int, Lockstep | None]:
             f"all {size} ranks must meet at {address} within {_rank_timeout():g} seconds (set by {TIMEOUT_VARIABLE}), "
             f"got: {str(error).splitlines()[0]}"
         ) from error
+    attempt = _number_from_environment("TORCHELASTIC_RESTART_COUNT", 0, minimum=0)
+    store = PrefixStore(f"attempt/{attempt}", store)  # torchrun's store outlives ranks that it starts again
     store.set_timeout(dist.default_pg_timeout)
     lockstep = _new_lockstep(store, rank, size) if size > 1 else None
     return store, rank, size, lockstep
