@@ -14,8 +14,9 @@ from torch import Tensor
 
 from benchmarks.job import Job
 from llama import ModelArgs, Tokenizer
-from llama.checkpoint.format import find_shards, read_params, tensor_shapes
+from llama.checkpoint.format import read_params, tensor_shapes
 from llama.checkpoint.memory import MemoryPlan, plan_memory
+from llama.checkpoint.reading import find_shards
 from llama.tools.convert import to_hf
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -111,7 +112,7 @@ def make_job(shape: str, ckpt_dir: str | None, folder: Path, dtype: str) -> tupl
 
 def write_hf_folder(job: Job) -> None:
     """The checkpoint as transformers reads it, written on the first call, with a tokenizer of single characters."""
-    if job.hf_folder.exists():
+    if job.huggingface.exists():
         return
     to_hf(job.ckpt_dir, job.tokenizer_path, job.hf_folder, dtype=job.dtype, quiet=True)
     (job.hf_folder / "tokenizer.model").unlink()  # transformers cannot read SentencePiece models of this type

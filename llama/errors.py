@@ -36,3 +36,9 @@ def first_few(names: Sequence[str], n: int = 3) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - n} more" if len(names) > n else ""
     return ", ".join(names[:n]) + more
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type if that is empty."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return printable(lines[0], limit=200)

@@ -21,7 +21,7 @@ from benchmarks.scripts import SCRIPTS, Script, repeated_ngrams
 from benchmarks.shapes import SHAPES, bytes_per_decode_step
 from benchmarks.worker import LOAD, figure, turns
 from llama import Llama, ModelArgs
-from llama.checkpoint.format import read_shard
+from llama.checkpoint.reading import read_shard
 
 OURS = {
     *("load", "first_token", "prefill_16", "prefill_128", "prefill_512", "decode_1", "decode_4", "ragged_first_token"),

@@ -1,17 +1,13 @@
-"""The released checkpoint format: `params.json` and one `consolidated.NN.pth` per model-parallel rank.
+"""The released checkpoint format: `params.json`, and the names and shapes of the tensors in `consolidated.NN.pth`.
 
-The one place that knows how tensors are named on disk and split over files.
+The one place that knows how tensors are named on disk and split over files, one file per model-parallel rank.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
-import os
-import pickle
-from collections.abc import Callable, Container
-from dataclasses import fields, replace
+from collections.abc import Container
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.checkpoint.archive import ArchiveError, check_pickles, count_records, is_archive
-from llama.errors import first_few, printable, quote
+from llama.errors import first_few, first_line, quote
 
 # The axis along which each tensor is split over the files; None: every file has the whole of it.
 _LAYER_SHARD_DIMS: dict[str, int | None] = {
@@ -47,10 +42,6 @@ _QUANTIZE = "quantize"  # the key of params.json that names the form of quantize
 STORED_FORMS = ("int8",)  # what it may be
 _SCALES = ".scales"
 _MAX_JSON_BYTES = 4 * 1024**2  # some 60 times the index of a published 70B model's tensors
-
-
-class VocabularyError(ValueError):
-    """A checkpoint's embedding is not of the network's vocabulary, which may be the tokenizer's."""
 
 
 def shard_dim(name: str) -> int | None:
@@ -131,45 +122,6 @@ def _shard_shape(shape: tuple[int, ...], dim: int | None, parts: int) -> tuple[i
     return tuple(size // parts if axis == dim else size for axis, size in enumerate(shape))
 
 
-def list_shards(ckpt_dir: str | Path, *, argument: str = "ckpt_dir") -> list[Path]:
-    """The checkpoint's files, however many there are, in rank order.
-
-    Args:
-        argument: what the caller calls the folder, for errors.
-
-    Raises:
-        AssertionError: there are none (see `find_shards`).
-        ValueError: `ckpt_dir` is not a path.
-    """
-    if not isinstance(ckpt_dir, (str, os.PathLike)):
-        raise ValueError(f"{argument} must be the path of a folder, got {quote(ckpt_dir)}")
-    found = Path(ckpt_dir).glob("*.pth")
-    shards = sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
-    if not shards:
-        raise AssertionError(
-            f"no checkpoint files found in {ckpt_dir}\n"
-            f"{argument} must be the folder that holds params.json and consolidated.00.pth"
-            + (", got a path where there is none" if not Path(ckpt_dir).is_dir() else "")
-        )
-    return shards
-
-
-def find_shards(ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
-    """The checkpoint's files, in rank order.
-
-    Raises:
-        AssertionError: there are none, or not `model_parallel_size` of them (raised, so that `python -O` keeps it;
-            the first lines are documented to users word for word).
-    """
-    shards = list_shards(ckpt_dir)
-    if len(shards) != model_parallel_size:
-        raise AssertionError(
-            f"Loading a checkpoint for MP={len(shards)} but world size is {model_parallel_size}\n"
-            f"start the program with torchrun --nproc_per_node {len(shards)}, one process per file"
-        )
-    return shards
-
-
 def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
     """The fields of `ModelArgs` in `params.json`, the names checked; `ModelArgs` checks the values.
 
@@ -222,171 +174,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON, got an error: {_first_line(error)}; download it again") from error
+        raise ValueError(f"{path} must be JSON, got an error: {first_line(error)}; download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; download it again")
     return content
-
-
-def find_tokenizer(ckpt_dir: str | Path) -> Path:
-    """Where a checkpoint's `tokenizer.model` is: in its folder or, where `download.sh` puts it, in the parent folder.
-
-    If there is none, the path in the folder itself, for the error of whoever opens it.
-    """
-    own, above = Path(ckpt_dir) / "tokenizer.model", Path(ckpt_dir).resolve().parent / "tokenizer.model"
-    return above if above.is_file() and not own.is_file() else own
-
-
-def model_args(
-    ckpt_dir: str | Path,
-    n_words: int,
-    *,
-    max_batch_size: int,
-    max_seq_len: int,
-    tokenizer_path: str | Path | None = None,
-) -> ModelArgs:
-    """The network that `params.json` describes, with a tokenizer of `n_words` pieces and a run's cache sizes.
-
-    Args:
-        tokenizer_path: names the tokenizer in an error.
-
-    Raises:
-        ValueError: a value of the file is wrong, or its `vocab_size` is not the tokenizer's, or it describes more
-            layers than a checkpoint file has tensors.
-    """
-    params = read_params(ckpt_dir)
-    if params.get("vocab_size", -1) == -1:
-        params["vocab_size"] = n_words
-    try:
-        args = ModelArgs.of(ModelArgs(**params))
-    except ValueError as error:
-        raise ValueError(f"{Path(ckpt_dir) / 'params.json'}: {error}") from error
-    if args.vocab_size != n_words:
-        tokenizer = "the tokenizer" if tokenizer_path is None else f"the tokenizer {tokenizer_path}"
-        raise ValueError(
-            f"{Path(ckpt_dir) / 'params.json'}: vocab_size must be the tokenizer's number of pieces, got "
-            f"{args.vocab_size} where {tokenizer} has {n_words} pieces; "
-            "give the tokenizer.model that this checkpoint was trained with"
-        )
-    for path in sorted(Path(ckpt_dir).glob("*.pth")):
-        _check_records(path, args)
-    return ModelArgs.of(replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len))
-
-
-def _check_records(path: Path, args: ModelArgs) -> None:
-    """Checks a file's end, so that one cut short is an error on all ranks, and that there are tensors for the layers.
-
-    It comes before anything is planned or made for a number of layers that a damaged `params.json` may state.
-    """
-    if not path.is_file():
-        return
-    try:
-        with path.open("rb") as file:
-            archive = is_archive(file)
-        n_records = count_records(path) if archive else args.n_layers
-    except ArchiveError as error:
-        raise _unreadable(path, error) from error
-    check_layer_count(path, args, n_records)
-
-
-def check_layer_count(path: Path, args: ModelArgs, n_tensors: int) -> None:
-    """Raises ValueError if the checkpoint file `path`, of `n_tensors` tensors, cannot have `args.n_layers` layers."""
-    if args.n_layers > n_tensors:
-        raise ValueError(
-            f"{path.parent / 'params.json'}: n_layers must be the number of the checkpoint's layers, got "
-            f"{args.n_layers}, but {path.name} has no more than {n_tensors} tensors in all"
-        )
-
-
-def load_shard(path: Path, args: ModelArgs, model_parallel_size: int, quantize: str | None = None) -> dict[str, Tensor]:
-    """The tensors of one file, checked to be exactly those that `args` describes.
-
-    The file is memory-mapped: the tensors are views of the page cache, in the file's dtype, read when first used.
-
-    Args:
-        quantize: the checkpoint's `stored_quantize`.
-
-    Raises:
-        ValueError: the file is damaged or holds other objects than tensors; a tensor is missing, unknown or mis-shaped.
-    """
-    state = read_shard(path)
-    state.pop(KNOWN_EXTRA, None)
-    check_layer_count(path, args, len(state))
-    check_tensors(path, state, tensor_shapes(args, model_parallel_size, quantize))
-    return state
-
-
-def page_release(path: Path) -> Callable[[Tensor], None]:
-    """A function that gives back the memory of a tensor read from `path`; the file is read again when it is used."""
-    madvise = getattr(ctypes.CDLL(None), "madvise", None) if os.name == "posix" else None
-    if madvise is None or not _is_mappable(path):
-        return lambda tensor: None
-
-    def release(tensor: Tensor) -> None:
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        storage = tensor.untyped_storage()  # smaller than the tensor, if that repeats a value
-        end = min(tensor.data_ptr() + tensor.nbytes, storage.data_ptr() + storage.nbytes())
-        end = end // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > start:  # whole pages only: those at the ends hold parts of other tensors
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
-
-    return release
-
-
-def read_shard(path: Path) -> dict[str, Tensor]:
-    """The flat name -> tensor dict of one file, memory-mapped on the CPU. Nothing but tensors is unpickled.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds other objects than tensors.
-    """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} must be a regular file, got a folder, pipe or device")
-    mappable = _is_mappable(path)
-    try:
-        check_pickles(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except pickle.UnpicklingError as error:
-        raise ValueError(  # torch's own words advise to load without `weights_only`, which runs code of the file
-            f"{path} must hold tensors alone, got other objects, which are not loaded, or damage; compare its checksum"
-        ) from error
-    except Exception as error:  # torch raises errors of many kinds over a damaged file
-        raise _unreadable(path, error) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} must hold a flat dict of tensors, as released checkpoint files do")
-    return state
-
-
-def _is_mappable(path: Path) -> bool:
-    with path.open("rb") as file:
-        return is_archive(file)
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} cannot be read ({_first_line(error)}); is it cut short? Compare its checksum")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return printable(lines[0], limit=200)
-
-
-def check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises ValueError, naming what is wrong, unless `state`, read from `path`, holds exactly these tensors."""
-    if missing := [name for name in shapes if name not in state]:
-        raise ValueError(f"{path} must hold the tensors that params.json describes, but lacks {first_few(missing)}")
-    if extra := [printable(name) for name in state if name not in shapes]:
-        raise ValueError(f"{path} must hold no other tensors than the network's, but has {first_few(extra)}")
-    for name, shape in shapes.items():
-        tensor = state[name]
-        if tuple(tensor.shape) != shape:
-            of_vocabulary = name == "tok_embeddings.weight" and tuple(tensor.shape[1:]) == shape[1:]
-            error = VocabularyError if of_vocabulary else ValueError
-            raise error(
-                f"{path}: {name} must have shape {shape} by params.json, got shape {quote(tuple(tensor.shape))}"
-            )
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
-            raise ValueError(f"{path}: {name} must be a dense tensor, got one without values of its own")
-        if tensor.dtype not in (dtypes := stored_dtypes(name, shapes)):
-            must = " or ".join(", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes).rsplit(", ", 1))
-            raise ValueError(f"{path}: {name} must have dtype {must}, got {tensor.dtype}")

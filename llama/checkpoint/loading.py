@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.checkpoint.format import (
-    VocabularyError,
-    find_shards,
-    is_linear,
-    list_shards,
-    load_shard,
-    model_args,
-    page_release,
-    stored_quantize,
-    tensor_shapes,
-)
+from llama.checkpoint.format import is_linear, stored_quantize, tensor_shapes
 from llama.checkpoint.memory import available_memory, check_memory, out_of_memory_explained, plan_memory
+from llama.checkpoint.reading import VocabularyError, find_shards, list_shards, load_shard, model_args, page_release
 from llama.distributed import groups as runtime
 from llama.errors import quote
 from llama.layers.int4 import GROUP, OUTPUTS, Int4Weight, can_quantize_int4, measure_int4, suits_int4

@@ -5,26 +5,13 @@ The files are memory-mapped, and the memory of one tensor is freed before the ne
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
-from llama.checkpoint.format import (
-    KNOWN_EXTRA,
-    check_layer_count,
-    check_tensors,
-    join_tensor,
-    list_shards,
-    page_release,
-    read_params,
-    read_shard,
-    shard_dim,
-    stored_quantize,
-    tensor_shapes,
-)
+from llama.checkpoint.format import KNOWN_EXTRA, join_tensor, shard_dim, stored_quantize, tensor_shapes
+from llama.checkpoint.reading import check_tensors, list_shards, network_args, page_release, read_shard
 
 
 class ShardedCheckpoint:
@@ -108,23 +95,3 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return False
     return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
-
-
-def network_args(ckpt_dir: str | Path, state: dict[str, Tensor]) -> ModelArgs:
-    """What params.json describes, with the embedding's number of rows where `vocab_size` is -1.
-
-    Args:
-        state: the tensors of one of the files.
-    """
-    path = Path(ckpt_dir) / "params.json"
-    try:
-        args = ModelArgs.of(ModelArgs(**read_params(ckpt_dir)))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    check_layer_count(list_shards(ckpt_dir)[0], args, len(state))
-    if args.vocab_size != -1:
-        return args
-    embedding = state.get("tok_embeddings.weight")
-    if embedding is None or embedding.dim() != 2:
-        raise ValueError(f"{path}: vocab_size must be given where there is no 2-D tok_embeddings.weight, got -1")
-    return replace(args, vocab_size=embedding.size(0))

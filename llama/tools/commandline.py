@@ -16,7 +16,7 @@ import fire
 import torch
 from fire import decorators, docstrings
 
-from llama.checkpoint.format import find_tokenizer
+from llama.checkpoint.reading import find_tokenizer
 from llama.distributed.lockstep import RankError
 from llama.errors import printable, quote
 from llama.generation import Llama

@@ -1,6 +1,6 @@
 """Between Hugging Face's folders and the released layout: `python -m llama.tools.convert from_hf|to_hf ...`.
 
-See `llama.tools.huggingface` for what is renamed, reordered and derived.
+See `llama.checkpoint.huggingface` for what is renamed, reordered and derived.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from llama.args import ModelArgs
 from llama.chat import CHAT_FORMAT_FILE
 from llama.checkpoint.chat_format import copy_chat_format
 from llama.checkpoint.format import split_tensor, tensor_shapes
-from llama.checkpoint.hf_folder import INDEX_SUFFIX, HuggingFaceFolder
 from llama.checkpoint.huggingface import (
     EMBEDDING,
+    INDEX_SUFFIX,
     OUTPUT,
+    HuggingFaceFolder,
     args_to_config,
     config_to_args,
     hf_name,
@@ -34,8 +35,7 @@ from llama.checkpoint.huggingface import (
 )
 from llama.checkpoint.releases import TRAINED_SEQ_LEN
 from llama.checkpoint.sharded import ShardedCheckpoint, same_bits
-from llama.checkpoint.staging import staged_folder
-from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors
+from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors, staged_folder
 from llama.distributed.groups import DTYPES
 from llama.errors import printable, quote
 from llama.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def from_hf(
 
     Args:
         hf_dir: folder of config.json and *.safetensors (or pytorch_model*.bin); tokenizer.model is copied if it is
-            there, and a chat template if it is not Llama 2's (see `llama.tools.chat_format`).
+            there, and a chat template if it is not Llama 2's (see `llama.checkpoint.chat_format`).
         output_dir: folder to make; it appears when it is complete.
         model_parallel_size: number of files to write, one per process (GPU) that will run the model.
         dtype: float16, bfloat16 or float32; by default each tensor keeps its own.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llama import Llama, Message
 from llama.chat import B_INST, B_SYS, E_INST, E_SYS, chat_error, check_dialog
-from llama.checkpoint.format import find_tokenizer
+from llama.checkpoint.reading import find_tokenizer
 from llama.distributed import groups as runtime
 from llama.engine.lock import lock_of
 from llama.engine.runner import ModelRunner

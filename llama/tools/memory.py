@@ -1,6 +1,6 @@
 """How much memory a model needs: `python -m llama.tools.memory --model 70B --device_memory 24GiB`.
 
-Prints the plan of `llama.memory`, which `Llama.build` checks before it loads.
+Prints the plan of `llama.checkpoint.memory`, which `Llama.build` checks before it loads.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama.args import ModelArgs
-from llama.checkpoint.format import list_shards, read_shard, stored_quantize
+from llama.checkpoint.format import stored_quantize
 from llama.checkpoint.memory import GIB, MemoryPlan, largest, plan_memory
+from llama.checkpoint.reading import list_shards, network_args, read_shard
 from llama.checkpoint.releases import RELEASES, TRAINED_SEQ_LEN
-from llama.checkpoint.sharded import ShardedCheckpoint, network_args
+from llama.checkpoint.sharded import ShardedCheckpoint
 from llama.distributed.groups import DTYPES
 from llama.errors import quote
 from llama.layers.linear import QUANTIZED_FORMS

@@ -14,20 +14,10 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.checkpoint.format import (
-    STORED_FORMS,
-    is_linear,
-    list_shards,
-    load_shard,
-    page_release,
-    read_json_object,
-    scales_of,
-    stored_quantize,
-    tensor_shapes,
-)
+from llama.checkpoint.format import STORED_FORMS, is_linear, read_json_object, scales_of, stored_quantize, tensor_shapes
+from llama.checkpoint.reading import list_shards, load_shard, page_release
 from llama.checkpoint.sharded import ShardedCheckpoint
-from llama.checkpoint.staging import staged_folder
-from llama.checkpoint.writing import TensorFile, lay_out_pth
+from llama.checkpoint.writing import TensorFile, lay_out_pth, staged_folder
 from llama.errors import quote
 from llama.layers.kernels import quantize_values
 from llama.tools.commandline import run

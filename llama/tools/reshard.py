@@ -10,8 +10,7 @@ from pathlib import Path
 from llama.chat import CHAT_FORMAT_FILE
 from llama.checkpoint.format import split_tensor
 from llama.checkpoint.sharded import ShardedCheckpoint
-from llama.checkpoint.staging import check_absent, staged_folder
-from llama.checkpoint.writing import lay_out_pth
+from llama.checkpoint.writing import check_absent, lay_out_pth, staged_folder
 from llama.errors import quote
 from llama.tools.commandline import run
 from llama.tools.progress import Progress

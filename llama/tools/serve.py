@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama import Llama
 from llama.chat import chat_error
-from llama.checkpoint.format import list_shards
+from llama.checkpoint.reading import list_shards
 from llama.distributed import groups as runtime
 from llama.errors import quote
 from llama.serving.service import Service

@@ -14,18 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.format import (
-    KNOWN_EXTRA,
-    is_repeated,
-    list_shards,
-    page_release,
-    read_shard,
-    stored_dtypes,
-    stored_quantize,
-    tensor_shapes,
-)
+from llama.checkpoint.format import KNOWN_EXTRA, is_repeated, stored_dtypes, stored_quantize, tensor_shapes
+from llama.checkpoint.reading import list_shards, network_args, page_release, read_shard
 from llama.checkpoint.releases import find_release
-from llama.checkpoint.sharded import network_args, same_bits
+from llama.checkpoint.sharded import same_bits
 from llama.errors import first_few, printable, quote
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import loading
-from llama.checkpoint.format import is_linear, read_params, read_shard, scales_of, stored_quantize
+from llama.checkpoint.format import is_linear, read_params, scales_of, stored_quantize
+from llama.checkpoint.reading import read_shard
 from llama.distributed import groups as runtime
 from llama.layers.kernels import can_quantize
 from llama.layers.linear import packable_layers

@@ -26,7 +26,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama.checkpoint.format import find_shards, load_shard, model_args
+from llama.checkpoint.reading import find_shards, load_shard, model_args
 from llama.tools.verify import verify
 from tests.support import oracle
 

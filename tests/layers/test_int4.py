@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import loading
-from llama.checkpoint.format import read_shard
 from llama.checkpoint.memory import plan_memory
+from llama.checkpoint.reading import read_shard
 from llama.distributed import groups as runtime
 from llama.layers import int4, kernels
 from llama.layers.int4 import (

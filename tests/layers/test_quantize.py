@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import loading
-from llama.checkpoint.format import read_shard
 from llama.checkpoint.memory import check_memory, plan_memory
+from llama.checkpoint.reading import read_shard
 from llama.distributed import groups as runtime
 from llama.layers.kernels import QuantizedWeight, can_quantize
 from llama.layers.linear import ColumnParallelLinear, column_parallel, packable_layers

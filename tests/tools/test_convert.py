@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama import Llama, ModelArgs, Tokenizer
-from llama.checkpoint import hf_folder
+from llama.checkpoint import huggingface
 from llama.checkpoint.format import tensor_shapes
 from llama.checkpoint.huggingface import (
     config_to_args,
@@ -470,7 +470,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(
 def test_without_safetensors_the_error_names_the_extra(
     hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_folder, "safetensors", None)
+    monkeypatch.setattr(huggingface, "safetensors", None)
     assert_refused(ImportError, r"of the extra \[convert\]", from_hf, hf_dir, tmp_path / "out")
 
 

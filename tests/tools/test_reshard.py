@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama.checkpoint import staging
+from llama.checkpoint import writing
 from llama.checkpoint.writing import TensorFile
 from llama.tools import progress
 from llama.tools.commandline import run
@@ -190,7 +190,7 @@ def test_a_folder_without_checkpoint_is_refused(source: Path, tmp_path: Path) ->
 
 def test_too_small_a_disk_is_found_out_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage)
     assert_refused(r"must have 0\.00 GB free, got 0\.00 GB", source, tmp_path / "new" / "out", kind=OSError)
 
 
@@ -387,7 +387,7 @@ def test_places_that_are_no_paths_are_refused(source: Path, tmp_path: Path, plac
 
 
 def test_two_runs_for_one_folder_do_not_mix(source: Path, tmp_path: Path) -> None:
-    with staging.staged_folder(tmp_path / "out", 0) as folder:
+    with writing.staged_folder(tmp_path / "out", 0) as folder:
         (folder / "mine").write_text("whole")
         assert_refused("another run is writing", source, tmp_path / "out", kind=FileExistsError)
     assert (tmp_path / "out" / "mine").read_text() == "whole"

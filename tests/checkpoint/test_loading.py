@@ -1,0 +1,116 @@
+"""How a file's tensors reach their device."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama import ModelArgs
+from llama.checkpoint import loading
+from llama.checkpoint.format import tensor_shapes
+from llama.checkpoint.loading import load_to_device
+from llama.checkpoint.reading import load_shard
+from tests.checkpoint.conftest import MAPS, mapped_file
+from tests.conftest import ROOT
+
+CPU = torch.device("cpu")
+
+
+def resident(path: Path) -> int:
+    """Bytes that this process holds of a mapped file."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(f" {path}")
+        elif inside and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+def test_both_errors_are_raised_under_python_o(tmp_path: Path, tokenizer_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    for name in ("a.pth", "b.pth"):
+        (tmp_path / "two" / name).touch()
+    code = f"""
+assert not __debug__, "has no effect under -O"
+from llama import Llama
+for folder in ("none", "two"):
+    try:
+        Llama.build({str(tmp_path)!r} + "/" + folder, {str(tokenizer_path)!r}, 8, 1)
+    except AssertionError as error:
+        print(str(error).splitlines()[0])
+"""
+    done = subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        f"no checkpoint files found in {tmp_path}/none",
+        "Loading a checkpoint for MP=2 but world size is 1",
+    ], done.stderr
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs /proc, to see what lies behind an address")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moved_tensors_are_copies_in_the_new_dtype(
+    one_file: Callable[..., Path], args: ModelArgs, state: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    path = one_file()
+    shard = load_shard(path, args, 1)
+    mapped = dict(shard)
+    load_to_device(shard, path, device=CPU, dtype=dtype)
+    for name, tensor in shard.items():
+        assert torch.equal(tensor, state[name].to(dtype))
+        assert mapped_file(tensor.data_ptr()) != str(path)
+        assert torch.equal(mapped[name], state[name])  # what was given back is read from the file again
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs /proc, to see what is held of a mapped file")
+def test_moving_holds_no_second_copy(tmp_path: Path) -> None:
+    """Of what was read from the file, little is left in memory once it stands there in another dtype."""
+    args = ModelArgs(dim=512, n_layers=1, n_heads=8, vocab_size=4096)
+    state = {name: torch.ones(shape) for name, shape in tensor_shapes(args, 1).items()}
+    path = tmp_path / "consolidated.00.pth"
+    torch.save(state, path)
+    shard = load_shard(path, args, 1)
+    mapped = dict(shard)
+    assert all(tensor.sum() == tensor.numel() for tensor in mapped.values())
+    assert resident(path) > 0.9 * path.stat().st_size
+    load_to_device(shard, path, device=CPU, dtype=torch.bfloat16)
+    assert resident(path) < 0.1 * path.stat().st_size
+
+
+class FakeEvent:
+    """Stands in for a CUDA event: the copy that it was recorded behind is over once it was waited for."""
+
+    recorded = 0
+
+    def __init__(self) -> None:
+        self.pending = False
+
+    def record(self, stream: object) -> None:
+        self.pending = True
+        FakeEvent.recorded += 1
+
+    def synchronize(self) -> None:
+        self.pending = False
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7, 9), (64,), (3, 50)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_staging_copies_every_byte(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Tensors smaller and larger than its buffers, contiguous and not; on the CPU, with CUDA's parts stood in for."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(loading, "_pinned", lambda n_bytes: torch.empty(n_bytes, dtype=torch.uint8))
+    copy = loading._PinnedCopy(torch.device("cpu"), buffer_bytes=64)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for source in (tensor, tensor.t() if tensor.dim() == 2 else tensor, tensor):
+        FakeEvent.recorded = 0
+        copied = copy(source)
+        assert torch.equal(copied, source) and copied.dtype == dtype and copied.data_ptr() != source.data_ptr()
+        assert FakeEvent.recorded == -(-tensor.nbytes // 64)

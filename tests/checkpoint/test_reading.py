@@ -1,0 +1,353 @@
+"""Which files are read, and what of damaged or foreign files is refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import re
+import resource
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama import Llama, ModelArgs
+from llama.checkpoint.format import shard_dim, tensor_shapes
+from llama.checkpoint.loading import load_to_device
+from llama.checkpoint.reading import find_shards, list_shards, load_shard, model_args, read_shard
+from tests.checkpoint.conftest import MAPS, mapped_file
+from tests.conftest import ROOT
+
+CPU = torch.device("cpu")
+
+
+def test_files_come_in_rank_order(tmp_path: Path) -> None:
+    for rank in random.Random(0).sample(range(8), 8):
+        (tmp_path / f"consolidated.{rank:02d}.pth").touch()
+    for other in ("params.json", "tokenizer.model", "checklist.chk", "consolidated.00.pth.part"):
+        (tmp_path / other).touch()
+    names = [f"consolidated.{rank:02d}.pth" for rank in range(8)]
+    assert [path.name for path in find_shards(tmp_path, 8)] == names
+    assert [path.name for path in list_shards(str(tmp_path))] == names
+
+
+def test_a_folder_without_files_word_for_word(tmp_path: Path, tokenizer_path: Path) -> None:
+    (tmp_path / "consolidated.00.safetensors").touch()
+    for folder in (tmp_path, tmp_path / "missing", f"{tmp_path}/"):
+        with pytest.raises(AssertionError) as caught:
+            Llama.build(folder, tokenizer_path, max_seq_len=8, max_batch_size=1, device="cpu")
+        assert str(caught.value).splitlines()[0] == f"no checkpoint files found in {folder}"
+
+
+@pytest.mark.parametrize(("files", "ranks"), [(2, 1), (8, 1), (1, 2), (2, 8)])
+def test_a_number_of_files_that_is_not_the_world_size_word_for_word(tmp_path: Path, files: int, ranks: int) -> None:
+    for rank in range(files):
+        (tmp_path / f"consolidated.{rank:02d}.pth").touch()
+    with pytest.raises(AssertionError) as caught:
+        find_shards(tmp_path, ranks)
+    first, hint = str(caught.value).splitlines()
+    assert first == f"Loading a checkpoint for MP={files} but world size is {ranks}"
+    assert f"--nproc_per_node {files}" in hint
+
+
+@pytest.mark.parametrize("n_layers", [2_000_000, 2**62])
+def test_more_layers_than_the_file_has_tensors_are_refused_before_anything_is_planned(
+    write_checkpoint: Callable[..., Path],
+    params: dict[str, Any],
+    state: dict[str, Tensor],
+    args: ModelArgs,
+    tokenizer_path: Path,
+    n_layers: int,
+) -> None:
+    """A list of that many tensors' shapes would take minutes and gigabytes."""
+    folder = write_checkpoint(params | {"n_layers": n_layers}, state)
+    message = rf"params\.json: n_layers must be .*, got {n_layers}, but consolidated\.00\.pth has no more than"
+    with pytest.raises(ValueError, match=message):
+        Llama.build(folder, tokenizer_path, max_seq_len=8, max_batch_size=1, device="cpu")
+    with pytest.raises(ValueError, match=message):
+        load_shard(folder / "consolidated.00.pth", replace(args, n_layers=n_layers), 1)
+
+
+def test_every_rank_finds_that_another_ranks_file_is_cut_short(
+    write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, Tensor]
+) -> None:
+    """Before the ranks meet: one that failed alone would leave the others waiting."""
+    path = write_checkpoint(params, state, 2) / "consolidated.01.pth"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read .* is it cut short\?"):
+        model_args(path.parent, params["vocab_size"], max_batch_size=1, max_seq_len=1)
+
+
+@pytest.mark.parametrize("files", [1, 2, 4])
+def test_split_files_are_accepted_and_joined_are_the_whole(
+    write_checkpoint: Callable[..., Path],
+    args: ModelArgs,
+    params: dict[str, Any],
+    state: dict[str, Tensor],
+    files: int,
+) -> None:
+    folder = write_checkpoint(params, state, files)
+    shards = [load_shard(path, args, files) for path in find_shards(folder, files)]
+    for name, whole in state.items():
+        parts = [shard[name] for shard in shards]
+        axis = shard_dim(name)
+        if axis is None:
+            assert all(torch.equal(part, whole) for part in parts)
+        else:
+            assert torch.equal(torch.cat(parts, axis), whole)
+
+
+def test_rope_freqs_is_the_one_known_extra(one_file: Callable[..., Path], args: ModelArgs) -> None:
+    for freqs in (torch.ones(4), torch.ones(4, dtype=torch.bfloat16), torch.ones(1, dtype=torch.int64)):
+        loaded = load_shard(one_file({"rope.freqs": freqs}), args, 1)
+        assert loaded.keys() == tensor_shapes(args, 1).keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm.weight": None}, r"must hold the tensors that params\.json describes, but lacks norm\.weight$"),
+        (
+            {f"layers.{i}.ffn_norm.weight": None for i in range(3)} | {"output.weight": None},
+            r"lacks (\S+, ){2}\S+ and 1 more",
+        ),
+        ({"norm.bias": torch.ones(64)}, r"must hold no other tensors .*, but has norm\.bias$"),
+        ({"layers.3.ffn_norm.weight": torch.ones(64)}, r"but has layers\.3\.ffn_norm\.weight$"),
+        ({"rope.freqs.inv": torch.ones(4)}, r"but has rope\.freqs\.inv$"),
+        (
+            {"layers.1.attention.wk.weight": torch.ones(64, 64)},
+            r"layers\.1\.attention\.wk\.weight must have shape \(32, 64\) by params\.json, got shape \(64, 64\)",
+        ),
+        (
+            {"norm.weight": torch.ones(1, 64)},
+            r"norm\.weight must have shape \(64,\) by params\.json, got shape \(1, 64\)",
+        ),
+        ({"norm.weight": torch.ones(())}, r"norm\.weight must have shape \(64,\) by params\.json, got shape \(\)"),
+        (
+            {"norm.weight": torch.ones(64, dtype=torch.int8)},
+            r"norm\.weight must have dtype float16, bfloat16 or float32, got torch\.int8",
+        ),
+        ({"norm.weight": torch.ones(64, dtype=torch.bool)}, r"norm\.weight must have dtype .*, got torch\.bool"),
+        (
+            {"norm.weight": torch.ones(64, dtype=torch.complex64)},
+            r"norm\.weight must have dtype .*, got torch\.complex64",
+        ),
+        ({7: torch.ones(1)}, r"but has 7$"),
+    ],
+)
+def test_tensors_that_are_not_those_of_the_network_are_refused(
+    one_file: Callable[..., Path], args: ModelArgs, changes: dict[Any, Tensor | None], message: str
+) -> None:
+    path = one_file(changes)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}.*{message}"):
+        load_shard(path, args, 1)
+
+
+def test_a_file_for_another_number_of_ranks_is_refused_with_both_shapes(
+    write_checkpoint: Callable[..., Path], args: ModelArgs, params: dict[str, Any], state: dict[str, Tensor]
+) -> None:
+    folder = write_checkpoint(params, state, 2)
+    with pytest.raises(
+        ValueError, match=rf"must have shape .*{args.dim}.* by params\.json, got shape .*{args.dim // 2}"
+    ):
+        load_shard(folder / "consolidated.00.pth", args, 1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [torch.ones(1)],
+        torch.ones(1),
+        {"model": {"norm.weight": torch.ones(1)}},
+        {"norm.weight": [1.0, 2.0]},
+        {"norm.weight": torch.ones(1), "step": 5},
+        {},
+        None,
+    ],
+    ids=repr,
+)
+def test_what_is_no_flat_dict_of_tensors_is_refused(tmp_path: Path, args: ModelArgs, content: object) -> None:
+    path = tmp_path / "consolidated.00.pth"
+    torch.save(content, path)
+    with pytest.raises(
+        ValueError, match=r"consolidated\.00\.pth (must hold a flat dict of tensors|has no more than 0 tensors)"
+    ):
+        load_shard(path, args, 1)
+
+
+def test_a_file_cut_short_is_refused_wherever_it_is_cut(one_file: Callable[..., Path]) -> None:
+    path = one_file()
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for n in [0, 2, len(whole) - 1, *(rng.randrange(80000, len(whole)) for _ in range(15))]:
+        path.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read .*; is it cut short\?"):
+            read_shard(path)
+
+
+@pytest.mark.parametrize("n", [5000, 30000, 60000])
+def test_a_file_of_which_a_few_kilobytes_came_is_refused(one_file: Callable[..., Path], n: int) -> None:
+    path = one_file()
+    path.write_bytes(path.read_bytes()[:n])
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read"):
+        read_shard(path)
+
+
+def test_a_file_of_the_format_before_zip_is_read(one_file: Callable[..., Path], state: dict[str, Tensor]) -> None:
+    path = one_file(_use_new_zipfile_serialization=False)
+    assert path.read_bytes()[:2] != b"PK"
+    loaded = read_shard(path)
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def test_a_file_of_the_format_before_zip_cut_short_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "consolidated.00.pth"
+    torch.save({"norm.weight": torch.ones(8)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for n in range(len(whole)):
+        path.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} "):
+            read_shard(path)
+
+
+def test_no_error_advises_to_run_the_files_code(tmp_path: Path) -> None:
+    path = tmp_path / "consolidated.00.pth"
+    for data in (b"<html><body>403 Forbidden</body></html>", b"P"):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+            read_shard(path)
+        assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "consolidated.00.pth"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} must be a regular file, got a folder, pipe or"):
+        read_shard(path)
+
+
+def test_a_folder_does_not_count_as_a_file_of_the_checkpoint(one_file: Callable[..., Path]) -> None:
+    path = one_file()
+    (path.parent / "backup.pth").mkdir()
+    assert find_shards(path.parent, 1) == [path]
+    path.unlink()
+    with pytest.raises(AssertionError, match="no checkpoint files found"):
+        list_shards(path.parent)
+
+
+@pytest.mark.parametrize("folder", [7, None, True, b"x", ["x"]])
+def test_what_is_no_path_is_refused(folder: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^ckpt_dir must be the path of a folder, got {re.escape(repr(folder))}$"):
+        list_shards(folder)
+
+
+@pytest.mark.parametrize("record", ["data.pkl", "byteorder", "version"])
+def test_a_record_that_unpacks_to_gigabytes_is_refused_unread(one_file: Callable[..., Path], record: str) -> None:
+    path = one_file()
+    with zipfile.ZipFile(path) as archive:
+        content = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data if not name.endswith(f"/{record}") else data + bytes(2**28))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read .*must be stored uncompressed") as e:
+        read_shard(path)
+    assert len(str(e.value)) < 1000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # KiB, of 2**18
+
+
+def test_a_byte_array_as_large_as_the_pickle_asks_for_is_not_made(tmp_path: Path) -> None:
+    path = tmp_path / "consolidated.00.pth"
+    torch.save({"norm.weight": torch.ones(1), "x": bytearray(5)}, path)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read .*byte array"):
+        read_shard(path)
+
+
+def test_names_of_tensors_in_errors_are_short_and_printable(one_file: Callable[..., Path], args: ModelArgs) -> None:
+    with pytest.raises(ValueError, match=r"but has \\x1b\[2J") as caught:
+        load_shard(one_file({"\x1b[2J" + "x" * 100_000: torch.ones(1)}), args, 1)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 500 + len(str(args))
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["zip", "before zip", "plain pickle"])
+def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Not even where the environment asks torch to trust files."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path, trace = tmp_path / "consolidated.00.pth", tmp_path / "trace"
+    content = {"norm.weight": torch.ones(1), "x": Touch(trace)}
+    if form == "plain pickle":
+        path.write_bytes(pickle.dumps(content["x"]))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} "):
+        read_shard(path)
+    assert not trace.exists()
+    if form != "plain pickle":
+        torch.load(path, weights_only=False)
+        assert trace.exists()  # it would have run
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs /proc, to see what lies behind an address")
+def test_a_loaded_file_is_mapped_and_not_copied(one_file: Callable[..., Path], args: ModelArgs) -> None:
+    path = one_file()
+    shard = load_shard(path, args, 1)
+    load_to_device(shard, path, device=CPU, dtype=torch.float32)  # which they have
+    assert {mapped_file(tensor.data_ptr()) for tensor in shard.values()} == {str(path)}
+
+
+def test_changes_of_loaded_tensors_do_not_reach_the_file(one_file: Callable[..., Path], args: ModelArgs) -> None:
+    path = one_file()
+    before = path.read_bytes()
+    shard = load_shard(path, args, 1)
+    for tensor in shard.values():
+        tensor.zero_()
+    del shard
+    assert path.read_bytes() == before
+
+
+def test_a_tensor_wider_than_its_storage_does_no_harm(tmp_path: Path) -> None:
+    """A file can hold one number that is repeated to a whole matrix: in memory, it is one number too."""
+    path = tmp_path / "consolidated.00.pth"
+    code = f"""
+import json
+from pathlib import Path
+import torch
+from llama import ModelArgs
+from llama.checkpoint.format import tensor_shapes
+from llama.checkpoint.reading import load_shard
+from llama.checkpoint.loading import load_to_device
+args = ModelArgs(dim=1024, n_layers=1, n_heads=8, vocab_size=4096)
+path = Path({str(path)!r})
+torch.save({{name: torch.ones(1).expand(shape) for name, shape in tensor_shapes(args, 1).items()}}, path)
+try:
+    shard = load_shard(path, args, 1)
+    load_to_device(shard, path, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert all((tensor == 1).all() for tensor in shard.values())
+except ValueError as error:
+    assert str(path) in str(error)
+print("unharmed")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("unharmed\n", 0), done.stderr
