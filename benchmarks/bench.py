@@ -20,7 +20,7 @@ from benchmarks.job import PEERS, PUBLISHED, Job
 from benchmarks.machine import describe_machine
 from benchmarks.rounds import Plan, missing_packages, peer_pythons, run_rounds, say
 from benchmarks.shapes import make_job
-from llama.distributed.groups import available_cores
+from llama.distributed.device import available_cores
 from llama.tools.commandline import run
 
 

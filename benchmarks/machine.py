@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.job import Job, emit
-from llama.distributed.groups import available_cores
+from llama.distributed.device import available_cores
 from llama.layers.kernels import can_pack, pack_weight, packed_linear
 from llama.tools.commandline import run
 

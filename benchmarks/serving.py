@@ -33,7 +33,7 @@ from benchmarks.machine import cpu_model, seconds
 from benchmarks.servers import RunningServer, installed
 from benchmarks.shapes import make_job
 from llama import Llama, Tokenizer
-from llama.distributed.groups import available_cores
+from llama.distributed.device import available_cores
 from llama.tools.commandline import run
 
 LONGEST_S = 600.0

@@ -36,7 +36,7 @@ from benchmarks.scripts import SCRIPTS, SPEAKING_PROMPTS, Script, repeated_ngram
 from benchmarks.shapes import make_job
 from benchmarks.worker import LOAD
 from llama import Llama
-from llama.distributed.groups import available_cores
+from llama.distributed.device import available_cores
 from llama.model import CachePositions
 from llama.tools.commandline import run
 

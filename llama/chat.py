@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from llama.errors import quote
-from llama.tokenizer import PromptError, Tokenizer
+from llama.errors import PromptError, quote
+from llama.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 

@@ -1,7 +1,7 @@
-"""Quotes values in error messages, as one line of printable characters of bounded length.
+"""The errors that callers handle, and the quoting of values in messages.
 
-The values can come from untrusted files and requests: a tensor's name may contain terminal escape sequences, and a key
-in `params.json` may be a gigabyte long.
+A quoted value is one line of printable characters of bounded length. It can come from an untrusted file or request: a
+tensor's name may contain terminal escape sequences, and a key in `params.json` may be a gigabyte long.
 """
 
 from __future__ import annotations
@@ -13,6 +13,14 @@ LIMIT = 80  # maximum number of characters of a value that a message shows
 _short = reprlib.Repr()
 _short.maxtuple = _short.maxlist = 8
 _short.maxstring = _short.maxother = _short.maxlong = LIMIT
+
+
+class PromptError(ValueError, AssertionError):
+    """An invalid prompt or argument. It is an AssertionError too, because Meta's package raises that."""
+
+
+class RankError(RuntimeError):
+    """Another rank failed, ended, did not respond in time, or made a different call."""
 
 
 def quote(value: object) -> str:

@@ -25,8 +25,8 @@ from llama.chat import (
     chat_error,
 )
 from llama.checkpoint.loading import load_networks
-from llama.distributed import groups as runtime
-from llama.distributed.openmp import pause_workers
+from llama.distributed import groups
+from llama.distributed.device import pause_workers
 from llama.engine.calls import Completer, complete_by_generate
 from llama.engine.compiled import compiled_stepper
 from llama.engine.cuda_graphs import Stepper, choose_stepper
@@ -42,6 +42,7 @@ from llama.engine.output import (
 )
 from llama.engine.runner import ModelRunner
 from llama.engine.sampling import sample_top_p
+from llama.errors import PromptError
 from llama.inputs import (
     SamplingParams,
     check_prompts,
@@ -52,7 +53,7 @@ from llama.inputs import (
     encode_text,
     encode_texts,
 )
-from llama.tokenizer import PromptError, Tokenizer
+from llama.tokenizer import Tokenizer
 
 __all__ = [
     "B_INST",
@@ -191,7 +192,7 @@ class Llama:
         if compile:
             generator.stepper = compiled_stepper(models[0], cuda_graphs=cuda_graphs) or generator.stepper
         pause_workers()
-        if runtime.is_first_rank():
+        if groups.is_first_rank():
             parts = ", ".join(f"{name} {part:.2f}" for name, part in seconds.items())
             logger.info("Loaded in %.2f seconds (%s)", sum(seconds.values()), parts, extra={"parts": seconds})
         return generator
@@ -439,13 +440,13 @@ class Llama:
 
     def _same_on_all_ranks(self, name: str, check: Callable[[], Result]) -> Result:
         """A call's checked arguments; raises RuntimeError on all ranks if they differ, before any compute."""
-        lock_of(self.model).check_thread(several_ranks=runtime.has_several_ranks())
+        lock_of(self.model).check_thread(several_ranks=groups.has_several_ranks())
         try:
             checked = check()
         except Exception:
-            runtime.compare_calls(None)
+            groups.compare_calls(None)
             raise
-        runtime.compare_calls((name, checked))
+        groups.compare_calls((name, checked))
         return checked
 
     def _params(self, *args: Any, **kwargs: Any) -> SamplingParams:

@@ -13,8 +13,8 @@ from operator import index
 from typing import Any
 
 from llama.chat import Dialog, Message, check_dialog, encode_dialog, is_unsafe
-from llama.errors import quote
-from llama.tokenizer import PromptError, Tokenizer
+from llama.errors import PromptError, quote
+from llama.tokenizer import Tokenizer
 
 SPECULATIVE = ("prompt_lookup", "draft")  # ways to draft tokens: see `speculative.py`
 

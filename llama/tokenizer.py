@@ -8,15 +8,12 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from llama.errors import PromptError as PromptError  # also by this name, as programs import it
 from llama.errors import printable, quote
 
 _SPACE = "\u2581"  # LOWER ONE EIGHTH BLOCK, which stands for a space in SentencePiece's pieces
 _REPLACEMENT = "\ufffd"
 _MAX_FILE_SIZE = 2**28  # bytes; the released model has half a million
-
-
-class PromptError(ValueError, AssertionError):
-    """An invalid prompt or argument. It is an AssertionError too, because Meta's package raises that."""
 
 
 class TokenizerNotFoundError(FileNotFoundError, AssertionError):

@@ -12,7 +12,7 @@ import pytest
 
 from llama import Tokenizer
 from llama.chat import UNSAFE_ERROR, check_dialog, encode_dialog, is_unsafe
-from llama.tokenizer import PromptError
+from llama.errors import PromptError
 
 BOS, EOS = 1, 2
 TAGS = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from llama import Tokenizer
+from llama.errors import PromptError
 from llama.inputs import check_prompts, encode_continuations, encode_dialogs, encode_texts
-from llama.tokenizer import PromptError
 
 VOCAB_SIZE, MAX_SEQ_LEN = 100, 8
 

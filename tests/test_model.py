@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import ModelArgs, Transformer
-from llama.distributed import groups as runtime
+from llama.distributed.groups import init_process_groups
 from llama.layers.kernels import can_pack
 from llama.layers.linear import packable_layers
 from llama.model import (
@@ -56,7 +56,7 @@ MAX_SEQ_LEN = 24
 @pytest.fixture(scope="module", autouse=True)
 def groups() -> None:
     """fairscale's layers need a model-parallel group."""
-    runtime.init_process_groups(1, torch.device("cpu"))
+    init_process_groups(1, torch.device("cpu"))
 
 
 def random_state(params: dict[str, Any]) -> oracle.State:

@@ -31,7 +31,7 @@ import example_chat_completion
 from llama import Llama
 from llama.checkpoint.memory import GIB, plan_memory
 from llama.checkpoint.releases import RELEASES
-from llama.distributed.groups import DTYPES
+from llama.distributed.device import DTYPES
 from tests.conftest import ROOT
 from tests.support.serving import ServerProcesses
 from tests.test_examples import clean_environment, free_port

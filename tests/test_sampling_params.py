@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from llama.engine.output import Completion, chat_prediction, completion_prediction
-from llama.errors import quote
+from llama.errors import PromptError, quote
 from llama.inputs import SamplingParams
-from llama.tokenizer import PromptError
 
 GOOD: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": 8}
 MUST_BE = {

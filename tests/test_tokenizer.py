@@ -14,7 +14,8 @@ import torch
 from sentencepiece import SentencePieceTrainer
 
 from llama import Tokenizer
-from llama.tokenizer import PromptError, StreamDecoder
+from llama.errors import PromptError
+from llama.tokenizer import StreamDecoder
 
 TEXTS = [
     "",

@@ -16,7 +16,8 @@ from llama.args import ModelArgs
 from llama.checkpoint.format import is_linear, stored_quantize, tensor_shapes
 from llama.checkpoint.memory import available_memory, check_memory, out_of_memory_explained, plan_memory
 from llama.checkpoint.reading import VocabularyError, find_shards, list_shards, load_shard, model_args, page_release
-from llama.distributed import groups as runtime
+from llama.distributed import groups
+from llama.distributed.device import processes_on, select_device, select_dtype, share_cores
 from llama.errors import quote
 from llama.layers.int4 import GROUP, OUTPUTS, Int4Weight, can_quantize_int4, measure_int4, suits_int4
 from llama.layers.kernels import Kernels, can_pack, can_quantize, measure_kernels
@@ -115,7 +116,7 @@ def load_networks(
         The tokenizer; the network, and the draft model if there is one; the seconds that each part took.
     """
     timings = Timings()
-    mp = runtime.resolve_model_parallel_size(model_parallel_size)
+    mp = groups.resolve_model_parallel_size(model_parallel_size)
     folders = [ckpt_dir] if draft_ckpt_dir is None else [ckpt_dir, draft_ckpt_dir]
     shards = [find_shards(ckpt_dir, mp)]
     if draft_ckpt_dir is not None:
@@ -125,24 +126,24 @@ def load_networks(
     args = [model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path) for folder in folders]
     for of_network in args:
         of_network.check_shards(mp)
-    device = runtime.select_device(device)
-    dtype = runtime.select_dtype(dtype, device)
+    device = select_device(device)
+    dtype = select_dtype(dtype, device)
     forms = [choose_quantize(quantize, folder, device) for folder in folders]
     for of_network, form in zip(args, forms, strict=True):
         if form == "int4":
             check_int4(of_network, mp, device, dtype)
     sources = [_Source(*source) for source in zip(shards, args, forms, strict=True)]
-    available = available_memory(device) // runtime.processes_on(device)
+    available = available_memory(device) // processes_on(device)
     for source in reversed(sources):  # the draft model first, which leaves the rest to the network
         check_memory(source.args, mp, dtype, available, str(device), quantize=source.quantize)
         available -= plan_memory(source.args, mp, dtype, quantize=source.quantize).total
     timings("checks")
-    runtime.share_cores()
-    runtime.init_process_groups(mp, device)
+    share_cores()
+    groups.init_process_groups(mp, device)
     timings("process group")
     same = ("build", args, mp, dtype, device.type, forms)
     try:
-        with runtime.loading_together(same), out_of_memory_explained(args[0], mp, dtype, str(device)):
+        with groups.loading_together(same), out_of_memory_explained(args[0], mp, dtype, str(device)):
             models = [_load_model(source, mp, device, dtype, timings) for source in sources]
     except VocabularyError as error:
         raise ValueError(
@@ -172,16 +173,16 @@ def _load_model(
     Quantized forms are held like packed ones, for any dtype. Elsewhere the weights are moved to the device and the
     dtype.
     """
-    path, args, quantize = source.shards[runtime.model_parallel_rank()], source.args, source.quantize
+    path, args, quantize = source.shards[groups.model_parallel_rank()], source.args, source.quantize
     state = load_shard(path, args, model_parallel_size, stored_quantize(path.parent))
     kernels, packs = Kernels(), quantize is not None or can_pack(device, dtype)
     if packs and quantize is None:
         kernels = measure_kernels(state.values(), dtype, packed_only=args.max_batch_size > 1)
         timings("probe")
-    kernels = runtime.broadcast_object(kernels)  # other kernels round otherwise, and replicas should agree
+    kernels = groups.broadcast_object(kernels)  # other kernels round otherwise, and replicas should agree
     if packs and quantize is None:
         packs = kernels.packs_one_row or args.max_batch_size > 1
-        if runtime.is_first_rank():
+        if groups.is_first_rank():
             logger.info("Kernels measured: %s", kernels)
     if not packs:
         load_to_device(state, path, device=device, dtype=dtype)
@@ -198,11 +199,11 @@ def _load_model(
         timings("packing" if quantize is None else "quantizing")
     if quantize == "int4":
         forms = [layer.packed_form for layer in layers]
-        rows = runtime.broadcast_object(measure_int4([form for form in forms if isinstance(form, Int4Weight)]))
+        rows = groups.broadcast_object(measure_int4([form for form in forms if isinstance(form, Int4Weight)]))
         for layer in layers:
             layer.kernels = replace(kernels, dequantized_rows=rows)
         timings("probe")
-        if runtime.is_first_rank():
+        if groups.is_first_rank():
             logger.info(
                 "int4 weights are dequantized for products of %s", f"{rows} rows or more" if rows else "no rows"
             )

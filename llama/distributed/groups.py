@@ -1,6 +1,6 @@
-"""The environment that a model runs in: processes, model-parallel group, device, dtype and threads.
+"""Process groups: the processes that the launcher started, the model-parallel group, and what ranks send each other.
 
-This is the only module that reads environment variables or names a communication backend.
+This is the only module that reads the launcher's environment variables or names a communication backend.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -35,10 +35,10 @@ from fairscale.nn.model_parallel.initialize import (
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from llama.distributed.lockstep import TIMEOUT_VARIABLE, Lockstep, RankError
+from llama.distributed.lockstep import TIMEOUT_VARIABLE, Lockstep
+from llama.errors import RankError
 
 T = TypeVar("T")
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOADING_TIMEOUT_S = 2 * 3600.0  # for all ranks to load their shards, which may come over a slow network
 _groups_lock = threading.Lock()
@@ -68,6 +68,16 @@ def _number_from_environment(name: str, default: int, *, minimum: int = 1) -> in
             "unset it, or start with torchrun, which sets it"
         )
     return number
+
+
+def local_rank() -> int:
+    """Return this process's index among the program's processes on this machine."""
+    return _number_from_environment("LOCAL_RANK", 0, minimum=0)
+
+
+def local_world_size() -> int:
+    """Return the number of this program's processes on this machine."""
+    return _number_from_environment("LOCAL_WORLD_SIZE", 1)
 
 
 def resolve_model_parallel_size(requested: int | None) -> int:
@@ -364,114 +374,3 @@ def gather_replicas(value: T) -> list[T]:
     gathered: list[T | None] = [None] * n_replicas
     dist.all_gather_object(gathered, value, group=get_data_parallel_group())
     return cast(list[T], gathered)
-
-
-def default_generator(device: torch.device) -> torch.Generator:
-    """Return torch's default generator of a device, which `torch.manual_seed` seeds."""
-    if device.type == "cuda":
-        torch.cuda.init()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    if device.type == "mps":
-        return torch.mps._get_default_mps_generator()
-    return torch.default_generator
-
-
-def select_device(requested: str | torch.device | None) -> torch.device:
-    """Return this process's device: the requested one, else the first available of CUDA, MPS and CPU.
-
-    `LOCAL_RANK` gives the index of a CUDA device if `requested` has none.
-    """
-    if requested is None:
-        if torch.cuda.is_available():
-            requested = "cuda"
-        else:  # several processes would communicate through gloo, which does not support MPS tensors
-            requested = "mps" if torch.backends.mps.is_available() and world_size() == 1 else "cpu"
-    try:
-        device = torch.device(requested)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', got {requested!r}") from error
-    if device.type == "cuda":
-        return _cuda_device(device)
-    if device.type not in ("cpu", "mps"):
-        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', got {requested!r}")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(
-            "device must be available on this machine and in this build of torch, got 'mps'; use device='cpu'"
-        )
-    return device
-
-
-def _cuda_device(device: torch.device) -> torch.device:
-    if not torch.cuda.is_available():
-        raise ValueError(f"device must be available, got '{device}', but torch finds no CUDA device; use device='cpu'")
-    index = device.index if device.index is not None else _number_from_environment("LOCAL_RANK", 0, minimum=0)
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"the index of the CUDA device must be below the number of devices ({torch.cuda.device_count()}), got "
-            f"{index}; start at most one process per GPU (torchrun --nproc_per_node), or use device='cpu'"
-        )
-    return torch.device("cuda", index)
-
-
-def to_device(values: Sequence[int], device: torch.device) -> Tensor:
-    """Return the values as an int64 tensor on `device`; the copy to a CUDA device is asynchronous."""
-    tensor = torch.tensor(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def to_host(tensor: Tensor) -> Callable[[], list[Any]]:
-    """Start copying a tensor to the host; return a function that waits for the copy and returns its values.
-
-    The values are those at the time of this call, even if the tensor changes later.
-    """
-    if tensor.device.type != "cuda":
-        values: list[Any] = tensor.tolist()
-        return lambda: values
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(tensor.device))
-
-    def wait() -> list[Any]:
-        copied.synchronize()
-        return host.tolist()
-
-    return wait
-
-
-def select_dtype(requested: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Return the dtype of weights and KV cache: the requested one, else bfloat16 on CPU and float16 elsewhere."""
-    if requested is None:
-        return torch.bfloat16 if device.type == "cpu" else torch.float16
-    dtype = DTYPES.get(requested) if isinstance(requested, str) else requested
-    if dtype is None or dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {requested!r}")
-    return dtype
-
-
-def processes_on(device: torch.device) -> int:
-    """Return the number of this program's processes that share the memory of `device`; 1 for a CUDA device."""
-    return 1 if device.type == "cuda" else local_world_size()
-
-
-def local_world_size() -> int:
-    """Return the number of this program's processes on this machine."""
-    return _number_from_environment("LOCAL_WORLD_SIZE", 1)
-
-
-def share_cores() -> None:
-    """Set the number of torch's threads to this process's share of the machine's cores.
-
-    Only if `OMP_NUM_THREADS` is 1, which torchrun sets when it starts several processes and the user has not set it.
-    Any other value was set by the user and is kept.
-    """
-    if local_world_size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, available_cores() // local_world_size()))
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

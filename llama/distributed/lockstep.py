@@ -20,6 +20,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from llama.errors import RankError
+
 REFUSED = "refused"
 TIMEOUT_VARIABLE = "LLAMA_RANK_TIMEOUT"
 _SPIN_S = 0.002  # a waiting rank polls without sleeping for this long
@@ -28,10 +30,6 @@ _LINGER_S = 1.0  # maximum time for which rank 0 keeps the store open at exit
 _GRACE_S = 5.0  # how long a rank that failed waits to see whether all others fail in the same way
 _STORE_ENDED = "the process that holds the ranks' key-value store ended (rank 0, or torchrun)"
 _COMMUNICATION = ("gloo", "NCCL", "Connection closed", "Connection reset", "pair closure", "ProcessGroup")
-
-
-class RankError(RuntimeError):
-    """Another rank failed, ended, did not respond in time, or made a different call."""
 
 
 class Lockstep:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llama.args import ModelArgs
 from llama.checkpoint.memory import out_of_memory_explained
-from llama.distributed import groups as runtime
+from llama.distributed import groups
+from llama.distributed.device import default_generator
 from llama.engine.engine import Engine
 from llama.engine.lock import lock_of
 from llama.engine.output import Completion
@@ -47,8 +48,8 @@ class Completer:
 
     def complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """Completes prompts; each replica computes a share of them. Returns completions in the order of the prompts."""
-        with runtime.rank_errors():
-            samplers = _CallSamplers(self._model, params, len(prompts), runtime.replica(), self._draw)
+        with groups.rank_errors():
+            samplers = _CallSamplers(self._model, params, len(prompts), groups.replica(), self._draw)
             rows = self._spread(prompts, lambda share: self._complete_share(share, params, samplers))
             samplers.end()
             return rows
@@ -96,7 +97,7 @@ class Completer:
 
     def score(self, rows: list[list[int]]) -> list[list[float]]:
         """Returns the log-probability of each id given those before it; each replica computes a share of the rows."""
-        with runtime.rank_errors():
+        with groups.rank_errors():
             return self._spread(rows, self._score_share)
 
     def _score_share(self, rows: list[list[int]]) -> list[list[float]]:
@@ -130,13 +131,13 @@ class Completer:
             yield from self._engine.run(call, whole=whole)
 
     def _out_of_memory_explained(self) -> AbstractContextManager[None]:
-        args, mp = ModelArgs.of(self._model.params), runtime.model_parallel_size()
+        args, mp = ModelArgs.of(self._model.params), groups.model_parallel_size()
         return out_of_memory_explained(args, mp, dtype_of(self._model), str(device_of(self._model)))
 
     def _spread(self, prompts: list[list[int]], work: Callable[[list[list[int]]], list[Result]]) -> list[Result]:
         """Calls `work` with this replica's share of the prompts; returns all replicas' results, in prompt order."""
-        replica, n_replicas = runtime.replica()
-        shares = runtime.gather_replicas(work(prompts[replica::n_replicas]))
+        replica, n_replicas = groups.replica()
+        shares = groups.gather_replicas(work(prompts[replica::n_replicas]))
         return [shares[i % n_replicas][i // n_replicas] for i in range(len(prompts))]
 
 
@@ -167,7 +168,7 @@ class _CallSamplers:
         self._vocab_size: int = model.params.vocab_size
         self._replica, self._n_replicas = replica
         self._n_shared = min(n_prompts, model.params.max_batch_size * self._n_replicas)
-        generator = runtime.default_generator(self._device)
+        generator = default_generator(self._device)
         if params.seed is not None:
             generator = torch.Generator(self._device).manual_seed(params.seed)
         self._shared = self._sampler(self._n_shared, generator)
@@ -188,7 +189,7 @@ class _CallSamplers:
 
     def end(self) -> None:
         """Brings the generators of all replicas to the same state, that of the replica that took the most steps."""
-        max_steps = max(runtime.gather_replicas(self._shared.steps))
+        max_steps = max(groups.gather_replicas(self._shared.steps))
         self._shared.skip_to(max_steps, self._vocab_size)
 
 
@@ -211,17 +212,17 @@ class _InLockstep:
 
     def close(self) -> None:
         """Ends the stream: on all ranks if called on the first one, else after it has ended there."""
-        if runtime.is_first_of_group() and not self._is_finished:
-            with runtime.rank_errors():
-                self._is_finished = not runtime.broadcast_flag(False, stream=self._number)
+        if groups.is_first_of_group() and not self._is_finished:
+            with groups.rank_errors():
+                self._is_finished = not groups.broadcast_flag(False, stream=self._number)
         while not self._is_finished:
             self._advance()
         self._steps.close()
 
     def _advance(self) -> Step | None:
         self._is_finished = True  # if the step fails, `close` must not wait for other ranks
-        with runtime.rank_errors():
-            step = next(self._steps, None) if runtime.broadcast_flag(True, stream=self._number) else None
+        with groups.rank_errors():
+            step = next(self._steps, None) if groups.broadcast_flag(True, stream=self._number) else None
         self._is_finished = step is None or step.finish_reason is not None
         return step
 

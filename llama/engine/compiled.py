@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llama import model as network
-from llama.distributed import groups as runtime
+from llama.distributed import groups
+from llama.distributed.device import to_device
 from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper, has_hooks
 from llama.errors import printable
 from llama.layers import kernels
@@ -95,7 +96,7 @@ class CompiledStepper:
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         if tokens.size(1) > 1 or not self._has_graph(len(lengths)):
             return self._plain(tokens, lengths)
-        return self.run(tokens, CachePositions(runtime.to_device(lengths, tokens.device), kv_len=max(lengths) + 1))
+        return self.run(tokens, CachePositions(to_device(lengths, tokens.device), kv_len=max(lengths) + 1))
 
     def run(self, tokens: Tensor, positions: CachePositions) -> Tensor:
         """The logits (bsz, 1, vocab_size) of a step, tokens (bsz, 1); the network's own without a graph for it."""
@@ -144,10 +145,10 @@ class CompiledStepper:
 def compiled_stepper(model: Transformer, *, cuda_graphs: bool = True) -> Stepper | None:
     """A stepper with compiled steps, on a CPU or CUDA and without other ranks. None, with a warning, elsewhere."""
     device = model.norm.weight.device.type
-    if device in ("cpu", "cuda") and not runtime.has_several_ranks():
+    if device in ("cpu", "cuda") and not groups.has_several_ranks():
         compiled = CompiledStepper(model)
         return compiled if device == "cpu" else StaticStepper(model, graphs=cuda_graphs, compiled=compiled)
-    if runtime.is_first_rank():
+    if groups.is_first_rank():
         where = "one process" if device in ("cpu", "cuda") else "a CPU or CUDA"
         logger.warning("compile=True has no effect: it is for %s", where)
     return None

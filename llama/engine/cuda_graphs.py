@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from llama import model as network
-from llama.distributed.groups import to_device
+from llama.distributed.device import to_device
 from llama.model import CachePositions, Transformer, takes_cache_positions
 
 KV_BUCKET = 256  # a static step attends to a multiple of this many positions; those past a row's end are masked

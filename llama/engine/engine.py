@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.distributed.groups import to_device
-from llama.distributed.openmp import pause_workers
+from llama.distributed.device import pause_workers, to_device
 from llama.engine.cuda_graphs import Stepper
 from llama.engine.lock import lock_of
 from llama.engine.prefill import PrefillPass

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary
 
-from llama.distributed.openmp import pause_workers
+from llama.distributed.device import pause_workers
 
 
 class _Waiter:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama.distributed.groups import broadcast_from_first, model_parallel_size, to_device, to_host
+from llama.distributed.device import to_device, to_host
+from llama.distributed.groups import broadcast_from_first, model_parallel_size
 from llama.engine.sampling import Sampler, logprobs_of
 from llama.engine.sequence import Sequence, Step
 

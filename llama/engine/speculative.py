@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama.distributed.groups import broadcast_from_first, to_device
+from llama.distributed.device import to_device
+from llama.distributed.groups import broadcast_from_first
 from llama.engine.cuda_graphs import MAX_WIDTH
 from llama.engine.runner import ModelRunner, device_of
 from llama.engine.sampled import by_sampler, common_length, sample

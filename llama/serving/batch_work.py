@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from llama.distributed import groups as runtime
+from llama.distributed import groups
 from llama.engine.pieces import Piece
 from llama.serving.batch_file import Line, Reader, error_result, result
 from llama.serving.batch_results import Results
@@ -137,7 +137,7 @@ class Coordinator:
     _started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        _, n_replicas = runtime.replica()
+        _, n_replicas = groups.replica()
         self._channels = {i: _channel(i, is_first_rank=True) for i in range(1, n_replicas)}
 
     def take(self, n: int) -> list[Numbered] | None:
@@ -213,7 +213,7 @@ def complete_jobs(replica: Replica, source: Coordinator | Worker | None) -> None
     may_come = True
     while may_come or not replica.is_idle:
         if may_come and replica.n_free > 0:
-            jobs = runtime.broadcast_in_group(source.take(replica.n_free) if source else None)
+            jobs = groups.broadcast_in_group(source.take(replica.n_free) if source else None)
             may_come = jobs is not None
             for number, job in jobs or ():
                 replica.start(number, job)

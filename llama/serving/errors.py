@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llama.tokenizer import PromptError
+from llama.errors import PromptError
 
 
 class ApiError(Exception):

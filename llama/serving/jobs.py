@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from llama.chat import SPECIAL_TAGS, Dialog, has_special_tags
-from llama.errors import quote
+from llama.errors import PromptError, quote
 from llama.generation import Llama
 from llama.inputs import SamplingParams, encode_checked_dialog, encode_text
 from llama.serving.errors import ApiError
-from llama.tokenizer import PromptError
 
 if TYPE_CHECKING:
     from llama.serving.protocol import ChatBody, CompletionBody

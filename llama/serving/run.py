@@ -9,9 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from llama.distributed.lockstep import RankError
 from llama.engine.pieces import Piece
-from llama.errors import printable
+from llama.errors import RankError, printable
 from llama.serving.errors import ApiError
 from llama.serving.jobs import Job
 from llama.serving.metrics import Metrics

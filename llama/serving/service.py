@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from llama.distributed import groups as runtime
+from llama.distributed import groups
+from llama.distributed.device import default_generator
 from llama.engine.lock import lock_of
 from llama.engine.pieces import Choice, Piece, Scores
 from llama.engine.runner import ModelRunner, device_of
@@ -207,11 +208,11 @@ class Service:
         self._loop(lambda: None)
 
     def _loop(self, collect: Callable[[], list[Any] | None]) -> None:
-        with runtime.rank_errors():
+        with groups.rank_errors():
             while True:
                 if self.engine.is_idle or self.engine.changes_follow:
                     self.engine.changes_follow = False
-                    if not self._apply(runtime.broadcast_object(collect()) or []):
+                    if not self._apply(groups.broadcast_object(collect()) or []):
                         return
                 if not self.engine.is_idle:
                     self.engine.advance()
@@ -255,7 +256,7 @@ class Service:
             self._fail(change.number, error)
             self._listeners.pop(change.number, None)
         finally:
-            if isinstance(change, _Added) and runtime.is_first_rank():
+            if isinstance(change, _Added) and groups.is_first_rank():
                 with self._lock:
                     self._n_arriving -= len(change.prompts) * change.n
 
@@ -293,7 +294,7 @@ class Service:
         """Makes a completion's own sampler, so that its tokens do not depend on other requests."""
         device = device_of(self.llama.model)
         if params.seed is None or params.temperature == 0:
-            generator = runtime.default_generator(device)
+            generator = default_generator(device)
         else:
             generator = torch.Generator(device).manual_seed((params.seed + index) % 2**64)
         return Sampler(params.temperature, params.top_p, 1, generator)
@@ -331,7 +332,7 @@ class Service:
 
     def _fail(self, number: int, error: BaseException) -> None:
         """Passes an error to a request's listener; raises it under model parallelism, where ranks may have diverged."""
-        if runtime.model_parallel_size() > 1:
+        if groups.model_parallel_size() > 1:
             raise error
         self._tell(number, error)
 

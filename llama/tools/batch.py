@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from llama import Llama
 from llama.chat import chat_error
-from llama.distributed import groups as runtime
+from llama.distributed import groups
+from llama.distributed.device import select_device
 from llama.errors import quote
 from llama.serving.batch_file import MAX_CHOICES, Reader
 from llama.serving.batch_results import Completed, Results, compare, read_requests
@@ -69,12 +70,12 @@ def _first_rank_does(work: Callable[[], T]) -> T | None:
     """The result of `work` on the first rank, None on the others. Its error ends all ranks, and is printed once."""
     done: T | None = None
     error: Exception | None = None
-    if runtime.is_first_rank():
+    if groups.is_first_rank():
         try:
             done = work()
         except commandline.MISTAKES as problem:
             error = problem
-    if runtime.broadcast_object(error is not None):
+    if groups.broadcast_object(error is not None):
         raise error or SystemExit(1)
     return done
 
@@ -109,11 +110,11 @@ def main(
     commandline.check_speculative(speculative, build)
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
     name = model or Path(ckpt_dir).resolve().name
-    mp = runtime.resolve_model_parallel_size(build.get("model_parallel_size"))
-    runtime.init_process_groups(mp, runtime.select_device(build.get("device")))
+    mp = groups.resolve_model_parallel_size(build.get("model_parallel_size"))
+    groups.init_process_groups(mp, select_device(build.get("device")))
     opened = _first_rank_does(lambda: _open(Path(input), Path(output)))
     with closing(opened[0]) if opened else nullcontext():
-        if runtime.broadcast_object(opened[1].is_complete if opened else None):
+        if groups.broadcast_object(opened[1].is_complete if opened else None):
             if opened:
                 print(f"{output}: all {opened[1].n_lines} requests have results already")
             return
@@ -132,7 +133,7 @@ def _lead(llama: Llama, input: Path, read: Reader, results: Results, completed: 
     lines = (line for line in read_requests(input) if line.number not in completed.done)
     n_done = len(completed.done)
     started = time.monotonic()
-    with runtime.rank_errors(), Progress("batch", completed.n_lines, unit=" requests", done=n_done) as progress:
+    with groups.rank_errors(), Progress("batch", completed.n_lines, unit=" requests", done=n_done) as progress:
         n_ahead = 2 * llama.model.params.max_batch_size
         coordinator = Coordinator(lines, read, results, mark, n_ahead, progress)
         complete_jobs(Replica(llama), coordinator)
@@ -147,8 +148,8 @@ def _lead(llama: Llama, input: Path, read: Reader, results: Results, completed: 
 
 def _follow(llama: Llama) -> None:
     """The part of the other ranks."""
-    with runtime.rank_errors():
-        complete_jobs(Replica(llama), Worker(runtime.replica()[0]) if runtime.is_first_of_group() else None)
+    with groups.rank_errors():
+        complete_jobs(Replica(llama), Worker(groups.replica()[0]) if groups.is_first_of_group() else None)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ import torch
 from fire import decorators, docstrings
 
 from llama.checkpoint.reading import find_tokenizer
-from llama.distributed.lockstep import RankError
-from llama.errors import printable, quote
+from llama.errors import RankError, printable, quote
 from llama.generation import Llama
 from llama.inputs import SPECULATIVE
 from llama.tools.toy import toy_checkpoint

@@ -36,7 +36,7 @@ from llama.checkpoint.huggingface import (
 from llama.checkpoint.releases import TRAINED_SEQ_LEN
 from llama.checkpoint.sharded import ShardedCheckpoint, same_bits
 from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors, staged_folder
-from llama.distributed.groups import DTYPES
+from llama.distributed.device import DTYPES
 from llama.errors import printable, quote
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run

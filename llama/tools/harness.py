@@ -20,7 +20,7 @@ from torch import Tensor
 from llama import Llama, Message
 from llama.chat import B_INST, B_SYS, E_INST, E_SYS, chat_error, check_dialog
 from llama.checkpoint.reading import find_tokenizer
-from llama.distributed import groups as runtime
+from llama.distributed import groups
 from llama.engine.lock import lock_of
 from llama.engine.runner import ModelRunner
 from llama.errors import quote
@@ -145,8 +145,8 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         return {
             "model_name": self._name,
             "model_dtype": str(weight.dtype),
-            "model_parallel_size": runtime.model_parallel_size(),
-            "replicas": runtime.replica()[1],
+            "model_parallel_size": groups.model_parallel_size(),
+            "replicas": groups.replica()[1],
             "max_length": self.max_length,
         }
 
@@ -334,14 +334,14 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         Raises:
             RankError: the ranks have different work, as with caches that differ.
         """
-        runtime.compare_calls((name, list(work)))
-        replica, n_replicas = runtime.replica()
+        groups.compare_calls((name, list(work)))
+        replica, n_replicas = groups.replica()
         size = _ROUNDS * self.batch_size * n_replicas
-        is_quiet = disable_tqdm or not runtime.is_first_rank()
+        is_quiet = disable_tqdm or not groups.is_first_rank()
         with tqdm(total=len(work), desc=f"Running {name} requests", disable=is_quiet) as bar:
             for start in range(0, len(work), size):
                 part = work[start : start + size]
-                shares = runtime.gather_replicas(do(part[replica::n_replicas]))
+                shares = groups.gather_replicas(do(part[replica::n_replicas]))
                 for i in range(len(part)):
                     keep(start + i, shares[i % n_replicas][i // n_replicas])
                 bar.update(len(part))

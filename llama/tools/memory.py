@@ -16,7 +16,7 @@ from llama.checkpoint.memory import GIB, MemoryPlan, largest, plan_memory
 from llama.checkpoint.reading import list_shards, network_args, read_shard
 from llama.checkpoint.releases import RELEASES, TRAINED_SEQ_LEN
 from llama.checkpoint.sharded import ShardedCheckpoint
-from llama.distributed.groups import DTYPES
+from llama.distributed.device import DTYPES
 from llama.errors import quote
 from llama.layers.linear import QUANTIZED_FORMS
 from llama.tools.commandline import run

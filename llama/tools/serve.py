@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from llama import Llama
 from llama.chat import chat_error
 from llama.checkpoint.reading import list_shards
-from llama.distributed import groups as runtime
+from llama.distributed import groups
+from llama.distributed.device import select_device
 from llama.errors import quote
 from llama.serving.service import Service
 from llama.tools import commandline
@@ -151,7 +152,7 @@ def _open_port(host: str, port: int) -> socket.socket:
 
 def _check_ranks(ckpt_dir: str, model_parallel_size: int | None) -> None:
     """Raises ValueError if there would be several replicas of the network."""
-    n_ranks = runtime.world_size()
+    n_ranks = groups.world_size()
     size = model_parallel_size or len(list_shards(ckpt_dir))
     if size < n_ranks:
         raise ValueError(
@@ -211,9 +212,9 @@ def main(
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
     _check_ranks(ckpt_dir, build.get("model_parallel_size"))
     load = partial(Llama.build, ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, **build)
-    if runtime.world_size() > 1:
-        runtime.init_process_groups(runtime.world_size(), runtime.select_device(build.get("device")))
-        if not runtime.is_first_rank():
+    if groups.world_size() > 1:
+        groups.init_process_groups(groups.world_size(), select_device(build.get("device")))
+        if not groups.is_first_rank():
             return _follow(load)
     key = os.environ.get("LLAMA_API_KEY", "") if api_key is None else api_key
     name = model_name or Path(ckpt_dir).resolve().name

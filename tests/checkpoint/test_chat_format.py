@@ -14,12 +14,12 @@ from llama import Llama
 from llama.chat import CHAT_FORMAT_FILE, chat_error, encode_dialog
 from llama.checkpoint import chat_format
 from llama.checkpoint.chat_format import copy_chat_format
+from llama.errors import PromptError
 from llama.serving.app import Server, make_app
 from llama.serving.batch_file import Reader, read_line
 from llama.serving.errors import ApiError
 from llama.serving.jobs import Planner
 from llama.serving.service import Service
-from llama.tokenizer import PromptError
 from llama.tools import chat
 
 # As the Llama 2 chat checkpoints have it on Hugging Face, in other words.

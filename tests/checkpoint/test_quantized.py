@@ -17,7 +17,7 @@ from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import loading
 from llama.checkpoint.format import is_linear, read_params, scales_of, stored_quantize
 from llama.checkpoint.reading import read_shard
-from llama.distributed import groups as runtime
+from llama.distributed.groups import init_process_groups
 from llama.layers.kernels import can_quantize
 from llama.layers.linear import packable_layers
 from llama.tools.convert import to_hf
@@ -227,7 +227,7 @@ def test_a_processor_that_lacks_the_products_is_told_to_use_the_original(
 @pytest.fixture
 def model(folders: dict[int, Path], params: dict[str, Any]) -> Transformer:
     """The network of the checkpoint's tensors, not packed: it computes with what they stand for, on any processor."""
-    runtime.init_process_groups(1, CPU)
+    init_process_groups(1, CPU)
     args = ModelArgs(**params, max_batch_size=2, max_seq_len=16)
     return Transformer.from_state(args, dict(read_shard(folders[1] / "consolidated.00.pth")), cache_dtype=torch.float32)
 

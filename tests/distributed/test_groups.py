@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from llama import Llama
-from llama.distributed import groups as runtime
+from llama.distributed import groups
 from tests.conftest import ROOT
 from tests.support import oracle
 
@@ -145,19 +145,20 @@ def test_first_builds_in_several_threads(checkpoint: Path, tokenizer_path: Path,
 PRINTS = """
 import json, sys, torch
 from fairscale.nn.model_parallel import initialize
-from llama.distributed import groups as runtime
+from llama.distributed import groups
+from llama.distributed.device import processes_on, select_device, select_dtype, share_cores
 seen = []
-real = runtime.initialize_model_parallel
+real = groups.initialize_model_parallel
 def slow(size):
     seen.append(sys.stdout is sys.__stdout__)  # as another thread would find it
     initialize.print("not to be seen")
     real(size)
     if len(seen) == 1:
         raise OSError("once")
-runtime.initialize_model_parallel = slow
+groups.initialize_model_parallel = slow
 for attempt in range(2):
     try:
-        runtime.init_process_groups(1, torch.device("cpu"))
+        groups.init_process_groups(1, torch.device("cpu"))
     except OSError:
         initialize.destroy_model_parallel()
     seen.append("print" in vars(initialize))
@@ -227,26 +228,11 @@ def test_loading_never_holds_a_second_copy(
 # ---- sizes ----
 
 
-@pytest.fixture
-def nothing_initialized(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes this process look as if no group had been made; its arguments are the environment's variables."""
-    monkeypatch.setattr(dist, "is_initialized", lambda: False)
-    monkeypatch.setattr(runtime, "model_parallel_is_initialized", lambda: False)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-
-    def launch(**variables: str) -> None:
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    return launch
-
-
 def test_the_model_parallel_size_defaults_to_the_world_size_else_one(nothing_initialized: Callable[..., None]) -> None:
-    assert runtime.resolve_model_parallel_size(None) == 1
+    assert groups.resolve_model_parallel_size(None) == 1
     nothing_initialized(WORLD_SIZE="8")
-    assert runtime.resolve_model_parallel_size(None) == 8
-    assert [runtime.resolve_model_parallel_size(size) for size in (1, 2, 4, 8)] == [1, 2, 4, 8]
+    assert groups.resolve_model_parallel_size(None) == 8
+    assert [groups.resolve_model_parallel_size(size) for size in (1, 2, 4, 8)] == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "", "1.5"])
@@ -255,151 +241,26 @@ def test_sizes_in_the_environment_are_whole_numbers_above_zero(
     nothing_initialized: Callable[..., None], name: str, value: str
 ) -> None:
     nothing_initialized(**{name: value})
-    read = runtime.world_size if name == "WORLD_SIZE" else runtime.local_world_size
+    read = groups.world_size if name == "WORLD_SIZE" else groups.local_world_size
     with pytest.raises(
         ValueError, match=rf"variable {name} must be a whole number of at least 1, got '{value}'; unset"
     ):
         read()
 
 
-@pytest.mark.parametrize("value", ["-1", "x"])
-def test_the_local_rank_in_the_environment_is_a_whole_number(
-    machine: Callable[[int, bool], None], nothing_initialized: Callable[..., None], value: str
-) -> None:
-    machine(2, False)
-    nothing_initialized(LOCAL_RANK=value)
-    with pytest.raises(ValueError, match=rf"variable LOCAL_RANK must be a whole number of at least 0, got '{value}'"):
-        runtime.select_device(None)
-
-
 @pytest.mark.parametrize("size", [3, 5, 9, 16])
 def test_no_size_is_clamped(nothing_initialized: Callable[..., None], size: int) -> None:
     nothing_initialized(WORLD_SIZE="8")
     with pytest.raises(ValueError, match=rf"multiple .* got a world size of 8 and model_parallel_size={size};"):
-        runtime.resolve_model_parallel_size(size)
+        groups.resolve_model_parallel_size(size)
 
 
 def test_one_process_is_its_own_first_rank_group_and_replica(llama: Llama) -> None:
-    assert runtime.is_first_rank() and runtime.is_first_of_group()
-    assert runtime.model_parallel_rank() == 0
-    assert runtime.replica() == (0, 1)
-    assert runtime.gather_replicas("mine") == ["mine"]
-    assert runtime.broadcast_flag(True) and not runtime.broadcast_flag(False)
+    assert groups.is_first_rank() and groups.is_first_of_group()
+    assert groups.model_parallel_rank() == 0
+    assert groups.replica() == (0, 1)
+    assert groups.gather_replicas("mine") == ["mine"]
+    assert groups.broadcast_flag(True) and not groups.broadcast_flag(False)
     tensor = torch.tensor([3, 4])
-    assert runtime.broadcast_from_first(tensor) is tensor
+    assert groups.broadcast_from_first(tensor) is tensor
     assert dist.get_backend() == "gloo" or torch.cuda.is_available()
-
-
-# ---- devices and dtypes ----
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], None]:
-    """Makes torch see that many CUDA devices, and MPS or not."""
-
-    def machine(n_cuda: int, mps: bool) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: n_cuda > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_cuda)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-
-    return machine
-
-
-def test_the_fastest_device_there_is(
-    machine: Callable[[int, bool], None], nothing_initialized: Callable[..., None]
-) -> None:
-    machine(2, True)
-    assert runtime.select_device(None) == torch.device("cuda:0")
-    machine(0, True)
-    assert runtime.select_device(None) == torch.device("mps")
-    machine(0, False)
-    assert runtime.select_device(None) == CPU
-    nothing_initialized(WORLD_SIZE="2")
-    machine(0, True)
-    assert runtime.select_device(None) == CPU  # gloo takes no MPS tensors
-
-
-def test_the_local_rank_chooses_the_cuda_device(
-    machine: Callable[[int, bool], None], nothing_initialized: Callable[..., None]
-) -> None:
-    machine(4, False)
-    nothing_initialized(RANK="7", LOCAL_RANK="3", WORLD_SIZE="8")
-    assert runtime.select_device(None) == runtime.select_device("cuda") == torch.device("cuda:3")
-    assert runtime.select_device("cuda:1") == torch.device("cuda:1")
-    assert runtime.select_device("cpu") == CPU
-    machine(2, False)
-    with pytest.raises(ValueError, match=r"number of devices .2., got 3"):
-        runtime.select_device(None)
-
-
-@pytest.mark.parametrize("requested", ["tpu", "gpu", "", "cuda:x", 1.5, ["cpu"], "meta", "xpu"])
-def test_a_device_that_is_none(machine: Callable[[int, bool], None], requested: Any) -> None:
-    machine(0, False)
-    with pytest.raises(ValueError, match="device must be"):
-        runtime.select_device(requested)
-
-
-@pytest.mark.parametrize("requested", ["cuda", "cuda:0", "mps", torch.device("cuda")])
-def test_a_device_that_this_machine_lacks(machine: Callable[[int, bool], None], requested: Any) -> None:
-    machine(0, False)
-    with pytest.raises(ValueError, match=r"device must be .* got '(cuda|cuda:0|mps)'.* use device='cpu'"):
-        runtime.select_device(requested)
-
-
-def test_default_dtypes() -> None:
-    assert runtime.select_dtype(None, CPU) == torch.bfloat16
-    assert runtime.select_dtype(None, torch.device("cuda:1")) == torch.float16
-    assert runtime.select_dtype(None, torch.device("mps")) == torch.float16
-
-
-@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
-def test_a_dtype_by_name_or_itself(name: str) -> None:
-    assert runtime.select_dtype(name, CPU) == runtime.select_dtype(getattr(torch, name), CPU) == getattr(torch, name)
-
-
-@pytest.mark.parametrize("requested", ["int8", "fp16", "float64", "", torch.float64, torch.int8, 16, ["float16"]])
-def test_a_dtype_that_is_none(requested: Any) -> None:
-    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, got "):
-        runtime.select_dtype(requested, CPU)
-
-
-# ---- cores ----
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """The number of threads after `share_cores` on a machine of 8 cores, with that environment."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-    def threads(**variables: str) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in variables.items():
-                patch.setenv(name, value)
-            torch.set_num_threads(1)
-            runtime.share_cores()
-            return torch.get_num_threads()
-
-    yield threads
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(("processes", "share"), [(2, 4), (3, 2), (8, 1), (16, 1)])
-def test_processes_of_a_machine_share_its_cores(threads: Callable[..., int], processes: int, share: int) -> None:
-    assert threads(LOCAL_WORLD_SIZE=str(processes), OMP_NUM_THREADS="1") == share  # what torchrun sets
-
-
-def test_a_number_of_threads_that_the_user_set_stays(threads: Callable[..., int]) -> None:
-    assert threads(LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="3") == 1  # left as torch took it
-    assert threads(LOCAL_WORLD_SIZE="1", OMP_NUM_THREADS="1") == 1
-    assert threads() == 1
-
-
-def test_processes_share_host_memory_but_not_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert runtime.processes_on(CPU) == 4
-    assert runtime.processes_on(torch.device("cuda:2")) == 1
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert runtime.processes_on(CPU) == 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
 from llama import model as network
-from llama.distributed import groups as runtime
+from llama.distributed import groups
 from llama.engine import compiled as compiling
 from llama.engine.compiled import CompiledStepper, compiled_stepper
 from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper
@@ -42,7 +42,7 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11], [12]]
 
 
 def make(dtype: torch.dtype = torch.float32) -> Transformer:
-    runtime.init_process_groups(1, CPU)
+    groups.init_process_groups(1, CPU)
     args = ModelArgs(**PARAMS, max_batch_size=4, max_seq_len=MAX_SEQ_LEN)
     state = {name: tensor.to(dtype) for name, tensor in oracle.random_state(PARAMS, seed=3).items()}
     return Transformer.from_state(args, state, cache_dtype=dtype)
@@ -379,7 +379,7 @@ def test_a_missing_compiler_is_said_once(
 def test_several_ranks_are_not_compiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     model = make()
     assert isinstance(compiled_stepper(model), CompiledStepper)
-    monkeypatch.setattr(runtime, "has_several_ranks", lambda: True)
+    monkeypatch.setattr(groups, "has_several_ranks", lambda: True)
     assert compiled_stepper(model) is None
     assert warnings_of(caplog) == ["compile=True has no effect: it is for one process"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama import Llama, ModelArgs, Transformer
-from llama.distributed import groups as runtime
+from llama.distributed.groups import init_process_groups
 from llama.engine import cuda_graphs as stepping
 from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper, choose_stepper
 from llama.engine.sampling import Sampler
@@ -42,7 +42,7 @@ def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(max_batch_size: int, seed: int = 3) -> Transformer:
     """A network whose cache is full of what an earlier call left."""
-    runtime.init_process_groups(1, torch.device("cpu"))
+    init_process_groups(1, torch.device("cpu"))
     args = ModelArgs(**PARAMS, max_batch_size=max_batch_size, max_seq_len=MAX_SEQ_LEN)
     model = Transformer.from_state(args, oracle.random_state(PARAMS, seed=seed), cache_dtype=torch.float32)
     for layer in model.layers:
@@ -204,7 +204,7 @@ def test_texts_and_streams_are_the_same_one_step_ahead(llama: Llama) -> None:
 
 
 def _two_ranks(rank: int) -> list[tuple[list[list[Step]], Tensor]]:
-    runtime.init_process_groups(2, torch.device("cpu"))
+    init_process_groups(2, torch.device("cpu"))
     args = ModelArgs(**PARAMS, max_batch_size=3, max_seq_len=MAX_SEQ_LEN)
     shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
     stream = torch.Generator().manual_seed(rank)

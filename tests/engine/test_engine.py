@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama import ModelArgs, Transformer
-from llama.distributed import groups as runtime
+from llama.distributed.groups import init_process_groups
 from llama.engine.calls import _InLockstep
 from llama.engine.cuda_graphs import MAX_WIDTH, StaticStepper
 from llama.engine.engine import Engine
@@ -46,7 +46,7 @@ def state() -> oracle.State:
 @pytest.fixture(scope="module")
 def make(state: oracle.State) -> Callable[..., Transformer]:
     """A network whose cache has that many rows, full of what an earlier call left."""
-    runtime.init_process_groups(1, torch.device("cpu"))
+    init_process_groups(1, torch.device("cpu"))
 
     def make(max_batch_size: int, max_seq_len: int = MAX_SEQ_LEN) -> Transformer:
         args = ModelArgs(**PARAMS, max_batch_size=max_batch_size, max_seq_len=max_seq_len)

@@ -11,7 +11,8 @@ import torch
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint.memory import plan_memory
-from llama.distributed import groups as runtime
+from llama.distributed.device import default_generator
+from llama.distributed.groups import init_process_groups
 from llama.engine.compiled import CompiledStepper
 from llama.engine.cuda_graphs import StaticStepper
 from tests.support import oracle
@@ -103,7 +104,7 @@ def test_a_stream_that_is_left_early_leaves_the_random_stream_where_the_plain_st
         for _ in range(3):
             next(pieces)
         pieces.close()
-        return runtime.default_generator(torch.device("cuda")).get_state()
+        return default_generator(torch.device("cuda")).get_state()
 
     assert torch.equal(second_call(), second_call(cuda_graphs=False))
 
@@ -116,7 +117,7 @@ def one_billion() -> dict[str, torch.Tensor]:
 
 def network(state: dict[str, torch.Tensor], device: str, dtype: torch.dtype) -> Transformer:
     place = torch.device(device)
-    runtime.init_process_groups(1, place)
+    init_process_groups(1, place)
     args = ModelArgs(**ONE_BILLION, max_batch_size=4, max_seq_len=256)
     return Transformer.from_state(args, {name: tensor.to(place, dtype) for name, tensor in state.items()})
 

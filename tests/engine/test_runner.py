@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llama import ModelArgs, Transformer
-from llama.distributed import groups as runtime
+from llama.distributed.groups import init_process_groups
 from llama.engine.cuda_graphs import StaticStepper
 from llama.engine.lock import lock_of
 from llama.engine.prefill import prefill_groups
@@ -44,7 +44,7 @@ def state() -> oracle.State:
 @pytest.fixture
 def model(state: oracle.State) -> Transformer:
     """A network whose cache is full of what an earlier call left."""
-    runtime.init_process_groups(1, torch.device("cpu"))
+    init_process_groups(1, torch.device("cpu"))
     args = ModelArgs(**PARAMS, max_batch_size=MAX_BATCH_SIZE, max_seq_len=MAX_SEQ_LEN)
     model = Transformer.from_state(args, dict(state))
     for layer in model.layers:
@@ -230,7 +230,7 @@ def test_a_row_of_a_lost_cache_is_not_moved(model: Transformer) -> None:
 
 def test_a_used_network_can_be_freed(state: oracle.State) -> None:
     """Once nobody holds it; what its users share does not hold it either."""
-    runtime.init_process_groups(1, torch.device("cpu"))
+    init_process_groups(1, torch.device("cpu"))
     args = ModelArgs(**PARAMS, max_batch_size=1, max_seq_len=4)
     network = Transformer.from_state(args, dict(state))
     with lock_of(network):

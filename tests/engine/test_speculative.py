@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama import Llama, generation
 from llama.engine.speculative import Acceptance, PassCosts, PromptLookup, Speculator
-from llama.tokenizer import PromptError
+from llama.errors import PromptError
 from tests.support import oracle
 
 WAYS = ("prompt_lookup", "draft")

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from llama import Llama
-from llama.tokenizer import PromptError
+from llama.errors import PromptError
 from tests.support import oracle
 
 MAX_SEQ_LEN = 180

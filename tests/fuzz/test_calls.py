@@ -17,7 +17,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from llama import Llama
-from llama.tokenizer import PromptError
+from llama.errors import PromptError
 from tests.fuzz import profiles
 from tests.support import oracle
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.tokenizer import PromptError
+from llama.errors import PromptError
 from tests.fuzz import profiles
 from tests.support import oracle
 

@@ -16,7 +16,7 @@ from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import loading
 from llama.checkpoint.memory import plan_memory
 from llama.checkpoint.reading import read_shard
-from llama.distributed import groups as runtime
+from llama.distributed.groups import init_process_groups
 from llama.layers import int4, kernels
 from llama.layers.int4 import (
     Int4Weight,
@@ -173,7 +173,7 @@ def test_weights_are_dequantized_from_the_number_of_rows_where_it_is_faster(
 @pytest.fixture(scope="module", autouse=True)
 def groups() -> None:
     """fairscale's layers need a model-parallel group."""
-    runtime.init_process_groups(1, CPU)
+    init_process_groups(1, CPU)
 
 
 def make(dtype: torch.dtype = torch.bfloat16, dequantized_rows: int | None = 8) -> ColumnParallelLinear:
@@ -329,7 +329,7 @@ def test_hooks_run_and_edits_count(
 
 def _two_ranks(rank: int, params: dict[str, Any]) -> tuple[int, Tensor, Tensor]:
     torch.set_num_threads(1)
-    runtime.init_process_groups(2, CPU)
+    init_process_groups(2, CPU)
     args = ModelArgs(**params, max_batch_size=2, max_seq_len=16)
     state = {name: t.bfloat16() for name, t in oracle.shard(oracle.random_state(params, seed=3), rank, 2).items()}
     model = Transformer.from_state(args, state)

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 
 from llama import ModelArgs, Transformer
-from llama.distributed import groups as runtime
+from llama.distributed.groups import init_process_groups
 from llama.layers import kernels
 from llama.layers import linear as layers
 from llama.layers.kernels import Kernels, can_pack
@@ -48,7 +48,7 @@ needs_packing = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="ne
 @pytest.fixture(scope="module", autouse=True)
 def groups() -> None:
     """fairscale's layers need a model-parallel group."""
-    runtime.init_process_groups(1, CPU)
+    init_process_groups(1, CPU)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -186,7 +186,7 @@ def test_forward_is_that_of_fairscales_own_layers(dtype: torch.dtype, packs: boo
 
 def _on_two_ranks(rank: int) -> list[tuple[str, Tensor, Tensor]]:
     """Outputs and gradients of ours and fairscale's layers, of all kinds, with the same shards."""
-    runtime.init_process_groups(2, CPU)
+    init_process_groups(2, CPU)
     found = []
     for packs in [False, True] if can_pack(CPU, torch.bfloat16) else [False]:
         dtype = torch.bfloat16 if packs else torch.float32
@@ -587,7 +587,7 @@ def test_each_weight_is_released_once_and_stays_readable(params: dict[str, Any])
 
 
 def _two_ranks(rank: int, params: dict[str, Any]) -> list[Tensor]:
-    runtime.init_process_groups(2, CPU)
+    init_process_groups(2, CPU)
     args = ModelArgs(**params, max_batch_size=2, max_seq_len=16)
     shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
     stream = torch.Generator().manual_seed(rank)

@@ -19,7 +19,7 @@ from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import loading
 from llama.checkpoint.memory import check_memory, plan_memory
 from llama.checkpoint.reading import read_shard
-from llama.distributed import groups as runtime
+from llama.distributed.groups import init_process_groups
 from llama.layers.kernels import QuantizedWeight, can_quantize
 from llama.layers.linear import ColumnParallelLinear, column_parallel, packable_layers
 from llama.tools import perplexity
@@ -45,7 +45,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 @pytest.fixture(scope="module", autouse=True)
 def groups() -> None:
     """fairscale's layers need a model-parallel group."""
-    runtime.init_process_groups(1, CPU)
+    init_process_groups(1, CPU)
 
 
 def make(dtype: torch.dtype = torch.float32, *, requires_grad: bool = False) -> ColumnParallelLinear:
@@ -257,7 +257,7 @@ def test_a_pass_of_training_differentiates_through_the_weights_themselves(
 def _two_ranks(rank: int, params: dict[str, Any]) -> tuple[list[tuple[int, ...]], Tensor, Tensor]:
     """The shapes of quantized shards, and the logits of plain and quantized layers."""
     torch.set_num_threads(1)
-    runtime.init_process_groups(2, CPU)
+    init_process_groups(2, CPU)
     args = ModelArgs(**params, max_batch_size=2, max_seq_len=16)
     model = Transformer.from_state(args, oracle.shard(oracle.random_state(params, seed=3), rank, 2))
     prompts = tokens(2, 7, params)

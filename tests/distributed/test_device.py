@@ -1,0 +1,243 @@
+"""Device, dtype, and threads: a call keeps its OpenMP workers between its steps, and gives them up to other threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from llama import Llama
+from llama.distributed import device
+from llama.distributed.device import pause_workers, processes_on, select_device, select_dtype, share_cores
+from llama.engine.lock import ModelLock
+from tests.conftest import ROOT
+
+needs_openmp = pytest.mark.skipif(
+    device._omp_pause_resource_all() is None, reason="torch runs on another OpenMP library"
+)
+
+
+CPU = torch.device("cpu")
+
+
+# ---- devices and dtypes ----
+
+
+def test_the_fastest_device_there_is(
+    machine: Callable[[int, bool], None], nothing_initialized: Callable[..., None]
+) -> None:
+    machine(2, True)
+    assert select_device(None) == torch.device("cuda:0")
+    machine(0, True)
+    assert select_device(None) == torch.device("mps")
+    machine(0, False)
+    assert select_device(None) == CPU
+    nothing_initialized(WORLD_SIZE="2")
+    machine(0, True)
+    assert select_device(None) == CPU  # gloo takes no MPS tensors
+
+
+def test_the_local_rank_chooses_the_cuda_device(
+    machine: Callable[[int, bool], None], nothing_initialized: Callable[..., None]
+) -> None:
+    machine(4, False)
+    nothing_initialized(RANK="7", LOCAL_RANK="3", WORLD_SIZE="8")
+    assert select_device(None) == select_device("cuda") == torch.device("cuda:3")
+    assert select_device("cuda:1") == torch.device("cuda:1")
+    assert select_device("cpu") == CPU
+    machine(2, False)
+    with pytest.raises(ValueError, match=r"number of devices .2., got 3"):
+        select_device(None)
+
+
+@pytest.mark.parametrize("requested", ["tpu", "gpu", "", "cuda:x", 1.5, ["cpu"], "meta", "xpu"])
+def test_a_device_that_is_none(machine: Callable[[int, bool], None], requested: Any) -> None:
+    machine(0, False)
+    with pytest.raises(ValueError, match="device must be"):
+        select_device(requested)
+
+
+@pytest.mark.parametrize("requested", ["cuda", "cuda:0", "mps", torch.device("cuda")])
+def test_a_device_that_this_machine_lacks(machine: Callable[[int, bool], None], requested: Any) -> None:
+    machine(0, False)
+    with pytest.raises(ValueError, match=r"device must be .* got '(cuda|cuda:0|mps)'.* use device='cpu'"):
+        select_device(requested)
+
+
+def test_default_dtypes() -> None:
+    assert select_dtype(None, CPU) == torch.bfloat16
+    assert select_dtype(None, torch.device("cuda:1")) == torch.float16
+    assert select_dtype(None, torch.device("mps")) == torch.float16
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_a_dtype_by_name_or_itself(name: str) -> None:
+    assert select_dtype(name, CPU) == select_dtype(getattr(torch, name), CPU) == getattr(torch, name)
+
+
+@pytest.mark.parametrize("requested", ["int8", "fp16", "float64", "", torch.float64, torch.int8, 16, ["float16"]])
+def test_a_dtype_that_is_none(requested: Any) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, got "):
+        select_dtype(requested, CPU)
+
+
+@pytest.mark.parametrize("value", ["-1", "x"])
+def test_the_local_rank_in_the_environment_is_a_whole_number(
+    machine: Callable[[int, bool], None], nothing_initialized: Callable[..., None], value: str
+) -> None:
+    machine(2, False)
+    nothing_initialized(LOCAL_RANK=value)
+    with pytest.raises(ValueError, match=rf"variable LOCAL_RANK must be a whole number of at least 0, got '{value}'"):
+        select_device(None)
+
+
+# ---- cores ----
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """The number of threads after `share_cores` on a machine of 8 cores, with that environment."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def threads(**variables: str) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            torch.set_num_threads(1)
+            share_cores()
+            return torch.get_num_threads()
+
+    yield threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("processes", "share"), [(2, 4), (3, 2), (8, 1), (16, 1)])
+def test_processes_of_a_machine_share_its_cores(threads: Callable[..., int], processes: int, share: int) -> None:
+    assert threads(LOCAL_WORLD_SIZE=str(processes), OMP_NUM_THREADS="1") == share  # what torchrun sets
+
+
+def test_a_number_of_threads_that_the_user_set_stays(threads: Callable[..., int]) -> None:
+    assert threads(LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="3") == 1  # left as torch took it
+    assert threads(LOCAL_WORLD_SIZE="1", OMP_NUM_THREADS="1") == 1
+    assert threads() == 1
+
+
+def test_processes_share_host_memory_but_not_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert processes_on(CPU) == 4
+    assert processes_on(torch.device("cuda:2")) == 1
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert processes_on(CPU) == 1
+
+
+# ---- OpenMP ----
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    pause_workers()
+    yield
+    torch.set_num_threads(before)
+
+
+def n_threads() -> int:
+    """Of this process, as the system counts them."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def work_in_parallel() -> None:
+    assert torch.ones(1 << 18).exp_().sum() > 0
+
+
+@needs_openmp
+@pytest.mark.usefixtures("two_threads")
+def test_workers_end_and_start_again() -> None:
+    alone = n_threads()
+    for _ in range(3):
+        work_in_parallel()
+        assert n_threads() == alone + 1
+        pause_workers()
+        assert n_threads() == alone
+    pause_workers()  # without any
+
+
+@needs_openmp
+@pytest.mark.usefixtures("two_threads")
+def test_a_call_keeps_its_workers_until_it_ends(llama: Llama) -> None:
+    alone, during = n_threads(), []
+
+    def hook(*_: object) -> None:
+        during.append(n_threads())
+        work_in_parallel()
+
+    handle = llama.model.tok_embeddings.register_forward_pre_hook(hook)
+    try:
+        llama.generate([[1, 2, 3]], 4, temperature=0)
+        list(llama.stream_text_completion("The", max_gen_len=4, temperature=0))
+    finally:
+        handle.remove()
+    assert during.count(alone) == 2  # at the first pass of each call
+    assert set(during) == {alone, alone + 1}
+    assert n_threads() == alone
+
+
+@needs_openmp
+@pytest.mark.usefixtures("two_threads")
+def test_a_thread_gives_up_its_workers_to_one_that_waits_for_the_lock() -> None:
+    lock, seen = ModelLock(), []
+
+    def other() -> None:
+        with lock:
+            seen.append(n_threads())
+
+    thread = threading.Thread(target=other)
+    with lock:
+        work_in_parallel()
+        thread.start()
+        while not lock.is_wanted:
+            time.sleep(0.001)
+        with_both = n_threads()
+    thread.join()
+    assert seen == [with_both - 1]
+
+
+@needs_openmp
+@pytest.mark.usefixtures("two_threads")
+def test_without_the_library_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_omp_pause_resource_all", lambda: None)
+    work_in_parallel()
+    before = n_threads()
+    pause_workers()
+    assert n_threads() == before
+
+
+_FORKED = """
+import os, torch
+from llama.distributed.device import pause_workers, processes_on, select_device, select_dtype, share_cores
+torch.set_num_threads(2)
+torch.ones(1 << 18).exp_()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    pause_workers()
+    os._exit(0)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+@needs_openmp
+@pytest.mark.usefixtures("two_threads")
+def test_a_forked_process_does_not_wait_for_its_parents_workers() -> None:
+    subprocess.run([sys.executable, "-c", _FORKED], check=True, timeout=60, cwd=ROOT)
