@@ -1,8 +1,15 @@
-"""Converts text to token ids and back, with the SentencePiece model that is released with the weights."""
+"""Converts text to token ids and back, with the SentencePiece model that is released with the weights.
+
+Any object with `encode`, `decode`, `bos_id` and `eos_id` can stand in for a `Tokenizer`; what else there is on one is
+asked for by the functions of this module.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +20,7 @@ from llama.errors import printable, quote
 
 _SPACE = "\u2581"  # LOWER ONE EIGHTH BLOCK, which stands for a space in SentencePiece's pieces
 _REPLACEMENT = "\ufffd"
+_MARK = "\u263a"  # a character that merges with none after it; a text behind it gets no leading space
 _MAX_FILE_SIZE = 2**28  # bytes; the released model has half a million
 
 
@@ -21,12 +29,15 @@ class TokenizerNotFoundError(FileNotFoundError, AssertionError):
 
 
 class Tokenizer:
-    """SentencePiece with byte fallback, as Llama 2 uses it.
+    """SentencePiece with byte fallback, as Llama 2 and Code Llama use it.
 
     Attributes:
-        n_words: number of pieces, including control pieces.
+        n_words: number of ids: pieces, control pieces among them, and added tokens.
         bos_id, eos_id: ids that mark the beginning and the end of a sequence.
         pad_id: -1 in the released model, which has no padding piece.
+        prefix_id, middle_id, suffix_id, eot_id: ids of Code Llama's infilling prompts; None where there are none.
+        step_id: id that ends a message of Code Llama 70B Instruct; None where there is none.
+        added_tokens: texts and ids of the tokens beyond the SentencePiece model's.
 
     Raises:
         TokenizerNotFoundError: there is no file at `model_path`; both a FileNotFoundError and an AssertionError.
@@ -34,9 +45,18 @@ class Tokenizer:
         ValueError: the file is not a SentencePiece model, is damaged, or has no BOS or no EOS piece.
     """
 
-    def __init__(self, model_path: str | Path) -> None:
+    def __init__(self, model_path: str | Path, added_tokens: Mapping[str, int] | None = None) -> None:
+        """
+        Args:
+            added_tokens: names and ids of the tokens that a fine-tune added to the SentencePiece model. It may name
+                pieces of the model too, which chat templates then write by name.
+        """
         self.sp_model = _load(Path(model_path))
-        self.n_words: int = self.sp_model.vocab_size()
+        n_pieces: int = self.sp_model.vocab_size()
+        self._named_tokens = dict(added_tokens or {})
+        self.added_tokens = {text: token for text, token in self._named_tokens.items() if token >= n_pieces}
+        self._added_texts = {token: text for text, token in self.added_tokens.items()}
+        self.n_words = max([n_pieces - 1, *self._added_texts]) + 1
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
@@ -45,18 +65,41 @@ class Tokenizer:
                 f"{model_path} must have a BOS and an EOS piece, got bos_id={self.bos_id} and eos_id={self.eos_id}; "
                 "use the tokenizer.model that was released with the weights"
             )
+        infilling = (self._id_of(f"{_SPACE}<{name}>") for name in ("PRE", "MID", "SUF", "EOT"))
+        self.prefix_id, self.middle_id, self.suffix_id, self.eot_id = infilling
+        self.step_id = self._id_of("<step>")
+
+    def _id_of(self, piece: str) -> int | None:
+        token: int = self.sp_model.piece_to_id(piece)
+        return None if token == self.sp_model.unk_id() else token
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """Encodes `s`, with BOS in front and EOS at the end if asked for. Control pieces in `s` are plain text."""
-        if not isinstance(s, str):
-            raise PromptError(f"text must be a str, got {type(s).__name__}")
-        try:
-            s.encode()
-        except UnicodeEncodeError as error:
-            found = f"{quote(s[error.start])} at position {error.start}"
-            raise PromptError(f"text must be valid Unicode, without unpaired surrogates, got {found}") from error
-        ids: list[int] = self.sp_model.encode(s)
-        return [self.bos_id] * bool(bos) + ids + [self.eos_id] * bool(eos)
+        """Encodes `s`, with BOS in front and EOS at the end if asked for.
+
+        Control pieces in `s` are plain text; an added token is that token.
+        """
+        parts = split_at(_checked(s), self.added_tokens)
+        ids = [self.encode_part(parts[0], leading_space=True)]
+        for name, text in zip(parts[1::2], parts[2::2], strict=True):
+            ids += [self.added_tokens[name]], self.encode_part(text)
+        return [self.bos_id] * bool(bos) + list(chain.from_iterable(ids)) + [self.eos_id] * bool(eos)
+
+    def encode_part(self, s: str, *, leading_space: bool = False) -> list[int]:
+        """Encodes a part of a text, in which the name of any special token is plain text.
+
+        Args:
+            leading_space: whether a space goes in front, as SentencePiece does with a whole text.
+        """
+        _checked(s)
+        if leading_space:
+            whole: list[int] = self.sp_model.encode(s)
+            return whole
+        marked: list[int] = self.sp_model.encode(_MARK + s)
+        return marked[len(self.sp_model.encode(_MARK)) :]
+
+    def encode_infilling(self, s: str) -> list[int]:
+        """Encodes `s` without the leading space that `encode` adds."""
+        return self.encode_part(s)
 
     def decode(self, t: Any) -> Any:
         """Decodes ids. Control pieces have no text, and the leading space of the first piece is dropped.
@@ -64,18 +107,71 @@ class Tokenizer:
         Args:
             t: a sequence or a tensor of ids, or one id. For a sequence of sequences, returns a list of texts.
         """
-        return self.sp_model.decode(t.tolist() if hasattr(t, "tolist") else t)
+        t = t.tolist() if hasattr(t, "tolist") else t
+        if not self.added_tokens:
+            return self.sp_model.decode(t)
+        if not isinstance(t, Sequence):
+            return self.decode([t])
+        if t and isinstance(t[0], Sequence):
+            return [self.decode(ids) for ids in t]
+        return "".join(_pieces(StreamDecoder(self), t))
+
+    def decode_infilling(self, t: Sequence[int]) -> str:
+        """Decodes ids as text that continues another: the leading space of the first piece is kept."""
+        return "".join(_pieces(StreamDecoder(self, at_start=False), t))
 
     def pieces(self, t: Sequence[int]) -> list[str]:
         """Splits `decode(t)` into one string per id.
 
         A character that consists of several byte pieces is attributed to the last one; the others get "".
         """
-        decoder = StreamDecoder(self)
-        texts = [decoder.push(token) for token in t]
-        if texts:
-            texts[-1] += decoder.flush()
-        return texts
+        return pieces(self, t)
+
+    def token_piece(self, t: int) -> str:
+        """The name of a token in the vocabulary, such as `\u2581The` or `<0x0A>`."""
+        piece: str = self._added_texts.get(t) or self.sp_model.id_to_piece(t)
+        return piece
+
+    def token_bytes(self, t: int, *, at_start: bool = False) -> bytes | None:
+        """The text of one token in UTF-8, which may be a part of a character; None for a control token.
+
+        Args:
+            at_start: whether the text begins with the token, so that a leading space of its piece is dropped.
+        """
+        if t in self._added_texts:
+            return self._added_texts[t].encode()
+        if self.sp_model.is_control(t):
+            return None
+        piece = self.token_piece(t)
+        if self.sp_model.is_byte(t):
+            return bytes([int(piece[3:5], 16)])  # a piece such as <0xE2>
+        if self.sp_model.is_unknown(t):
+            return " \u2047 ".encode()
+        return piece.removeprefix(_SPACE if at_start else "").replace(_SPACE, " ").encode()
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Names and ids of the tokens that a chat template writes by name: control pieces and added tokens."""
+        pieces = range(self.sp_model.vocab_size())
+        control = [i for i in pieces if self.sp_model.is_control(i) or self.sp_model.is_unknown(i)]
+        return {self.token_piece(i): i for i in control} | self._named_tokens
+
+
+def _checked(s: str) -> str:
+    if not isinstance(s, str):
+        raise PromptError(f"text must be a str, got {type(s).__name__}")
+    try:
+        s.encode()
+    except UnicodeEncodeError as error:
+        found = f"{quote(s[error.start])} at position {error.start}"
+        raise PromptError(f"text must be valid Unicode, without unpaired surrogates, got {found}") from error
+    return s
+
+
+def split_at(text: str, names: Iterable[str]) -> list[str]:
+    """Splits a text at each of some names, the longest first: text, name, text, ..., text."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if longest_first else [text]
 
 
 def _load(path: Path) -> SentencePieceProcessor:
@@ -101,34 +197,28 @@ class StreamDecoder:
 
     Text is returned as soon as it is final; bytes of an incomplete character are held back. The concatenated return
     values of `push` and of a final `flush` equal `Tokenizer.decode` of all ids.
+
+    Attributes:
+        at_start: whether there is no token with text yet.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._sp = tokenizer.sp_model
+    def __init__(self, tokenizer: Tokenizer, *, at_start: bool = True) -> None:
+        self._token_bytes = tokenizer.token_bytes
         self._bytes = b""
-        self._at_start = True
+        self.at_start = at_start
 
     def push(self, token: int) -> str:
         """Adds an id; returns the text that is now final, which may be empty."""
-        if self._sp.is_byte(token):
-            self._at_start = False
-            self._bytes += bytes([int(self._sp.id_to_piece(token)[3:5], 16)])  # a piece such as <0xE2>
-            return self._decode_bytes(final=False)
-        if self._sp.is_control(token):
+        data = self._token_bytes(token, at_start=self.at_start)
+        if data is None:
             return self.flush()
-        text = self.flush() + self._text(token)
-        self._at_start = False
-        return text
+        self.at_start = False
+        self._bytes += data
+        return self._decode_bytes(final=False)
 
     def flush(self) -> str:
         """Returns the text still held back, with U+FFFD for each byte that is not part of a character."""
         return self._decode_bytes(final=True)
-
-    def _text(self, token: int) -> str:
-        if self._sp.is_unknown(token):
-            return " \u2047 "
-        text: str = self._sp.id_to_piece(token).replace(_SPACE, " ")
-        return text[1:] if self._at_start and text.startswith(" ") else text
 
     def _decode_bytes(self, *, final: bool) -> str:
         """Removes complete characters from the held bytes; a byte that cannot start a character gives U+FFFD."""
@@ -148,6 +238,60 @@ class StreamDecoder:
         return text
 
 
+class _WholeDecoder:
+    """Decodes ids one at a time with a function that decodes all of them, as a `StreamDecoder` does.
+
+    For tokenizers of other classes, and for a replaced `decode`. U+FFFD at the end of a text is held back, as it may
+    be the beginning of a character.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._text = ""  # all that was returned
+
+    @property
+    def at_start(self) -> bool:
+        return not self._text
+
+    def push(self, token: int) -> str:
+        self._ids.append(token)
+        return self._release(self._decode(self._ids).rstrip(_REPLACEMENT))
+
+    def flush(self) -> str:
+        return self._release(self._decode(self._ids)) if self._ids else ""
+
+    def _release(self, text: str) -> str:
+        new = text[len(self._text) :]
+        self._text += new
+        return new
+
+
+def stream_decoder(tokenizer: Any, *, at_start: bool = True) -> StreamDecoder | _WholeDecoder:
+    """Returns a decoder for a tokenizer of any class; joined, its texts are what the tokenizer's `decode` returns.
+
+    Args:
+        at_start: False for text that continues another, as `decode_infilling` decodes it.
+    """
+    name = "decode" if at_start else "decode_infilling"
+    decode = getattr(tokenizer, name, None) or tokenizer.decode
+    if getattr(decode, "__func__", None) is vars(Tokenizer)[name] and decode.__self__ is tokenizer:
+        return StreamDecoder(tokenizer, at_start=at_start)
+    return _WholeDecoder(decode)
+
+
+def pieces(tokenizer: Any, t: Sequence[int]) -> list[str]:
+    """Splits the text of ids into one string per id, with a tokenizer of any class: see `Tokenizer.pieces`."""
+    return _pieces(stream_decoder(tokenizer), t)
+
+
+def _pieces(decoder: StreamDecoder | _WholeDecoder, t: Sequence[int]) -> list[str]:
+    texts = [decoder.push(token) for token in t]
+    if texts:
+        texts[-1] += decoder.flush()
+    return texts
+
+
 class IncrementalDetokenizer:
     """Decodes a completion one id at a time, and ends it before a stop string.
 
@@ -160,14 +304,18 @@ class IncrementalDetokenizer:
         stopped: whether a stop string was found.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prefix: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), prefix: Sequence[int] = (), *, at_start: bool = True
+    ) -> None:
         """
         Args:
+            tokenizer: any object with `decode`.
             stop: stop strings; none may be empty.
             prefix: ids before the completion. They are not searched for stop strings; if there are any, the leading
                 space of the completion's first piece is kept.
+            at_start: False to keep that space without a prefix, as in infilling.
         """
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = stream_decoder(tokenizer, at_start=at_start)
         self._stop = tuple(stop)
         self._held = ""
         self.prefix_pieces = [self._decoder.push(token) for token in prefix]

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from sentencepiece import SentencePieceTrainer
 
 from llama import Llama, Tokenizer
 from tests.support import oracle
+from tests.support.tokenizers import INFILLING_PIECES, train
+from tests.support.tokenizers import TEXT as TEXT
 
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = 512
@@ -32,37 +33,31 @@ PARAMS: dict[str, Any] = {
     "ffn_dim_multiplier": 1.3,
     "norm_eps": 1e-5,
 }
-TEXT = [
-    "The quick brown fox jumps over the lazy dog.",
-    "A tiny tokenizer knows little; bytes do the rest: naïve café, 12345.",
-    "Llamas and alpacas live in the mountains and eat grass all day long.",
-]
 
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece BPE model of 512 pieces with Llama 2's settings: byte fallback, split digits, dummy prefix."""
-    prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 20),
-        model_prefix=str(prefix),
-        model_type="bpe",
-        vocab_size=VOCAB_SIZE,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    return prefix.with_suffix(".model")
+    return train(tmp_path_factory.mktemp("tokenizer") / "tokenizer", VOCAB_SIZE)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_path: Path) -> Tokenizer:
     return Tokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="session", params=["control_symbols", "user_defined_symbols"])
+def code_tokenizer_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with Code Llama's infilling pieces: as control pieces, and as pieces that have a text."""
+    with_text = ["\u263a", "<step>"]
+    options = {"user_defined_symbols": with_text} | {request.param: INFILLING_PIECES}
+    options["user_defined_symbols"] = [*dict.fromkeys([*options["user_defined_symbols"], *with_text])]
+    return train(tmp_path_factory.mktemp("tokenizer") / "tokenizer", VOCAB_SIZE, **options)
+
+
+@pytest.fixture(scope="session")
+def code_tokenizer(code_tokenizer_path: Path) -> Tokenizer:
+    return Tokenizer(code_tokenizer_path)
 
 
 @pytest.fixture(scope="session")

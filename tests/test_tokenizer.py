@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from sentencepiece import SentencePieceTrainer
 
 from llama import Tokenizer
 from llama.errors import PromptError
-from llama.tokenizer import StreamDecoder
+from llama.tokenizer import StreamDecoder, pieces
+from tests.support.tokenizers import INFILLING_PIECES, Foreign
 
 TEXTS = [
     "",
@@ -270,6 +272,65 @@ def test_a_tokenizer_without_bos_or_eos_is_refused(tmp_path: Path, lacking: str)
     )
     with pytest.raises(ValueError, match=f"must have a BOS and an EOS piece, .*{lacking}=-1"):
         Tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_added_tokens_encode_as_one_token_and_decode_as_their_text(tokenizer_path: Path, tokenizer: Tokenizer) -> None:
+    n = tokenizer.n_words
+    model = Tokenizer(tokenizer_path, {"<|im_end|>": n + 1, "<|im_start|>": n, "<s>": 1, "[PAD]": n + 3})
+    assert model.n_words == n + 4  # row n + 2 has no token
+    fox, quick = tokenizer.encode("fox", bos=False, eos=False), tokenizer.encode_infilling("quick")
+    text = "<|im_start|>quick<|im_end|><s>"
+    ids = [n, *quick, n + 1, *tokenizer.encode_infilling("<s>")]
+    assert model.encode("fox" + text, bos=True, eos=True) == [1, *fox, *ids, 2]
+    assert model.decode([1, *fox, *ids, 2]) == "fox" + text
+    assert model.decode([[*fox], [n]]) == ["fox", "<|im_start|>"] and model.decode(n) == "<|im_start|>"
+    assert model.pieces([n, *quick])[0] == model.token_piece(n) == "<|im_start|>"
+    assert model.encode_part("<|im_start|>") == tokenizer.encode_infilling("<|im_start|>")
+    names = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_start|>": n, "<|im_end|>": n + 1, "[PAD]": n + 3}
+    assert model.special_tokens == names and model.encode("a b", True, True) == tokenizer.encode("a b", True, True)
+
+
+def test_code_llama_s_ids_are_those_of_its_pieces(code_tokenizer: Tokenizer, tokenizer: Tokenizer) -> None:
+    names = ["prefix_id", "middle_id", "suffix_id", "eot_id", "step_id"]
+    pieces = [code_tokenizer.token_piece(getattr(code_tokenizer, name)) for name in names]
+    assert pieces == [*INFILLING_PIECES, "<step>"]
+    assert [getattr(tokenizer, name) for name in names] == [None] * 5
+
+
+def test_infilling_text_has_no_leading_space_of_its_own(code_tokenizer: Tokenizer) -> None:
+    """Encoded behind a piece that is dropped again, as Meta's package does, and the same in the other direction."""
+    sp, rng = code_tokenizer.sp_model, random.Random(5)
+    (smile,) = (i for i in range(code_tokenizer.n_words) if sp.id_to_piece(i) == "\u263a")
+    for text in [*TEXTS, *("".join(rng.choices(ALPHABET, k=rng.randint(0, 20))) for _ in range(300))]:
+        ids = code_tokenizer.encode_infilling(text)
+        assert ids == sp.encode("\u263a" + text)[2:]
+        assert code_tokenizer.decode_infilling(ids) == sp.decode([smile, *ids])[1:] == text
+    assert code_tokenizer.decode_infilling(code_tokenizer.encode("fox", bos=False, eos=False)) == " fox"
+
+
+def test_infilling_text_needs_no_piece_of_the_tokenizers(tokenizer: Tokenizer) -> None:
+    for text in TEXTS:
+        assert tokenizer.decode_infilling(tokenizer.encode_infilling(text)) == text
+
+
+class Shouting(Tokenizer):
+    def decode(self, t: Any) -> Any:
+        return super().decode(t).upper()
+
+
+def test_any_tokenizer_splits_its_own_text(tokenizer: Tokenizer, tokenizer_path: Path) -> None:
+    """An object of another class, an assigned `decode`, and a subclass: whatever `decode` says, piece by piece."""
+    replaced = Tokenizer(tokenizer_path)
+    replaced.decode = lambda t: tokenizer.decode(list(t)).upper()  # type: ignore[method-assign]
+    rng = random.Random(6)
+    for other in (Foreign(tokenizer), replaced, Shouting(tokenizer_path)):
+        for _ in range(100):
+            ids = random_ids(tokenizer, rng)
+            texts = pieces(other, ids)
+            assert len(texts) == len(ids) and "".join(texts) == other.decode(ids)
+            if other is not replaced and isinstance(other, Tokenizer):
+                assert other.pieces(ids) == texts
+    assert pieces(Foreign(tokenizer), byte_ids(tokenizer, "a€".encode())) == ["a", "", "", "€"]
 
 
 def test_the_path_may_be_a_string(tokenizer_path: Path) -> None:
