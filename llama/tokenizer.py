@@ -45,7 +45,7 @@ class Tokenizer:
         ValueError: the file is not a SentencePiece model, is damaged, or has no BOS or no EOS piece.
     """
 
-    def __init__(self, model_path: str | Path, added_tokens: Mapping[str, int] | None = None) -> None:
+    def __init__(self, model_path: str | Path, *, added_tokens: Mapping[str, int] | None = None) -> None:
         """
         Args:
             added_tokens: names and ids of the tokens that a fine-tune added to the SentencePiece model. It may name

@@ -276,7 +276,7 @@ def test_a_tokenizer_without_bos_or_eos_is_refused(tmp_path: Path, lacking: str)
 
 def test_added_tokens_encode_as_one_token_and_decode_as_their_text(tokenizer_path: Path, tokenizer: Tokenizer) -> None:
     n = tokenizer.n_words
-    model = Tokenizer(tokenizer_path, {"<|im_end|>": n + 1, "<|im_start|>": n, "<s>": 1, "[PAD]": n + 3})
+    model = Tokenizer(tokenizer_path, added_tokens={"<|im_end|>": n + 1, "<|im_start|>": n, "<s>": 1, "[PAD]": n + 3})
     assert model.n_words == n + 4  # row n + 2 has no token
     fox, quick = tokenizer.encode("fox", bos=False, eos=False), tokenizer.encode_infilling("quick")
     text = "<|im_start|>quick<|im_end|><s>"
