@@ -169,7 +169,7 @@ def test_a_command_that_is_wrong_is_not_understood(command: str) -> None:
 
 def test_what_is_not_run_says_why() -> None:
     assert {block.needs for block in BLOCKS} <= {None, *NEEDS}
-    assert {block.language for block in BLOCKS} == {"sh", "python", "text"}
+    assert {block.language for block in BLOCKS} == {"sh", "python", "text", "nginx", "ini", "dockerfile"}
     for block in BLOCKS:
         if block.language != "sh":
             assert block.needs in (None, "a running server"), "other snippets in Python run on the toy"
