@@ -16,11 +16,10 @@ from benchmarks.shapes import bytes_per_decode_step
 from benchmarks.worker import decode_rate
 from llama import Llama
 from llama.engine.cuda_graphs import PlainStepper
-from llama.engine.engine import Call, Step
+from llama.engine.engine import Call, TokenResult
 from llama.engine.engine import Sequence as EngineSequence
 from llama.engine.sampling import Sampler
 
-_NO_EOS = -1  # random weights may choose any token, and every row shall run to its end
 _BANDWIDTH_TURNS = 5
 # Random weights give flat probabilities. Those of trained ones fall off: in a spread of logits like this, the set that
 # top_p=0.9 leaves at temperature 0.6 has some tens of tokens.
@@ -37,11 +36,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {  # of `Llama.build`
 }
 
 
-def greedy_steps(llama: Llama, prompts: Iterable[Iterable[int]], n_tokens: Sequence[int]) -> Iterator[Step]:
+def greedy_steps(llama: Llama, prompts: Iterable[Iterable[int]], n_tokens: Sequence[int]) -> Iterator[TokenResult]:
     """Completes each prompt greedily by its number of tokens, past any EOS, in one call."""
     sampler = Sampler(0.0, 1.0, 1, torch.Generator(llama.model.norm.weight.device))
     pairs = zip(prompts, n_tokens, strict=True)
-    return llama.engine.run(Call(EngineSequence(list(prompt), sampler, 0, n, _NO_EOS) for prompt, n in pairs))
+    return llama.engine.run(Call(EngineSequence(list(prompt), sampler, 0, n, frozenset()) for prompt, n in pairs))
 
 
 class Ours:
@@ -73,7 +72,7 @@ class Ours:
         for step in range(30):
             started = time.perf_counter()
             sampler(logits, range(batch), [step] * batch).tolist()
-            sampler.release(step)
+            sampler.mark_used(0, step + 1)
             seconds.append(time.perf_counter() - started)
         return statistics.median(seconds)
 

@@ -11,7 +11,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -315,6 +315,15 @@ def broadcast_from_first(tensor: Tensor) -> Tensor:
     if model_parallel_size() > 1:
         dist.broadcast(tensor, get_model_parallel_src_rank(), group=get_model_parallel_group())
     return tensor
+
+
+def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Return for each flag whether it is true on any rank of the model-parallel group, which all call this together."""
+    if model_parallel_size() == 1:
+        return list(flags)
+    counts = torch.tensor([int(flag) for flag in flags], device=device)
+    dist.all_reduce(counts, group=get_model_parallel_group())
+    return [count > 0 for count in counts.tolist()]
 
 
 def is_first_of_group() -> bool:

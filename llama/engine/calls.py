@@ -21,7 +21,7 @@ from llama.engine.output import Completion
 from llama.engine.runner import device_of, dtype_of
 from llama.engine.sampling import Sampler
 from llama.engine.scoring import score
-from llama.engine.sequence import Call, Step
+from llama.engine.sequence import Call, TokenResult
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.inputs import SamplingParams
 from llama.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -112,7 +112,7 @@ class Completer:
         ends: Sequence[Callable[[int], bool]],
         *,
         whole: bool = False,
-    ) -> Generator[Step, None, None]:
+    ) -> Generator[TokenResult, None, None]:
         if params.max_gen_len == 0:
             return
         call = Call(
@@ -120,7 +120,7 @@ class Completer:
                 list(prompt),
                 *samplers.sampler_and_noise_row(i),
                 params.max_gen_len,
-                self._tokenizer.eos_id,
+                frozenset({self._tokenizer.eos_id}),
                 logprobs=params.logprobs,
                 ends=end,
                 speculative=params.speculative,
@@ -200,12 +200,12 @@ class _InLockstep:
     is closed on another rank keeps computing, discarding the steps, until it ends on the first rank.
     """
 
-    def __init__(self, steps: Generator[Step, None, None]) -> None:
+    def __init__(self, steps: Generator[TokenResult, None, None]) -> None:
         self._steps = steps
         self._number = next(_stream_numbers)
         self._is_finished = False
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[TokenResult]:
         while not self._is_finished:
             if (step := self._advance()) is not None:
                 yield step
@@ -219,7 +219,7 @@ class _InLockstep:
             self._advance()
         self._steps.close()
 
-    def _advance(self) -> Step | None:
+    def _advance(self) -> TokenResult | None:
         self._is_finished = True  # if the step fails, `close` must not wait for other ranks
         with groups.rank_errors():
             step = next(self._steps, None) if groups.broadcast_flag(True, stream=self._number) else None

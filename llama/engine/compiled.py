@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from llama import model as network
 from llama.distributed import groups
 from llama.distributed.device import to_device
-from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper, has_hooks
+from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper
+from llama.engine.network_state import has_hooks
 from llama.errors import printable
 from llama.layers import kernels
 from llama.layers.int4 import Int4Weight, int4_linear

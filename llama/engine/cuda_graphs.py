@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch import Tensor
 
-from llama import model as network
 from llama.distributed.device import to_device
+from llama.engine.network_state import fixed_parts, has_hooks, same_objects
 from llama.model import CachePositions, Transformer, takes_cache_positions
 
 KV_BUCKET = 256  # a static step attends to a multiple of this many positions; those past a row's end are masked
@@ -102,7 +101,7 @@ class StaticStepper:
         self._is_compiled = compiled is not None
         self._pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: graphs never run at the same time
         self._steps: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
-        self._captured: tuple[list[Any], list[int]] = ([], [])  # what the graphs depend on: see `_fixed_parts`
+        self._captured: tuple[list[Any], list[int]] = ([], [])  # what the graphs depend on: see `fixed_parts`
 
     def serves(self, model: object) -> bool:
         """False for a model with hooks, which a graph cannot run. Drops graphs if code, modules or memory changed."""
@@ -116,10 +115,9 @@ class StaticStepper:
             return True
         if has_hooks(self._model):
             return False
-        objects, addresses = _fixed_parts(self._model)
+        objects, addresses = fixed_parts(self._model)
         known, known_addresses = self._captured
-        same = len(objects) == len(known) and all(a is b for a, b in zip(objects, known, strict=True))
-        if not same or addresses != known_addresses:
+        if not same_objects(objects, known) or addresses != known_addresses:
             self._steps.clear()
             self._captured = objects, addresses
         return True
@@ -183,23 +181,6 @@ def choose_stepper(model: Any, *, cuda_graphs: bool) -> Stepper | None:
     """Returns the best stepper for the model's device; None to call the network directly."""
     on_cuda = takes_cache_positions(model) and model.norm.weight.device.type == "cuda"
     return StaticStepper(model, graphs=cuda_graphs) if on_cuda else None
-
-
-def has_hooks(model: nn.Module) -> bool:
-    """Whether calling the model runs forward hooks."""
-    global_hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-    return any(global_hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def _fixed_parts(model: nn.Module) -> tuple[list[Any], list[int]]:
-    """What a captured graph depends on: code, modules and their attributes, and the addresses of their tensors."""
-    objects: list[Any] = list(vars(network).values())
-    addresses = []
-    for module in model.modules():
-        parts = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
-        objects += [module, type(module).forward, *parts]
-        addresses += [part.data_ptr() for part in parts if isinstance(part, Tensor)]
-    return objects, addresses
 
 
 def _next_power_of_two(n: int) -> int:

@@ -1,9 +1,9 @@
 """The generation loop, with continuous batching.
 
-Sequences wait for slots of the KV cache, are prefilled, and then get a token at each step (or several, with speculative
-decoding). Running sequences occupy the first slots of the cache without gaps: when one ends, the last one moves into
-its slot, and a waiting sequence can start in the slot after the others. Calls from several threads share the batch:
-any thread that waits for a token runs the next step for all of them.
+A sequence is its tokens and `n_cached`, how many of them have their keys and values in its row of the KV cache. A pass
+of the network moves `n_cached` forward. A new prompt, a chunk of a long one, a cache that somebody else overwrote, an
+interrupted pass and a decode step differ only in how far behind a sequence is. Calls from several threads share the
+batch: any thread that waits for a token runs the next pass for all of them.
 """
 
 from __future__ import annotations
@@ -11,85 +11,82 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import takewhile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llama.distributed.device import pause_workers, to_device
+from llama.distributed.groups import on_any_rank
 from llama.engine.cuda_graphs import Stepper
 from llama.engine.lock import lock_of
-from llama.engine.prefill import PrefillPass
+from llama.engine.network_state import NetworkState, has_hooks
+from llama.engine.rows import Cache, Rows
 from llama.engine.runner import ModelRunner
-from llama.engine.sampled import ChosenTokens, by_sampler
-from llama.engine.sequence import Call, Sequence, Step
-from llama.engine.speculative import Counts, Speculator, pad
-from llama.model import takes_cache_positions
+from llama.engine.sampled import SampledTokens
+from llama.engine.sequence import Call, Sequence, TokenResult
+from llama.engine.speculative import Counts, Speculator
 
 _engines_lock = threading.Lock()
 
 
-@dataclass
-class _Prefill:
-    """A prefill in progress.
+@dataclass(frozen=True)
+class _Pass:
+    """A pass of the network that was started.
 
     Attributes:
-        sequences: the sequences that start together, in the slots after the running ones.
-        slot: slot of the first of them.
-        passes: the passes that have not run yet.
-        logits: (vocab,) after the last token of each prompt that is complete, by index of its sequence.
+        sequences: its sequences.
+        n_cached: for each, the number of its tokens in the cache after the pass; drafted tokens do not count.
+        sampled: the tokens of those sequences that need no further pass for it; None if there are none.
     """
 
     sequences: list[Sequence]
-    slot: int
-    passes: deque[PrefillPass]
-    logits: dict[int, Tensor] = field(default_factory=dict)
+    n_cached: list[int]
+    sampled: SampledTokens | None
 
     @property
-    def slots(self) -> range:
-        return range(self.slot, self.slot + len(self.sequences))
+    def n_sampled(self) -> int:
+        """Number of sequences that get a token."""
+        return len(self.sampled.sequences) if self.sampled else 0
 
 
 class Engine:
     """Generates tokens for all sequences of a network together.
 
-    Calls may be added and aborted at any time, from any thread; this takes effect before the next step. The engine has
-    no thread of its own: a thread that waits for a step runs it for all. In float32 the tokens of a sequence do not
-    depend on the other sequences; in other dtypes the number of rows can affect rounding.
+    Calls may be added and aborted at any time, from any thread; this takes effect before the next pass. The engine has
+    no thread of its own: a thread that waits for a token runs passes for all. In float32 the greedy tokens of a
+    sequence do not depend on the others; in other dtypes the number of rows can affect rounding.
 
-    Others may use the network between two steps: keys and values that they overwrite are computed again.
+    Others may use the network between two passes: keys and values that they overwrite are computed again.
 
-    Under model parallelism the engines of all ranks run the same steps, so every rank must add and abort the same calls
-    between the same two steps. Where only the first rank knows of the changes, as in a server, it announces them to the
-    other ranks together with the tokens of a step.
+    Under model parallelism the engines of all ranks run the same passes, so every rank must add and abort the same
+    calls between the same two passes.
 
     Args:
         model: a `Transformer`, or any object with `forward(tokens, start_pos)` and `params`.
-        stepper: runs the decode steps of an unmodified network; None to call the network directly.
+        stepper: runs the decode passes of an unmodified network; None to call the network directly.
         draft: the runner of a smaller network that drafts tokens; None without a draft model.
 
     Attributes:
-        announces: called at each step; returns whether this rank announces changes. The first rank's value counts.
-        changes_follow: whether the first rank announced changes with the latest step.
+        reuse_prefixes: whether a new sequence takes the keys and values of a prefix that the cache holds already.
+        n_reused: number of tokens that were taken so.
     """
 
     def __init__(self, model: Any, stepper: Stepper | None = None, draft: ModelRunner | None = None) -> None:
         self.model = model
         self.stepper = stepper
         self.draft = draft
-        self.announces: Callable[[], bool] = lambda: False
-        self.changes_follow = False
+        self.reuse_prefixes = False
+        self.n_reused = 0
         self._arrived: deque[Sequence] = deque()  # from any thread; its methods are atomic
         self._lock = lock_of(model)  # guards all attributes below
         self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._rows = Rows(0)
         self._runner: ModelRunner | None = None
-        self._in_flight: ChosenTokens | None = None  # a step started before the previous one's tokens were on the host
-        self._kind: object = None  # how the network can be run, as found when `_runner` was made
-        self._prefilling: _Prefill | None = None
+        self._state: NetworkState | None = None  # of the network, with `reuse_prefixes`
+        self._batch: list[Sequence] = []  # the sequences of the pass that is run now
+        self._in_flight: _Pass | None = None  # started before the previous one's tokens were on the host
         self._has_just_prefilled = False
         self._speculator: Speculator | None = None  # made when it is first needed
 
@@ -100,64 +97,64 @@ class Engine:
 
     @property
     def n_running(self) -> int:
-        """Number of sequences that have a slot."""
-        return len(self._running) + (len(self._prefilling.sequences) if self._prefilling else 0)
+        """Number of sequences that have a row of the cache."""
+        return len(self._rows.running)
 
     @property
     def n_waiting(self) -> int:
-        """Number of sequences that wait for a slot."""
+        """Number of sequences that wait for a row."""
         return len(self._arrived) + len(self._waiting)
 
     @property
     def is_idle(self) -> bool:
         """Whether no sequence is running or waiting."""
-        return not (self._running or self._prefilling or self._waiting or self._arrived)
+        return not (self._rows.running or self._waiting or self._arrived)
 
     def add(self, call: Call) -> None:
         """Appends the call's sequences to the waiting queue."""
         self._arrived.extend(call.sequences)
 
-    def run(self, call: Call, *, whole: bool = False) -> Iterator[Step]:
-        """Adds a call, and yields its steps. Steps of different sequences are interleaved.
+    def run(self, call: Call, *, whole: bool = False) -> Iterator[TokenResult]:
+        """Adds a call, and yields its results. Those of different sequences are interleaved.
 
         Closing the iterator early aborts the call.
 
         Args:
-            whole: yields the first step when the call has ended. Then several threads' calls take less time: a thread
-                runs steps for all of them until its own call has ended, in place of a thread per step.
+            whole: yields the first result when the call has ended. Then several threads' calls take less time: a thread
+                runs passes for all of them until its own call has ended, in place of a thread per pass.
         """
         self.add(call)
         try:
             if whole:
                 self._finish(call)
-            while (step := self.next_step(call)) is not None:
-                yield step
+            while (result := self.next_result(call)) is not None:
+                yield result
         finally:
             self.abort(call)
             pause_workers()  # the next call may come from another thread
 
-    def next_step(self, call: Call) -> Step | None:
-        """Returns the call's next step, running steps in this thread if necessary; None when the call has ended.
+    def next_result(self, call: Call) -> TokenResult | None:
+        """Returns the call's next result, running passes in this thread if necessary; None when the call has ended.
 
         Raises:
             Exception: the error of a pass whose batch had one of the call's sequences.
         """
-        while not call.steps:
+        while not call.results:
             if call.error is not None:
                 raise call.error
             if call.is_finished:
                 return None
-            if self._lock.acquire(unless=lambda: bool(call.steps) or call.is_finished):
+            if self._lock.acquire(unless=lambda: bool(call.results) or call.is_finished):
                 try:
                     self.step()
                 finally:
-                    if any(sequence.call is not call for sequence in self._running):
-                        pause_workers()  # the next step may be another thread's
+                    if any(sequence.call is not call for sequence in self._rows.running):
+                        pause_workers()  # the next pass may be another thread's
                     self._lock.release()
-        return call.steps.popleft()
+        return call.results.popleft()
 
     def _finish(self, call: Call) -> None:
-        """Runs steps until the call has ended, in this thread or in another one that does so for its own call."""
+        """Runs passes until the call has ended, in this thread or in another one that does so for its own call."""
         while self._lock.acquire(unless=lambda: call.is_finished):
             try:
                 self.step()
@@ -167,7 +164,7 @@ class Engine:
                 self._lock.release()
 
     def abort(self, call: Call) -> None:
-        """Ends the sequences of a call. Their slots are free before the next step."""
+        """Ends the sequences of a call. Their rows are free before the next pass."""
         if not call.is_finished:
             call.abort()
         self._lock.wake()
@@ -185,269 +182,252 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Runs a prefill's pass, if sequences wait, and unless that completes the prefill, a decode step.
+        """Admits waiting sequences, runs one pass, and records its tokens.
 
-        The caller must hold the network's lock. An error in a pass of the network ends the calls in its batch, and is
-        raised to their callers.
+        The caller must hold the network's lock. An error in a pass ends the calls in its batch, and is raised to their
+        callers.
         """
+        self._batch = []
         try:
             self._apply_changes()
+            if self._runner is not None and self._runner.has_lost_cache():
+                self._rows.lose()
+                self._in_flight = None
+            self._admit()
             self._advance()
         except Exception as error:
             self._fail(error)
-        except BaseException:  # such as Ctrl-C: sequences of other callers continue
-            self._interrupt()
+        except BaseException:  # such as Ctrl-C: sequences of other callers continue, and the cache is computed again
+            self._lock.last_writer = None
+            self._in_flight = None
+            self._waiting = deque(s for s in self._waiting if s not in self._rows.running)
             raise
         finally:
             self._lock.wake()
 
     def _advance(self) -> None:
-        """Records the tokens of the step in flight, else of a prefill that completes, else of a decode step."""
-        tokens = self._in_flight or self._prefill() or self._decode()
-        self._in_flight = None
-        if tokens is None:
+        """Runs a pass, or waits for the one in flight, and records its tokens."""
+        started, self._in_flight = self._in_flight or self._next_pass(), None
+        if started is None:
             return
-        runner = self._runner
-        assert runner is not None
-        # The next step may start before these tokens are known if it will have the same rows, whatever they are: none
-        # waits for a slot, and none reaches its last token now. Drafts need to know the tokens.
-        may_look_ahead = runner.looks_ahead and not (self._waiting or self._prefilling)
-        all_continue = all(s.n_remaining > 1 and not s.is_finished and not s.speculative for s in self._running)
-        if may_look_ahead and all_continue and len(tokens.sequences) == len(self._running):
-            newest = tokens.chosen.unsqueeze(1)
-            self._in_flight = ChosenTokens.choose(self._pass(newest), self._running, self.announces())
-        results, self.changes_follow = tokens.on_host()
-        for (sequence, steps), draft in zip(results, tokens.drafts, strict=True):
-            if not sequence.is_finished:
-                self._record(sequence, steps, len(draft))
-        for sampler, sequences in by_sampler(tokens.sequences):
-            if running := [sequence.next_step for sequence in sequences if not sequence.is_finished]:
-                sampler.release(min(running) - 1)  # a step that is interrupted runs again
-            else:
-                sampler.rewind()
-        if self._in_flight and all(sequence.is_finished for sequence in self._running):
+        if self._may_look_ahead(started):
+            self._in_flight = self._decode(self._rows.running, after=started)
+        self._record(started)
+        if all(sequence.is_finished for sequence in self._rows.running):
             self._in_flight = None
         if not self._in_flight:
-            self._compact()
+            self._remove_finished()
 
-    def _record(self, sequence: Sequence, steps: list[Step], n_drafted: int) -> None:
-        """Adds to a sequence the tokens of a pass: accepted drafted ones, and one more."""
-        n_accepted = len(steps) - 1  # `_pass` has counted the newest token already
-        sequence.length += n_accepted
-        sequence.next_step += n_accepted
-        if self._speculator and sequence.draft_state:
-            self._speculator.observe(sequence, n_drafted, n_accepted)
-        for step in steps:
-            if not sequence.is_finished:
-                sequence.call.append(sequence.record(step))
+    def _may_look_ahead(self, started: _Pass) -> bool:
+        """Whether the next pass decodes the same rows whatever the tokens of this one are, which it need not know.
 
-    def _prefill(self) -> ChosenTokens | None:
-        """Prefills waiting sequences in the slots after the running ones; returns their first tokens when complete.
-
-        Returns None while the prefill is incomplete or none is needed. Between two passes of a prefill, running
-        sequences get a step.
+        None waits for a row, and none reaches its last token now. Drafts need to know the tokens.
         """
-        if self._running and self._has_just_prefilled:
-            return None
-        prefill = self._prefilling = self._prefilling or self._start_prefill()
-        runner = self._runner
-        if prefill is None or runner is None:
-            return None
-        self._move_prefill(prefill)
-        self._restore()
-        prompts = [sequence.tokens for sequence in prefill.sequences]
-        if runner.one_position:
-            prefill.logits = dict(enumerate(runner.prefill(prompts, prefill.slots)))
-        while prefill.passes:
-            one_pass = prefill.passes.popleft()
-            prefill.logits |= runner.prefill_pass(one_pass, prompts, prefill.slots)
-            for i in one_pass.places:
-                prefill.sequences[i].length = min(one_pass.end, len(prompts[i]))
-            self._has_just_prefilled = True
-            if self._running and prefill.passes:
-                return None
-        self._prefilling = None
-        self._has_just_prefilled = True
-        for sequence in prefill.sequences:
-            sequence.length = len(sequence.tokens)
-        self._running += prefill.sequences
-        logits = torch.stack([prefill.logits[i] for i in range(len(prompts))])
-        return ChosenTokens.choose(logits.unsqueeze(1), prefill.sequences, self.announces())
-
-    def _start_prefill(self) -> _Prefill | None:
-        """Admits waiting sequences, and plans their prefill; None if no sequence can be admitted."""
-        new = self._admit()
-        runner = self._runner
-        if not new or runner is None:
-            return None
-        for sequence in new:
-            sequence.n_remaining = min(sequence.max_gen_len, runner.max_seq_len - len(sequence.tokens))
-            sequence.first_step = sequence.next_step = sequence.sampler.used
-            sequence.length = 0
-        lengths = [len(sequence.tokens) for sequence in new]
-        passes = [] if runner.one_position else runner.plan_prefill(lengths, in_chunks=bool(self._running))
-        return _Prefill(new, len(self._running), deque(passes))
-
-    def _move_prefill(self, prefill: _Prefill) -> None:
-        """Moves a prefill's part of the cache to the slots after the running sequences, if some of these have ended."""
-        slot = len(self._running)
-        if slot != prefill.slot:
-            assert self._runner is not None
-            for i, sequence in enumerate(prefill.sequences):
-                self._runner.move_row(prefill.slot + i, slot + i, sequence.length)
-            prefill.slot = slot
-
-    def _admit(self) -> list[Sequence]:
-        """Removes and returns the waiting sequences that get a slot now."""
-        if not self._waiting:
-            return []
-        runner = self._runner_for_new()
-        if runner is None:
-            return []
-        n_free = runner.max_batch_size - len(self._running)
-        if runner.one_position:
-            return self._admit_of_one_length(n_free)
-        starting: list[Sequence] = []
-        while self._waiting and len(starting) < n_free:
-            # Sequences that draw from one random stream start in one prefill, as the rows of a batch do.
-            n_together = min(self._n_starting_with_next(), runner.max_batch_size)
-            if len(starting) + n_together > n_free or (starting and n_together > 1):
-                break
-            starting += [self._waiting.popleft() for _ in range(n_together)]
-            if n_together > 1:
-                return starting
-        return starting
-
-    def _runner_for_new(self) -> ModelRunner | None:
-        """The runner for sequences that start now; None if they must wait until no sequence is running.
-
-        A new runner is made if no sequence is running, because hooks may have been added to the network, or modules
-        replaced.
-        """
-        steps = self.stepper is not None and self.stepper.serves(self.model)
-        kind = (takes_cache_positions(self.model), steps)
-        if not self._running:
-            self._runner, self._kind = ModelRunner(self.model, self.stepper if steps else None), kind
-        runner = self._runner
-        assert runner is not None
-        return None if self._running and (runner.one_position or kind != self._kind) else runner
-
-    def _n_starting_with_next(self) -> int:
-        """Number of sequences that must start together with the first waiting one because they share a sampler."""
-        first = self._waiting[0]
-        if first.sampler.is_greedy:
-            return 1
-        return len(list(takewhile(lambda sequence: sequence.sampler is first.sampler, self._waiting)))
-
-    def _admit_of_one_length(self, n_free: int) -> list[Sequence]:
-        """Removes and returns waiting sequences of one call and length, for a network that needs equal positions."""
-        first = self._waiting[0]
-        admitted = [s for s in self._waiting if s.call is first.call and len(s.tokens) == len(first.tokens)][:n_free]
-        ids = {id(sequence) for sequence in admitted}
-        self._waiting = deque(sequence for sequence in self._waiting if id(sequence) not in ids)
-        return admitted
-
-    def _decode(self) -> ChosenTokens | None:
-        """Runs a decode step, which may have drafted tokens, for all running sequences."""
-        if not self._running:
-            return None
-        self._has_just_prefilled = False
-        drafts = self._drafts()
-        width = 1 + max(map(len, drafts))
-        newest = [(sequence.tokens[-1], *draft) for sequence, draft in zip(self._running, drafts, strict=True)]
+        running = self._rows.running
         assert self._runner is not None
-        tokens = to_device(pad(newest, width), self._runner.device).view(len(newest), width)
-        return ChosenTokens.choose(self._pass(tokens), self._running, self.announces(), drafts)
+        return (
+            self._runner.looks_ahead
+            and not self._waiting
+            and started.sequences == running
+            and started.n_sampled == len(running)
+            and all(s.n_remaining > 1 and not s.is_finished and not s.speculative for s in running)
+        )
 
-    def _drafts(self) -> list[list[int]]:
-        """Drafts tokens for each running sequence; empty lists where nothing is drafted."""
+    def _record(self, started: _Pass) -> None:
+        """Adds the tokens of a pass to its sequences. This alone moves `n_cached` forward, after the tokens."""
+        sampled = started.sampled
+        results = dict(zip(map(id, sampled.sequences), sampled.on_host(), strict=True)) if sampled else {}
+        drafted = dict(zip(map(id, sampled.sequences), map(len, sampled.drafts), strict=True)) if sampled else {}
+        for sequence, n_cached in zip(started.sequences, started.n_cached, strict=True):
+            if sequence.is_finished:
+                continue
+            mine = results.get(id(sequence), [])
+            if mine and self._speculator and sequence.draft_state:
+                self._speculator.observe(sequence, drafted[id(sequence)], len(mine) - 1)
+            for result in mine:
+                if not sequence.is_finished:
+                    sequence.call.append(sequence.record(result))
+            # Accepted drafts are cached too, as the newest token is.
+            sequence.n_cached = min(n_cached + max(0, len(mine) - 1), len(sequence.tokens))
+
+    def _next_pass(self) -> _Pass | None:
+        """Runs the next pass: the sequences in front that lack their newest token alone, or some that lack more."""
+        running, runner = self._rows.running, self._runner
+        if not running or runner is None:
+            return None
+        if runner.one_position:
+            return self._pass_of_one_position()
+        if self._state is not None:
+            self._state.is_same(thorough=False)  # notices a hook that is gone when the next sequence starts
+        behind = [row for row, sequence in enumerate(running) if not sequence.is_level]
+        level = self._rows.level()
+        if not behind:
+            return self._decode(level)
+        # The sequences of one call begin to decode together, as the rows of a batch do.
+        call = running[behind[0]].call
+        others_decode = any(s.n_generated > 1 or s.call is not call for s in level)
+        if others_decode and self._has_just_prefilled:
+            return self._decode(level)
+        return self._prefill(behind, in_chunks=others_decode)
+
+    def _prefill(self, behind: list[int], *, in_chunks: bool) -> _Pass:
+        """Computes tokens of the first of these rows, and of others that lack about as many."""
+        running, runner = self._rows.running, self._runner
+        assert runner is not None
+        group, width = runner.next_group([running[row].n_behind for row in behind], in_chunks=in_chunks)
+        rows = [behind[i] for i in group]
+        self._batch = sequences = [running[row] for row in rows]
+        starts = [sequence.n_cached for sequence in sequences]
+        tokens = [s.tokens[start : start + width] for s, start in zip(sequences, starts, strict=True)]
+        logits = runner.prefill(tokens, rows, starts)
+        ends = [start + len(part) for start, part in zip(starts, tokens, strict=True)]
+        complete = [i for i, s in enumerate(sequences) if ends[i] == len(s.tokens)]
+        self._has_just_prefilled = True
+        if not complete:
+            return _Pass(sequences, ends, None)
+        if len(complete) < len(sequences):
+            logits = logits[to_device(complete, logits.device)]
+        sampled = SampledTokens.sample(logits.unsqueeze(1), [sequences[i] for i in complete])
+        return _Pass(sequences, ends, sampled)
+
+    def _decode(self, sequences: list[Sequence], *, after: _Pass | None = None) -> _Pass:
+        """Computes the newest token of the sequences in the first rows, and drafted tokens after it.
+
+        Args:
+            after: a pass of the same sequences whose tokens are not recorded yet; they are then the newest.
+        """
         runner = self._runner
         assert runner is not None
-        if runner.one_position or not any(sequence.speculative for sequence in self._running):
-            return [[] for _ in self._running]
+        self._batch = sequences = list(sequences)
+        if after is not None and after.sampled is not None:
+            starts, tokens = after.n_cached, after.sampled.chosen.unsqueeze(1)
+            drafts: list[list[int]] = []
+        else:
+            starts, drafts = [sequence.n_cached for sequence in sequences], self._drafts(sequences)
+            tokens = runner.pad([(s.tokens[-1], *draft) for s, draft in zip(sequences, drafts, strict=True)])
+        logits = runner.decode(tokens, starts)
+        self._has_just_prefilled = False
+        sampled = SampledTokens.sample(logits, sequences, drafts, ahead=int(after is not None))
+        return _Pass(sequences, [start + 1 for start in starts], sampled)
+
+    def _pass_of_one_position(self) -> _Pass:
+        """A pass of a network that needs equal positions. Sequences keep their rows until all have ended."""
+        running, runner = self._rows.running, self._runner
+        assert runner is not None
+        self._batch = sequences = [sequence for sequence in running if not sequence.is_finished]
+        start, n = sequences[0].n_cached, sequences[0].n_behind
+        tokens = [[0] * n if sequence.is_finished else sequence.tokens[start:] for sequence in running]
+        logits = runner.prefill(tokens, range(len(running)), [start] * len(running))
+        going = [row for row, sequence in enumerate(running) if not sequence.is_finished]
+        sampled = SampledTokens.sample(logits[going].unsqueeze(1), sequences)
+        return _Pass(sequences, [start + n] * len(sequences), sampled)
+
+    def _drafts(self, sequences: list[Sequence]) -> list[list[int]]:
+        """Drafts tokens for each sequence; empty lists where nothing is drafted."""
+        if not any(sequence.speculative for sequence in sequences):
+            return [[] for _ in sequences]
         if self._speculator is None:
             self._speculator = Speculator(self.model, self.draft)
-        room = runner.max_seq_len - 1 - max(sequence.length for sequence in self._running)
-        return self._speculator.propose(self._running, room)
-
-    def _pass(self, tokens: Tensor) -> Tensor:
-        """Feeds tokens (bsz, width), each running sequence's newest and its drafted ones; returns the logits."""
         assert self._runner is not None
-        self._restore()
-        lengths = [sequence.length for sequence in self._running]
-        for sequence in self._running:
-            sequence.length += 1
-        return self._runner.step(tokens, lengths)
+        room = self._runner.max_seq_len - 1 - max(sequence.n_cached for sequence in sequences)
+        return self._speculator.propose(sequences, room)
 
-    def _restore(self) -> None:
-        """Computes the sequences' keys and values again if another use of the network has overwritten them."""
-        assert self._runner is not None
-        started = [*self._running, *(self._prefilling.sequences if self._prefilling else ())]
-        if started and self._runner.has_lost_cache():
-            cached = [(slot, s.tokens[: s.length]) for slot, s in enumerate(started) if s.length]
-            if cached:
-                self._runner.prefill([tokens for _, tokens in cached], [slot for slot, _ in cached])
-
-    def _compact(self) -> None:
-        """Removes sequences that have ended, and moves running ones from the end into the gaps.
-
-        In a network that needs equal positions, sequences keep their slots until all have ended.
-        """
-        running, runner = self._running, self._runner
-        if runner is None or (runner.one_position and not all(sequence.is_finished for sequence in running)):
+    def _admit(self) -> None:
+        """Gives rows to waiting sequences."""
+        if not self._waiting or not self._is_runner_current():
             return
-        for slot in reversed(range(len(running))):
-            if running[slot].is_finished:
-                last = running.pop()
-                if slot < len(running):
-                    running[slot] = last
-                    runner.move_row(len(running), slot, last.length)
-                    if self._speculator:
-                        self._speculator.move_row(len(running), slot)
+        runner, rows = self._runner, self._rows
+        assert runner is not None
+        if runner.one_position:
+            self._admit_of_one_length(runner.max_batch_size)
+            return
+        reuse = self.reuse_prefixes and self._may_reuse()
+        while self._waiting and len(rows.running) < runner.max_batch_size:
+            sequence = self._waiting[0]
+            if reuse and rows.must_wait(sequence.tokens):
+                return
+            rows.add(sequence, self._caches(), reuse=reuse)
+            self._waiting.popleft()
+            self.n_reused += sequence.n_reused
+
+    def _is_runner_current(self) -> bool:
+        """Whether sequences can start now: False if the network has changed, until no sequence is running.
+
+        If none is running, a new runner is made where hooks were added to the network, or modules replaced.
+        """
+        running = self._rows.running
+        if running and (self._runner is None or len(running) == self._runner.max_batch_size):
+            return False
+        steps = self.stepper is not None and self.stepper.serves(self.model)
+        runner = ModelRunner(self.model, self.stepper if steps else None)
+        is_same = self._runner is not None and runner.key == self._runner.key
+        if running:
+            return is_same and not runner.one_position
+        if not is_same:
+            self._runner, self._rows = runner, Rows(runner.max_batch_size)
+        return True
+
+    def _may_reuse(self) -> bool:
+        """Whether new sequences may take prefixes from the cache. Forgets them if the network has changed on a rank."""
+        if self._state is None:
+            self._state = NetworkState(self.model)
+        assert self._runner is not None
+        flags = [not self._state.is_same(thorough=True), has_hooks(self.model)]
+        has_changed, hooked = on_any_rank(flags, self._runner.device)
+        if has_changed:
+            self._rows.forget()
+            self._state = NetworkState(self.model)
+        return not hooked
+
+    def _admit_of_one_length(self, n_rows: int) -> None:
+        """Gives rows to waiting sequences of one call and length, for a network that needs equal positions."""
+        first = self._waiting[0]
+        admitted = [s for s in self._waiting if s.call is first.call and len(s.tokens) == len(first.tokens)][:n_rows]
+        for sequence in admitted:
+            self._rows.add(sequence, self._caches(), reuse=False)
+        self._waiting = deque(sequence for sequence in self._waiting if sequence not in admitted)
+
+    def _caches(self) -> list[Cache]:
+        """The caches whose rows belong together: the network's, and the draft model's."""
+        assert self._runner is not None
+        return [self._runner, *(self._speculator.caches if self._speculator else [])]
 
     def _apply_changes(self) -> None:
         """Moves sequences that have arrived to the waiting queue, and removes aborted ones."""
         while self._arrived:
-            self._waiting.append(self._arrived.popleft())
-        if any(sequence.is_finished for sequence in self._waiting):
-            self._waiting = deque(sequence for sequence in self._waiting if not sequence.is_finished)
-        if self._in_flight:
-            self._in_flight.rewind()
-            if not all(sequence.is_finished for sequence in self._running):
-                return  # slots must not change while a step is in flight
-            self._in_flight = None
-        if self._prefilling and all(sequence.is_finished for sequence in self._prefilling.sequences):
-            self._prefilling = None
-        if any(sequence.is_finished for sequence in self._running):
-            self._compact()
+            sequence = self._arrived[0]
+            sequence.max_gen_len = min(sequence.max_gen_len, self.model.params.max_seq_len - sequence.n_prompt)
+            self._waiting.append(sequence)
+            self._arrived.popleft()
+        for sequence in [sequence for sequence in self._waiting if sequence.is_finished]:
+            self._waiting.remove(sequence)
+            sequence.sampler.end_row(sequence.noise_row)
+        if self._in_flight and not all(sequence.is_finished for sequence in self._rows.running):
+            return  # rows must not change while a pass is in flight
+        self._in_flight = None
+        self._remove_finished()
+
+    def _remove_finished(self) -> None:
+        """Removes sequences that have ended, and moves running ones into the gaps."""
+        running, runner = self._rows.running, self._runner
+        if runner is None or not any(sequence.is_finished for sequence in running):
+            return
+        if runner.one_position and not all(sequence.is_finished for sequence in running):
+            return
+        keep = self._state is not None and self._state.is_same(thorough=True)
+        for sequence in self._rows.remove_finished(self._caches(), keep=keep):
+            sequence.sampler.end_row(sequence.noise_row)
 
     def _fail(self, error: Exception) -> None:
-        """Ends the calls of all sequences that have a slot, or, if none has, the call of the first one waiting."""
-        started = [*self._running, *(self._prefilling.sequences if self._prefilling else ())]
-        for sequence in started or list(self._waiting)[:1]:
+        """Ends the calls in the pass that failed; or of all running sequences, or of the first one that waits."""
+        for sequence in self._batch or self._rows.running or list(self._waiting)[:1]:
             if not sequence.is_finished:
                 sequence.call.abort(error)
-        self._drop_in_flight()
-        self._running.clear()
-        self._prefilling = None
-
-    def _interrupt(self) -> None:
-        """Returns sequences to their state before the interrupted step. The cache is computed again in the next one."""
-        self._drop_in_flight()
-        started = [*self._running, *(self._prefilling.sequences if self._prefilling else ())]
-        unfinished = [sequence for sequence in started if not sequence.is_finished]
-        self._prefilling = None
-        self._running = [sequence for sequence in unfinished if len(sequence.tokens) > sequence.n_prompt]
-        self._waiting.extendleft(s for s in reversed(unfinished) if len(s.tokens) == s.n_prompt)
-        for sequence in self._running:
-            sequence.length = len(sequence.tokens) - 1
         self._lock.last_writer = None
-
-    def _drop_in_flight(self) -> None:
-        """Discards the step in flight; its tokens will be sampled again."""
         self._in_flight = None
-        for sequence in self._running:
-            sequence.next_step = sequence.first_step + sequence.n_generated
+        self._rows.lose()
+        for sequence in self._rows.drop_finished():
+            sequence.sampler.end_row(sequence.noise_row)
 
 
 def engine_of(model: Any, stepper: Stepper | None = None, draft: ModelRunner | None = None) -> Engine:

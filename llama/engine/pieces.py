@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama.engine.sequence import FinishReason, Step
+from llama.engine.sequence import FinishReason, TokenResult
 from llama.tokenizer import IncrementalDetokenizer
 
 TopLogprobs = tuple[tuple[int, float], ...]
@@ -64,7 +64,7 @@ class Choice:
         self._logprobs = logprobs
         self._final_texts: deque[str] = deque()  # of each new token, what it made final
         self._n_chars_final = 0
-        self._held_steps: deque[Step] = deque()  # of tokens that may still be cut off at a stop string
+        self._held_steps: deque[TokenResult] = deque()  # of tokens that may still be cut off at a stop string
         self._n_released = 0  # number of tokens in pieces so far
         self._n_chars_released = 0  # number of characters of these tokens
 
@@ -81,7 +81,7 @@ class Choice:
         )
         return Piece(self._index, "".join(texts), tuple(tokens))
 
-    def piece(self, step: Step) -> Piece:
+    def piece(self, step: TokenResult) -> Piece:
         """Returns the piece of a step."""
         text = ""
         if step.token is not None:

@@ -1,8 +1,4 @@
-"""Runs prefill and decode passes of a network, and detects when others have written to its KV cache.
-
-In an unmodified network each row of a pass has its own position. A network whose `forward`, blocks or attention were
-replaced is called as in Meta's code, `model(tokens, start_pos)` with an int, with rows of equal length.
-"""
+"""One pass of the network: tokens in, logits out, keys and values in the cache; and what a prefill's passes hold."""
 
 from __future__ import annotations
 
@@ -13,9 +9,9 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
+from llama.distributed.device import to_device
 from llama.engine.cuda_graphs import PlainStepper, Stepper
 from llama.engine.lock import lock_of
-from llama.engine.prefill import PrefillPass, plan_prefill
 from llama.model import CachePositions, takes_cache_positions
 
 # Fixed cost of a prefill pass, in positions: reading the weights and, on a GPU, launching kernels.
@@ -24,16 +20,16 @@ _CHUNK_IN_PASS_COSTS = 16  # chunked prefill costs at most 1/16 more
 
 
 class ModelRunner:
-    """Runs passes of a network for one call.
+    """Runs passes of a network.
 
     Args:
         model: a `Transformer`, or any object with `forward(tokens, start_pos)` and `params`.
-        stepper: runs the decode steps of an unmodified network; None to call the network directly.
+        stepper: runs the decode passes of an unmodified network; None to call the network directly.
 
     Attributes:
         model: the network.
         one_position: whether all rows of a pass must be at the same position.
-        looks_ahead: whether to start the next step before the tokens of the current one are on the host.
+        looks_ahead: whether to start the next decode pass before the tokens of the current one are on the host.
         device: the device of the network's parameters.
         max_batch_size, max_seq_len: size of the KV cache.
     """
@@ -42,7 +38,8 @@ class ModelRunner:
         self.model = model
         self._call = model if callable(model) else model.forward
         self.one_position = not takes_cache_positions(model)
-        self._stepper = stepper if stepper and not self.one_position else PlainStepper(self._call)
+        self._given = None if self.one_position else stepper
+        self._stepper = self._given or PlainStepper(self._call)
         self.looks_ahead = self._stepper.looks_ahead
         self.device = device_of(model)
         self._args = ModelArgs.of(model.params)
@@ -52,53 +49,44 @@ class ModelRunner:
         self._mark = object()
         self._seen: list[object] = []  # state of the cache after this runner's last pass
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for runners of one network that do the same."""
+        return self.one_position, self._given, self.device, self.max_batch_size, self.max_seq_len
+
     def run(self, tokens: Tensor, start_pos: int | CachePositions) -> Tensor:
         """Runs one pass; returns the logits (bsz, seqlen or 1, vocab) float32."""
         logits: Tensor = self._call(tokens, start_pos)
         self._note_cache()
         return logits.float()
 
-    def prefill(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
-        """Prefills prompts into these rows of the cache; returns the logits after their last tokens, (bsz, vocab)."""
-        if self.one_position:  # the rows are then the first ones, and the prompts have equal lengths
-            return self.run(self.pad(prompts), 0)[:, -1]
-        logits: dict[int, Tensor] = {}
-        for one_pass in self.plan_prefill([len(prompt) for prompt in prompts]):
-            logits |= self.prefill_pass(one_pass, prompts, rows)
-        return torch.stack([logits[i] for i in range(len(prompts))])
-
-    def plan_prefill(self, lengths: Sequence[int], *, in_chunks: bool = False) -> list[PrefillPass]:
-        """Plans the passes that prefill prompts of these lengths.
+    def prefill(
+        self, tokens: Sequence[Sequence[int]], rows: Sequence[int], starts: Sequence[int] | None = None
+    ) -> Tensor:
+        """Computes tokens of several rows in one pass.
 
         Args:
-            in_chunks: whether to split long prompts, so that other sequences can take steps between the passes.
-        """
-        pass_cost = PASS_COST.get(self.device.type, 512)
-        chunk = min(self._args.prefill_tokens, _CHUNK_IN_PASS_COSTS * pass_cost) if in_chunks else None
-        return plan_prefill(lengths, self._args.prefill_tokens, pass_cost, chunk)
-
-    def prefill_pass(
-        self, one_pass: PrefillPass, prompts: Sequence[Sequence[int]], rows: Sequence[int]
-    ) -> dict[int, Tensor]:
-        """Runs one pass of a prefill.
+            tokens: for each row, the tokens that follow those in the cache.
+            rows: rows of the cache.
+            starts: for each row, the number of tokens in the cache; None for 0.
 
         Returns:
-            For each prompt that the pass completes, by its index: the logits (vocab,) after its last token.
+            Logits (bsz, vocab) float32 after the last token of each row.
         """
-        start, end, n_prompts = one_pass.start, one_pass.end, len(one_pass.places)
-        tokens = self.pad([prompts[i][start:end] for i in one_pass.places])
-        last = [min(len(prompts[i]), end) - 1 - start for i in one_pass.places]
+        starts = starts or [0] * len(rows)
+        padded = self.pad(tokens)
+        if self.one_position:  # all rows have as many tokens
+            return self.run(padded, starts[0])[:, -1]
         positions = CachePositions(
-            start=torch.full((n_prompts,), start, dtype=torch.int64, device=self.device),
-            kv_len=start + tokens.size(1),
-            rows=torch.tensor([rows[i] for i in one_pass.places], device=self.device),
-            from_zero=start == 0,
-            last=torch.tensor(last, device=self.device),
+            start=to_device(starts, self.device),
+            kv_len=max(start + len(row) for start, row in zip(starts, tokens, strict=True)),
+            rows=to_device(rows, self.device),
+            from_zero=not any(starts),
+            last=to_device([len(row) - 1 for row in tokens], self.device),
         )
-        logits = self.run(tokens, positions)[:, 0]
-        return {i: row for i, row in zip(one_pass.places, logits, strict=True) if len(prompts[i]) <= end}
+        return self.run(padded, positions)[:, 0]
 
-    def step(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Feeds tokens (bsz, width) to the first bsz rows of the cache, which already hold `lengths` tokens.
 
         Returns:
@@ -108,21 +96,53 @@ class ModelRunner:
         self._note_cache()
         return logits.float()
 
-    def pad(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Right-pads prompts to a tensor (bsz, longest) int64.
+    def next_group(self, lengths: Sequence[int], *, in_chunks: bool = False) -> tuple[list[int], int]:
+        """The part of a prefill that the next pass computes, given how many tokens each of several rows lacks.
+
+        Args:
+            in_chunks: whether to split what is long, so that other sequences can be decoded between the passes.
+
+        Returns:
+            The indices of the rows that share the pass, among them the first, and the maximum number of tokens of each.
+        """
+        if self.one_position:
+            return list(range(len(lengths))), max(lengths)
+        pass_cost = PASS_COST.get(self.device.type, 512)
+        limit = self._args.prefill_tokens
+        if in_chunks:
+            limit = min(limit, _CHUNK_IN_PASS_COSTS * pass_cost)
+        group = next(group for group in prefill_groups(lengths, limit, pass_cost) if group[0] == 0)
+        longest = max(lengths[i] for i in group)
+        return group, min(longest, limit) if in_chunks else longest
+
+    def groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Groups rows, given by their number of tokens, into passes: see `prefill_groups`."""
+        return prefill_groups(lengths, self._args.prefill_tokens, PASS_COST.get(self.device.type, 512))
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Right-pads rows to a tensor (bsz, longest) int64.
 
         Causal attention hides the padding from the tokens before it, and its keys and values in the cache are
         overwritten before a later token attends to them.
         """
-        width = max(map(len, prompts))
-        return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self.device)
+        width = max(map(len, rows))
+        flat = [token for row in rows for token in (*row, *[0] * (width - len(row)))]
+        return to_device(flat, self.device).view(len(rows), width)
 
-    def move_row(self, source: int, target: int, length: int) -> None:
+    def copy_row(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of cache row `source` to row `target`, in every layer."""
         if self.has_lost_cache():
             return  # the engine will recompute the row in its new place
         for cache in _caches(self.model):
             cache[target, :length] = cache[source, :length]
+        self._note_cache()
+
+    def swap_rows(self, a: int, b: int, length: int) -> None:
+        """Exchanges the first `length` positions of two rows of the cache, in every layer."""
+        if self.has_lost_cache():
+            return
+        for cache in _caches(self.model):
+            cache[[a, b], :length] = cache[[b, a], :length]
         self._note_cache()
 
     def has_lost_cache(self) -> bool:
@@ -140,6 +160,35 @@ class ModelRunner:
             return [(k.data_ptr(), None if k.is_inference() else k._version) for k in caches]
         caches = [cache for layer in self.model.layers for cache in (layer.attention.keys, layer.attention.values)]
         return [(id(cache), None if cache.is_inference() else cache._version) for cache in caches]
+
+
+def prefill_groups(lengths: Sequence[int], max_positions: int, pass_cost: int) -> list[list[int]]:
+    """Groups prompts by length so that the total cost of padding and passes is minimal.
+
+    Args:
+        lengths: number of tokens of each prompt.
+        max_positions: maximum number of positions per pass, including padding; a pass of one prompt may exceed it.
+        pass_cost: fixed cost of a pass, in positions.
+
+    Returns:
+        The indices of each group's prompts, in ascending order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    best: list[tuple[int, int]] = [(0, 0)]  # for the first n prompts in order: minimum cost, start of the last group
+    for end in range(1, len(order) + 1):
+        costs = []
+        for start in range(end):
+            positions = lengths[order[start]] * (end - start)
+            if positions <= max_positions or end - start == 1:
+                costs.append((best[start][0] + positions + pass_cost, start))
+        best.append(min(costs))
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        start = best[end][1]
+        groups.append(sorted(order[start:end]))
+        end = start
+    return groups[::-1]
 
 
 def device_of(model: Any) -> torch.device:

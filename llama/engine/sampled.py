@@ -1,32 +1,30 @@
-"""The tokens chosen in a pass: sampled on the device, copied to the host, and compared with drafted tokens."""
+"""The tokens sampled in a pass: chosen on the device, copied to the host, and compared with drafted tokens."""
 
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llama.distributed.device import to_device, to_host
-from llama.distributed.groups import broadcast_from_first, model_parallel_size
-from llama.engine.sampling import Sampler, logprobs_of
-from llama.engine.sequence import Sequence, Step
+from llama.distributed.groups import broadcast_from_first
+from llama.engine.sampling import logprobs_of
+from llama.engine.sequence import Sequence, TokenResult
 
 
 @dataclass(frozen=True)
-class ChosenTokens:
-    """The tokens chosen in a pass, which may still be on their way to the host.
+class SampledTokens:
+    """The tokens sampled in a pass, which may still be on their way to the host.
 
     Attributes:
-        sequences: the sequences in the pass, in the order of their slots.
+        sequences: the sequences that get a token, in the order of their rows.
         drafts: for each sequence, the drafted tokens that followed its newest token in the pass.
         chosen: (n,) int64 on the device, the same on all ranks of a model-parallel group: for each sequence, the token
             chosen after its newest token, then those chosen after each drafted token.
-        values: waits for the copy of `chosen`, and returns it as a list. Under model parallelism one more element
-            follows: 1 if the first rank announces changes (see `Engine`), else 0.
-        announces: whether changes are announced; always False under model parallelism, where `values` has the flag.
+        values: waits for the copy of `chosen`, and returns it as a list.
         logprobs: waits for the log-probabilities of `chosen`, and returns them; None if no sequence asked for any.
         top: two functions, which return the most likely tokens at the position of each one in `chosen`, and their
             log-probabilities; None if no sequence asked for any.
@@ -36,25 +34,25 @@ class ChosenTokens:
     drafts: abc.Sequence[abc.Sequence[int]]
     chosen: Tensor
     values: Callable[[], list[int]]
-    announces: bool
     logprobs: Callable[[], list[float]] | None
     top: tuple[Callable[[], list[list[int]]], Callable[[], list[list[float]]]] | None
 
     @classmethod
-    def choose(
+    def sample(
         cls,
         logits: Tensor,
         sequences: abc.Sequence[Sequence],
-        announces: bool,
         drafts: abc.Sequence[abc.Sequence[int]] = (),
-    ) -> ChosenTokens:
+        *,
+        ahead: int = 0,
+    ) -> SampledTokens:
         """Samples a token after the newest token of each sequence and after each drafted one.
 
         Args:
             logits: (bsz, width, vocab), float32; width is at least 1 + the length of the longest draft.
-            sequences: bsz sequences, in the order of their slots.
-            announces: whether this rank announces changes; the first rank's value counts.
+            sequences: bsz sequences, in the order of their rows.
             drafts: drafted tokens of each sequence; empty for none.
+            ahead: number of tokens of each sequence that were sampled before but are not recorded yet.
         """
         drafts = drafts or [()] * len(sequences)
         n_positions = [1 + len(draft) for draft in drafts]
@@ -62,14 +60,8 @@ class ChosenTokens:
             logits = logits.flatten(0, 1)
         else:
             logits = torch.cat([row[:n] for row, n in zip(logits, n_positions, strict=True)])
-        steps = [(s, s.next_step + i) for s, n in zip(sequences, n_positions, strict=True) for i in range(n)]
-        chosen = sample(logits, steps)
-        for sequence in sequences:
-            sequence.next_step += 1
-        values = to_host(chosen) if model_parallel_size() == 1 else None
-        if values is None:  # the announcement travels with the tokens, to save a message per step
-            message = broadcast_from_first(torch.cat((chosen, to_device([int(announces)], chosen.device))))
-            chosen, values, announces = message[:-1], to_host(message), False
+        steps = [(s, s.n_generated + ahead + i) for s, n in zip(sequences, n_positions, strict=True) for i in range(n)]
+        chosen = broadcast_from_first(sample(logits, steps))
         n_top = max(sequence.top_logprobs for sequence in sequences)
         logprobs = top = None
         if any(sequence.logprobs for sequence in sequences):
@@ -77,49 +69,34 @@ class ChosenTokens:
         if n_top:
             likely = logits.log_softmax(-1).topk(min(n_top, logits.size(-1)))
             top = to_host(likely.indices), to_host(likely.values)
-        return cls(list(sequences), drafts, chosen, values, announces, logprobs, top)
+        return cls(list(sequences), drafts, chosen, to_host(chosen), logprobs, top)
 
-    def on_host(self) -> tuple[list[tuple[Sequence, list[Step]]], bool]:
-        """Waits for the tokens; returns the steps of each sequence, and whether changes were announced.
+    def on_host(self) -> list[list[TokenResult]]:
+        """Waits for the tokens; returns the results of each sequence, which do not have a finish reason yet.
 
-        A sequence gets a step for each accepted draft token (one that equals the token chosen in its place), and one
-        for the token chosen after these. The steps do not have a finish reason yet.
+        A sequence gets a result for each accepted draft token (one that equals the token chosen in its place), and one
+        for the token chosen after these.
         """
         tokens = self.values()
-        n_tokens = sum(1 + len(draft) for draft in self.drafts)
-        announced = self.announces or any(tokens[n_tokens:])
         logprobs = self.logprobs() if self.logprobs else None
         top = [list(zip(*row, strict=True)) for row in zip(*(f() for f in self.top), strict=True)] if self.top else None
         results, first = [], 0
         for sequence, draft in zip(self.sequences, self.drafts, strict=True):
-            end = first + 1 + common_length(draft, tokens[first:])
-            steps = [
-                Step(
-                    sequence.index,
-                    tokens[i],
-                    logprobs[i] if logprobs and sequence.logprobs else None,
-                    None,
-                    tuple(top[i][: sequence.top_logprobs]) if top else (),
-                )
-                for i in range(first, end)
-            ]
-            results.append((sequence, steps))
+            end = first + 1 + common_length(draft, tokens[first : first + len(draft)])
+            results.append(
+                [
+                    TokenResult(
+                        sequence.index,
+                        tokens[i],
+                        logprobs[i] if logprobs and sequence.logprobs else None,
+                        None,
+                        tuple(top[i][: sequence.top_logprobs]) if top else (),
+                    )
+                    for i in range(first, end)
+                ]
+            )
             first += 1 + len(draft)
-        return results, announced
-
-    def rewind(self) -> None:
-        """Rewinds samplers whose sequences have all ended, since their tokens here will not be used."""
-        for sampler, sequences in by_sampler(self.sequences):
-            if all(sequence.is_finished for sequence in sequences):
-                sampler.rewind()
-
-
-def by_sampler(sequences: Iterable[Sequence]) -> list[tuple[Sampler, list[Sequence]]]:
-    """Groups sequences by the sampler that they share."""
-    groups: dict[int, tuple[Sampler, list[Sequence]]] = {}
-    for sequence in sequences:
-        groups.setdefault(id(sequence.sampler), (sequence.sampler, []))[1].append(sequence)
-    return list(groups.values())
+        return results
 
 
 def sample(logits: Tensor, steps: abc.Sequence[tuple[Sequence, int]]) -> Tensor:
@@ -150,6 +127,9 @@ def sample(logits: Tensor, steps: abc.Sequence[tuple[Sequence, int]]) -> Tensor:
 
 
 def common_length(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
-    """Length of the longest common prefix of two lists of tokens."""
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+    """Length of the longest common prefix of two lists of tokens, by bisection over slices."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 GREEDY_BELOW = 1e-30  # logits divided by a lower temperature could overflow
+_KEPT_STEPS = 16  # steps whose noise is kept where rows are at different steps
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Sampler:
 
     Every step draws the same amount of noise from the stream, one exponential per row and vocabulary entry, no matter
     which rows are still running. So a row's noise does not depend on the other rows. It is determined by the step:
-    rows may be at different steps, and the same step may be sampled repeatedly.
+    rows may be at different steps, and a step may be sampled repeatedly.
 
     Attributes:
         temperature: divides the logits; greedy decoding below `GREEDY_BELOW`.
@@ -39,9 +40,10 @@ class Sampler:
     draw: Callable[[Tensor, float], Tensor] | None = None
     steps: int = field(default=0, init=False)
     used: int = field(default=0, init=False)
-    _noise: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # by step
+    _running: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # by row, its next step
     _states: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # generator's, before each step
     _newest_state: Tensor | None = field(default=None, init=False, repr=False)  # generator's, after the last step
+    _noise: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # of a few steps
 
     @property
     def is_greedy(self) -> bool:
@@ -69,46 +71,75 @@ class Sampler:
             return _sample_rows(probs, self.top_p, noise)
         return sample_top_p(probs, self.top_p, noise=_exponentials(torch.stack(noise))).squeeze(-1)
 
-    def mark_used(self, steps: int) -> None:
+    def add_row(self, row: int) -> None:
+        """Declares that a row will sample from step 0 on, until `end_row`."""
+        self._running[row] = 0
+
+    def mark_used(self, row: int, steps: int) -> None:
         """Records that a row kept its tokens of the first `steps` steps."""
+        self._running[row] = steps
         self.used = max(self.used, steps)
 
-    def release(self, step: int) -> None:
-        """Frees the noise of all steps before `step`, which must not be sampled again."""
-        for old in [old for old in self._noise if old < step]:
-            del self._noise[old], self._states[old]
+    def end_row(self, row: int) -> None:
+        """Records that a row samples no more. With the last one, gives back to the stream what was drawn ahead."""
+        if self._running.pop(row, None) is not None and not self._running:
+            self.rewind()
 
     def rewind(self) -> None:
-        """Rewinds the generator to the end of the used steps, unless others have drawn from it since.
-
-        To be called when no more tokens are sampled.
-        """
+        """Rewinds the generator to the end of the used steps, unless others have drawn from it since."""
         if self.steps > self.used and self.used in self._states:
             assert self._newest_state is not None
             if torch.equal(self.generator.get_state(), self._newest_state):
                 self.generator.set_state(self._states[self.used])
                 self.steps = self.used
-        self.release(self.steps)
+        self._noise.clear()
+        self._states.clear()
 
     def skip_to(self, steps: int, vocab_size: int) -> None:
-        """Advances the stream until `steps` steps have been drawn in total, discarding their noise."""
-        if self.steps < steps:
-            self._noise_of(steps - 1, vocab_size)
-            self.release(steps)
+        """Advances the stream until `steps` steps have been drawn in total."""
+        while self.steps < steps:
+            self._advance(vocab_size)
 
     def _noise_of(self, step: int, vocab_size: int) -> Tensor:
         """The random numbers of a step, (n_rows, vocab_size), to be converted by `_exponentials`."""
         while self.steps <= step:
-            self._states[self.steps] = self.generator.get_state()
-            shape, device = (self.n_rows, vocab_size), self.generator.device
-            if device.type == "cpu" and _exponentials_are_logarithms():
-                noise = torch.empty(shape, dtype=torch.float64).uniform_(generator=self.generator)
-            else:
-                noise = torch.empty(shape, device=device).exponential_(generator=self.generator)
-            self._noise[self.steps] = noise
-            self.steps += 1
-            self._newest_state = self.generator.get_state()
+            self._advance(vocab_size)
+        if step not in self._noise:
+            self._keep(step, self._drawn_from(self._states[step], vocab_size)[0])
         return self._noise[step]
+
+    def _advance(self, vocab_size: int) -> None:
+        """Draws the next step's noise from a copy of the stream, and then advances the stream.
+
+        If that is interrupted, the step is drawn again from the same state.
+        """
+        before = self._states.get(self.steps, self.generator.get_state())
+        noise, after = self._drawn_from(before, vocab_size)
+        self._keep(self.steps, noise)
+        self._states[self.steps] = before
+        self._newest_state = after
+        self.generator.set_state(after)
+        self.steps += 1
+
+    def _drawn_from(self, state: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """A step's noise from a generator in this state, and the generator's state after it."""
+        device = self.generator.device
+        generator = torch.Generator(device).set_state(state)
+        if device.type == "cpu" and _exponentials_are_logarithms():
+            noise = torch.empty((self.n_rows, vocab_size), dtype=torch.float64).uniform_(generator=generator)
+        else:
+            noise = torch.empty((self.n_rows, vocab_size), device=device).exponential_(generator=generator)
+        return noise, generator.get_state()
+
+    def _keep(self, step: int, noise: Tensor) -> None:
+        """Stores a step's noise, and drops what the slowest row is past. Older noise is drawn again from its state."""
+        slowest = min(self._running.values(), default=0)
+        for kept in (self._noise, self._states):
+            for old in [old for old in kept if old < slowest]:
+                del kept[old]
+        if len(self._noise) == _KEPT_STEPS:
+            del self._noise[next(iter(self._noise))]
+        self._noise[step] = noise
 
 
 def _exponentials(numbers: Tensor) -> Tensor:

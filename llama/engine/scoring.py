@@ -23,7 +23,7 @@ def score(model: Any, texts: Sequence[Sequence[int]]) -> list[list[float]]:
     scores: list[list[float]] = [[] for _ in texts]
     for start in range(0, len(texts), runner.max_batch_size):
         chunk = texts[start : start + runner.max_batch_size]
-        for group in (one_pass.places for one_pass in runner.plan_prefill([len(text) for text in chunk])):
+        for group in runner.groups([len(text) for text in chunk]):
             for i, logprobs in zip(group, _score_group(runner, [chunk[i] for i in group]), strict=True):
                 scores[start + i] = logprobs
     return scores

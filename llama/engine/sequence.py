@@ -1,4 +1,4 @@
-"""The engine's data: sequences, the calls that they belong to, and the results of their steps."""
+"""The engine's data: sequences, the calls that they belong to, and the results of their tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Step:
-    """The result of one step for one sequence.
+class TokenResult:
+    """A token that was chosen for a sequence.
 
     Attributes:
         sequence: index of the sequence in its call.
         token: the new token; None if the sequence ended without one (at EOS, or because it had no room for a token).
         logprob: log-probability of the token under the raw logits; None if not asked for.
-        finish_reason: why the sequence ends with this step; None if it continues.
+        finish_reason: why the sequence ends with this token; None if it continues.
         top_logprobs: the most likely tokens at this position, with their log-probabilities, in descending order.
     """
 
@@ -37,25 +37,22 @@ def _never(token: int) -> bool:
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and its completion. Its index in the engine's list of running sequences is its slot in the cache.
+    """A prompt and its completion. Its index in the engine's list of running sequences is its row of the KV cache.
 
     Attributes:
         tokens: ids of the prompt and the completion so far.
-        sampler: samples the tokens; sequences that share a sampler start together.
+        sampler: samples the tokens; several sequences may share one.
         noise_row: the row of the sampler's noise that belongs to this sequence.
-        max_gen_len: maximum number of new tokens; the sequence also ends when its slot is full.
-        eos_id: the token that ends the sequence.
+        max_gen_len: maximum number of new tokens; the engine lowers it to what a row of the cache has room for.
+        stop_ids: the tokens that end the sequence, such as EOS.
         logprobs: whether to compute the log-probability of each new token.
-        top_logprobs: number of most likely tokens to report at each step, with their log-probabilities.
+        top_logprobs: number of most likely tokens to report with each token, with their log-probabilities.
         ends: called with each new token; returns whether the sequence ends with it, as at a stop string.
         speculative: how to draft tokens: "prompt_lookup", "draft" (by the engine's draft model), or None.
         call: the call that the sequence belongs to; set by `Call`.
         index: index of the sequence in its call; set by `Call`.
-        length: number of leading tokens whose keys and values are in the cache.
-        n_remaining: maximum number of further tokens.
-        first_step: the sampler's step for the first new token.
-        next_step: the sampler's step for the next token to sample. Tokens still on their way to the host count as
-            sampled.
+        n_cached: number of leading tokens whose keys and values are in the sequence's row of the cache.
+        n_reused: number of these that were computed for another sequence.
         draft_state: what `speculative.Speculator` remembers about the sequence.
         is_finished: whether the sequence has ended.
         n_prompt: number of tokens in the prompt.
@@ -65,42 +62,61 @@ class Sequence:
     sampler: Sampler
     noise_row: int
     max_gen_len: int
-    eos_id: int
+    stop_ids: frozenset[int]
     logprobs: bool = False
     top_logprobs: int = 0
     ends: Callable[[int], bool] = _never
     speculative: str | None = None
     call: Call = field(init=False, repr=False)
     index: int = field(init=False)
-    length: int = field(default=0, init=False)
-    n_remaining: int = field(default=0, init=False)
-    first_step: int = field(default=0, init=False)
-    next_step: int = field(default=0, init=False)
+    n_cached: int = field(default=0, init=False)
+    n_reused: int = field(default=0, init=False)
     draft_state: Any = field(default=None, init=False, repr=False)
     is_finished: bool = field(default=False, init=False)
     n_prompt: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
+        self.sampler.add_row(self.noise_row)
 
     @property
     def n_generated(self) -> int:
-        """Number of new tokens so far."""
+        """Number of new tokens so far; the index of the next token's noise in the sampler's stream."""
         return len(self.tokens) - self.n_prompt
 
-    def record(self, step: Step) -> Step:
-        """Adds the token of a step; returns the step, with its finish reason set if the sequence ends."""
-        token = step.token
+    @property
+    def n_remaining(self) -> int:
+        """Maximum number of further tokens."""
+        return self.max_gen_len - self.n_generated
+
+    @property
+    def n_behind(self) -> int:
+        """Number of tokens that a pass has to compute before the next one can be sampled."""
+        return len(self.tokens) - self.n_cached
+
+    @property
+    def is_level(self) -> bool:
+        """Whether a decode pass, which feeds the newest token, is all that the next token needs."""
+        return self.n_behind <= 1 and self.n_cached > 0
+
+    def record(self, result: TokenResult) -> TokenResult:
+        """Adds the token of a result; returns the result, with its finish reason set if the sequence ends."""
+        token = result.token
         assert token is not None
-        self.sampler.mark_used(self.first_step + self.n_generated + 1)
-        if self.n_remaining == 0 or token == self.eos_id:
-            self.is_finished = True
-            return Step(self.index, None, None, "stop" if self.n_remaining else "length")
-        self.tokens.append(token)
-        self.n_remaining -= 1
-        stopped = self.ends(token)
-        self.is_finished = stopped or self.n_remaining == 0
-        return replace(step, finish_reason="stop" if stopped else "length") if self.is_finished else step
+        has_room = self.n_remaining > 0
+        self.sampler.mark_used(self.noise_row, self.n_generated + 1)
+        if not has_room or token in self.stop_ids:
+            result = TokenResult(self.index, None, None, "stop" if has_room else "length")
+        else:
+            self.tokens.append(token)
+            if self.ends(token):
+                result = replace(result, finish_reason="stop")
+            elif self.n_remaining == 0:
+                result = replace(result, finish_reason="length")
+        self.is_finished = result.finish_reason is not None
+        if self.is_finished:
+            self.sampler.end_row(self.noise_row)
+        return result
 
 
 class Call:
@@ -108,13 +124,13 @@ class Call:
 
     Attributes:
         sequences: the call's sequences.
-        steps: steps that the caller has not received yet, oldest first.
+        results: results that the caller has not received yet, oldest first.
         error: the error that ended the sequences, to be raised in the caller's thread; None if there is none.
     """
 
     def __init__(self, sequences: Iterable[Sequence]) -> None:
         self.sequences = list(sequences)
-        self.steps: deque[Step] = deque()
+        self.results: deque[TokenResult] = deque()
         self.error: BaseException | None = None
         self._n_running = len(self.sequences)
         for index, sequence in enumerate(self.sequences):
@@ -122,16 +138,16 @@ class Call:
 
     @property
     def is_finished(self) -> bool:
-        """Whether there will be no more steps."""
+        """Whether there will be no more results."""
         return self._n_running == 0 or self.error is not None
 
-    def append(self, step: Step) -> None:
-        """Adds a step for the caller to receive."""
-        self._n_running -= step.finish_reason is not None
-        self.steps.append(step)
+    def append(self, result: TokenResult) -> None:
+        """Adds a result for the caller to receive."""
+        self._n_running -= result.finish_reason is not None
+        self.results.append(result)
 
     def abort(self, error: BaseException | None = None) -> None:
-        """Ends all sequences of the call; the engine removes them before its next step."""
+        """Ends all sequences of the call; the engine removes them before its next pass."""
         self.error = self.error or error
         self._n_running = 0
         for sequence in self.sequences:

@@ -25,7 +25,7 @@ from llama.distributed.device import to_device
 from llama.distributed.groups import broadcast_from_first
 from llama.engine.cuda_graphs import MAX_WIDTH
 from llama.engine.runner import ModelRunner, device_of
-from llama.engine.sampled import by_sampler, common_length, sample
+from llama.engine.sampled import common_length, sample
 from llama.engine.sequence import Sequence
 from llama.model import CachePositions
 
@@ -33,7 +33,6 @@ _WIDTHS = (1, 2, 3, 4, 6, 8, 12, MAX_WIDTH)  # tokens per row of a pass; only a 
 _NGRAM_SIZES = (4, 2, 1)  # n-grams to search for in earlier text, longest first
 _MAX_OCCURRENCES = 16  # most recent occurrences of an n-gram that are compared
 _MAX_MATCHED = 16  # tokens that are compared at an occurrence
-_MAX_STEPS_AHEAD = 64  # of a sequence over others with the same sampler, which stores the noise of steps in between
 _PRIORS = {0: 0.7, 1: 0.2, 2: 0.4, 4: 0.65, 8: 0.85}  # acceptance rate by number of matched tokens; 0: draft model
 _PRIOR_WEIGHT = 2.0  # in drafts
 _DECAY = 0.9  # factor for earlier observations with each new draft
@@ -220,12 +219,12 @@ class DraftModel:
         width = max(len(t) - length for t, length in zip(tokens, lengths, strict=True))
         pending = [t[length:] for t, length in zip(tokens, lengths, strict=True)]
         device = self._runner.device
-        logits = self._runner.step(to_device(pad(pending, width), device).view(len(tokens), width), lengths)
+        logits = self._runner.decode(to_device(pad(pending, width), device).view(len(tokens), width), lengths)
         last = to_device([len(p) - 1 for p in pending], device)
         logits = logits[torch.arange(len(tokens), device=device), last]
         drafts = [self._sample(logits, sequences, 0)]
         for i in range(1, n):
-            logits = self._runner.step(drafts[-1].unsqueeze(1), [len(t) + i - 1 for t in tokens])
+            logits = self._runner.decode(drafts[-1].unsqueeze(1), [len(t) + i - 1 for t in tokens])
             drafts.append(self._sample(logits[:, 0], sequences, i))
         rows: list[list[int]] = broadcast_from_first(torch.stack(drafts, 1)).tolist()
         for slot, (t, row) in enumerate(zip(tokens, rows, strict=True)):
@@ -241,21 +240,29 @@ class DraftModel:
         max_pending = MAX_WIDTH if max(lengths) + width <= self._runner.max_seq_len else 1
         lagging = [i for i, t in enumerate(tokens) if len(t) - lengths[i] > max_pending]
         if lagging:
-            self._runner.prefill([tokens[i][:-1] for i in lagging], lagging)
-            for i in lagging:
-                lengths[i] = len(tokens[i]) - 1
+            for group in self._runner.groups([len(tokens[i]) - 1 - lengths[i] for i in lagging]):
+                rows = [lagging[j] for j in group]
+                starts = [lengths[row] for row in rows]
+                self._runner.prefill([tokens[row][lengths[row] : -1] for row in rows], rows, starts)
+                for row in rows:
+                    lengths[row] = len(tokens[row]) - 1
         return lengths
 
     def _sample(self, logits: Tensor, sequences: abc.Sequence[Sequence], ahead: int) -> Tensor:
         """Samples with the noise that the large network will use, which makes equal tokens more likely."""
-        return sample(logits, [(sequence, sequence.next_step + ahead) for sequence in sequences])
+        return sample(logits, [(sequence, sequence.n_generated + ahead) for sequence in sequences])
 
-    def move_row(self, source: int, target: int) -> None:
-        """Moves the cache of a sequence that moved from slot `source` to slot `target`."""
-        cached = self._cached[source]
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copies what is cached of the first `length` tokens in row `source` to row `target`."""
+        cached = self._cached[source][:length]
         if cached and not self._runner.has_lost_cache():
-            self._runner.move_row(source, target, len(cached))
-            self._cached[target], self._cached[source] = cached, []
+            self._runner.copy_row(source, target, len(cached))
+        self._cached[target] = cached
+
+    def swap_rows(self, a: int, b: int, length: int) -> None:
+        """Exchanges the first `length` positions of two rows."""
+        self._runner.swap_rows(a, b, length)
+        self._cached[a], self._cached[b] = self._cached[b], self._cached[a]
 
 
 @dataclass
@@ -310,13 +317,9 @@ class Speculator:
 
     def _limits(self, sequences: abc.Sequence[Sequence], room: int) -> list[int]:
         """The maximum number of tokens to draft for each sequence."""
-        slowest = {id(sampler): min(s.next_step for s in group) for sampler, group in by_sampler(sequences)}
         limits = []
         for s in sequences:
-            limit = min(s.n_remaining - 1, room, MAX_WIDTH - 1) if s.speculative else 0
-            if not s.sampler.is_greedy:
-                limit = min(limit, slowest[id(s.sampler)] + _MAX_STEPS_AHEAD - s.next_step)
-            limits.append(max(0, limit))
+            limits.append(max(0, min(s.n_remaining - 1, room, MAX_WIDTH - 1)) if s.speculative else 0)
         return limits
 
     def _best_width(
@@ -348,10 +351,10 @@ class Speculator:
             self.counts.drafted += n_drafted
             self.counts.accepted += n_accepted
 
-    def move_row(self, source: int, target: int) -> None:
-        """Moves the draft model's cache of a sequence that moved from slot `source` to slot `target`."""
-        if self._draft:
-            self._draft.move_row(source, target)
+    @property
+    def caches(self) -> list[DraftModel]:
+        """The draft model's cache, whose rows are moved as the network's are."""
+        return [self._draft] if self._draft else []
 
 
 def _expected(rate: float, n: int) -> float:

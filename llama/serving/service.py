@@ -98,7 +98,6 @@ class Service:
     def __init__(self, llama: Llama, *, max_waiting: int = 256) -> None:
         self.llama = llama
         self.engine = llama.engine
-        self.engine.announces = lambda: not self._inbox.empty()
         self.max_waiting = max_waiting
         self.error: BaseException | None = None
         self.n_generated = 0
@@ -210,10 +209,9 @@ class Service:
     def _loop(self, collect: Callable[[], list[Any] | None]) -> None:
         with groups.rank_errors():
             while True:
-                if self.engine.is_idle or self.engine.changes_follow:
-                    self.engine.changes_follow = False
-                    if not self._apply(groups.broadcast_object(collect()) or []):
-                        return
+                has_changes = self.engine.is_idle or groups.broadcast_flag(not self._inbox.empty())
+                if has_changes and not self._apply(groups.broadcast_object(collect()) or []):
+                    return
                 if not self.engine.is_idle:
                     self.engine.advance()
                     self._deliver()
@@ -279,7 +277,7 @@ class Service:
                         self._sampler(params, i),
                         0,
                         params.max_gen_len,
-                        tokenizer.eos_id,
+                        frozenset({tokenizer.eos_id}),
                         logprobs=params.logprobs,
                         top_logprobs=added.top_logprobs,
                         ends=choice.ends,
@@ -320,8 +318,8 @@ class Service:
         """Passes the new steps of all requests to their listeners."""
         for number, running in list(self._running.items()):
             call = running.call
-            while call.steps:
-                step = call.steps.popleft()
+            while call.results:
+                step = call.results.popleft()
                 self.n_generated += step.token is not None
                 self._tell(number, running.choices[step.sequence].piece(step))
             if call.is_finished:

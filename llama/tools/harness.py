@@ -255,7 +255,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
             runner = ModelRunner(self.llama.model)
             for start in range(0, len(asked), runner.max_batch_size):
                 chunk = asked[start : start + runner.max_batch_size]
-                for group in (one.places for one in runner.plan_prefill([len(tokens) for tokens, _ in chunk])):
+                for group in runner.groups([len(tokens) for tokens, _ in chunk]):
                     found = _score_rows(runner, [chunk[i] for i in group])
                     for i, row in zip(group, found, strict=True):
                         scores[start + i] = row

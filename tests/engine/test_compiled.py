@@ -20,7 +20,7 @@ from llama.engine import compiled as compiling
 from llama.engine.compiled import CompiledStepper, compiled_stepper
 from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper
 from llama.engine.sampling import Sampler
-from llama.engine.sequence import Step
+from llama.engine.sequence import TokenResult
 from llama.layers.int4 import can_quantize_int4, suits_int4
 from llama.layers.kernels import Kernels, can_pack, can_quantize
 from llama.layers.linear import packable_layers
@@ -48,15 +48,15 @@ def make(dtype: torch.dtype = torch.float32) -> Transformer:
     return Transformer.from_state(args, state, cache_dtype=dtype)
 
 
-def run(model: Transformer, stepper: Stepper, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[Step]]:
+def run(model: Transformer, stepper: Stepper, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[TokenResult]]:
     sampler = Sampler(0.0, 1.0, 1, torch.Generator())
-    by_prompt: list[list[Step]] = [[] for _ in prompts]
+    by_prompt: list[list[TokenResult]] = [[] for _ in prompts]
     for step in decode(model, prompts, sampler, rows=[0], max_gen_len=12, eos_id=-1, logprobs=True, stepper=stepper):
         by_prompt[step.sequence].append(step)
     return by_prompt
 
 
-def assert_same_steps(got: list[list[Step]], expected: list[list[Step]]) -> None:
+def assert_same_steps(got: list[list[TokenResult]], expected: list[list[TokenResult]]) -> None:
     for mine, theirs in zip(got, expected, strict=True):
         assert [step.token for step in mine] == [step.token for step in theirs]
         assert [step.logprob for step in mine] == pytest.approx([step.logprob for step in theirs], abs=1e-4)

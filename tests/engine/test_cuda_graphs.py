@@ -17,7 +17,7 @@ from llama.distributed.groups import init_process_groups
 from llama.engine import cuda_graphs as stepping
 from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper, choose_stepper
 from llama.engine.sampling import Sampler
-from llama.engine.sequence import Step
+from llama.engine.sequence import TokenResult
 from llama.model import CachePositions
 from tests.support import oracle
 from tests.support.ranks import run_ranks
@@ -84,11 +84,11 @@ STEPPERS: dict[str, Callable[[Transformer], Stepper]] = {
 
 def run(
     model: Transformer, stepper: Stepper, prompts: Sequence[Sequence[int]], max_gen_len: int, **options: Any
-) -> tuple[list[list[Step]], Tensor]:
+) -> tuple[list[list[TokenResult]], Tensor]:
     """The steps of each prompt, and where the random stream stands afterwards."""
     rows = range(min(len(prompts), model.params.max_batch_size))
     sampler = Sampler(options.pop("temperature"), 0.95, len(rows), torch.Generator().manual_seed(1))
-    by_prompt: list[list[Step]] = [[] for _ in prompts]
+    by_prompt: list[list[TokenResult]] = [[] for _ in prompts]
     for step in decode(model, prompts, sampler, rows=rows, max_gen_len=max_gen_len, stepper=stepper, **options):
         by_prompt[step.sequence].append(step)
     return by_prompt, sampler.generator.get_state()
@@ -203,7 +203,7 @@ def test_texts_and_streams_are_the_same_one_step_ahead(llama: Llama) -> None:
         assert list(ahead.stream_text_completion(prompts[0], **options)) == pieces
 
 
-def _two_ranks(rank: int) -> list[tuple[list[list[Step]], Tensor]]:
+def _two_ranks(rank: int) -> list[tuple[list[list[TokenResult]], Tensor]]:
     init_process_groups(2, torch.device("cpu"))
     args = ModelArgs(**PARAMS, max_batch_size=3, max_seq_len=MAX_SEQ_LEN)
     shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}

@@ -21,7 +21,7 @@ from llama.engine.cuda_graphs import MAX_WIDTH, StaticStepper
 from llama.engine.engine import Engine
 from llama.engine.sampling import Sampler
 from llama.engine.scoring import score
-from llama.engine.sequence import Call, Sequence, Step
+from llama.engine.sequence import Call, Sequence, TokenResult
 from tests.support import oracle
 from tests.support.steps import decode
 
@@ -63,9 +63,9 @@ def sampler(temperature: float, n_rows: int, seed: int = 0) -> Sampler:
     return Sampler(temperature, 0.95, n_rows, torch.Generator().manual_seed(seed))
 
 
-def drain(steps: Iterator[Step], n_prompts: int) -> list[list[Step]]:
+def drain(steps: Iterator[TokenResult], n_prompts: int) -> list[list[TokenResult]]:
     """The steps of each prompt, checked to end with the one step that has a reason."""
-    by_prompt: list[list[Step]] = [[] for _ in range(n_prompts)]
+    by_prompt: list[list[TokenResult]] = [[] for _ in range(n_prompts)]
     for step in steps:
         by_prompt[step.sequence].append(step)
     for mine in by_prompt:
@@ -83,14 +83,14 @@ def run(
     eos_id: int = NO_EOS,
     n_rows: int | None = None,
     **options: Any,
-) -> list[list[Step]]:
+) -> list[list[TokenResult]]:
     n_rows = n_rows or min(len(prompts), model.params.max_batch_size)
     draws = sampler(temperature, n_rows)
     steps = decode(model, prompts, draws, rows=range(n_rows), max_gen_len=max_gen_len, eos_id=eos_id, **options)
     return drain(steps, len(prompts))
 
 
-def tokens_of(steps: Listed[Step]) -> list[int]:
+def tokens_of(steps: Listed[TokenResult]) -> list[int]:
     return [step.token for step in steps if step.token is not None]
 
 
@@ -147,7 +147,7 @@ def test_the_row_of_the_cache_limits_the_answer(make: Callable[..., Transformer]
 def test_an_eos_at_once_gives_no_token(make: Callable[..., Transformer]) -> None:
     ((first, *_),) = run(make(1), [[4, 9]], max_gen_len=5)
     assert first.token is not None
-    assert run(make(1), [[4, 9]], max_gen_len=5, eos_id=first.token) == [[Step(0, None, None, "stop")]]
+    assert run(make(1), [[4, 9]], max_gen_len=5, eos_id=first.token) == [[TokenResult(0, None, None, "stop")]]
 
 
 def test_the_caller_can_end_a_prompt(make: Callable[..., Transformer]) -> None:
@@ -208,10 +208,12 @@ def test_running_sequences_get_a_step_between_the_chunks_of_long_prompts(make: C
     model = make(4, max_seq_len=64)
     passes = _Passes(model)
     engine = Engine(model)
-    running = Call([Sequence([1, 2], sampler(0, 1), 0, 40, NO_EOS)])
+    running = Call([Sequence([1, 2], sampler(0, 1), 0, 40, frozenset())])
     engine.add(running)
     engine.advance()
-    engine.add(Call(Sequence([3 + i] * length, sampler(0, 1), 0, 2, NO_EOS) for i, length in enumerate((50, 7, 60))))
+    engine.add(
+        Call(Sequence([3 + i] * length, sampler(0, 1), 0, 2, frozenset()) for i, length in enumerate((50, 7, 60)))
+    )
     while not engine.is_idle:
         engine.advance()
     long_passes = [bsz * seqlen for bsz, seqlen in passes.shapes[1:] if seqlen > 1]
@@ -232,7 +234,7 @@ def test_sequences_that_join_leave_or_lose_the_cache_at_any_time_get_what_the_or
     engine = Engine(model, StaticStepper(model, graphs=False) if seed % 2 else None)
     calls: list[Call] = []
     for prompt in random_prompts(rng, 14, longest=60):
-        calls.append(Call([Sequence(prompt, sampler(0, 1), 0, rng.randint(1, 20), NO_EOS)]))
+        calls.append(Call([Sequence(prompt, sampler(0, 1), 0, rng.randint(1, 20), frozenset())]))
         engine.add(calls[-1])
         for _ in range(rng.randint(0, 4)):
             engine.advance()
@@ -442,7 +444,7 @@ def test_what_others_overwrote_in_the_cache_is_computed_anew(
     draws = sampler(0.0, n_rows)
     options: dict[str, Any] = {"max_gen_len": 6, "eos_id": NO_EOS, "stepper": stepper, "logprobs": True}
 
-    def disturbed() -> Iterator[Step]:
+    def disturbed() -> Iterator[TokenResult]:
         for step in decode(model, prompts, draws, rows=range(n_rows), **options):
             yield step
             if rng.random() < 0.5:
@@ -459,7 +461,7 @@ def test_two_loops_side_by_side_give_what_each_gives_alone(make: Callable[..., T
     model, prompts = make(2), [[[1, 2, 3], [4], [5, 6]], [[7, 8], [9]]]
     expected = [run(model, mine, 8, temperature=1.5) for mine in prompts]
     loops = [decode(model, mine, sampler(1.5, 2), rows=range(2), max_gen_len=8, eos_id=NO_EOS) for mine in prompts]
-    found: list[list[Step]] = [[], []]
+    found: list[list[TokenResult]] = [[], []]
     for steps in itertools.zip_longest(*loops):
         for mine, step in zip(found, steps, strict=True):
             mine += [step] if step else []
@@ -501,7 +503,7 @@ def test_one_process_keeps_its_own_step(make: Callable[..., Transformer]) -> Non
     """Without other ranks, `_InLockstep` passes every step on and computes none after it is closed."""
     model = make(2)
 
-    def steps() -> Iterator[Step]:
+    def steps() -> Iterator[TokenResult]:
         return decode(model, [[1, 2]], sampler(0, 1), rows=[0], max_gen_len=6, eos_id=NO_EOS)
 
     assert list(_InLockstep(steps())) == list(steps())

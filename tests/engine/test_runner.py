@@ -18,8 +18,7 @@ from llama import ModelArgs, Transformer
 from llama.distributed.groups import init_process_groups
 from llama.engine.cuda_graphs import StaticStepper
 from llama.engine.lock import lock_of
-from llama.engine.prefill import prefill_groups
-from llama.engine.runner import ModelRunner, device_of, dtype_of
+from llama.engine.runner import ModelRunner, device_of, dtype_of, prefill_groups
 from llama.model import CachePositions
 from tests.support import oracle
 
@@ -109,7 +108,7 @@ def test_prompts_go_into_the_rows_named_and_steps_go_on_from_there(
             close(mine, next_logits(state, texts[row]))
     for n_rows in (4, 3, 1):
         tokens = [rng.randrange(60) for _ in range(n_rows)]
-        logits = runner.step(torch.tensor(tokens).unsqueeze(1), [len(text) for text in texts[:n_rows]])[:, 0]
+        logits = runner.decode(torch.tensor(tokens).unsqueeze(1), [len(text) for text in texts[:n_rows]])[:, 0]
         assert logits.shape == (n_rows, 60)
         for text, token, mine in zip(texts, tokens, logits, strict=False):
             text.append(token)
@@ -117,19 +116,48 @@ def test_prompts_go_into_the_rows_named_and_steps_go_on_from_there(
 
 
 @torch.inference_mode()
-def test_a_moved_row_goes_on_in_its_new_place(model: Transformer, state: oracle.State) -> None:
+def test_a_copied_row_goes_on_in_its_new_place(model: Transformer, state: oracle.State) -> None:
     runner = ModelRunner(model)
     texts = random_prompts(random.Random(0), 3, 8)
     runner.prefill(texts, [0, 1, 2])
     keys = [layer.attention.keys for layer in model.layers]
     kept = [k[0, :, len(texts[2]) :].clone() for k in keys], [k[1:].clone() for k in keys]
-    runner.move_row(2, 0, len(texts[2]))
+    runner.copy_row(2, 0, len(texts[2]))
     assert not runner.has_lost_cache()
-    for k, behind, others in zip(keys, *kept, strict=True):
-        assert torch.equal(k[0, :, len(texts[2]) :], behind) and torch.equal(k[1:], others)
-    logits = runner.step(torch.tensor([[5], [6]]), [len(texts[2]), len(texts[1])])[:, 0]
+    for k, after, others in zip(keys, *kept, strict=True):
+        assert torch.equal(k[0, :, len(texts[2]) :], after) and torch.equal(k[1:], others)
+    logits = runner.decode(torch.tensor([[5], [6]]), [len(texts[2]), len(texts[1])])[:, 0]
     close(logits[0], next_logits(state, [*texts[2], 5]))
     close(logits[1], next_logits(state, [*texts[1], 6]))
+
+
+@torch.inference_mode()
+def test_swapped_rows_go_on_in_their_new_places(model: Transformer, state: oracle.State) -> None:
+    runner = ModelRunner(model)
+    texts = random_prompts(random.Random(1), 3, 8)
+    runner.prefill(texts, [0, 1, 2])
+    runner.swap_rows(0, 2, max(map(len, texts)))
+    logits = runner.decode(torch.tensor([[5], [6], [7]]), [len(texts[row]) for row in (2, 1, 0)])[:, 0]
+    for mine, text, token in zip(logits, texts[::-1], (5, 6, 7), strict=True):
+        close(mine, next_logits(state, [*text, token]))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_catch_up_from_wherever_they_stand(model: Transformer, state: oracle.State, seed: int) -> None:
+    """One pass adds any number of tokens to each of some rows, up to the end of the cache, in any order."""
+    rng = random.Random(seed)
+    runner = ModelRunner(model)
+    texts = random_prompts(rng, MAX_BATCH_SIZE, MAX_SEQ_LEN)
+    texts[rng.randrange(MAX_BATCH_SIZE)] = [7] * MAX_SEQ_LEN
+    first = [rng.randrange(len(text)) for text in texts]
+    begun = [row for row in range(MAX_BATCH_SIZE) if first[row]]
+    if begun:
+        runner.prefill([texts[row][: first[row]] for row in begun], begun)
+    rows = rng.sample(range(MAX_BATCH_SIZE), MAX_BATCH_SIZE)
+    logits = runner.prefill([texts[row][first[row] :] for row in rows], rows, [first[row] for row in rows])
+    for row, mine in zip(rows, logits, strict=True):
+        close(mine, next_logits(state, texts[row]))
 
 
 @torch.inference_mode()
@@ -142,7 +170,7 @@ def test_a_network_of_anothers_code_gets_metas_calls(model: Transformer, state: 
         texts = [[1, 2, 3], [4, 5, 6]]
         for row, logits in enumerate(runner.prefill(texts, [0, 1])):
             close(logits, next_logits(state, texts[row]))
-        for row, logits in enumerate(runner.step(torch.tensor([[7], [8]]), [3, 3])[:, 0]):
+        for row, logits in enumerate(runner.decode(torch.tensor([[7], [8]]), [3, 3])[:, 0]):
             close(logits, next_logits(state, [*texts[row], 7 + row]))
 
 
@@ -156,7 +184,7 @@ def test_logits_of_another_dtype_are_taken_as_float32(model: Transformer) -> Non
     model.register_forward_hook(lambda module, args, out: out.bfloat16())
     runner = ModelRunner(model)
     assert runner.prefill([[1, 2]], [0]).dtype == torch.float32
-    assert runner.step(torch.tensor([[3]]), [2]).dtype == torch.float32
+    assert runner.decode(torch.tensor([[3]]), [2]).dtype == torch.float32
 
 
 def test_device_and_dtype_are_those_of_the_parameters_or_the_cpus(model: Transformer, state: oracle.State) -> None:
@@ -201,7 +229,7 @@ def test_a_lost_cache_is_noticed(use: str, is_patched: bool, inference: bool, mo
         assert runner.has_lost_cache()
         runner.prefill([[1, 2, 3]], [0])
         assert not runner.has_lost_cache()
-        runner.step(torch.tensor([[4]]), [3])
+        runner.decode(torch.tensor([[4]]), [3])
         assert not runner.has_lost_cache()
         (WRITES | READS)[use](model)
         assert runner.has_lost_cache() == (use in WRITES)
@@ -217,13 +245,14 @@ def test_a_network_without_modules_is_watched_through_its_runners(state: oracle.
         assert not one.has_lost_cache() and other.has_lost_cache()
 
 
-def test_a_row_of_a_lost_cache_is_not_moved(model: Transformer) -> None:
-    """What stands there by now is another's."""
+def test_rows_of_a_lost_cache_are_not_moved(model: Transformer) -> None:
+    """Another runner's keys are there by now."""
     mine, other = ModelRunner(model), ModelRunner(model)
     mine.prefill([[1, 2], [3, 4]], [0, 1])
     other.prefill([[5, 6], [7, 8]], [0, 1])
     keys = [layer.attention.keys.clone() for layer in model.layers]
-    mine.move_row(1, 0, 2)
+    mine.copy_row(1, 0, 2)
+    mine.swap_rows(1, 0, 2)
     assert all(torch.equal(layer.attention.keys, k) for layer, k in zip(model.layers, keys, strict=True))
     assert mine.has_lost_cache() and not other.has_lost_cache()
 

@@ -200,7 +200,6 @@ def test_rows_may_stand_at_different_steps() -> None:
     rows, steps = [2, 0, 1, 2, 2], [5, 0, 3, 4, 5]
     for _ in range(2):
         assert ragged(logits[steps, rows], rows, steps).tolist() == tokens[steps, rows].tolist()
-    ragged.release(3)
     assert take(ragged, 3, logits[3]).tolist() == tokens[3].tolist()
     assert torch.equal(whole.generator.get_state(), ragged.generator.get_state())
 
@@ -272,7 +271,7 @@ def test_what_was_drawn_ahead_is_given_back_to_the_stream() -> None:
     logits = torch.zeros(2, 1000)
     sampler = Sampler(1.0, 1.0, 2, generator(3))
     first, second, _ = (take(sampler, step, logits) for step in range(3))
-    sampler.mark_used(1)
+    sampler.mark_used(0, 1)
     assert (sampler.steps, sampler.used) == (3, 1)
     sampler.rewind()
     sampler.rewind()

@@ -11,7 +11,7 @@ import torch
 from llama.engine.cuda_graphs import Stepper
 from llama.engine.engine import engine_of
 from llama.engine.sampling import Sampler
-from llama.engine.sequence import Call, Step
+from llama.engine.sequence import Call, TokenResult
 from llama.engine.sequence import Sequence as EngineSequence
 
 
@@ -26,7 +26,7 @@ def decode(
     logprobs: bool = False,
     ends: Callable[[int, int], bool] = lambda prompt, token: False,
     stepper: Stepper | None = None,
-) -> Iterator[Step]:
+) -> Iterator[TokenResult]:
     """The steps of one call. The first prompts share `sampler`; those beyond have samplers of their own.
 
     Args:
@@ -38,7 +38,9 @@ def decode(
         if place >= len(rows) and not sampler.is_greedy:
             generator = torch.Generator(sampler.generator.device).manual_seed(1000 + place)
             mine, row = Sampler(sampler.temperature, sampler.top_p, 1, generator), 0
-        return EngineSequence(list(prompt), mine, row, max_gen_len, eos_id, logprobs, ends=partial(ends, place))
+        return EngineSequence(
+            list(prompt), mine, row, max_gen_len, frozenset({eos_id}), logprobs, ends=partial(ends, place)
+        )
 
     engine = engine_of(model, stepper)
     yield from engine.run(Call(sequence(place, prompt) for place, prompt in enumerate(prompts)))

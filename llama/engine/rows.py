@@ -1,0 +1,175 @@
+"""The rows of the KV cache: running sequences in the first ones, and in the others what ended sequences left there."""
+
+from __future__ import annotations
+
+import itertools
+from collections import abc
+from itertools import takewhile
+from typing import Protocol
+
+from llama.engine.sampled import common_length
+from llama.engine.sequence import Sequence
+
+MIN_REUSED = 16  # tokens; copying fewer would save no time
+
+
+class Cache(Protocol):
+    """What holds keys and values by row, as a `ModelRunner` does."""
+
+    def copy_row(self, source: int, target: int, length: int) -> None: ...
+
+    def swap_rows(self, a: int, b: int, length: int) -> None: ...
+
+
+class Rows:
+    """The sequences in a KV cache, row by row, and the prefixes that a new one can take from it.
+
+    Running sequences occupy the first rows without gaps, those that are level before the others as far as possible.
+    The row of a sequence that has ended keeps its keys and values until another sequence needs it. All decisions depend
+    on tokens alone, so the ranks of a model-parallel group make the same ones.
+
+    Args:
+        n_rows: number of rows of the cache.
+
+    Attributes:
+        running: the running sequences; the index of each is its row.
+    """
+
+    def __init__(self, n_rows: int) -> None:
+        self.running: list[Sequence] = []
+        self._kept: list[list[int]] = [[] for _ in range(n_rows)]  # by row, tokens left by a sequence that has ended
+        self._used = [0] * n_rows  # by row, when its kept tokens were last used
+        self._clock = itertools.count(1)
+        self._shared: set[int] = set()  # ids of the running sequences whose keys others may take
+
+    def forget(self) -> None:
+        """Lets no later sequence take anything that is in the cache now, as after a change of the network."""
+        self._kept = [[] for _ in self._kept]
+        self._shared.clear()
+
+    def lose(self) -> None:
+        """Notes that the cache was overwritten: all running sequences are computed again."""
+        self._kept = [[] for _ in self._kept]
+        for sequence in self.running:
+            sequence.n_cached = 0
+
+    def level(self) -> list[Sequence]:
+        """The sequences in the first rows that are all level."""
+        return list(takewhile(lambda sequence: sequence.is_level, self.running))
+
+    def must_wait(self, tokens: abc.Sequence[int]) -> bool:
+        """Whether a running sequence will soon hold much more of a prompt than any row does now."""
+        now = self._match(tokens)[1]
+        return any(
+            _shared_length(sequence.tokens, tokens) >= now + MIN_REUSED
+            for sequence in self.running
+            if id(sequence) in self._shared and not (sequence.is_level or sequence.is_finished)
+        )
+
+    def add(self, sequence: Sequence, caches: abc.Sequence[Cache], *, reuse: bool) -> None:
+        """Gives a sequence the row after the running ones, with the longest prefix of its prompt that a row holds.
+
+        Args:
+            caches: the network's, and those of a draft model.
+            reuse: whether to look for a prefix, and to let others take this sequence's.
+        """
+        row = len(self.running)
+        source, length = self._match(sequence.tokens) if reuse else (row, 0)
+        victim = min(range(row, len(self._kept)), key=lambda free: (bool(self._kept[free]), self._used[free]))
+        if length and source >= row and (length == len(self._kept[source]) or source == victim):
+            self._exchange(source, row, caches)
+        elif length and source == row:
+            self._copy_kept(row, victim, caches)
+        else:
+            self._copy_kept(row, victim, caches)
+            if length:
+                self._used[source] = next(self._clock)
+                for cache in caches:
+                    cache.copy_row(source, row, length)
+        self._kept[row] = []
+        sequence.n_cached = sequence.n_reused = length
+        if reuse:
+            self._shared.add(id(sequence))
+        self.running.append(sequence)
+
+    def remove_finished(self, caches: abc.Sequence[Cache], *, keep: bool) -> list[Sequence]:
+        """Removes sequences that have ended, and closes the gaps; returns the removed ones.
+
+        A gap is filled with the last one of the level sequences in front, and that one's row with the last sequence.
+
+        Args:
+            keep: whether later sequences may take what the removed ones leave.
+        """
+        removed = []
+        for row in reversed(range(len(self.running))):
+            sequence = self.running[row]
+            if not sequence.is_finished:
+                continue
+            removed.append(sequence)
+            if keep and id(sequence) in self._shared:
+                self._kept[row] = sequence.tokens[: sequence.n_cached]
+                self._used[row] = next(self._clock)
+            self._shared.discard(id(sequence))
+            for source in (len(self.level()) - 1, len(self.running) - 1):
+                if source > row:
+                    self._move(source, row, caches)
+                    row = source
+            assert row == len(self.running) - 1
+            self.running.pop()
+        return removed
+
+    def drop_finished(self) -> list[Sequence]:
+        """Removes sequences that have ended from a lost cache, of which nothing has to move; returns them."""
+        finished = [sequence for sequence in self.running if sequence.is_finished]
+        self.running = [sequence for sequence in self.running if not sequence.is_finished]
+        self._shared.difference_update(map(id, finished))
+        return finished
+
+    def _match(self, tokens: abc.Sequence[int]) -> tuple[int, int]:
+        """The row that holds the longest prefix of a prompt, without its last token, and the prefix's length or 0."""
+        best, row = 0, 0
+        for i, kept in enumerate(self._kept):
+            length = _shared_length(kept, tokens)
+            if i < len(self.running):
+                sequence = self.running[i]
+                known = _shared_length(sequence.tokens, tokens) if id(sequence) in self._shared else 0
+                length = min(known, sequence.n_cached)
+            if length > best:
+                best, row = length, i
+        return (row, best) if best >= MIN_REUSED else (0, 0)
+
+    def _move(self, source: int, target: int, caches: abc.Sequence[Cache]) -> None:
+        """Moves a running sequence to the row of one that has ended, and what that one left to the sequence's row."""
+        sequence = self.running[source]
+        left = self._kept[target]
+        for cache in caches:
+            if left:
+                cache.swap_rows(source, target, max(sequence.n_cached, len(left)))
+            else:
+                cache.copy_row(source, target, sequence.n_cached)
+        self._kept[source], self._kept[target] = left, []
+        self._used[source] = self._used[target]
+        self.running[target], self.running[source] = sequence, self.running[target]
+
+    def _exchange(self, a: int, b: int, caches: abc.Sequence[Cache]) -> None:
+        """Exchanges what ended sequences left in two rows."""
+        if a == b:
+            return
+        for cache in caches:
+            cache.swap_rows(a, b, max(len(self._kept[a]), len(self._kept[b])))
+        self._kept[a], self._kept[b] = self._kept[b], self._kept[a]
+        self._used[a], self._used[b] = self._used[b], self._used[a]
+
+    def _copy_kept(self, row: int, victim: int, caches: abc.Sequence[Cache]) -> None:
+        """Copies what an ended sequence left in a row to the row that was used least recently."""
+        if row != victim and self._kept[row]:
+            for cache in caches:
+                cache.copy_row(row, victim, len(self._kept[row]))
+            self._kept[victim], self._used[victim] = self._kept[row], self._used[row]
+
+
+def _shared_length(cached: abc.Sequence[int], tokens: abc.Sequence[int]) -> int:
+    """Length of the common prefix of cached tokens and a prompt, whose last token does not count."""
+    if cached[:MIN_REUSED] != tokens[:MIN_REUSED]:
+        return 0
+    return min(common_length(cached, tokens), len(tokens) - 1)
