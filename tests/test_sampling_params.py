@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from llama.engine.output import Completion, chat_prediction, completion_prediction
+from llama.engine.sequence import TokenResult
 from llama.errors import PromptError, quote
 from llama.inputs import SamplingParams
+from llama.tokenizer import IncrementalDetokenizer
 
 GOOD: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": 8}
 MUST_BE = {
@@ -108,23 +110,38 @@ def test_stop_strings_may_be_read_only_once() -> None:
     assert SamplingParams(**(GOOD | {"stop": iter(["a", "b"])})).stop == ("a", "b")
 
 
+class Letters:
+    """A tokenizer of the letters: "a" is 97."""
+
+    def decode(self, t: list[int]) -> str:
+        return "".join(map(chr, t))
+
+
+def completed(reason: Any) -> Completion:
+    row = Completion(IncrementalDetokenizer(Letters()))
+    for token, logprob in ((97, -1.0), (98, -2.0)):
+        row.ends(token)
+        row.add(TokenResult(0, token, logprob, reason if token == 98 else None))
+    return row
+
+
 def test_a_text_completion_has_logprobs_only_if_asked_for() -> None:
-    row = Completion([5, 6], ["a", " b"], [-1.0, -2.0], "stop")
-    assert completion_prediction(row, SamplingParams(**GOOD)) == {"generation": "a b", "finish_reason": "stop"}
+    row = completed("stop")
+    assert completion_prediction(row, SamplingParams(**GOOD)) == {"generation": "ab", "finish_reason": "stop"}
     assert completion_prediction(row, SamplingParams(**GOOD, logprobs=True)) == {
-        "generation": "a b",
+        "generation": "ab",
         "finish_reason": "stop",
-        "tokens": ["a", " b"],
+        "tokens": ["a", "b"],
         "logprobs": [-1.0, -2.0],
     }
 
 
 def test_a_chat_answer_is_the_assistants() -> None:
-    row = Completion([5, 6], ["a", " b"], [-1.0, -2.0], "length")
-    answer = {"generation": {"role": "assistant", "content": "a b"}, "finish_reason": "length"}
+    row = completed("length")
+    answer = {"generation": {"role": "assistant", "content": "ab"}, "finish_reason": "length"}
     assert chat_prediction(row, SamplingParams(**GOOD)) == answer
     assert chat_prediction(row, SamplingParams(**GOOD, logprobs=True)) == answer | {
-        "tokens": ["a", " b"],
+        "tokens": ["a", "b"],
         "logprobs": [-1.0, -2.0],
     }
 

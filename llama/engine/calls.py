@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from typing import Any, TypeVar
@@ -17,10 +16,10 @@ from llama.distributed import groups
 from llama.distributed.device import default_generator
 from llama.engine.engine import Engine
 from llama.engine.lock import lock_of
-from llama.engine.output import Completion
+from llama.engine.output import Completion, Piece, TokenScore
 from llama.engine.runner import device_of, dtype_of
 from llama.engine.sampling import Sampler
-from llama.engine.scoring import score
+from llama.engine.scoring import score, score_top
 from llama.engine.sequence import Call, TokenResult
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.inputs import SamplingParams
@@ -57,21 +56,15 @@ class Completer:
     def _complete_share(
         self, prompts: list[list[int]], params: SamplingParams, samplers: _CallSamplers
     ) -> list[Completion]:
-        texts = [
-            IncrementalDetokenizer(self._tokenizer, params.stop, prompt if params.echo else ()) for prompt in prompts
-        ]
-        rows = [Completion(tokens=list(prompt) if params.echo else []) for prompt in prompts]
+        rows = [self._completion(prompt, params) for prompt in prompts]
         if params.logprobs and params.echo:
             for row, logprobs in zip(rows, self._score_share(prompts), strict=True):
-                row.logprobs = logprobs
-        for step in self._steps(prompts, params, samplers, [_push(text) for text in texts], whole=True):
-            row = rows[step.sequence]
-            if step.token is not None:
-                row.tokens.append(step.token)
-            if step.logprob is not None:
-                row.logprobs.append(step.logprob)
-            row.finish_reason = step.finish_reason or row.finish_reason
-        return [with_text(row, text) for row, text in zip(rows, texts, strict=True)]
+                row.echo([(logprob, ()) for logprob in logprobs])
+        for result in self._results(prompts, params, samplers, rows, whole=True):
+            rows[result.sequence].add(result)
+        for row in rows:
+            row.finish()
+        return rows
 
     def stream(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
         """Completes one prompt, yielding its text as it becomes final."""
@@ -80,20 +73,19 @@ class Completer:
         return pieces
 
     def _pieces(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
-        text = IncrementalDetokenizer(self._tokenizer, params.stop, prompt if params.echo else ())
-        final = deque(text.prefix_pieces)
-
-        def ends(token: int) -> bool:
-            final.append(text.push(token))
-            return text.stopped
-
+        row = self._completion(prompt, params)
         samplers = _CallSamplers(self._model, params, 1, (0, 1), self._draw)  # every replica computes the stream
-        with closing(_InLockstep(self._steps([prompt], params, samplers, [ends]))) as steps:
+        with closing(_InLockstep(self._results([prompt], params, samplers, [row]))) as results:
             yield ""
-            for _ in steps:
-                yield from _drain(final)
-        final.append(text.finish())
-        yield from _drain(final)
+            texts = row.echo_pieces
+            for result in results:
+                yield from filter(None, [*texts, row.add(result).text])
+                texts = []
+        yield from filter(None, [*texts, row.finish()])
+
+    def _completion(self, prompt: list[int], params: SamplingParams) -> Completion:
+        echoed = prompt if params.echo else []
+        return Completion(IncrementalDetokenizer(self._tokenizer, params.stop, echoed), prompt=echoed)
 
     def score(self, rows: list[list[int]]) -> list[list[float]]:
         """Returns the log-probability of each id given those before it; each replica computes a share of the rows."""
@@ -104,28 +96,20 @@ class Completer:
         with self._out_of_memory_explained(), lock_of(self._model):
             return score(self._model, rows)
 
-    def _steps(
+    def _results(
         self,
         prompts: list[list[int]],
         params: SamplingParams,
         samplers: _CallSamplers,
-        ends: Sequence[Callable[[int], bool]],
+        rows: list[Completion],
         *,
         whole: bool = False,
     ) -> Generator[TokenResult, None, None]:
         if params.max_gen_len == 0:
             return
         call = Call(
-            EngineSequence(
-                list(prompt),
-                *samplers.sampler_and_noise_row(i),
-                params.max_gen_len,
-                frozenset({self._tokenizer.eos_id}),
-                logprobs=params.logprobs,
-                ends=end,
-                speculative=params.speculative,
-            )
-            for i, (prompt, end) in enumerate(zip(prompts, ends, strict=True))
+            new_sequence(self._tokenizer, prompt, params, row, *samplers.sampler_and_noise_row(i))
+            for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
         )
         with self._out_of_memory_explained():
             yield from self._engine.run(call, whole=whole)
@@ -139,6 +123,96 @@ class Completer:
         replica, n_replicas = groups.replica()
         shares = groups.gather_replicas(work(prompts[replica::n_replicas]))
         return [shares[i % n_replicas][i // n_replicas] for i in range(len(prompts))]
+
+
+def new_sequence(
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    params: SamplingParams,
+    completion: Completion,
+    sampler: Sampler,
+    noise_row: int = 0,
+    *,
+    top_logprobs: int = 0,
+) -> EngineSequence:
+    """Returns the engine's sequence for a prompt and its completion."""
+    return EngineSequence(
+        list(prompt),
+        sampler,
+        noise_row,
+        params.max_gen_len,
+        frozenset({tokenizer.eos_id}),
+        logprobs=params.logprobs,
+        top_logprobs=top_logprobs,
+        ends=completion.ends,
+        speculative=params.speculative,
+    )
+
+
+class Request:
+    """Several completions of several prompts in the engine, each with random numbers that depend on no other.
+
+    Args:
+        prompts: token ids; prompt i has the completions `i * n` to `i * n + n - 1`.
+        n: number of completions of each prompt. With a seed, the j-th is the one that `n=1` gives with `seed + j`.
+        top_logprobs: number of most likely tokens to report at each position.
+        continues: whether a completion continues the prompt's text, and keeps its leading space.
+
+    Attributes:
+        call: the request's sequences, in the order of the completions.
+        completions: what they add up to.
+        first_pieces: with echo, the pieces that have the prompts.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        top_logprobs: int = 0,
+        continues: bool = False,
+    ) -> None:
+        self.completions: list[Completion] = []
+        self.first_pieces: list[Piece] = []
+        sequences: list[EngineSequence] = []
+        for prompt in prompts:
+            scores: list[TokenScore] = []
+            if params.echo and params.logprobs:
+                with lock_of(engine.model):
+                    (scores,) = score_top(engine.model, [prompt], top_logprobs)
+            echoed = prompt if params.echo else []
+            for i in range(n):
+                text = IncrementalDetokenizer(tokenizer, params.stop, prompt if continues else echoed)
+                index = len(self.completions)
+                completion = Completion(text, index=index, prompt=echoed, with_tokens=params.logprobs)
+                if params.echo:
+                    self.first_pieces.append(completion.echo(scores))
+                sampler = _own_sampler(engine.model, params, i)
+                self.completions.append(completion)
+                sequences.append(
+                    new_sequence(tokenizer, prompt, params, completion, sampler, top_logprobs=top_logprobs)
+                )
+        self.call = Call(sequences)
+        engine.add(self.call)
+
+    def new_pieces(self) -> Iterator[Piece]:
+        """The pieces of the results that the engine has made since the last time."""
+        while self.call.results:
+            result = self.call.results.popleft()
+            yield self.completions[result.sequence].add(result)
+
+
+def _own_sampler(model: Any, params: SamplingParams, index: int) -> Sampler:
+    """The sampler of one of a request's completions of a prompt."""
+    device = device_of(model)
+    if params.seed is None or params.temperature == 0:
+        generator = default_generator(device)
+    else:
+        generator = torch.Generator(device).manual_seed((params.seed + index) % 2**64)
+    return Sampler(params.temperature, params.top_p, 1, generator)
 
 
 class _CallSamplers:
@@ -188,27 +262,27 @@ class _CallSamplers:
         return self._sampler(1, torch.Generator(self._device).manual_seed(seed)), 0
 
     def end(self) -> None:
-        """Brings the generators of all replicas to the same state, that of the replica that took the most steps."""
+        """Brings the generators of all replicas to the same state, that of the replica that drew the most."""
         max_steps = max(groups.gather_replicas(self._shared.steps))
         self._shared.skip_to(max_steps, self._vocab_size)
 
 
 class _InLockstep:
-    """Iterates over a stream's steps, keeping the ranks of a model-parallel group in lockstep if one is closed early.
+    """Iterates over a stream's results, keeping the ranks of a model-parallel group in lockstep if one is closed early.
 
     The first rank decides when the stream ends: if it is closed there, it also ends on the other ranks. A stream that
-    is closed on another rank keeps computing, discarding the steps, until it ends on the first rank.
+    is closed on another rank keeps computing, discarding the results, until it ends on the first rank.
     """
 
-    def __init__(self, steps: Generator[TokenResult, None, None]) -> None:
-        self._steps = steps
+    def __init__(self, results: Generator[TokenResult, None, None]) -> None:
+        self._results = results
         self._number = next(_stream_numbers)
         self._is_finished = False
 
     def __iter__(self) -> Iterator[TokenResult]:
         while not self._is_finished:
-            if (step := self._advance()) is not None:
-                yield step
+            if (result := self._advance()) is not None:
+                yield result
 
     def close(self) -> None:
         """Ends the stream: on all ranks if called on the first one, else after it has ended there."""
@@ -217,14 +291,14 @@ class _InLockstep:
                 self._is_finished = not groups.broadcast_flag(False, stream=self._number)
         while not self._is_finished:
             self._advance()
-        self._steps.close()
+        self._results.close()
 
     def _advance(self) -> TokenResult | None:
-        self._is_finished = True  # if the step fails, `close` must not wait for other ranks
+        self._is_finished = True  # if the pass fails, `close` must not wait for other ranks
         with groups.rank_errors():
-            step = next(self._steps, None) if groups.broadcast_flag(True, stream=self._number) else None
-        self._is_finished = step is None or step.finish_reason is not None
-        return step
+            result = next(self._results, None) if groups.broadcast_flag(True, stream=self._number) else None
+        self._is_finished = result is None or result.finish_reason is not None
+        return result
 
 
 def complete_by_generate(
@@ -242,40 +316,16 @@ def complete_by_generate(
     rows = []
     for i, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
         n_echoed = len(prompt) if params.echo else 0
-        text = IncrementalDetokenizer(tokenizer, params.stop, ids[:n_echoed])
-        for n_new, token in enumerate(ids[n_echoed:], start=1):
-            text.push(token)
-            if text.stopped:
-                ids = ids[: n_echoed + n_new]
-        row = Completion(tokens=list(ids), logprobs=list(logprobs[i]) if logprobs else [])
+        row = Completion(IncrementalDetokenizer(tokenizer, params.stop, ids[:n_echoed]), prompt=ids[:n_echoed])
+        scores = list(logprobs[i]) if logprobs else []
+        row.echo([(logprob, ()) for logprob in scores[:n_echoed]])
         limit = min(params.max_gen_len, max_seq_len - len(prompt))
         row.finish_reason = "stop" if len(ids) - n_echoed < limit else "length"
-        rows.append(with_text(row, text))
+        for token, logprob in itertools.zip_longest(ids[n_echoed:], scores[n_echoed:]):
+            stopped = row.ends(token)
+            row.add(TokenResult(i, token, logprob, "stop" if stopped else None))
+            if stopped:
+                break
+        row.finish()
+        rows.append(row)
     return rows
-
-
-def with_text(row: Completion, text: IncrementalDetokenizer) -> Completion:
-    """Finishes the text, and adds its pieces to the row, cut at a stop string. Returns the row."""
-    text.finish()
-    if text.stopped:
-        row.finish_reason = "stop"
-    row.pieces = text.prefix_pieces + text.pieces
-    row.logprobs = row.logprobs[: len(row.pieces)]
-    return row
-
-
-def _push(text: IncrementalDetokenizer) -> Callable[[int], bool]:
-    """Returns a function that pushes a token, and returns whether it completed a stop string."""
-
-    def ends(token: int) -> bool:
-        text.push(token)
-        return text.stopped
-
-    return ends
-
-
-def _drain(pieces: deque[str]) -> Iterator[str]:
-    """Removes all pieces, and yields the non-empty ones."""
-    while pieces:
-        if piece := pieces.popleft():
-            yield piece

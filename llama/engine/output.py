@@ -1,13 +1,19 @@
-"""What `text_completion`, `chat_completion` and scoring return."""
+"""One completion: its text and tokens as they become final; and the dictionaries that calls return."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
 from llama.chat import UNSAFE_ERROR, Message
-from llama.engine.sequence import FinishReason
+from llama.engine.sequence import FinishReason, TokenResult
 from llama.inputs import SamplingParams
+from llama.tokenizer import IncrementalDetokenizer
+
+TopLogprobs = tuple[tuple[int, float], ...]
+TokenScore = tuple[float | None, TopLogprobs]  # a log-probability, None for a prompt's first token
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -30,21 +36,142 @@ class Score(TypedDict):
     logprobs: list[float]
 
 
-@dataclass
-class Completion:
-    """The result for one prompt; with echo, its lists start with the prompt's tokens.
+@dataclass(frozen=True)
+class Token:
+    """A token whose text is final.
 
     Attributes:
-        tokens: ids.
-        pieces: the text of each token.
+        id: the token's id.
+        text: the token's part of the text; a character of several tokens is attributed to the last one.
+        logprob: log-probability under the raw logits; None for the first token of a prompt.
+        top_logprobs: ids of the most likely tokens at this position and their log-probabilities, in descending order.
+    """
+
+    id: int
+    text: str
+    logprob: float | None
+    top_logprobs: TopLogprobs = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a result made final of a completion. With echo, an additional first piece has the prompt.
+
+    Attributes:
+        choice: index of the completion in its call or request.
+        text: text that became final; may be empty.
+        tokens: with logprobs, the tokens that became final; over all pieces, their texts add up to the whole text.
+        n_generated: number of generated tokens, including those cut off at a stop string.
+        finish_reason: why the completion ends with this piece; None if it continues.
+    """
+
+    choice: int
+    text: str
+    tokens: tuple[Token, ...] = ()
+    n_generated: int = 0
+    finish_reason: FinishReason | None = None
+
+
+class Completion:
+    """One completion: results go in, pieces come out, and the whole is what they add up to.
+
+    Args:
+        text: decodes the completion; its prefix is the prompt if the text continues it or echoes it.
+        index: its index in its call or request.
+        prompt: ids to be echoed.
+        with_tokens: whether pieces contain tokens.
+
+    Attributes:
+        tokens: ids, those of an echoed prompt first.
         logprobs: the log-probability of each token; empty if not asked for.
         finish_reason: why generation ended.
     """
 
-    tokens: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason = "length"
+    def __init__(
+        self, text: IncrementalDetokenizer, *, index: int = 0, prompt: Sequence[int] = (), with_tokens: bool = False
+    ) -> None:
+        self.tokens = list(prompt)
+        self.finish_reason: FinishReason = "length"
+        self._text = text
+        self._index = index
+        self._n_echoed = len(self.tokens)
+        self._with_tokens = with_tokens
+        self._logprobs: list[float] = []
+        self._final_texts: deque[str] = deque()  # of each new token, what it made final
+        self._n_chars_final = 0
+        self._held: deque[TokenResult] = deque()  # results of tokens that may still be cut off at a stop string
+        self._n_released = 0  # number of tokens in pieces so far
+        self._n_chars_released = 0  # number of characters of these tokens
+
+    @property
+    def echo_pieces(self) -> list[str]:
+        """The text of each token of an echoed prompt."""
+        return self._text.prefix_pieces if self._n_echoed else []
+
+    @property
+    def pieces(self) -> list[str]:
+        """The text of each token, up to a stop string."""
+        return self.echo_pieces + self._text.pieces
+
+    @property
+    def logprobs(self) -> list[float]:
+        return self._logprobs[: len(self.pieces)]
+
+    def ends(self, token: int) -> bool:
+        """Adds a token to the text; returns whether the completion ends with it, at a stop string."""
+        self._final_texts.append(self._text.push(token))
+        return self._text.stopped
+
+    def echo(self, scores: Sequence[TokenScore] = ()) -> Piece:
+        """Adds the scores of the prompt; returns the piece that has it.
+
+        Args:
+            scores: for each token of the prompt; none for no log-probabilities.
+        """
+        texts = self._text.prefix_pieces
+        self._logprobs = [logprob or 0.0 for logprob, _ in scores]
+        found = zip(self.tokens, texts, scores, strict=True) if scores else ()
+        return Piece(self._index, "".join(texts), tuple(Token(token, text, *score) for token, text, score in found))
+
+    def add(self, result: TokenResult) -> Piece:
+        """Adds a result, after `ends` had its token; returns the piece that it makes final."""
+        text = ""
+        if result.token is not None:
+            self.tokens.append(result.token)
+            text = self._final_texts.popleft()
+            if result.logprob is not None:
+                self._logprobs.append(result.logprob)
+            if self._with_tokens:
+                self._held.append(result)
+        reason = result.finish_reason
+        if reason:
+            text += self.finish()
+            self.finish_reason = reason = "stop" if self._text.stopped else reason
+        self._n_chars_final += len(text)
+        tokens = tuple(self._release(is_last=reason is not None)) if self._with_tokens else ()
+        return Piece(self._index, text, tokens, int(result.token is not None), reason)
+
+    def finish(self) -> str:
+        """Ends the text; returns what was held back of it. Without effect after a result with a finish reason."""
+        rest = self._text.finish()
+        if self._text.stopped:
+            self.finish_reason = "stop"
+        return rest
+
+    def _release(self, *, is_last: bool) -> list[Token]:
+        """Returns the tokens that became final. A token without text waits for the character that it is part of."""
+        pieces, n_final, n_chars = self._text.pieces, self._n_released, self._n_chars_released
+        for i in range(self._n_released, len(pieces)):
+            n_chars += len(pieces[i])
+            if is_last or (pieces[i] and n_chars <= self._n_chars_final):
+                n_final, self._n_chars_released = i + 1, n_chars
+        tokens = []
+        for text in pieces[self._n_released : n_final]:
+            result = self._held.popleft()
+            assert result.token is not None
+            tokens.append(Token(result.token, text, result.logprob, result.top_logprobs))
+        self._n_released = max(self._n_released, n_final)
+        return tokens
 
 
 def completion_prediction(row: Completion, params: SamplingParams) -> CompletionPrediction:

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from llama.engine.output import TokenScore, TopLogprobs
 from llama.engine.runner import ModelRunner
 from llama.engine.sampling import logprobs_of
 
-_LOGPROB_POSITIONS = 512  # maximum number of positions whose logits are in memory at a time
+_LOGIT_POSITIONS = 512  # maximum number of positions whose logits are in memory at a time
+
+
+def logits_in_slices(runner: ModelRunner, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], int, Tensor]]:
+    """Runs the network over given rows, which are grouped by length and right-padded. Overwrites the KV cache.
+
+    Causal attention hides the padding from the tokens before it.
+
+    Yields:
+        The indices of a group's rows, a position, and the logits (bsz, n, vocab) after the n tokens from there on.
+    """
+    for start in range(0, len(rows), runner.max_batch_size):
+        batch = rows[start : start + runner.max_batch_size]
+        for group in runner.groups([len(row) for row in batch]):
+            tokens = runner.pad([batch[i] for i in group])
+            n_positions = max(1, _LOGIT_POSITIONS // len(group))
+            for position in range(0, tokens.size(1), n_positions):
+                yield (
+                    [start + i for i in group],
+                    position,
+                    runner.run(tokens[:, position : position + n_positions], position),
+                )
 
 
 @torch.inference_mode()
@@ -19,24 +42,29 @@ def score(model: Any, texts: Sequence[Sequence[int]]) -> list[list[float]]:
 
     Overwrites the KV cache.
     """
-    runner = ModelRunner(model)
-    scores: list[list[float]] = [[] for _ in texts]
-    for start in range(0, len(texts), runner.max_batch_size):
-        chunk = texts[start : start + runner.max_batch_size]
-        for group in runner.groups([len(text) for text in chunk]):
-            for i, logprobs in zip(group, _score_group(runner, [chunk[i] for i in group]), strict=True):
-                scores[start + i] = logprobs
+    return [[logprob or 0.0 for logprob, _ in scores] for scores in score_top(model, texts, 0)]
+
+
+@torch.inference_mode()
+def score_top(model: Any, texts: Sequence[Sequence[int]], n_top: int) -> list[list[TokenScore]]:
+    """Returns each token's log-probability given those before it, and the `n_top` most likely tokens in its place.
+
+    The first token of each text gets (None, ()). Overwrites the KV cache.
+    """
+    scores: list[list[TokenScore]] = [[(None, ())] for _ in texts]
+    for group, position, logits in logits_in_slices(ModelRunner(model), [text[:-1] or text for text in texts]):
+        for i, row in zip(group, logits, strict=True):
+            targets = texts[i][position + 1 : position + 1 + len(row)]
+            row = row[: len(targets)]
+            if targets:
+                logprobs = logprobs_of(row, torch.tensor(targets, device=row.device)).tolist()
+                scores[i] += zip(logprobs, _top(row, n_top), strict=True)
     return scores
 
 
-def _score_group(runner: ModelRunner, texts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Scores texts in one right-padded batch; causal attention hides the padding from the tokens before it."""
-    scores = [[0.0] for _ in texts]
-    tokens = runner.pad(texts)
-    n_positions = max(1, _LOGPROB_POSITIONS // len(texts))  # per row
-    for start in range(0, tokens.size(1) - 1, n_positions):
-        targets = tokens[:, start + 1 : start + 1 + n_positions]
-        logits = runner.run(tokens[:, start : start + targets.size(1)], start)
-        for text, row, logprobs in zip(texts, scores, logprobs_of(logits, targets).tolist(), strict=True):
-            row += logprobs[: max(0, len(text) - 1 - start)]
-    return scores
+def _top(logits: Tensor, n: int) -> list[TopLogprobs]:
+    """The `n` most likely tokens at each position, and their log-probabilities, from logits (seqlen, vocab)."""
+    if n == 0:
+        return [()] * len(logits)
+    values, ids = logits.log_softmax(-1).topk(min(n, logits.size(-1)))
+    return [tuple(zip(*both, strict=True)) for both in zip(ids.tolist(), values.tolist(), strict=True)]

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama.engine.pieces import Piece
+from llama.engine.output import Piece
 from llama.errors import printable, quote
 from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, check_model, read_request
 from llama.serving.errors import ApiError

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama.engine.pieces import Piece
+from llama.engine.output import Piece
 from llama.errors import quote
 from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, Request, read_request
 from llama.serving.errors import ApiError

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from llama.distributed import groups
-from llama.engine.pieces import Piece
+from llama.engine.output import Piece
 from llama.serving.batch_file import Line, Reader, error_result, result
 from llama.serving.batch_results import Results
 from llama.serving.endpoints import Request

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from llama.engine.pieces import Piece, Token, TopLogprobs
+from llama.engine.output import Piece, Token, TopLogprobs
 from llama.tokenizer import Tokenizer
 
 Choice = dict[str, Any]

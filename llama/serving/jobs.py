@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from llama.chat import SPECIAL_TAGS, Dialog, has_special_tags
+from llama.engine.calls import Request
+from llama.engine.output import Piece
 from llama.errors import PromptError, quote
 from llama.generation import Llama
 from llama.inputs import SamplingParams, encode_checked_dialog, encode_text
@@ -15,6 +17,7 @@ from llama.serving.errors import ApiError
 if TYPE_CHECKING:
     from llama.serving.protocol import ChatBody, CompletionBody
 
+Key = TypeVar("Key")
 DEFAULT_MAX_TOKENS = 16  # of a completion; a chat's answer may fill the context
 
 
@@ -151,3 +154,62 @@ class Planner:
             param=name,
             code="context_length_exceeded",
         )
+
+
+def as_completed(llama: Llama, jobs: Iterable[tuple[Key, Job]]) -> Iterator[tuple[Key, list[Piece]]]:
+    """Completes jobs, as many at a time as the KV cache has rows; yields each as it ends, with a piece per choice.
+
+    All ranks of a model-parallel group iterate over the same jobs.
+
+    Args:
+        jobs: each with a key of the caller's; asked for the next one when a row is free.
+
+    Raises:
+        Exception: the error of a pass of the network.
+    """
+    engine, rest = llama.engine, iter(jobs)
+    running: list[tuple[Key, Request, list[list[Piece]]]] = []
+    may_come = True
+    try:
+        while may_come or running:
+            while may_come and engine.n_running + engine.n_waiting < llama.model.params.max_batch_size:
+                if (found := next(rest, None)) is None:
+                    may_come = False
+                    break
+                key, job = found
+                request = Request(
+                    engine,
+                    llama.tokenizer,
+                    job.prompts,
+                    job.params,
+                    n=job.n,
+                    top_logprobs=job.top_logprobs,
+                    continues=job.continues,
+                )
+                running.append((key, request, [[] for _ in range(job.n_choices)]))
+                for piece in request.first_pieces:
+                    running[-1][2][piece.choice].append(piece)
+            if running:
+                engine.advance()
+            for key, request, pieces in running:
+                for piece in request.new_pieces():
+                    pieces[piece.choice].append(piece)
+                if request.call.error is not None:
+                    raise request.call.error
+                if request.call.is_finished:
+                    yield key, [_joined(mine) for mine in pieces]
+            running = [entry for entry in running if not entry[1].call.is_finished]
+    finally:
+        for _, request, _ in running:
+            engine.abort(request.call)
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    """All that a choice got, as one piece."""
+    return Piece(
+        pieces[0].choice,
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.tokens),
+        sum(piece.n_generated for piece in pieces),
+        pieces[-1].finish_reason,
+    )

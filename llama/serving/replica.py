@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from llama import Llama
-from llama.engine.pieces import Piece
+from llama.engine.output import Piece
 from llama.serving.jobs import Job
 from llama.serving.service import Service
 

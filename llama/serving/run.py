@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from llama.engine.pieces import Piece
+from llama.engine.output import Piece
 from llama.errors import RankError, printable
 from llama.serving.errors import ApiError
 from llama.serving.jobs import Job

@@ -10,23 +10,16 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from llama.distributed import groups
-from llama.distributed.device import default_generator
+from llama.engine.calls import Request
 from llama.engine.lock import lock_of
-from llama.engine.pieces import Choice, Piece, Scores
-from llama.engine.runner import ModelRunner, device_of
-from llama.engine.sampling import Sampler, logprobs_of
+from llama.engine.output import Piece
 from llama.engine.scoring import score
-from llama.engine.sequence import Call
-from llama.engine.sequence import Sequence as EngineSequence
 from llama.generation import Llama
 from llama.inputs import SamplingParams
-from llama.tokenizer import IncrementalDetokenizer
 
 _SCORED_POSITIONS = 512  # maximum number of positions whose logits are in memory at a time
 _HEARTBEAT_S = 2.0  # interval of broadcasts while idle, by which ranks find out if another one has ended
@@ -72,14 +65,6 @@ class _Stopped:
     pass
 
 
-@dataclass
-class _Running:
-    """A request in the engine."""
-
-    call: Call
-    choices: list[Choice] = field(repr=False)
-
-
 class Service:
     """Serves requests from any number of threads with one `Llama`.
 
@@ -105,7 +90,7 @@ class Service:
         self._n_arriving = 0  # sequences in the inbox
         self._numbers = itertools.count()
         self._listeners: dict[int, Callable[[Any], None]] = {}  # by request number; only on the first rank
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Request] = {}
         self._is_stopping = False
         self._lock = threading.Lock()
 
@@ -258,73 +243,30 @@ class Service:
                 with self._lock:
                     self._n_arriving -= len(change.prompts) * change.n
 
-    def _start(self, added: _Added) -> _Running:
+    def _start(self, added: _Added) -> Request:
         """Adds a request's sequences to the engine; with echo, delivers the pieces that have the prompts."""
-        params, tokenizer = added.params, self.llama.tokenizer
-        choices: list[Choice] = []
-        sequences: list[EngineSequence] = []
-        for prompt in added.prompts:
-            scores = self._score(prompt, added.top_logprobs) if params.echo and params.logprobs else []
-            for i in range(added.n):
-                text = IncrementalDetokenizer(tokenizer, params.stop, prompt if added.continues or params.echo else ())
-                choice = Choice(len(choices), text, logprobs=params.logprobs)
-                if params.echo:
-                    self._tell(added.number, choice.echo(prompt, scores))
-                choices.append(choice)
-                sequences.append(
-                    EngineSequence(
-                        list(prompt),
-                        self._sampler(params, i),
-                        0,
-                        params.max_gen_len,
-                        frozenset({tokenizer.eos_id}),
-                        logprobs=params.logprobs,
-                        top_logprobs=added.top_logprobs,
-                        ends=choice.ends,
-                        speculative=params.speculative,
-                    )
-                )
-        call = Call(sequences)
-        self.engine.add(call)
-        return _Running(call, choices)
-
-    def _sampler(self, params: SamplingParams, index: int) -> Sampler:
-        """Makes a completion's own sampler, so that its tokens do not depend on other requests."""
-        device = device_of(self.llama.model)
-        if params.seed is None or params.temperature == 0:
-            generator = default_generator(device)
-        else:
-            generator = torch.Generator(device).manual_seed((params.seed + index) % 2**64)
-        return Sampler(params.temperature, params.top_p, 1, generator)
-
-    def _score(self, prompt: list[int], n_top: int) -> Scores:
-        """Scores a prompt: for each token its log-probability and the most likely tokens in its place.
-
-        The first token gets (None, ()). Overwrites the KV cache, which the engine then computes again.
-        """
-        scores: Scores = [(None, ())]
-        with lock_of(self.llama.model), torch.inference_mode():
-            runner = ModelRunner(self.llama.model)
-            tokens = runner.pad([prompt])
-            for start in range(0, len(prompt) - 1, _SCORED_POSITIONS):
-                targets = tokens[:, start + 1 : start + 1 + _SCORED_POSITIONS]
-                logits = runner.run(tokens[:, start : start + targets.size(1)], start)
-                values, ids = logits[0].log_softmax(-1).topk(min(n_top, logits.size(-1)))
-                top = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
-                scores += zip(logprobs_of(logits, targets)[0].tolist(), top, strict=True)
-        return scores
+        request = Request(
+            self.engine,
+            self.llama.tokenizer,
+            added.prompts,
+            added.params,
+            n=added.n,
+            top_logprobs=added.top_logprobs,
+            continues=added.continues,
+        )
+        for piece in request.first_pieces:
+            self._tell(added.number, piece)
+        return request
 
     def _deliver(self) -> None:
-        """Passes the new steps of all requests to their listeners."""
+        """Passes what is new of all requests to their listeners."""
         for number, running in list(self._running.items()):
-            call = running.call
-            while call.results:
-                step = call.results.popleft()
-                self.n_generated += step.token is not None
-                self._tell(number, running.choices[step.sequence].piece(step))
-            if call.is_finished:
-                if call.error is not None:
-                    self._fail(number, call.error)
+            for piece in running.new_pieces():
+                self.n_generated += piece.n_generated
+                self._tell(number, piece)
+            if running.call.is_finished:
+                if running.call.error is not None:
+                    self._fail(number, running.call.error)
                 del self._running[number]
                 self._listeners.pop(number, None)
 

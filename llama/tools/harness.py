@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from llama import Llama, Message
 from llama.chat import B_INST, B_SYS, E_INST, E_SYS, chat_error, check_dialog
@@ -23,10 +22,11 @@ from llama.checkpoint.reading import find_tokenizer
 from llama.distributed import groups
 from llama.engine.lock import lock_of
 from llama.engine.runner import ModelRunner
+from llama.engine.sampling import logprobs_of
+from llama.engine.scoring import logits_in_slices
 from llama.errors import quote
 from llama.inputs import SamplingParams
-from llama.serving.jobs import Job
-from llama.serving.replica import Replica
+from llama.serving.jobs import Job, as_completed
 
 try:
     import lm_eval.models  # noqa: F401 (registers the harness's own classes, as it does only before any other)
@@ -44,7 +44,6 @@ T = TypeVar("T")
 Work = TypeVar("Work")
 Score = tuple[float, bool]  # a continuation's log-probability, and whether greedy decoding gives it
 Row = tuple[list[int], list[list[int]]]  # ids, and the continuations that end them, whose last token is not in them
-_LOGIT_POSITIONS = 512  # positions whose logits are held at a time
 _ROUNDS = 16  # batches of each replica between two exchanges of results
 _MAX_GEN_TOKS = 256  # the harness's default
 # Other generation arguments of a task are refused, except with a value that has no effect.
@@ -250,16 +249,18 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
     @torch.inference_mode()
     def _score(self, asked: Sequence[Row]) -> list[list[Score]]:
         """For each row, the scores of the continuations that end it."""
-        scores: list[list[Score]] = [[] for _ in asked]
+        sums = [[0.0] * len(continuations) for _, continuations in asked]
+        greedy = [[True] * len(continuations) for _, continuations in asked]
         with lock_of(self.llama.model):
             runner = ModelRunner(self.llama.model)
-            for start in range(0, len(asked), runner.max_batch_size):
-                chunk = asked[start : start + runner.max_batch_size]
-                for group in runner.groups([len(tokens) for tokens, _ in chunk]):
-                    found = _score_rows(runner, [chunk[i] for i in group])
-                    for i, row in zip(group, found, strict=True):
-                        scores[start + i] = row
-        return scores
+            for group, position, logits in logits_in_slices(runner, [tokens for tokens, _ in asked]):
+                for i, row in zip(group, logits, strict=True):
+                    for j, expected, first in _expected(*asked[i], position, position + len(row)):
+                        these = row[first - position : first - position + len(expected)]
+                        target = torch.tensor(expected, device=these.device)
+                        sums[i][j] += float(logprobs_of(these, target).sum())
+                        greedy[i][j] &= bool((these.argmax(-1) == target).all())
+        return [list(zip(*both, strict=True)) for both in zip(sums, greedy, strict=True)]
 
     # ---- generation ----
 
@@ -306,14 +307,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
 
     def _complete(self, jobs: Sequence[tuple[int, Job]]) -> list[str]:
         """The texts of this replica's numbered jobs, as many of which run at a time as the cache has rows."""
-        replica = Replica(self.llama)
-        texts: dict[int, str] = {}
-        waiting = iter(jobs)
-        while len(texts) < len(jobs):
-            for _, (number, job) in zip(range(replica.n_free), waiting, strict=False):
-                replica.start(number, job)
-            for number, (piece,) in replica.step()[0]:
-                texts[number] = piece.text
+        texts = {number: piece.text for number, (piece,) in as_completed(self.llama, jobs)}
         return [texts[number] for number, _ in jobs]
 
     # ---- replicas ----
@@ -347,39 +341,16 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
                 bar.update(len(part))
 
 
-def _score_rows(runner: ModelRunner, rows: Sequence[Row]) -> list[list[Score]]:
-    """The scores of continuations, which end right-padded rows of one batch.
-
-    At most `_LOGIT_POSITIONS` positions' logits are held at a time.
-    """
-    tokens = runner.pad([row for row, _ in rows])
-    sums = [[0.0] * len(continuations) for _, continuations in rows]
-    greedy = [[True] * len(continuations) for _, continuations in rows]
-    n_positions = max(1, _LOGIT_POSITIONS // len(rows))
-    for start in range(0, tokens.size(1), n_positions):
-        logits = runner.run(tokens[:, start : start + n_positions], start)
-        for row, i, expected, first in _expected(rows, start, start + logits.size(1)):
-            these = logits[row, first - start : first - start + len(expected)]
-            target = torch.tensor(expected, device=these.device)
-            sums[row][i] += _sum_of_logprobs(these, target)
-            greedy[row][i] &= bool((these.argmax(-1) == target).all())
-    return [list(zip(*both, strict=True)) for both in zip(sums, greedy, strict=True)]
-
-
-def _sum_of_logprobs(logits: Tensor, tokens: Tensor) -> float:
-    """The sum of the log-probabilities of tokens (seqlen,) under logits (seqlen, vocab)."""
-    return float(logits.log_softmax(-1).gather(-1, tokens[:, None]).sum())
-
-
-def _expected(rows: Sequence[Row], start: int, end: int) -> Iterator[tuple[int, int, list[int], int]]:
-    """The parts of continuations that positions from `start` to `end` predict.
+def _expected(
+    tokens: list[int], continuations: list[list[int]], start: int, end: int
+) -> Iterator[tuple[int, list[int], int]]:
+    """The parts of a row's continuations that positions from `start` to `end` predict.
 
     Yields:
-        The row, the index of the continuation in it, the tokens, and the position that predicts the first of them.
+        The index of the continuation, the tokens, and the position that predicts the first of them.
     """
-    for row, (tokens, continuations) in enumerate(rows):
-        for i, continuation in enumerate(continuations):
-            first = len(tokens) - len(continuation)
-            low, high = max(first, start), min(len(tokens), end)
-            if low < high:
-                yield row, i, continuation[low - first : high - first], low
+    for i, continuation in enumerate(continuations):
+        first = len(tokens) - len(continuation)
+        low, high = max(first, start), min(len(tokens), end)
+        if low < high:
+            yield i, continuation[low - first : high - first], low

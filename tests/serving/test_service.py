@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.engine.pieces import Piece
+from llama.engine.output import Piece
 from llama.inputs import SamplingParams
 from llama.serving.service import QueueFullError, Service, ServiceStoppedError
 from tests.conftest import TEXT
