@@ -8,17 +8,17 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.engine.output import Piece
 from llama.errors import printable, quote
+from llama.serving.chat_page import page_routes
 from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, check_model, read_request
 from llama.serving.errors import ApiError
 from llama.serving.formats import Answer, Format, event, usage
@@ -30,12 +30,6 @@ from llama.serving.service import Service
 
 _BODY_S = 30.0  # in which a client has to send its body
 _LEFT = 499  # status of requests whose client left, as in nginx
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
-    "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 @dataclass
@@ -99,6 +93,7 @@ def make_app(server: Server) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _answer_error)
     app.add_exception_handler(ClientLeftError, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
+    app.include_router(page_routes())
     app.include_router(_open_routes(server))
     app.include_router(_guarded_routes(server))
     return app
@@ -107,11 +102,6 @@ def make_app(server: Server) -> FastAPI:
 def _open_routes(server: Server) -> APIRouter:
     """The routes that need no key."""
     routes = APIRouter()
-    page = resources.files("llama.serving").joinpath("chat.html").read_text(encoding="utf-8")
-
-    @routes.get("/")
-    async def chat_page() -> Response:
-        return HTMLResponse(page, headers=_PAGE_HEADERS)
 
     @routes.get("/health")
     async def health() -> Response:

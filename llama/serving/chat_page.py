@@ -1,0 +1,43 @@
+"""The chat page: its files, with a policy that lets the browser load and run nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import resources
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+_HEADERS = {
+    # Trusted types: only the sanitizer may make HTML of text.
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; script-src 'self'; "
+    "style-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # asks with the ETag whether the file has changed
+}
+
+
+def page_routes() -> APIRouter:
+    """The routes of the page at `/` and of its scripts and styles below `/static/`. They need no key."""
+    routes = APIRouter()
+    static = resources.files("llama.serving").joinpath("static")
+    for folder, url in ((static, "/static/"), (static.joinpath("vendor"), "/static/vendor/")):
+        for file in folder.iterdir():
+            suffix = "." + file.name.rpartition(".")[2]
+            if suffix in _TYPES:
+                path = "/" if suffix == ".html" else url + file.name
+                _add(routes, path, file.read_bytes(), _TYPES[suffix])
+    return routes
+
+
+def _add(routes: APIRouter, path: str, content: bytes, media_type: str) -> None:
+    headers = _HEADERS | {"ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"'}
+
+    @routes.api_route(path, methods=["GET", "HEAD"])
+    async def file(request: Request) -> Response:
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=media_type, headers=headers)
