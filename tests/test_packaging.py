@@ -12,6 +12,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,11 @@ def test_every_file_of_the_package_and_of_the_toy_is_installed() -> None:
         name: Path(setuptools["package-dir"].get(name, name.replace(".", "/"))) for name in setuptools["packages"]
     }
     for file in sorted(path for path in files if (ROOT / path).exists()):
-        package = next((name for name, folder in folders.items() if folder == file.parent), None)
-        assert package, f"{file}: its folder is not in packages"
-        assert file.suffix == ".py" or file.name in setuptools["package-data"][package], (
-            f"{file} is not in package-data"
-        )
+        if file.suffix == ".py":
+            assert file.parent in folders.values(), f"{file}: its folder is not in packages"
+            continue
+        patterns = [folders[name] / data for name, names in setuptools["package-data"].items() for data in names]
+        assert any(fnmatch(str(file), str(pattern)) for pattern in patterns), f"{file} is not in package-data"
 
 
 def test_every_tool_has_a_console_script() -> None:
