@@ -30,7 +30,7 @@ from llama.engine.network_state import has_hooks
 from llama.errors import printable
 from llama.layers import kernels
 from llama.layers.int4 import Int4Weight, int4_linear
-from llama.layers.kernels import PADDED_ROWS, Kernels, QuantizedWeight, native_linear, onednn_int8_linear, row_bucket
+from llama.layers.kernels import PADDED_ROWS, Kernels, QuantizedWeight, onednn_int8_linear, row_bucket
 from llama.model import CachePositions, Transformer, TransformerBlock
 
 if TYPE_CHECKING:
@@ -281,8 +281,7 @@ def _traceable(block: TransformerBlock, tensors: dict[str, Tensor]) -> nn.Module
             int4 = Int4Weight(*(tensors[f"{name}.int4.{part.name}"] for part in fields(Int4Weight)))
             layer.linear = partial(_int4_linear, weight=int4, kernels=layer.kernels)
         elif hasattr(layer, "kernels") and layer.weight.dtype == block.attention.keys.dtype:
-            native_row = layer.kernels.native_row and layer.weight.dtype == torch.bfloat16
-            layer.linear = partial(_plain_linear, weight=layer.weight, native_row=native_row)
+            layer.linear = partial(_plain_linear, weight=layer.weight)
     return traceable
 
 
@@ -296,10 +295,7 @@ def _packed_linear(x: Tensor, bias: None, *, blocked: Tensor, kernels: Kernels) 
     return padded[:1].view(*x.shape[:-1], -1)
 
 
-def _plain_linear(x: Tensor, bias: None, *, weight: Tensor, native_row: bool) -> Tensor:
-    if native_row and x.size(0) == 1:
-        out: Tensor = _operators().native_linear(x, weight)
-        return out
+def _plain_linear(x: Tensor, bias: None, *, weight: Tensor) -> Tensor:
     # Not by F.linear, which torch before 2.12 cannot trace for any number of rows.
     return (x.flatten(0, 1) @ weight.t()).unsqueeze(1)
 
@@ -323,7 +319,6 @@ def _operators() -> Any:
     """The products as operators of torch, `torch.ops.llama`: the compiler sees their sizes alone."""
     library = torch.library.Library("llama", "FRAGMENT")
     library.define("packed_linear(Tensor x, Tensor blocked, bool pads_few) -> Tensor")
-    library.define("native_linear(Tensor x, Tensor weight) -> Tensor")
     library.define("int8_linear(Tensor x, Tensor blocked, Tensor scales) -> Tensor")
     library.define("int4_linear(Tensor x, Tensor packed, Tensor scales_and_zeros, int? dequantized_rows) -> Tensor")
     library.define("attention(Tensor queries, Tensor keys, Tensor values, Tensor? mask) -> Tensor")
@@ -349,7 +344,6 @@ def _operators() -> Any:
 
     for name, kernel, meta in (
         ("packed_linear", packed_linear, shape),
-        ("native_linear", native_linear, shape),
         ("int8_linear", int8_linear, int8_shape),
         ("int4_linear", of_int4, shape),
     ):

@@ -5,16 +5,12 @@ oneDNN's operators for them are not documented by torch: `can_pack` and `can_qua
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +22,9 @@ _PROBE_BYTES = 96 * MiB  # weights that are read for a timing: more than most ca
 _CLEARLY = 0.97  # of another time, to be preferred to it
 _MOST_ROTATED = 32  # inputs per block of the rotation before quantization
 QUANTIZED_ELEMENTS = 1 << 18  # of a weight that are quantized at a time, so that they stay in the processor's caches
-_TILE = 64  # outputs, and inputs, of oneDNN's blocks of int8 weights
 
 _ROUNDING = torch.tensor(1.5 * 2**23 + 128, dtype=torch.float32, device="cpu")
 _NO_ZERO_POINT = torch.zeros(1, dtype=torch.int64, device="cpu")  # of symmetric weights
-_onednn_switch = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -41,15 +35,13 @@ class Kernels:
         pads_one: whether the packed product takes one row as `PADDED_ROWS`, on processors where it reads weights
             faster for several rows.
         pads_few: likewise two or three rows.
-        native_row: whether ATen's own matrix-vector product reads an unpacked bfloat16 weight faster than oneDNN's.
-        packs_one_row: whether the packed product of one row is faster than the best unpacked one.
+        packs_one_row: whether the packed product of one row is faster than the unpacked one.
         dequantized_rows: from how many rows on products with int4 weights are faster with these dequantized; None
             for no number of rows. See `int4.measure_int4`.
     """
 
     pads_one: bool = False
     pads_few: bool = False
-    native_row: bool = False
     packs_one_row: bool = False
     dequantized_rows: int | None = None
 
@@ -57,7 +49,7 @@ class Kernels:
         """The choices in words, for the log."""
         padding = {(True, True): "up to three rows", (True, False): "one row", (False, True): "two or three rows"}
         padded = padding.get((self.pads_one, self.pads_few), "no rows")
-        one_row = "packed" if self.packs_one_row else "ATen's" if self.native_row else "oneDNN's"
+        one_row = "packed" if self.packs_one_row else "unpacked"
         return f"packed products pad {padded} to {PADDED_ROWS}; the fastest for one row is {one_row}"
 
 
@@ -158,73 +150,9 @@ def dequantize(values: Tensor, scales: Tensor) -> Tensor:
 @torch.no_grad()
 def block_quantized(values: Tensor, scales: Tensor) -> QuantizedWeight:
     """Numbers and scales as of `quantize_values`, for `quantized_linear`."""
+    blocked = torch.ops.onednn.qlinear_prepack(values.contiguous(), None)
     # The peaks of inputs are in units of 127 too.
-    return QuantizedWeight(_block_int8(values.contiguous()), scales.float() / 127, _rotation(values.size(1)))
-
-
-# Of each shape, a weight that oneDNN blocked, if `_rearrange` gives the same bytes; held by the layer that owns it.
-_blocked_by_onednn: WeakValueDictionary[torch.Size, Tensor] = WeakValueDictionary()
-
-
-def _block_int8(values: Tensor) -> Tensor:
-    """int8 numbers (out, in) in oneDNN's blocked layout, for inputs with a zero point.
-
-    oneDNN has no fast code for this: it takes five times as long as `_rearrange`. It blocks the first weight of a
-    shape, and the others too where its layout is another one.
-    """
-    example = _blocked_by_onednn.get(values.shape)
-    if example is not None:
-        copied = example.clone()
-        _rearrange(values, _memory_of(copied))
-        return copied
-    blocked: Tensor = torch.ops.onednn.qlinear_prepack(values, None)
-    if _is_rearranged(values, blocked):
-        _blocked_by_onednn[values.shape] = blocked
-    return blocked
-
-
-def _rearrange(values: Tensor, memory: Tensor) -> None:
-    """Writes int8 numbers (out, in) as oneDNN lays them out for AVX-512: in tiles of 64 outputs and 64 inputs.
-
-    In a tile, 4 inputs of an output stand together, then those of the next output. After all tiles comes what a zero
-    point of 1 adds to each output.
-
-    Args:
-        memory: int8, all of the blocked weight.
-    """
-    n_out, n_in = values.shape
-    tiles = values.view(torch.int32).view(n_out // _TILE, _TILE, n_in // _TILE, _TILE // 4).permute(0, 2, 3, 1)
-    memory[: values.numel()].view(torch.int32).view(tiles.shape).copy_(tiles)
-    sums = [part.float().sum(1) for part in values.split(max(1, QUANTIZED_ELEMENTS // n_in))]  # faster than in int
-    memory[values.numel() :].view(torch.int32).copy_(torch.cat(sums).neg_())
-
-
-def _is_rearranged(values: Tensor, blocked: Tensor) -> bool:
-    """Whether `blocked` has the layout of `_rearrange`."""
-    n_out, n_in = values.shape
-    if n_out % _TILE or n_in % _TILE or values.storage_offset() % 4:
-        return False
-    try:
-        memory = _memory_of(blocked)
-    except (AttributeError, RuntimeError):  # torch does not promise to tell where it is
-        return False
-    if memory.numel() != values.numel() + 4 * n_out:
-        return False
-    for first in (0, n_out - _TILE):  # of two rows of tiles: all of them would take as much memory again
-        part = values[first : first + _TILE]
-        expected = torch.empty(part.numel() + 4 * _TILE, dtype=torch.int8, device="cpu")
-        _rearrange(part, expected)
-        tiles, sums = memory[first * n_in :][: part.numel()], memory[values.numel() + 4 * first :][: 4 * _TILE]
-        if not torch.equal(torch.cat((tiles, sums)), expected):
-            return False
-    return True
-
-
-def _memory_of(blocked: Tensor) -> Tensor:
-    """The bytes of an opaque tensor of oneDNN, as int8; valid as long as that tensor lives."""
-    n_bytes = torch.ops.mkldnn._nbytes(blocked)
-    pointer = torch.ops.mkldnn.data_ptr(blocked)
-    return torch.frombuffer((ctypes.c_char * n_bytes).from_address(pointer), dtype=torch.int8)
+    return QuantizedWeight(blocked, scales.float() / 127, _rotation(values.size(1)))
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -270,18 +198,6 @@ def _hadamard(size: int) -> Tensor:
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix
-
-
-@contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
-    """Has ATen take its own kernels. The switch is the process's: one thread at a time turns it, and puts it back."""
-    with _onednn_switch:
-        enabled = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
-        try:
-            yield
-        finally:
-            torch._C._set_mkldnn_enabled(enabled)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -363,10 +279,8 @@ def measure_kernels(weights: Iterable[Tensor], dtype: torch.dtype, *, packed_onl
     )
     if packed_only:
         return kernels
-    native, plain = (partial(_for_each, sample, partial(f, rows[:1])) for f in (native_linear, F.linear))
-    native_row = _is_faster(native, plain)
-    packs_one_row = _is_faster(packed(1, kernels.pads_one), native if native_row else plain)
-    return replace(kernels, native_row=native_row, packs_one_row=packs_one_row)
+    plain = partial(_for_each, sample, partial(F.linear, rows[:1]))
+    return replace(kernels, packs_one_row=_is_faster(packed(1, kernels.pads_one), plain))
 
 
 def _sample(weights: Iterable[Tensor]) -> list[Tensor]:
@@ -391,9 +305,3 @@ def _is_faster(work: Callable[[], None], other: Callable[[], None]) -> bool:
 def median_ratio(work: Callable[[], object], other: Callable[[], object]) -> float:
     """The duration of one function divided by that of another: the median over neighboring runs."""
     return statistics.median([duration(work) / duration(other) for _ in range(5)])
-
-
-def native_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` by ATen's own kernels, where it would call oneDNN's."""
-    with _without_onednn():
-        return F.linear(x, weight, bias)

@@ -36,7 +36,6 @@ from llama.layers.kernels import (
     QuantizedWeight,
     block_quantized,
     dequantize,
-    native_linear,
     pack_weight,
     packed_linear,
     quantize_weight,
@@ -170,8 +169,6 @@ class _OwnsPackedForm(nn.Module):
             out = None if packed is None else packed.product(x, self.kernels)
             if out is not None:
                 return out if bias is None else out + bias
-            if self.kernels.native_row and x.numel() == x.size(-1) and weight.dtype == x.dtype == torch.bfloat16:
-                return native_linear(x, weight, bias)
         plain: Tensor = weight
         if weight.dtype == torch.int8 and self.scales is not None:
             plain = dequantize(weight, self.scales)

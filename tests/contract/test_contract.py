@@ -121,8 +121,8 @@ class Build:
 
 BUILDS = {
     "bfloat16, four rows": Build("bfloat16"),
-    "bfloat16, one row": Build("bfloat16", 1, kernels=Kernels(native_row=True)),
-    "bfloat16, one packed row": Build("bfloat16", 1, kernels=Kernels(True, True, False, packs_one_row=True)),
+    "bfloat16, one row": Build("bfloat16", 1, kernels=Kernels()),
+    "bfloat16, one packed row": Build("bfloat16", 1, kernels=Kernels(True, True, packs_one_row=True)),
     "bfloat16 from a float16 file": Build("bfloat16", file_dtype=torch.float16),
     "float32": Build("float32"),
     "static steps": Build("float32", stepper=lambda model: StaticStepper(model, graphs=False)),

@@ -136,7 +136,6 @@ def test_the_cache_is_written_in_place(compiled: tuple[Transformer, CompiledStep
 FORMS: dict[str, tuple[str, Kernels]] = {
     "bfloat16": ("bfloat16", Kernels()),
     "bfloat16, one row padded": ("bfloat16", Kernels(pads_one=True)),
-    "bfloat16, one row by ATen": ("bfloat16", Kernels(native_row=True)),
     "int8": ("int8", Kernels()),
     "int4": ("int4", Kernels()),
     "int4, dequantized": ("int4", Kernels(dequantized_rows=1)),
@@ -159,8 +158,7 @@ def test_products_are_those_of_the_layers(form: str) -> None:
         layer.kernels = form_kernels
         if name != "bfloat16":
             layer.quantize = name if suits_int4(*layer.weight.shape) else "int8"
-    if "ATen" not in form:
-        model.pack()
+    model.pack()
     stepper = CompiledStepper(model)
     for tokens, lengths in (([7], [3]), ([1, 2, 3], [14, 1, 9])):
         got, expected = (logits(model, each, tokens, lengths) for each in (stepper, PlainStepper(model)))

@@ -13,7 +13,6 @@ from torch import Tensor
 from llama.layers import kernels
 from llama.layers.kernels import (
     Kernels,
-    block_quantized,
     can_pack,
     can_quantize,
     dequantize,
@@ -62,13 +61,6 @@ def test_the_numbers_of_rows_that_products_are_made_for_are_bounded(monkeypatch:
         assert n_rows <= made[-1] <= n_rows * 9 / 8
     assert len(set(made)) <= 80
     assert set(range(1, 17)) <= set(made)  # the batch sizes of decoding get no padding
-
-
-def test_onednns_switch_is_put_back_after_an_error() -> None:
-    before = torch._C._get_mkldnn_enabled()
-    with pytest.raises(ZeroDivisionError), kernels._without_onednn():
-        1 / torch._C._get_mkldnn_enabled()
-    assert torch._C._get_mkldnn_enabled() == before
 
 
 # int8 products
@@ -125,44 +117,6 @@ def test_a_weight_that_is_quantized_part_by_part_is_quantized_as_a_whole(monkeyp
     for n_elements in (1, 5 * IN, 7 * IN + 3):
         monkeypatch.setattr(kernels, "QUANTIZED_ELEMENTS", n_elements)
         assert torch.equal(quantized_linear(x, quantize_weight(weight)), whole)
-
-
-@needs_int8
-@pytest.mark.parametrize(("n_out", "n_in"), [(64, 64), (192, 128), (100, 64), (64, 96), (OUT, IN)])
-def test_weights_are_laid_out_as_onednn_does_it(n_out: int, n_in: int) -> None:
-    """The first one of a shape is blocked by oneDNN itself, whose bytes those of the others have to be."""
-    held = []
-    for seed in range(3):
-        values, scales = quantize_values(normal(n_out, n_in, seed=seed))
-        held.append(block_quantized(values, scales))
-        expected = torch.ops.onednn.qlinear_prepack(values, None)
-        assert torch.equal(kernels._memory_of(held[-1].blocked), kernels._memory_of(expected))
-    known = kernels._blocked_by_onednn.get(torch.Size((n_out, n_in)))
-    assert known is None or (known is held[0].blocked and n_out % 64 == n_in % 64 == 0)
-
-
-@needs_int8
-def test_a_layout_that_is_not_known_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on processors without AVX-512, or in another version of oneDNN."""
-    expected = [quantized_linear(normal(5, 128, seed=9), quantize_weight(normal(64, 128, seed=i))) for i in range(2)]
-    for name, other in (
-        ("_rearrange", lambda values, memory: memory.zero_()),
-        ("_memory_of", lambda blocked: torch.ops.mkldnn.there_is_no_such_operator(blocked)),
-        ("_memory_of", lambda blocked: torch.zeros(7, dtype=torch.int8)),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, "_blocked_by_onednn", {})
-            patch.setattr(kernels, name, other)
-            for i in range(2):
-                weight = quantize_weight(normal(64, 128, seed=i))
-                assert torch.equal(quantized_linear(normal(5, 128, seed=9), weight), expected[i])
-            assert not kernels._blocked_by_onednn
-
-
-@needs_int8
-def test_a_blocked_weight_is_not_kept_for_others() -> None:
-    quantize_weight(normal(64, 320))
-    assert torch.Size((64, 320)) not in kernels._blocked_by_onednn
 
 
 @pytest.mark.parametrize("n_in", [64, 96, 12, 7])
@@ -333,8 +287,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     [
         ([True, False], True, Kernels(pads_one=True)),
         ([False, True], True, Kernels(pads_few=True)),
-        ([False, False, True, False], False, Kernels(native_row=True)),
-        ([False, False, False, True], False, Kernels(packs_one_row=True)),
+        ([False, False, True], False, Kernels(packs_one_row=True)),
     ],
 )
 def test_the_form_that_was_faster_is_taken(

@@ -6,8 +6,6 @@ import copy
 import io
 import logging
 import pickle
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,7 +21,6 @@ from torch.nn.utils import parametrize, prune
 
 from llama import ModelArgs, Transformer
 from llama.distributed.groups import init_process_groups
-from llama.layers import kernels
 from llama.layers import linear as layers
 from llama.layers.kernels import Kernels, can_pack
 from llama.layers.linear import (
@@ -67,13 +64,6 @@ def make_packed(dtype: torch.dtype = torch.bfloat16) -> ColumnParallelLinear:
     return layer
 
 
-def make_native(dtype: torch.dtype = torch.bfloat16) -> ColumnParallelLinear:
-    """A layer that takes ATen's matrix-vector product."""
-    layer = make(dtype)
-    layer.kernels = Kernels(native_row=True)
-    return layer
-
-
 def exact(x: Tensor, weight: Tensor) -> Tensor:
     """The product of bfloat16 operands, as float64 has it."""
     return x.double() @ weight.detach().bfloat16().double().T
@@ -92,7 +82,7 @@ def assert_computes(layer: nn.Module, weight: Tensor) -> None:
 
 
 @needs_packing
-@pytest.mark.parametrize("kernels", [Kernels(), PADDING, Kernels(native_row=True)], ids=str)
+@pytest.mark.parametrize("kernels", [Kernels(), PADDING], ids=str)
 @pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize(
     "shape", [(64,), (1, 64), (2, 64), (1, 3, 64), (3, 1, 64), (5, 64), (17, 64), (3, 11, 64), (130, 64)], ids=str
@@ -117,7 +107,7 @@ def test_inputs_need_not_be_contiguous() -> None:
 
 
 @needs_packing
-@pytest.mark.parametrize("kernels", [Kernels(), PADDING, Kernels(native_row=True)], ids=str)
+@pytest.mark.parametrize("kernels", [Kernels(), PADDING], ids=str)
 @pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("shape", [(0, IN), (3, 0, IN), (0, 5, IN)], ids=str)
 def test_no_rows_give_no_outputs(shape: tuple[int, ...], packs: bool, kernels: Kernels) -> None:
@@ -224,55 +214,6 @@ def test_outputs_and_gradients_on_two_ranks_are_those_of_fairscales_own_layers()
             torch.testing.assert_close(
                 ours, theirs, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
             )
-
-
-def test_the_products_of_one_row_leave_onednns_switch_as_it_was() -> None:
-    layer = make_native()
-    x = normal(1, IN, seed=1).bfloat16()
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        layer(x)
-        assert not torch._C._get_mkldnn_enabled()
-    finally:
-        torch._C._set_mkldnn_enabled(before)
-    layer(x)
-    assert torch._C._get_mkldnn_enabled() == before
-
-
-def test_the_matrix_vector_product_is_for_one_row_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(kernels, "_without_onednn", refuse)
-    for dtype, shape in ((torch.bfloat16, (2, IN)), (torch.bfloat16, (0, IN)), (torch.float32, (1, IN))):
-        make_native(dtype)(torch.zeros(shape, dtype=dtype))
-    with pytest.raises(ZeroDivisionError):
-        make_native()(torch.zeros((1, 1, IN), dtype=torch.bfloat16))
-
-
-def test_eight_threads_leave_onednns_switch_as_it_was() -> None:
-    """Two that saved and restored it at the same time could leave it off for the process."""
-    before = torch._C._get_mkldnn_enabled()
-    layer = make_native()
-    x = normal(1, IN, seed=1).bfloat16()
-    expected = layer(x)
-    barrier = threading.Barrier(8)
-
-    def work(_: int) -> bool:
-        barrier.wait()
-        found = []
-        for _ in range(30):
-            with kernels._without_onednn():
-                off = not torch._C._get_mkldnn_enabled()
-                time.sleep(0)  # let another thread come in between
-                found.append(off and not torch._C._get_mkldnn_enabled())
-            found.append(torch.equal(layer(x), expected))
-        return all(found)
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(8)))
-    assert torch._C._get_mkldnn_enabled() == before
 
 
 # Changes of the weight
@@ -605,26 +546,6 @@ def _two_ranks(rank: int, params: dict[str, Any]) -> list[Tensor]:
 def test_packed_and_plain_agree_on_two_ranks(params: dict[str, Any]) -> None:
     for plain, packed in run_ranks(2, _two_ranks, params):
         torch.testing.assert_close(packed, plain, rtol=0, atol=0.05 * plain.std().item())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_one_row_and_several_give_the_same_and_leave_the_switch_of_onednn(
-    params: dict[str, Any], dtype: torch.dtype
-) -> None:
-    """The matrix-vector kernel serves one row only."""
-    args = ModelArgs(**params, max_batch_size=4, max_seq_len=64)
-    state = {name: tensor.to(dtype) for name, tensor in oracle.random_state(params, seed=3).items()}
-    plain = Transformer.from_state(args, state)
-    for layer in packable_layers(plain):
-        layer.kernels = Kernels(native_row=True)
-    tokens = torch.randint(params["vocab_size"], (4, 1), generator=torch.Generator().manual_seed(0))
-    together = plain.forward(tokens, 0)
-    enabled = torch._C._get_mkldnn_enabled()
-    for row in range(4):
-        alone = plain.forward(tokens[row : row + 1], 0)
-        tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
-        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=tolerance * together.std().item())
-    assert torch._C._get_mkldnn_enabled() == enabled
 
 
 def test_new_tensors_go_to_the_meta_device() -> None:
