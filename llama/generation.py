@@ -96,6 +96,7 @@ class Llama:
         seed: for torch's default generators, as in `build`; None leaves them as they are.
         cuda_graphs: as in `build`.
         draft_model: a smaller `Transformer` with the same vocabulary and cache sizes, for `speculative="draft"`.
+        reuse_prefixes: as in `build`.
 
     Attributes:
         chat_error: why chats are refused, for a checkpoint whose chats have another template; None where they are not.
@@ -106,6 +107,7 @@ class Llama:
     stepper: Stepper | None = None  # this and what follows: here for subclasses that do not call `__init__`
     draft_model: Any = None
     chat_error: str | None = None
+    reuse_prefixes: bool = False
     _draft: ModelRunner | None = None
     _engine: Engine | None = None
 
@@ -117,6 +119,7 @@ class Llama:
         seed: int | None = None,
         cuda_graphs: bool = True,
         draft_model: Any = None,
+        reuse_prefixes: bool = False,
     ) -> None:
         if seed is not None:
             torch.manual_seed(check_seed(seed))
@@ -124,6 +127,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.stepper = choose_stepper(model, cuda_graphs=cuda_graphs)
         self.draft_model = draft_model
+        self.reuse_prefixes = reuse_prefixes
         if draft_model is not None:
             self._draft = ModelRunner(draft_model, choose_stepper(draft_model, cuda_graphs=cuda_graphs))
 
@@ -142,6 +146,7 @@ class Llama:
         quantize: str | None = None,
         draft_ckpt_dir: str | Path | None = None,
         compile: bool = False,
+        reuse_prefixes: bool = False,
     ) -> Llama:
         """Sets up the processes, under torchrun or without, and loads this rank's shard of a checkpoint.
 
@@ -166,6 +171,9 @@ class Llama:
             compile: whether steps of one token per row run through blocks that `torch.compile`'s compiler, inductor,
                 made; on a CPU with a C++ compiler or on CUDA, in one process. The first steps of one row and of
                 several wait for it; later processes find what it made on disk. Rounds differently outside of float32.
+            reuse_prefixes: whether a prompt takes the keys and values of a prefix that the KV cache holds already, of 16
+                tokens or more, instead of computing them again: of a chat's earlier turns, or a common system prompt.
+                Only while the network has no hooks and is unchanged. Off, every position of a prompt is computed.
 
         Raises:
             AssertionError: `ckpt_dir` holds no `*.pth` file, or not `model_parallel_size` of them.
@@ -187,7 +195,14 @@ class Llama:
             quantize=quantize,
         )
         draft_model = models[1] if len(models) > 1 else None
-        generator = Llama(models[0], tokenizer, seed=seed, cuda_graphs=cuda_graphs, draft_model=draft_model)
+        generator = Llama(
+            models[0],
+            tokenizer,
+            seed=seed,
+            cuda_graphs=cuda_graphs,
+            draft_model=draft_model,
+            reuse_prefixes=reuse_prefixes,
+        )
         generator.chat_error = chat_error(ckpt_dir)
         if compile:
             generator.stepper = compiled_stepper(models[0], cuda_graphs=cuda_graphs) or generator.stepper
@@ -200,7 +215,7 @@ class Llama:
     @property
     def engine(self) -> Engine:
         """What runs the network. Calls from all threads, on every `Llama` of the network, share its batch."""
-        self._engine = engine_of(self.model, self.stepper, self._draft)
+        self._engine = engine_of(self.model, self.stepper, self._draft, reuse_prefixes=self.reuse_prefixes)
         return self._engine
 
     def __getstate__(self) -> dict[str, Any]:

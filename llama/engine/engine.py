@@ -67,17 +67,25 @@ class Engine:
         model: a `Transformer`, or any object with `forward(tokens, start_pos)` and `params`.
         stepper: runs the decode passes of an unmodified network; None to call the network directly.
         draft: the runner of a smaller network that drafts tokens; None without a draft model.
+        reuse_prefixes: whether a new sequence takes the keys and values of a prefix that the cache holds already, as
+            long as the network is what it was when they were computed, without hooks.
 
     Attributes:
-        reuse_prefixes: whether a new sequence takes the keys and values of a prefix that the cache holds already.
-        n_reused: number of tokens that were taken so.
+        n_reused: number of prompt tokens that were taken so.
     """
 
-    def __init__(self, model: Any, stepper: Stepper | None = None, draft: ModelRunner | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        stepper: Stepper | None = None,
+        draft: ModelRunner | None = None,
+        *,
+        reuse_prefixes: bool = False,
+    ) -> None:
         self.model = model
         self.stepper = stepper
         self.draft = draft
-        self.reuse_prefixes = False
+        self.reuse_prefixes = reuse_prefixes
         self.n_reused = 0
         self._arrived: deque[Sequence] = deque()  # from any thread; its methods are atomic
         self._lock = lock_of(model)  # guards all attributes below
@@ -430,15 +438,18 @@ class Engine:
             sequence.sampler.end_row(sequence.noise_row)
 
 
-def engine_of(model: Any, stepper: Stepper | None = None, draft: ModelRunner | None = None) -> Engine:
-    """Returns the engine that all users of a network share, or a new one for a different stepper or draft.
+def engine_of(
+    model: Any, stepper: Stepper | None = None, draft: ModelRunner | None = None, *, reuse_prefixes: bool = False
+) -> Engine:
+    """Returns the engine that all users of a network share, or a new one for other arguments.
 
     The engine exists as long as one of its users refers to it.
     """
     lock = lock_of(model)
+    wanted = stepper, draft, reuse_prefixes
     with _engines_lock:
         engine: Engine | None = lock.engine() if lock.engine else None
-        if engine is None or engine.stepper is not stepper or engine.draft is not draft:
-            engine = Engine(model, stepper, draft)
+        if engine is None or (engine.stepper, engine.draft, engine.reuse_prefixes) != wanted:
+            engine = Engine(model, stepper, draft, reuse_prefixes=reuse_prefixes)
             lock.engine = weakref.ref(engine)
         return engine
