@@ -317,6 +317,13 @@ def broadcast_from_first(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast_number(number: int, device: torch.device) -> int:
+    """Return the number that the first rank of the model-parallel group passes."""
+    if model_parallel_size() == 1:
+        return number
+    return int(broadcast_from_first(torch.tensor(number, device=device)))
+
+
 def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """Return for each flag whether it is true on any rank of the model-parallel group, which all call this together."""
     if model_parallel_size() == 1:

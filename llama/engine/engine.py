@@ -9,10 +9,11 @@ batch: any thread that waits for a token runs the next pass for all of them.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,11 +40,15 @@ class _Pass:
         sequences: its sequences.
         n_cached: for each, the number of its tokens in the cache after the pass; drafted tokens do not count.
         sampled: the tokens of those sequences that need no further pass for it; None if there are none.
+        width: number of tokens per row of a decode pass; 0 for a prefill.
+        started: when it was started, by `time.perf_counter`.
     """
 
     sequences: list[Sequence]
     n_cached: list[int]
     sampled: SampledTokens | None
+    width: int = 0
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def n_sampled(self) -> int:
@@ -246,6 +251,9 @@ class Engine:
         sampled = started.sampled
         results = dict(zip(map(id, sampled.sequences), sampled.on_host(), strict=True)) if sampled else {}
         drafted = dict(zip(map(id, sampled.sequences), map(len, sampled.drafts), strict=True)) if sampled else {}
+        if self._speculator and started.width:
+            seconds = time.perf_counter() - started.started
+            self._speculator.costs.observe(len(started.sequences) * started.width, seconds)
         for sequence, n_cached in zip(started.sequences, started.n_cached, strict=True):
             if sequence.is_finished:
                 continue
@@ -313,10 +321,11 @@ class Engine:
         else:
             starts, drafts = [sequence.n_cached for sequence in sequences], self._drafts(sequences)
             tokens = runner.pad([(s.tokens[-1], *draft) for s, draft in zip(sequences, drafts, strict=True)])
+        started = time.perf_counter()
         logits = runner.decode(tokens, starts)
         self._has_just_prefilled = False
         sampled = SampledTokens.sample(logits, sequences, drafts, ahead=int(after is not None))
-        return _Pass(sequences, [start + 1 for start in starts], sampled)
+        return _Pass(sequences, [start + 1 for start in starts], sampled, tokens.size(1), started)
 
     def _pass_of_one_position(self) -> _Pass:
         """A pass of a network that needs equal positions. Sequences keep their rows until all have ended."""
@@ -334,9 +343,9 @@ class Engine:
         """Drafts tokens for each sequence; empty lists where nothing is drafted."""
         if not any(sequence.speculative for sequence in sequences):
             return [[] for _ in sequences]
-        if self._speculator is None:
-            self._speculator = Speculator(self.model, self.draft)
         assert self._runner is not None
+        if self._speculator is None:
+            self._speculator = Speculator(self._runner.device, self.draft)
         room = self._runner.max_seq_len - 1 - max(sequence.n_cached for sequence in sequences)
         return self._speculator.propose(sequences, room)
 

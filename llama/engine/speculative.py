@@ -12,22 +12,19 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
-from collections import abc
-from collections.abc import Callable
+from collections import abc, deque
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama.distributed.device import to_device
-from llama.distributed.groups import broadcast_from_first
+from llama.distributed.groups import broadcast_from_first, broadcast_number
 from llama.engine.cuda_graphs import MAX_WIDTH
-from llama.engine.runner import ModelRunner, device_of
+from llama.engine.runner import ModelRunner
 from llama.engine.sampled import common_length, sample
 from llama.engine.sequence import Sequence
-from llama.model import CachePositions
 
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, MAX_WIDTH)  # tokens per row of a pass; only a few widths, since each needs kernels
 _NGRAM_SIZES = (4, 2, 1)  # n-grams to search for in earlier text, longest first
@@ -36,12 +33,8 @@ _MAX_MATCHED = 16  # tokens that are compared at an occurrence
 _PRIORS = {0: 0.7, 1: 0.2, 2: 0.4, 4: 0.65, 8: 0.85}  # acceptance rate by number of matched tokens; 0: draft model
 _PRIOR_WEIGHT = 2.0  # in drafts
 _DECAY = 0.9  # factor for earlier observations with each new draft
-_MEASURED = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of positions whose pass is timed
-_MEASURED_LAYERS = 4
-_TIMING_ROUNDS = 4
-_MANY = 16  # positions; passes of more are timed once, since a short disturbance matters less to them
-# Expected over plain decoding; below it nothing is drafted. The margin is for work that the timed passes leave out,
-# such as sampling at more positions. It also has drafts that are always rejected tried more rarely.
+_OBSERVED = 9  # newest passes of a size whose durations count
+# Expected over plain decoding; below it nothing is drafted. The margin has drafts that are rejected tried rarely.
 _MIN_SPEEDUP = 1.05
 
 
@@ -120,85 +113,40 @@ class Acceptance:
 
 
 class PassCosts:
-    """The duration of a pass in seconds by its number of positions, interpolated between measurements."""
+    """The duration of a pass by its number of positions, learned from the passes that run.
 
-    def __init__(self, seconds: abc.Sequence[float]) -> None:
-        """
-        Args:
-            seconds: durations of passes with `_MEASURED` positions.
-        """
-        # A disturbed timing is too long: a pass cannot take longer than one with more positions.
-        self._seconds = [min(seconds[i:]) for i in range(len(seconds))]
+    Args:
+        seconds: durations known before, by number of positions.
+    """
 
-    def __call__(self, n_positions: int) -> float:
-        i = bisect_left(_MEASURED, n_positions)
-        if i == len(_MEASURED):
-            return self._seconds[-1] * n_positions / _MEASURED[-1]
-        if _MEASURED[i] == n_positions:
-            return self._seconds[i]
-        (x0, x1), (y0, y1) = _MEASURED[i - 1 : i + 1], self._seconds[i - 1 : i + 1]
+    def __init__(self, seconds: abc.Mapping[int, float] | None = None) -> None:
+        self._seconds = {n: deque([time], maxlen=_OBSERVED) for n, time in (seconds or {}).items()}
+        self._warm = set(self._seconds)  # numbers of positions whose kernels have been set up
+
+    def observe(self, n_positions: int, seconds: float) -> None:
+        """Adds the duration of a pass. The first one of a size does not count: it sets up kernels and buffers."""
+        if n_positions in self._warm:
+            self._seconds.setdefault(n_positions, deque(maxlen=_OBSERVED)).append(seconds)
+        self._warm.add(n_positions)
+
+    def __call__(self, n_positions: int) -> float | None:
+        """The median duration, interpolated between sizes; None if no pass of so few positions was observed.
+
+        Beyond the largest size observed, its duration: a size is tried before it is known to be slow.
+        """
+        sizes = sorted(self._seconds)
+        if not sizes or n_positions < sizes[0]:
+            return None
+        medians = [median(self._seconds[n]) for n in sizes]
+        # A disturbed pass took too long: no pass takes longer than one with more positions.
+        medians = [min(medians[i:]) for i in range(len(medians))]
+        i = bisect_left(sizes, n_positions)
+        if i == len(sizes):
+            return medians[-1]
+        if sizes[i] == n_positions:
+            return medians[i]
+        (x0, x1), (y0, y1) = sizes[i - 1 : i + 1], medians[i - 1 : i + 1]
         return y0 + (y1 - y0) * (n_positions - x0) / (x1 - x0)
-
-    @classmethod
-    @torch.inference_mode()
-    def measure(cls, model: Any) -> PassCosts:
-        """Times passes of the network's first layers, without running its hooks or writing to its KV cache.
-
-        Under model parallelism all ranks must call this together; they all get the first rank's times.
-        """
-        n_layers = min(len(model.layers), _MEASURED_LAYERS)
-        part = _without_hooks(model, n_layers, max(_MEASURED))
-        part.freqs_cis = model.freqs_cis[:1].expand(max(_MEASURED), -1)  # also where max_seq_len is less; any will do
-        device = device_of(model)
-        passes, outputs = [], []
-        for n in _MEASURED:
-            tokens = torch.zeros((1, n), dtype=torch.int64, device=device)
-            positions = CachePositions(torch.zeros(1, dtype=torch.int64, device=device), kv_len=n)
-            passes.append(partial(part, tokens, positions))
-            outputs.append(partial(part.output, part.norm(part.tok_embeddings(tokens))))
-        scale = len(model.layers) / n_layers
-        seconds = [
-            output + max(0.0, total - output) * scale
-            for total, output in zip(_min_seconds(passes, device), _min_seconds(outputs, device), strict=True)
-        ]
-        times = torch.tensor(seconds, dtype=torch.float32, device=device)
-        return cls(broadcast_from_first(times).tolist())
-
-
-def _min_seconds(functions: abc.Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """The minimum duration over several rounds of functions that compute `_MEASURED` positions."""
-    times = [math.inf] * len(functions)
-    for i in range(_TIMING_ROUNDS + 1):
-        for place, (n, function) in enumerate(zip(_MEASURED, functions, strict=True)):
-            if n > _MANY and i > 1:
-                continue
-            started = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if i:  # the first round is a warm-up
-                times[place] = min(times[place], time.perf_counter() - started)
-    return times
-
-
-def _without_hooks(model: nn.Module, n_layers: int, max_seq_len: int) -> Any:
-    """A shallow copy of the network with its first layers, the same weights, no hooks, and a new cache of one row."""
-    shadow = object.__new__(type(model))
-    state = dict(vars(model))
-    for name, value in state.items():
-        if "hooks" in name and isinstance(value, dict):
-            state[name] = type(value)()
-    children = [(name, child) for name, child in model._modules.items() if child is not None]
-    if isinstance(model, nn.ModuleList):
-        children = children[:n_layers]
-    state["_modules"] = {name: _without_hooks(child, n_layers, max_seq_len) for name, child in children}
-    state["_buffers"] = buffers = dict(model._buffers)
-    for name in ("keys", "values"):
-        if isinstance(cache := buffers.get(name), Tensor):
-            _, n_heads, _, head_dim = cache.shape
-            buffers[name] = cache.new_zeros((1, n_heads, max_seq_len, head_dim))
-    shadow.__dict__.update(state)
-    return shadow
 
 
 class DraftModel:
@@ -278,19 +226,29 @@ class Speculator:
     """Drafts tokens for the running sequences, choosing the number of tokens that promises the highest speed.
 
     Args:
-        model: the network that verifies the drafts.
+        device: the network's device.
         draft: the runner of a draft model; None for prompt lookup only.
+
+        costs: of the network's decode passes, with the sampling of their tokens.
+        draft_costs: of the draft model's.
 
     Attributes:
         counts: statistics so far.
+        costs: as given, or learned from the start.
     """
 
-    def __init__(self, model: Any, draft: ModelRunner | None = None) -> None:
-        self._costs = PassCosts.measure(model)
-        self._draft_costs: PassCosts | None = None
+    def __init__(
+        self,
+        device: torch.device,
+        draft: ModelRunner | None = None,
+        *,
+        costs: PassCosts | None = None,
+        draft_costs: PassCosts | None = None,
+    ) -> None:
+        self._device = device
+        self.costs = costs or PassCosts()
+        self._draft_costs = draft_costs or PassCosts()
         self._draft = DraftModel(draft) if draft else None
-        if draft:
-            self._draft_costs = PassCosts.measure(draft.model)
         self.counts = Counts()
 
     def propose(self, sequences: abc.Sequence[Sequence], room: int) -> list[list[int]]:
@@ -311,7 +269,9 @@ class Speculator:
         width = self._best_width(sequences, drafts, limits)
         if width > 1 and any(s.speculative == "draft" and n for s, n in zip(sequences, limits, strict=True)):
             assert self._draft is not None
+            started = time.perf_counter()
             by_model = self._draft.propose(sequences, width - 1)
+            self._draft_costs.observe(len(sequences), (time.perf_counter() - started) / (width - 1))
             drafts = [a or b[:n] for a, b, n in zip(drafts, by_model, limits, strict=True)]
         return [draft[: width - 1] for draft in drafts]
 
@@ -330,18 +290,18 @@ class Speculator:
         by_model = [s.speculative == "draft" and n > 0 for s, n in zip(sequences, limits, strict=True)]
         longest = [n if model else len(draft) for model, n, draft in zip(by_model, limits, drafts, strict=True)]
         bsz = len(sequences)
-        best, best_speed = 1, _MIN_SPEEDUP * bsz / self._costs(bsz)
+        plain = self.costs(bsz)
+        best, best_speed = 1, _MIN_SPEEDUP * bsz / plain if plain else math.inf
         for width in _WIDTHS[1:]:
-            if width > 1 + max(longest):
+            seconds = self.costs(bsz * width)
+            if width > 1 + max(longest) or seconds is None:
                 break
             tokens = sum(_expected(rate, min(n, width - 1)) for rate, n in zip(rates, longest, strict=True))
-            seconds = self._costs(bsz * width)
             if any(by_model):
-                assert self._draft_costs is not None
-                seconds += self._draft_costs(bsz * 2) + (width - 2) * self._draft_costs(bsz)
+                seconds += (width - 1) * (self._draft_costs(bsz) or 0.0)
             if tokens / seconds > best_speed:
                 best, best_speed = width, tokens / seconds
-        return best
+        return broadcast_number(best, self._device)  # the ranks' clocks differ
 
     def observe(self, sequence: Sequence, n_drafted: int, n_accepted: int) -> None:
         """Updates the statistics after a pass with the sequence's draft."""

@@ -15,21 +15,29 @@ import torch
 from torch import Tensor
 
 from llama import Llama, generation
+from llama.engine.runner import ModelRunner
 from llama.engine.speculative import Acceptance, PassCosts, PromptLookup, Speculator
 from llama.errors import PromptError
 from tests.support import oracle
 
 WAYS = ("prompt_lookup", "draft")
-FREE = [1.0] * 8  # a pass of any size costs the same
-SMALL = [0.01] * 8
+FREE = {1: 1.0, 128: 1.0}  # a pass of any size costs the same
+SMALL = {1: 0.01, 128: 0.01}
 EMAIL = [5, 6, 7, 8, 9, 10, 11]
 
 
+class Fixed(PassCosts):
+    """Costs that no pass changes."""
+
+    def observe(self, n_positions: int, seconds: float) -> None:
+        pass
+
+
 @pytest.fixture(autouse=True)
-def drafts_always_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        PassCosts, "measure", classmethod(lambda cls, model: PassCosts(FREE if model.n_layers == 3 else SMALL))
-    )
+def drafts_always_pay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = request.getfixturevalue("llama")
+    draft = Speculator(torch.device("cpu"), llama._draft, costs=Fixed(FREE), draft_costs=Fixed(SMALL))
+    monkeypatch.setattr(llama.engine, "_speculator", draft)
 
 
 @pytest.fixture(scope="module")
@@ -279,19 +287,33 @@ def test_a_draft_in_another_number_of_files_or_none_is_refused(
 # How many tokens are drafted
 
 
-def speculator(monkeypatch: pytest.MonkeyPatch, costs: list[float]) -> Speculator:
-    monkeypatch.setattr(PassCosts, "measure", classmethod(lambda cls, model: PassCosts(costs)))
-    return Speculator(None)
-
-
 @pytest.mark.parametrize(("per_position", "drafts"), [(0.0, True), (0.02, True), (1.0, False)])
 def test_nothing_is_drafted_where_a_pass_costs_as_much_as_it_has_positions(
     llama: Llama, monkeypatch: pytest.MonkeyPatch, per_position: float, drafts: bool
 ) -> None:
-    costs = [1 + per_position * (n - 1) for n in (1, 2, 4, 8, 16, 32, 64, 128)]
-    monkeypatch.setattr(llama.engine, "_speculator", speculator(monkeypatch, costs))
+    costs = Fixed({n: 1 + per_position * (n - 1) for n in (1, 2, 4, 8, 16, 32, 64, 128)})
+    monkeypatch.setattr(llama.engine, "_speculator", Speculator(torch.device("cpu"), costs=costs))
     _, drafted, _ = counted(llama, [EMAIL * 4], 20, 0.0, speculative="prompt_lookup")
     assert (drafted > 0) == drafts
+
+
+def test_costs_are_learned_from_the_passes_that_run(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size is tried before it is known; drafting ends where passes turn out to cost as much as they have tokens."""
+    monkeypatch.setattr(llama.engine, "_speculator", learning := Speculator(torch.device("cpu")))
+    clock = [0.0]
+    monkeypatch.setattr("llama.engine.engine.time.perf_counter", lambda: clock[0])
+    decode = ModelRunner.decode
+
+    def slow(self: ModelRunner, tokens: Tensor, lengths: Any) -> Tensor:
+        clock[0] += tokens.numel()
+        return decode(self, tokens, lengths)
+
+    monkeypatch.setattr(ModelRunner, "decode", slow)
+    expected = llama.generate([EMAIL * 4], 30, 0.0)
+    assert llama.generate([EMAIL * 4], 30, 0.0, speculative="prompt_lookup") == expected
+    assert learning.costs(1) == 1.0
+    _, drafted, _ = counted(llama, [EMAIL * 4], 30, 0.0, speculative="prompt_lookup")
+    assert drafted == 0
 
 
 def test_drafting_ends_where_drafts_are_rejected_and_is_tried_again() -> None:
@@ -309,36 +331,22 @@ def test_drafting_ends_where_drafts_are_rejected_and_is_tried_again() -> None:
     assert acceptance.rate(8) > 0.9
 
 
-def test_costs_between_measured_ones_lie_between_them() -> None:
-    costs = PassCosts([1, 1.5, 1.2, 2, 3, 6, 12, 24])
-    assert [costs(n) for n in (1, 2, 4, 8, 128)] == [1, 1.2, 1.2, 2, 24]
+def test_costs_between_observed_ones_lie_between_them() -> None:
+    costs = PassCosts({1: 1, 2: 1.5, 4: 1.2, 8: 2, 16: 3, 128: 24})
+    assert [costs(n) for n in (1, 2, 4, 8, 128, 256)] == [1, 1.2, 1.2, 2, 24, 24]
     values = [costs(n) for n in range(1, 300)]
     assert values == sorted(values)
-    assert costs(256) == 48
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+def test_one_disturbed_pass_changes_no_cost() -> None:
+    costs = PassCosts()
+    assert costs(1) is None
+    for seconds in (50.0, 1.0, 1.1, 30.0, 0.9):  # the first sets up kernels
+        costs.observe(1, seconds)
+    assert costs(1) == pytest.approx(1.05)
 
 
-@pytest.mark.usefixtures("measured")
-def test_measuring_leaves_hooks_and_the_cache_alone(llama: Llama) -> None:
-    called = []
-    handles = [m.register_forward_hook(lambda *args: called.append(args)) for m in llama.model.modules()]
-    before = [layer.attention.keys.clone() for layer in llama.model.layers]
-    costs = PassCosts.measure(llama.model)
-    for handle in handles:
-        handle.remove()
-    assert not called
-    for layer, keys in zip(llama.model.layers, before, strict=True):
-        assert torch.equal(layer.attention.keys, keys)
-    assert 0 < costs(1) <= costs(128)
-
-
-@pytest.mark.usefixtures("measured")
-def test_a_short_cache_is_measured_too(checkpoint: Path, tokenizer_path: Path) -> None:
-    """Passes are timed over more positions than it has room for."""
+def test_a_short_cache_is_speculated_in_too(checkpoint: Path, tokenizer_path: Path) -> None:
     llama = Llama.build(checkpoint, tokenizer_path, 16, 1, device="cpu", dtype="float32")
     prompts = ["The"]
     expected = llama.text_completion(prompts, temperature=0)
