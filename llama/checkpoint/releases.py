@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from llama.args import ModelArgs
 
 TRAINED_SEQ_LEN = 4096  # positions that Llama 2 was trained for
+_CODE_LLAMA_SEQ_LEN, _CODE_LLAMA_THETA = 16384, 1e6
 _VOCAB_SIZE = 32000
 
 
@@ -34,6 +35,11 @@ RELEASES = {
         8,
     ),
 }
+
+
+def trained_seq_len(args: ModelArgs) -> int:
+    """The number of positions that a network was trained for: of Llama 2, or of Code Llama by its `rope_theta`."""
+    return _CODE_LLAMA_SEQ_LEN if args.rope_theta == _CODE_LLAMA_THETA else TRAINED_SEQ_LEN
 
 
 def find_release(args: ModelArgs) -> tuple[str, Release] | None:

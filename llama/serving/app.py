@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
+from llama import __version__
 from llama.engine.output import Piece
 from llama.errors import printable, quote
+from llama.serving.access import LEFT, Guard, Observe, check_key, error_response
 from llama.serving.chat_page import page_routes
 from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, check_model, read_request
 from llama.serving.errors import ApiError
 from llama.serving.formats import Answer, Format, event, usage
 from llama.serving.jobs import Job, Planner
 from llama.serving.metrics import CONTENT_TYPE, Metrics
-from llama.serving.protocol import parse_json
-from llama.serving.run import ClientLeftError, Run, while_connected
+from llama.serving.protocol import StreamOptions, Unknown, parse_json
+from llama.serving.run import RETRY_AFTER_S, ClientLeftError, Run, while_connected
 from llama.serving.service import Service
 
 _BODY_S = 30.0  # in which a client has to send its body
-_LEFT = 499  # status of requests whose client left, as in nginx
+_SMALL_BODY = 2**16  # bytes; what a body has beyond them counts towards the sum of all
+_OPEN_BODIES = 16  # that may have their maximum size at the same time
+_MOST_IGNORED = 1000  # names of ignored fields that are remembered
+_READ = ["GET", "HEAD"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,21 +46,34 @@ class Server:
 
     Attributes:
         model_name: name of the network in requests and answers.
-        api_key: key that clients must send; "" for none.
-        max_body_bytes: maximum size of a request's body.
+        api_keys: keys of which clients must send one; none to need no key.
+        max_body_bytes: maximum size of a request's body; by default what the network's context needs.
         timeout_s: time limit of a request, waiting included.
         speculative: as in `SamplingParams`, of all requests.
         chat_error: why the checkpoint cannot answer chats; None if it can.
+        allowed_hosts: names that the header Host may have; None for all.
+        allowed_origins: origins of pages that may use the server besides its own (CORS), "*" for all.
+        ignore_unknown: whether fields that nobody knows are left out, instead of refused.
+        log: as in `Observe`.
+        fingerprint: identifies the network in answers.
+        n_body_bytes: of large bodies that are being read or checked.
         service, planner: None until the network is loaded.
         error: why the network can no longer be used.
     """
 
     model_name: str
-    api_key: str = ""
-    max_body_bytes: int = 2**22
+    api_keys: Sequence[str] = ()
+    max_body_bytes: int | None = None
     timeout_s: float = 600.0
     speculative: str | None = None
     chat_error: str | None = None
+    allowed_hosts: Collection[str] | None = None
+    allowed_origins: Sequence[str] = ()
+    ignore_unknown: bool = False
+    log: str | None = None
+    fingerprint: str | None = None
+    n_body_bytes: int = 0
+    ignored: set[str] = field(default_factory=set)
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     service: Service | None = None
@@ -61,9 +82,11 @@ class Server:
 
     def ready(self, service: Service) -> None:
         """Starts to accept requests."""
-        self.planner = Planner(
-            service.llama, service.max_waiting, speculative=self.speculative, chat_error=self.chat_error
-        )
+        params = service.llama.model.params
+        max_choices = service.max_waiting + params.max_batch_size
+        self.planner = Planner(service.llama, max_choices, speculative=self.speculative, chat_error=self.chat_error)
+        if self.max_body_bytes is None:
+            self.max_body_bytes = max(2**20, 16 * params.max_seq_len * params.max_batch_size)
         self.metrics.watch("llama_requests_open", "Requests that are not finished.", lambda: service.n_requests)
         self.metrics.watch("llama_sequences_running", "Sequences in slots of the cache.", lambda: service.n_running)
         self.metrics.watch("llama_sequences_waiting", "Sequences that wait for a slot.", lambda: service.n_waiting)
@@ -86,13 +109,19 @@ class Server:
 
 def make_app(server: Server) -> FastAPI:
     """The application, for an ASGI server such as uvicorn."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_CountRequests, metrics=server.metrics)
-    app.add_exception_handler(ApiError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_error)
-    app.add_exception_handler(ClientDisconnect, _answer_error)
-    app.add_exception_handler(ClientLeftError, _answer_error)
-    app.add_exception_handler(Exception, _answer_error)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    if server.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=server.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-ignored-fields", "retry-after"],
+        )
+    app.add_middleware(Guard, hosts=server.allowed_hosts, origins=server.allowed_origins)
+    app.add_middleware(Observe, metrics=server.metrics, log=server.log)
+    for kind in (ApiError, HTTPException, ClientDisconnect, ClientLeftError, Exception):
+        app.add_exception_handler(kind, _answer_error)
     app.include_router(page_routes())
     app.include_router(_open_routes(server))
     app.include_router(_guarded_routes(server))
@@ -103,10 +132,19 @@ def _open_routes(server: Server) -> APIRouter:
     """The routes that need no key."""
     routes = APIRouter()
 
-    @routes.get("/health")
+    @routes.api_route("/health", methods=_READ)
     async def health() -> Response:
         server.parts()
         return JSONResponse({"status": "ok"})
+
+    @routes.api_route("/ping", methods=[*_READ, "POST"])
+    async def ping() -> Response:
+        server.parts()
+        return Response()
+
+    @routes.api_route("/version", methods=_READ)
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
 
     return routes
 
@@ -114,27 +152,20 @@ def _open_routes(server: Server) -> APIRouter:
 def _guarded_routes(server: Server) -> APIRouter:
     """The routes that need the key, if one is set."""
 
-    async def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1")
-        if server.api_key and not hmac.compare_digest(given, f"Bearer {server.api_key}".encode()):
-            raise ApiError(
-                "the header Authorization must be 'Bearer ' and the server's API key",
-                status=401,
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+    async def has_key(request: Request) -> None:
+        check_key(request.headers, server.api_keys)
 
-    routes = APIRouter(dependencies=[Depends(check_key)])
+    routes = APIRouter(dependencies=[Depends(has_key)])
 
-    @routes.get("/metrics")
+    @routes.api_route("/metrics", methods=_READ)
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type=CONTENT_TYPE)
 
-    @routes.get("/v1/models")
+    @routes.api_route("/v1/models", methods=_READ)
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [_model(server)]})
 
-    @routes.get("/v1/models/{name:path}")
+    @routes.api_route("/v1/models/{name:path}", methods=_READ)
     async def model(name: str) -> Response:
         check_model(name, server.model_name)
         return JSONResponse(_model(server))
@@ -160,38 +191,90 @@ async def _complete(server: Server, request: Request, url: str) -> Response:
     """Answers a request for completions, as a whole or as a stream."""
     arrived = time.perf_counter()
     service, planner = server.parts()
-    raw = await _read_body(request, server.max_body_bytes)
-    asked = await asyncio.to_thread(lambda: read_request(url, parse_json(raw), planner, server.model_name))
+    unknown = Unknown(ignore=server.ignore_unknown)
+    async with _Reading(server, request) as raw:
+        asked = await asyncio.to_thread(lambda: read_request(url, parse_json(raw), planner, server.model_name, unknown))
     body, job, form = asked.body, asked.job, asked.form
     run = Run(service, job, server.metrics, arrived=arrived, timeout_s=server.timeout_s)
-    answer = Answer(form, server.model_name)
+    request.state.run = run
+    answer = Answer(form, server.model_name, server.fingerprint)
+    headers = _note_ignored(server, unknown.ignored)
     if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return _EventStream(run, _events(run, job, form, answer, with_usage=with_usage), server.timeout_s)
+        options = body.stream_options or StreamOptions()
+        return _EventStream(run, _events(run, job, form, answer, options), server.timeout_s, headers)
     with run:
         choices = await while_connected(_whole(run, job, form), request.receive, server.timeout_s)
-    return JSONResponse(answer.whole(choices, usage(job.prompts, run.n_generated)))
+    return JSONResponse(answer.whole(choices, usage(job.prompts, run.n_generated)), headers=headers)
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(f"the header Content-Type must be application/json, got {quote(kind)}", status=415)
+def _note_ignored(server: Server, names: Sequence[str]) -> dict[str, str]:
+    """Logs the names of ignored fields, each once; returns the header that lists them."""
+    for name in names:
+        if name not in server.ignored and len(server.ignored) < _MOST_IGNORED:
+            server.ignored.add(name)
+            logger.warning("the field %s is not supported, and ignored", name)
+    shown = ", ".join(name.encode("ascii", "backslashreplace").decode() for name in names[:20])
+    return {"X-Ignored-Fields": shown} if names else {}
 
-    async def read() -> bytes:
+
+class _Reading:
+    """Reads a request's body; as a context, counts it towards the sum of all that are in memory."""
+
+    def __init__(self, server: Server, request: Request) -> None:
+        self._server = server
+        self._request = request
+        self._n_counted = 0
+
+    async def __aenter__(self) -> bytes:
+        headers = self._request.headers
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(f"the header Content-Type must be application/json, got {quote(kind)}", status=415)
+        if (encoding := headers.get("content-encoding", "identity")).lower() != "identity":
+            raise ApiError(f"the body must not be compressed, got Content-Encoding {quote(encoding)}", status=415)
+        try:
+            self._check(int(headers.get("content-length", "0")))  # before anything of it is read
+            return await asyncio.wait_for(self._read(), _BODY_S)
+        except asyncio.TimeoutError:
+            self._forget()
+            raise ApiError(f"the body must come within {_BODY_S:g} seconds", status=408) from None
+        except BaseException:
+            self._forget()
+            raise
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._forget()
+
+    async def _read(self) -> bytes:
         body = bytearray()
-        async for chunk in request.stream():
+        async for chunk in self._request.stream():
             body += chunk
-            if len(body) > max_bytes:
-                raise ApiError(
-                    f"the body must have at most {max_bytes} bytes", status=413, headers={"Connection": "close"}
-                )
+            self._check(len(body))
+            self._count(len(body))
         return bytes(body)
 
-    try:
-        return await asyncio.wait_for(read(), _BODY_S)
-    except asyncio.TimeoutError:
-        raise ApiError(f"the body must come within {_BODY_S:g} seconds", status=408) from None
+    def _check(self, n_bytes: int) -> None:
+        limit = self._server.max_body_bytes
+        if limit is not None and n_bytes > limit:
+            headers = {"Connection": "close"}
+            raise ApiError(f"the body must have at most {limit} bytes", status=413, headers=headers)
+
+    def _count(self, n_bytes: int) -> None:
+        more = max(0, n_bytes - _SMALL_BODY) - self._n_counted
+        self._n_counted += more
+        self._server.n_body_bytes += more
+        if more and self._server.n_body_bytes > _OPEN_BODIES * (self._server.max_body_bytes or 0):
+            headers = {"Connection": "close", "Retry-After": str(RETRY_AFTER_S)}
+            raise ApiError(
+                "the bodies of other requests take all of the memory for them; try again later",
+                status=503,
+                code="bodies_full",
+                headers=headers,
+            )
+
+    def _forget(self) -> None:
+        self._server.n_body_bytes -= self._n_counted
+        self._n_counted = 0
 
 
 async def _whole(run: Run, job: Job, form: Format) -> list[dict[str, Any]]:
@@ -202,19 +285,25 @@ async def _whole(run: Run, job: Job, form: Format) -> list[dict[str, Any]]:
     return [form.whole(i, of_choice) for i, of_choice in enumerate(pieces)]
 
 
-async def _events(run: Run, job: Job, form: Format, answer: Answer, *, with_usage: bool) -> AsyncIterator[bytes]:
+async def _events(run: Run, job: Job, form: Format, answer: Answer, options: StreamOptions) -> AsyncIterator[bytes]:
     """The server-sent events of a streamed answer."""
+    with_usage = options.include_usage or options.continuous_usage_stats
+
+    def chunk(choice: dict[str, Any]) -> bytes:
+        now = usage(job.prompts, run.n_generated) if options.continuous_usage_stats else None
+        return event(answer.chunk([choice], now, with_usage=with_usage))
+
     for i in range(job.n_choices):
         if first := form.first_chunk(i):
-            yield event(answer.chunk([first], None, with_usage=with_usage))
+            yield chunk(first)
     try:
         async for piece in run.pieces():
             for choice in form.chunks(piece):
-                yield event(answer.chunk([choice], None, with_usage=with_usage))
+                yield chunk(choice)
     except ApiError as error:
         yield event(error.body())
         return
-    if with_usage:
+    if options.include_usage:
         yield event(answer.chunk([], usage(job.prompts, run.n_generated), with_usage=True))
     yield b"data: [DONE]\n\n"
 
@@ -224,13 +313,13 @@ class _EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, run: Run, events: AsyncIterator[bytes], timeout_s: float) -> None:
+    def __init__(self, run: Run, events: AsyncIterator[bytes], timeout_s: float, headers: dict[str, str]) -> None:
         self.status_code = 200
         self.background = None
         self._run = run
         self._events = events
         self._timeout_s = timeout_s
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._run, suppress(ClientLeftError):
@@ -243,36 +332,10 @@ class _EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class _CountRequests:
-    """Counts the requests by path and status."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        status, is_complete = _LEFT, False
-
-        async def watch(message: Message) -> None:
-            nonlocal status, is_complete
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-            is_complete = message["type"] == "http.response.body" and not message.get("more_body")
-
-        try:
-            await self._app(scope, receive, watch)
-        finally:
-            path = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(path, str(status if is_complete else _LEFT)).inc()
-
-
 async def _answer_error(request: Request, error: Exception) -> Response:
     """The response for an error, in OpenAI's form."""
     if isinstance(error, (ClientLeftError, ClientDisconnect)):
-        return Response(status_code=_LEFT)
+        return Response(status_code=LEFT)
     if isinstance(error, HTTPException):
         error = ApiError(
             f"{request.method} {printable(request.url.path)}: {printable(error.detail)}",
@@ -281,4 +344,4 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         )
     if not isinstance(error, ApiError):
         error = ApiError("the server failed to answer; its log says why", status=500)
-    return JSONResponse(error.body(), error.status, headers=error.headers)
+    return error_response(error)

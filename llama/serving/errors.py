@@ -39,8 +39,7 @@ class ApiError(Exception):
     def of(cls, error: PromptError) -> ApiError:
         """The error with the name of the field, with which its message begins."""
         name = re.match(r"[\w.\[\]]+", str(error))
-        code = "context_length_exceeded" if "max_seq_len" in str(error) else None
-        return cls(str(error), param=name.group() if name else None, code=code)
+        return cls(str(error), param=name.group() if name else None)
 
     def body(self) -> dict[str, Any]:
         """The JSON object that OpenAI's clients know."""

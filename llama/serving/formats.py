@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -91,16 +90,18 @@ class ChatFormat:
 
 
 class CompletionFormat:
-    """The objects of `POST /v1/completions`."""
+    """The objects of `POST /v1/completions`.
+
+    Args:
+        offsets: with log-probabilities, where the tokens of each choice begin, in characters from the prompt's start.
+    """
 
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool, top_logprobs: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, offsets: Sequence[int] | None = None) -> None:
         self._tokenizer = tokenizer
-        self._logprobs = logprobs
-        self._top_logprobs = top_logprobs
-        self._offsets: Counter[int] = Counter()  # of each choice's next token in its text
+        self._offsets = None if offsets is None else list(offsets)  # of each choice's next token
 
     def whole(self, index: int, pieces: Sequence[Piece]) -> Choice:
         text = "".join(piece.text for piece in pieces)
@@ -116,18 +117,18 @@ class CompletionFormat:
         return [self._choice(piece.choice, piece.text, piece.tokens, piece.finish_reason)]
 
     def _choice(self, index: int, text: str, tokens: Sequence[Token], finish_reason: str | None) -> Choice:
-        logprobs = self._logprobs_of(index, tokens) if self._logprobs else None
+        logprobs = None if self._offsets is None or not tokens else self._logprobs_of(index, tokens, self._offsets)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _logprobs_of(self, index: int, tokens: Sequence[Token], next_offsets: list[int]) -> dict[str, Any]:
         offsets = []
         for token in tokens:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token.text)
+            offsets.append(next_offsets[index])
+            next_offsets[index] += len(token.text)
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [None if token.logprob is None else _number(token.logprob) for token in tokens],
-            "top_logprobs": [self._top(token) for token in tokens] if self._top_logprobs else None,
+            "top_logprobs": [self._top(token) for token in tokens],
             "text_offset": offsets,
         }
 
@@ -140,11 +141,12 @@ class CompletionFormat:
 
 
 class Answer:
-    """The id, time and model of one answer, which all of its chunks repeat."""
+    """The id, time, model and fingerprint of one answer, which all of its chunks repeat."""
 
-    def __init__(self, form: Format, model: str) -> None:
+    def __init__(self, form: Format, model: str, fingerprint: str | None = None) -> None:
         self._form = form
-        self._head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head: dict[str, Any] = head | {"system_fingerprint": fingerprint}
 
     def whole(self, choices: list[Choice], usage: dict[str, int]) -> dict[str, Any]:
         return self._head | {"object": self._form.whole_object, "choices": choices, "usage": usage}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from llama.chat import SPECIAL_TAGS, Dialog, has_special_tags
+from llama.chat import SPECIAL_TAGS, Message, has_special_tags
 from llama.engine.calls import Request
 from llama.engine.output import Piece
 from llama.errors import PromptError, quote
@@ -58,34 +60,40 @@ class Planner:
         longest_piece = max(map(len, sp_model.id_to_piece(list(range(sp_model.vocab_size())))))
         self._max_chars = self.max_seq_len * longest_piece
 
+    def check_size(self, values: Any) -> None:
+        """Raises ApiError for a body with too many prompts, ids or messages, by their number alone.
+
+        A check of each one would take seconds in which other requests stand still.
+        """
+        if not isinstance(values, dict):
+            return
+        for name in ("prompt", "messages"):
+            items = values.get(name)
+            if not isinstance(items, list) or not items:
+                continue
+            if name == "prompt" and not isinstance(items[0], int):
+                self._check_count(len(items), name)
+            elif len(items) > self.max_seq_len:
+                raise self._too_long(name, len(items))
+
     def completion(self, body: CompletionBody) -> Job:
         """The job of a completion; raises ApiError if a prompt is wrong or too long."""
         self._check_count(len(body.prompt) * body.n, "prompt" if len(body.prompt) > 1 else "n")
         one = len(body.prompt) == 1
         prompts = [self._prompt(prompt, "prompt" if one else f"prompt[{i}]") for i, prompt in enumerate(body.prompt)]
-        room = self.max_seq_len - max(map(len, prompts))
-        if body.max_tokens is None:
-            max_gen_len = min(DEFAULT_MAX_TOKENS, room)
-        else:
-            max_gen_len = self._fitting(body.max_tokens, room, "prompt", "max_tokens")
+        max_gen_len = self._fitting(body.max_tokens, max(map(len, prompts)), "prompt", DEFAULT_MAX_TOKENS)
         params = self._params(body, max_gen_len, logprobs=body.logprobs is not None, echo=body.echo)
         return Job(prompts, params, body.n, body.logprobs or 0, continues=True)
 
     def chat(self, body: ChatBody) -> Job:
         """The job of a chat; raises ApiError if the messages are not a dialog of the template's, or too long."""
-        if self._chat_error is not None:
-            raise ApiError(self._chat_error, param="messages", code="unsupported_chat_format")
         self._check_count(body.n, "n")
-        prompt = self._dialog(cast(Dialog, body.messages))
-        room = self.max_seq_len - len(prompt)
-        if room < 1:
-            raise self._too_long("messages", str(len(prompt)))
-        max_gen_len = room
-        if (max_tokens := body.max_completion_tokens or body.max_tokens) is not None:
-            name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-            max_gen_len = self._fitting(max_tokens, room, "messages", name)
+        continues = body.continue_final_message
+        prompt = self.dialog(cast(list[Message], body.messages), continues=continues)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        max_gen_len = self._fitting(max_tokens, len(prompt), "messages", minimum=1)
         params = self._params(body, max_gen_len, logprobs=body.logprobs, echo=False)
-        return Job([prompt], params, body.n, body.top_logprobs, continues=False)
+        return Job([prompt], params, body.n, body.top_logprobs, continues=continues)
 
     def _params(
         self, body: ChatBody | CompletionBody, max_gen_len: int, *, logprobs: bool, echo: bool
@@ -110,47 +118,82 @@ class Planner:
 
     def _prompt(self, prompt: str | Sequence[int], name: str) -> list[int]:
         if isinstance(prompt, str):
-            if len(prompt) > self._max_chars:
-                raise self._too_long(name, f"a text of {len(prompt)} characters")
-            try:
-                return encode_text(prompt, name, self.tokenizer, self.max_seq_len)
-            except PromptError as error:
-                raise ApiError.of(error) from error
+            return self.text(prompt, name)
         if len(prompt) > self.max_seq_len:
-            raise self._too_long(name, str(len(prompt)))
+            raise self._too_long(name, len(prompt))
         if wrong := [token for token in prompt if not 0 <= token < self._vocab_size]:
             raise ApiError(f"{name} must have ids from 0 to {self._vocab_size - 1}, got {quote(wrong[0])}", param=name)
         return list(prompt)
 
-    def _dialog(self, dialog: Dialog) -> list[int]:
-        for i, message in enumerate(dialog):
+    def text(self, text: str, name: str) -> list[int]:
+        """The ids of a text with BOS in front; raises ApiError if it is too long. `name` is its name in errors."""
+        self._check_chars(len(text), name)
+        try:
+            ids = encode_text(text, name, self.tokenizer, sys.maxsize)
+        except PromptError as error:
+            raise ApiError.of(error) from error
+        if len(ids) > self.max_seq_len:
+            raise self._too_long(name, len(ids))
+        return ids
+
+    def dialog(self, messages: Sequence[Message], *, continues: bool = False) -> list[int]:
+        """The ids of a dialog.
+
+        Args:
+            continues: whether the last message is the beginning of the assistant's answer.
+
+        Raises:
+            ApiError: the messages are not a dialog of the template's.
+        """
+        if self._chat_error is not None:
+            raise ApiError(self._chat_error, param="messages", code="unsupported_chat_format")
+        for i, message in enumerate(messages):
             if has_special_tags(message["content"]):
                 name = f"messages[{i}].content"
                 tags = ", ".join(SPECIAL_TAGS)
                 raise ApiError(f"{name} must not contain the chat template's tags ({tags}); leave them out", param=name)
-        n_chars = sum(len(message["content"]) for message in dialog)
-        if n_chars > self._max_chars:
-            raise self._too_long("messages", f"texts of {n_chars} characters")
+        self._check_chars(sum(len(message["content"]) for message in messages), "messages")
+        merged, numbers = _merge(messages)
+        answer = ""
+        if continues:
+            if merged[-1]["role"] != "assistant":
+                raise ApiError(
+                    f"messages[{numbers[-1]}], the last message, must have role 'assistant' with "
+                    f"continue_final_message, got {merged[-1]['role']!r}",
+                    param=f"messages[{numbers[-1]}]",
+                )
+            answer = merged.pop()["content"].lstrip()
         try:
-            ids = encode_checked_dialog(dialog, "messages", self.tokenizer, self.max_seq_len)
-        except PromptError as error:
-            raise ApiError.of(error) from error
-        assert ids is not None
-        return ids
+            ids = encode_checked_dialog(merged, "messages", self.tokenizer, sys.maxsize)
+            assert ids is not None  # it has none of the template's tags
+            return ids + (self.tokenizer.encode(answer, bos=False, eos=False) if answer else [])
+        except ValueError as error:
+            raise ApiError.of(_numbered(error, numbers)) from error
 
-    def _fitting(self, max_tokens: int, room: int, prompt: str, name: str) -> int:
-        if max_tokens > room:
-            raise ApiError(
-                f"{prompt} and {name} must together be at most max_seq_len={self.max_seq_len} tokens, got "
-                f"{self.max_seq_len - room} + {quote(max_tokens)}",
-                param=name,
-                code="context_length_exceeded",
-            )
-        return max_tokens
+    def _fitting(
+        self, max_tokens: int | None, n_prompt: int, name: str, default: int = sys.maxsize, *, minimum: int = 0
+    ) -> int:
+        """The number of tokens to generate: `default`, or what is left of the context, if the body has none."""
+        asked = minimum if max_tokens is None else max_tokens
+        if n_prompt + asked > self.max_seq_len:
+            raise self._too_long(name, n_prompt, asked)
+        return min(default, self.max_seq_len - n_prompt) if max_tokens is None else max_tokens
 
-    def _too_long(self, name: str, got: str) -> ApiError:
+    def _check_chars(self, n_chars: int, name: str) -> None:
+        """Raises ApiError for a text that is too long whatever its tokens are."""
+        if n_chars > self._max_chars:
+            raise self._too_long(name, n_chars, of="characters")
+
+    def _too_long(self, name: str, n_prompt: int, n_new: int = 0, *, of: str = "tokens") -> ApiError:
+        """An error in OpenAI's words, by which clients know what it means."""
+        got = (
+            f"you requested {quote(n_prompt + n_new)} {of} ({n_prompt} in the {name}, {quote(n_new)} in the completion)"
+        )
+        if of != "tokens":
+            got = f"your {name} has {n_prompt} {of}"
         return ApiError(
-            f"{name} must have fewer than max_seq_len={self.max_seq_len} tokens, got {got}",
+            f"This model's maximum context length is {self.max_seq_len} tokens. However, {got}. Please reduce the "
+            f"length of the {name}" + (" or the completion." if n_new else "."),
             param=name,
             code="context_length_exceeded",
         )
@@ -213,3 +256,25 @@ def _joined(pieces: list[Piece]) -> Piece:
         sum(piece.n_generated for piece in pieces),
         pieces[-1].finish_reason,
     )
+
+
+def _merge(messages: Sequence[Message]) -> tuple[list[Message], list[int]]:
+    """Joins neighbouring messages of one role, with a blank line between them; also returns each one's first number."""
+    merged: list[Message] = []
+    numbers: list[int] = []
+    for i, message in enumerate(messages):
+        if merged and merged[-1]["role"] == message["role"]:
+            text = f"{merged[-1]['content']}\n\n{message['content']}"
+            merged[-1] = Message(role=message["role"], content=text)
+        else:
+            merged.append(message)
+            numbers.append(i)
+    return merged, numbers
+
+
+def _numbered(error: ValueError, numbers: Sequence[int]) -> PromptError:
+    """The error of a dialog with the number that its message had before messages were joined."""
+    if not str(error).startswith("messages"):  # of the beginning of an answer
+        return PromptError(f"messages[{numbers[-1]}].content: {error}")
+    text = re.sub(r"^messages\[(\d+)\]", lambda match: f"messages[{numbers[int(match[1])]}]", str(error))
+    return PromptError(text)

@@ -1,13 +1,15 @@
 """The bodies of requests in OpenAI's API, checked field by field: of the server, and of batch files.
 
-A field that is not supported is an error that names it, unless its value asks for what happens anyway.
+A field is supported (it has a row in `CompletionBody` or `ChatBody`), a label without effect (`LABELS`), or not
+supported (`NEUTRAL`), which is an error unless its value asks for what happens anyway. null is a field left out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, Literal, NoReturn, TypeVar
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
 
 from llama.errors import printable, quote
 from llama.serving.errors import ApiError
@@ -21,37 +23,131 @@ except ImportError as error:
     ) from error
 
 MAX_CHOICES = 128  # per prompt
-MAX_STOPS = 4
+MAX_STOPS = 64
 MAX_TOP_LOGPROBS = 20  # of a chat completion; of a completion 5
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# Values of unsupported fields that have no effect; clients send them by default.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none",),
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# Fields that are not supported, in the order in which errors name them, and values that ask for what happens anyway.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
+    "use_beam_search": (False,),
+    "best_of": (1,),  # and the value of n
+    "suffix": ("",),
+    "echo": (False,),
+    "chat_template_kwargs": ({},),
+    "priority": (0,),
+    "service_tier": ("auto", "default"),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
 }
+# Labels and hints, which cannot change the text.
+LABELS = frozenset(
+    (
+        "cache_prompt",
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "request_id",
+        "safety_identifier",
+        "store",
+        "user",
+        "verbosity",
+    )
+)
 # Likewise in messages: clients that send an answer back unchanged send these.
-_NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}
+MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tool_calls": ([],),
+    "annotations": ([],),
+    "reasoning_content": ("",),
+    "reasoning": ("",),
+    "refusal": ("",),
+}
+MESSAGE_LABELS = frozenset(("name", "id"))
+PART_NEUTRAL: dict[str, tuple[Any, ...]] = {"annotations": ([],), "logprobs": ([],)}
+PART_LABELS = frozenset(("cache_control", "id"))
+
+
+@dataclass
+class Unknown:
+    """What becomes of fields that no table has.
+
+    Attributes:
+        ignore: whether they are left out, instead of refused.
+        ignored: names of those left out.
+        refused: names of those that are errors, and of unsupported fields.
+    """
+
+    ignore: bool = False
+    ignored: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def select(
+        self,
+        values: Mapping[str, Any],
+        supported: Collection[str],
+        neutral: Mapping[str, tuple[Any, ...]],
+        labels: Collection[str] = (),
+        *,
+        prefix: str = "",
+    ) -> dict[str, Any]:
+        """The supported fields of an object; notes what else it has. `prefix` is that of the names in errors."""
+        selected, wrong, unknown = {}, set(), []
+        for name, value in values.items():
+            if name in supported:
+                selected[name] = value
+            elif name in neutral:
+                if not _is_neutral(value, neutral[name]):
+                    wrong.add(name)
+            elif name not in labels and value is not None:
+                unknown.append(f"{prefix}{printable(name)}")
+        self.refused += [f"{prefix}{name}" for name in neutral if name in wrong]
+        (self.ignored if self.ignore else self.refused).extend(unknown)
+        return {name: value for name, value in selected.items() if value is not None}
+
+    def check(self) -> None:
+        """Raises ApiError if there are fields to refuse; it names them."""
+        if self.refused:
+            names, several = self.refused, len(self.refused) > 1
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise ApiError(
+                f"{', '.join(names[:8])}{more} {'are' if several else 'is'} not supported; leave "
+                f"{'them' if several else 'it'} out",
+                param=names[0],
+                code="unsupported_parameter",
+            )
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False  # a hint; nothing is padded
 
 
-class _Body(BaseModel):
-    """The fields that both endpoints have. null stands for a field's default."""
+class Body(BaseModel):
+    """The fields that both endpoints have."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -63,8 +159,6 @@ class _Body(BaseModel):
     stop: list[str] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str = ""  # a label without effect, like the next one
-    metadata: dict[str, str] = {}
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -77,13 +171,13 @@ class _Body(BaseModel):
         return stops
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> _Body:
+    def _check_stream_options(self) -> Body:
         if self.stream_options is not None and not self.stream:
             raise ApiError("stream_options must only be given with stream=true", param="stream_options")
         return self
 
 
-class CompletionBody(_Body):
+class CompletionBody(Body):
     """The body of `POST /v1/completions`."""
 
     prompt: list[str | list[int]]
@@ -108,7 +202,7 @@ class CompletionBody(_Body):
         )
 
 
-class ChatBody(_Body):
+class ChatBody(Body):
     """The body of `POST /v1/chat/completions`."""
 
     messages: list[dict[str, str]]
@@ -116,26 +210,26 @@ class ChatBody(_Body):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
-
-    @field_validator("messages", mode="before")
-    @classmethod
-    def _check_messages(cls, messages: Any) -> list[dict[str, str]]:
-        if not isinstance(messages, list) or not messages:
-            raise ApiError(f"messages must be a list of at least one message, got {quote(messages)}", param="messages")
-        return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
 
     @model_validator(mode="after")
     def _check_together(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs must only be given with logprobs=true", param="top_logprobs")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
+        if None not in (limits := {self.max_tokens, self.max_completion_tokens}) and len(limits) > 1:
             raise ApiError(
-                "max_tokens, the old name of max_completion_tokens, must not be given with it", param="max_tokens"
+                "max_tokens, the old name of max_completion_tokens, must not be given with another value",
+                param="max_tokens",
+            )
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ApiError(
+                "continue_final_message and add_generation_prompt must not both be true", param="continue_final_message"
             )
         return self
 
 
-Body = TypeVar("Body", ChatBody, CompletionBody)
+AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 
 def parse_json(raw: bytes) -> Any:
@@ -151,27 +245,67 @@ def parse_json(raw: bytes) -> Any:
         raise ApiError(f"the body must be JSON in UTF-8: {reason}", code="invalid_json") from error
 
 
-def check_body(values: Any, kind: type[Body]) -> Body:
+def check_body(values: Any, kind: type[AnyBody], unknown: Unknown | None = None) -> AnyBody:
     """The checked body of a request.
 
     Args:
         values: as JSON has it.
+        unknown: gets the fields that no table has; by default they are refused.
 
     Raises:
-        ApiError: a field is wrong; the error names the first one.
+        ApiError: a field is wrong; the error names the first one, and all that are not supported.
     """
     if not isinstance(values, dict):
         raise ApiError(f"the body must be a JSON object, got {quote(values)}")
-    values = {name: value for name, value in values.items() if value is not None}
-    for name, value in list(values.items()):
-        if name not in kind.model_fields and _is_neutral(name, value, _NEUTRAL):
-            del values[name]
-    if "best_of" in values and values["best_of"] == values.get("n", 1):
-        del values["best_of"]
+    unknown = unknown or Unknown()
+    neutral = NEUTRAL | {"best_of": (values.get("n") or 1,)}
+    fields = unknown.select(values, kind.model_fields, neutral, LABELS)
+    if isinstance(options := fields.get("stream_options"), dict):
+        fields["stream_options"] = unknown.select(options, StreamOptions.model_fields, {}, prefix="stream_options.")
+    if "messages" in fields:
+        fields["messages"] = check_messages(fields["messages"], unknown)
+    unknown.check()
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(fields)
     except ValidationError as error:
         _raise_first(error)
+
+
+def check_messages(messages: Any, unknown: Unknown) -> list[dict[str, str]]:
+    """The messages of a dialog, each with its content as one text."""
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(f"messages must be a list of at least one message, got {quote(messages)}", param="messages")
+    return [_message(message, f"messages[{i}]", unknown) for i, message in enumerate(messages)]
+
+
+def _message(message: Any, name: str, unknown: Unknown) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise ApiError(f"{name} must be an object with role and content, got {quote(message)}", param=name)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise ApiError(f"{name}.role must be one of {', '.join(ROLES)}, got {quote(role)}", param=f"{name}.role")
+    fields = unknown.select(message, ("role", "content"), MESSAGE_NEUTRAL, MESSAGE_LABELS, prefix=f"{name}.")
+    if f"{name}.tool_calls" in unknown.refused:  # which is why such a message has no content
+        unknown.check()
+    return {"role": ROLES[role], "content": text_of(fields.get("content"), f"{name}.content", unknown)}
+
+
+def text_of(content: Any, name: str, unknown: Unknown, kinds: Collection[str] = ("text",)) -> str:
+    """The text of a content, which is a string or a list of parts of one of the given types."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise ApiError(
+            f"{name} must be a string or a list of parts of type {' or '.join(kinds)}, got {quote(content)}", param=name
+        )
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
+            expected = f'{{"type": "{next(iter(kinds))}", "text": "..."}}'
+            raise ApiError(f"{name}[{i}] must be {expected}, got {quote(part)}", param=f"{name}[{i}]")
+        unknown.select(part, ("type", "text"), PART_NEUTRAL, PART_LABELS, prefix=f"{name}[{i}].")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -182,53 +316,17 @@ def _are_ids(values: list[Any]) -> bool:
     return all(type(value) is int for value in values)
 
 
-def _is_neutral(name: str, value: Any, table: Mapping[str, tuple[Any, ...]]) -> bool:
-    return any(
-        value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in table.get(name, ())
-    )
-
-
-def _message(message: Any, name: str) -> dict[str, str]:
-    """A message with its content as one text."""
-    if not isinstance(message, dict):
-        raise ApiError(f"{name} must be an object with role and content, got {quote(message)}", param=name)
-    for field, value in message.items():
-        if (
-            field not in ("role", "content")
-            and value is not None
-            and not _is_neutral(field, value, _NEUTRAL_IN_MESSAGE)
-        ):
-            field_name = f"{name}.{printable(field)}"
-            raise ApiError(f"{field_name} is not supported; leave it out", param=field_name)
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise ApiError(f"{name}.role must be one of {', '.join(_ROLES)}, got {quote(role)}", param=f"{name}.role")
-    return {"role": _ROLES[role], "content": _content(message.get("content"), f"{name}.content")}
-
-
-def _content(content: Any, name: str) -> str:
-    """The text of a content, which is a string or a list of parts."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise ApiError(f"{name} must be a string or a list of parts of type text, got {quote(content)}", param=name)
-    texts = []
-    for i, part in enumerate(content):
-        is_text = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
-        if not is_text or not isinstance(part["text"], str):
-            expected = '{"type": "text", "text": "..."}'
-            raise ApiError(f"{name}[{i}] must be {expected}, got {quote(part)}", param=f"{name}[{i}]")
-        texts.append(part["text"])
-    return "".join(texts)
+def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+    if isinstance(value, dict):
+        value = {name: inner for name, inner in value.items() if inner is not None}
+    return value is None or any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral)
 
 
 def _raise_first(error: ValidationError) -> NoReturn:
     """Raises an `ApiError` of the first of pydantic's errors, in the words of this library."""
     first = error.errors(include_url=False)[0]
     name = printable(".".join(map(str, first["loc"])))
-    if first["type"] == "extra_forbidden":
-        message = f"{name} is not supported; leave it out"
-    elif first["type"] == "missing":
+    if first["type"] == "missing":
         message = f"{name} must be given"
     elif first["type"] == "value_error":
         message = f"{name} {first['ctx']['error']}"

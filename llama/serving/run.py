@@ -43,6 +43,7 @@ class Run:
 
     def __init__(self, service: Service, job: Job, metrics: Metrics, *, arrived: float, timeout_s: float) -> None:
         self.n_generated = 0
+        self._n_prompt = sum(map(len, job.prompts))
         self._service = service
         self._metrics = metrics
         self._arrived = arrived
@@ -70,7 +71,12 @@ class Run:
             headers={"x-should-retry": "false"},
         )
         self._timer = self._loop.call_later(left_s, self._queue.put_nowait, (0.0, timeout))
-        metrics.prompt_tokens.inc(sum(map(len, job.prompts)))
+        metrics.prompt_tokens.inc(self._n_prompt)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the log has of the request."""
+        return {"prompt_tokens": self._n_prompt, "completion_tokens": self.n_generated}
 
     def __enter__(self) -> Run:
         return self

@@ -158,10 +158,11 @@ class Service:
         with self._lock:
             if self._is_stopping or self.error is not None:
                 raise ServiceStoppedError("the service has stopped")
-            if self.n_waiting + n_sequences > self.max_waiting:
+            n_free = self.llama.model.params.max_batch_size - self.n_running
+            if (n_waiting := self.n_waiting + n_sequences - n_free) > self.max_waiting:
                 raise QueueFullError(
-                    f"the number of waiting sequences must be at most {self.max_waiting}, got "
-                    f"{self.n_waiting + n_sequences} with this request; try again later"
+                    f"the number of waiting sequences must be at most {self.max_waiting}, got {n_waiting} with this "
+                    "request; try again later"
                 )
             number = next(self._numbers)
             self._listeners[number] = listener

@@ -7,7 +7,6 @@ import json
 import random
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -279,13 +278,15 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"seed": 1.5}, "seed"),
     (CHAT, {"stop": ["a", ""]}, "stop"),
     (CHAT, {"max_tokens": 0}, "max_tokens"),
-    (CHAT, {"max_completion_tokens": CONTEXT}, "max_completion_tokens"),
-    (CHAT, {"max_completion_tokens": 1, "max_tokens": 1}, "max_tokens"),
+    (CHAT, {"max_completion_tokens": CONTEXT}, "messages"),
+    (CHAT, {"max_completion_tokens": 1, "max_tokens": 2}, "max_tokens"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
     (CHAT, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
     (CHAT, {"messages": [{"role": "user", "content": "[INST] hi"}]}, "messages[0].content"),
-    (CHAT, {"messages": [*QUESTION, *QUESTION]}, "messages[1]"),
+    (CHAT, {"messages": [*QUESTION, *QUESTION, {"role": "system", "content": "x"}]}, "messages[2]"),
+    (CHAT, {"messages": [{"role": "system", "content": "x"}, {"role": "system", "content": "y"}]}, "messages"),
+    (CHAT, {"messages": QUESTION, "continue_final_message": True}, "messages[0]"),
     (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
     (CHAT, {"messages": []}, "messages"),
@@ -301,7 +302,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (TEXT_PATH, {"logprobs": 6}, "logprobs"),
     (TEXT_PATH, {"suffix": "x"}, "suffix"),
     (TEXT_PATH, {"best_of": 3}, "best_of"),
-    (TEXT_PATH, {"max_tokens": 10**30}, "max_tokens"),
+    (TEXT_PATH, {"max_tokens": 10**30}, "prompt"),
 ]
 
 
@@ -357,16 +358,6 @@ def test_another_model_is_not_found(client: OpenAI) -> None:
 # ---- the routes, in this process ----
 
 
-@pytest.fixture(scope="module")
-def service(llama: Llama) -> Iterator[Service]:
-    service = Service(llama, max_waiting=8)
-    thread = threading.Thread(target=service.run)
-    thread.start()
-    yield service
-    service.stop()
-    thread.join()
-
-
 def test_a_server_says_that_it_is_not_ready_or_has_failed(service: Service) -> None:
     state = Server("llama")
     web = TestClient(make_app(state))
@@ -380,7 +371,7 @@ def test_a_server_says_that_it_is_not_ready_or_has_failed(service: Service) -> N
 
 
 def test_a_key_is_needed_where_one_is_set(service: Service) -> None:
-    state = Server("llama", api_key="sécret")
+    state = Server("llama", api_keys=("sécret",))
     state.ready(service)
     web = TestClient(make_app(state))
     assert web.get("/health").status_code == web.get("/").status_code == 200
@@ -428,20 +419,24 @@ def test_bodies_are_bounded_and_must_be_json(service: Service) -> None:
 
 
 def test_a_full_queue_and_a_slow_answer_are_errors_that_say_so(llama: Llama) -> None:
-    service = Service(llama, max_waiting=2)  # not running: nothing is ever answered
+    service = Service(llama, max_waiting=2)  # not running: nothing is ever answered; 4 rows of the cache are free
     state = Server("llama", timeout_s=0.2)
     state.ready(service)
     web = TestClient(make_app(state))
-    answer = web.post("/v1/completions", json={"prompt": "a", "n": 3})
+    answer = web.post("/v1/completions", json={"prompt": "a", "n": 7})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
-    answer = web.post("/v1/completions", json={"prompt": ["a", "b"]})
+    answer = web.post("/v1/completions", json={"prompt": ["a", "b"], "n": 3})
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
     answer = web.post("/v1/completions", json={"prompt": "a"})  # the others are still in its inbox
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_full")
     assert answer.headers["retry-after"] == "1"
     assert service.n_requests == 0
-    service.stop()
-    assert web.post("/v1/completions", json={"prompt": "a"}).json()["error"]["code"] == "shutting_down"
+    stopped = Service(llama)
+    stopped.stop()
+    state = Server("llama")
+    state.ready(stopped)
+    answer = TestClient(make_app(state)).post("/v1/completions", json={"prompt": "a"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
 
 
 # ---- processes ----

@@ -93,9 +93,8 @@ class ServerProcesses:
     ) -> socket.socket:
         """Sends a request, or the first bytes of it, and reads nothing."""
         raw = json.dumps(body)
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
-        )
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(raw)}\r\n\r\n"
         host, port = self.url.removeprefix("http://").split(":")
         connection = socket.socket()
         if receive_buffer:

@@ -1,0 +1,160 @@
+"""Connections of the server: how many may be open, and how long one may stay without a request.
+
+A client that connects and sends nothing must not keep others out. At the cap, the connection that has waited longest
+for a request makes room for the new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any, ClassVar
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+try:
+    import resource
+except ImportError:  # not a POSIX system
+    resource = None  # type: ignore[assignment]
+
+IDLE_S = 20.0  # in which a client has to send a request's headers or its next request, or to read something
+PROBE_S = 0.2  # between the first two looks for whether a client that ended its side has left
+_MOST = 4096  # connections: each takes some 100 kB
+_SPARE_FILES = 64  # for everything but connections
+_LOG_S = 60.0  # between two lines about the same trouble
+
+logger = logging.getLogger(__name__)
+
+
+def raise_file_limit() -> int:
+    """Raises the limit of open files as far as this process may; returns the number of connections that fit."""
+    if resource is None:
+        return _MOST
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    except (OSError, ValueError):  # such as "unlimited" on macOS
+        pass
+    return _MOST if soft == resource.RLIM_INFINITY else max(1, min(_MOST, soft - min(_SPARE_FILES, soft // 2)))
+
+
+class Troubles:
+    """Logs each kind of trouble at most once a minute, with how often it came up. For the event loop's thread alone."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._logged: dict[str, float] = {}
+
+    def log(self, what: str) -> None:
+        self._counts[what] = self._counts.get(what, 0) + 1
+        now = time.monotonic()
+        if now - self._logged.get(what, -_LOG_S) >= _LOG_S:
+            logger.warning("%s (%d times since the last such line)", what, self._counts.pop(what))
+            self._logged[what] = now
+
+    def handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """asyncio's exception handler: it reports every connection that it cannot accept, thousands of times."""
+        if isinstance(context.get("exception"), OSError) and "socket" in context:
+            self.log(f"connections cannot be accepted: {context['exception']}")
+        else:
+            loop.default_exception_handler(context)
+
+
+class Connection(H11Protocol):
+    """One client's connection."""
+
+    limit = _MOST
+    troubles = Troubles()
+    _waiting: ClassVar[dict[Connection, None]] = {}  # those without a request, the longest-waiting one first
+    _timer: asyncio.TimerHandle | None = None
+    _unsent = 0  # bytes, at the timer's start
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) >= self.limit:
+            self.troubles.log(f"at most {self.limit} connections may be open, got a further one")
+            if not self._waiting:
+                transport.abort()
+                return
+            next(iter(self._waiting))._abort()
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keeps the connection open for the answer, if a whole request has come."""
+        if not self._is_answering() or self.cycle.more_body:
+            return False
+        self.cycle.keep_alive = False
+        self._probe()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_watch()
+        if self.transport is not None:  # it was not refused
+            super().connection_lost(exc)
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _watch(self) -> None:
+        """Limits the time without a request, and the time in which a client reads nothing of an answer.
+
+        Bytes of an incomplete request do not extend it.
+        """
+        if self._is_answering() and not self.flow.write_paused:
+            self._end_watch()
+            return
+        if not self._is_answering():
+            self._waiting.setdefault(self)
+        if self._timer is None:
+            self._unsent = self.transport.get_write_buffer_size()
+            self._timer = self.loop.call_later(IDLE_S, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        if 0 < self.transport.get_write_buffer_size() < self._unsent:  # the client reads, if slowly
+            self._watch()
+        else:
+            self._abort()
+
+    def _end_watch(self) -> None:
+        self._waiting.pop(self, None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _abort(self) -> None:
+        """Closes at once, also if the client does not read what was sent."""
+        self._end_watch()
+        self.connections.discard(self)
+        self.transport.abort()
+
+    def _probe(self, pause_s: float = PROBE_S) -> None:
+        """Finds out whether a client that has ended its side still waits for the answer.
+
+        A client that left ends its side just the same. It resets the connection when something is sent, for which an
+        interim response is there.
+        """
+        if self.transport.is_closing() or not self._is_answering():
+            return
+        if not self.cycle.response_started and self.cycle.scope["http_version"] == "1.1":
+            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
+        self.loop.call_later(pause_s, self._probe, min(2 * pause_s, IDLE_S))
