@@ -171,9 +171,9 @@ class Llama:
             compile: whether steps of one token per row run through blocks that `torch.compile`'s compiler, inductor,
                 made; on a CPU with a C++ compiler or on CUDA, in one process. The first steps of one row and of
                 several wait for it; later processes find what it made on disk. Rounds differently outside of float32.
-            reuse_prefixes: whether a prompt takes the keys and values of a prefix of 16 tokens or more that the KV cache
-                holds already, instead of computing them again: of the earlier turns of a chat, or a system prompt that
-                requests have in common. Only while the network has no hooks and is unchanged.
+            reuse_prefixes: whether a prompt takes the keys and values of a prefix of 16 tokens or more that the KV
+                cache holds already, instead of computing them again: of the earlier turns of a chat, or a system prompt
+                that requests have in common. Only while the network has no hooks and is unchanged.
 
         Raises:
             AssertionError: `ckpt_dir` holds no `*.pth` file, or not `model_parallel_size` of them.

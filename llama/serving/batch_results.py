@@ -41,6 +41,7 @@ class Results:
         except BaseException:
             self._file.close()
             raise
+        self._size = self._file.seek(0, os.SEEK_END)
         self._synced = time.monotonic()
         if is_new and os.name == "posix":
             folder = os.open(path.parent, os.O_RDONLY)
@@ -63,15 +64,43 @@ class Results:
             yield number, fields
 
     def append(self, line: bytes) -> None:
-        """Adds a line. It is in the file on return, and on the disk within `_SYNC_S` of the next line."""
-        self._file.write(line)
-        self._file.flush()
-        if time.monotonic() - self._synced > _SYNC_S:
-            self._sync()
+        """Adds a line. It is in the file on return, and on the disk within `_SYNC_S` of the next line.
+
+        Raises:
+            OSError: the line could not be written, for example because the disk is full.
+        """
+        try:
+            self._file.write(line)
+            self._file.flush()
+            if time.monotonic() - self._synced > _SYNC_S:
+                self._sync()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self._path} could not be written ({error.strerror}); its whole lines are kept: make room, and start "
+                "the command again, which continues where this run stopped",
+            ) from error
+        self._size += len(line)
+
+    def check(self) -> None:
+        """Raises ValueError unless the path still leads to this file, with all that was written to it."""
+        size = os.fstat(self._file.fileno()).st_size
+        if not self._path.exists() or not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+            problem = "which was removed or replaced"
+        elif size != self._size:
+            problem = f"which has {size} bytes instead of {self._size}"
+        else:
+            return
+        raise ValueError(
+            f"--output must not change while the command runs, got {self._path}, {problem}; start the command again "
+            "to run the requests whose results are gone"
+        )
 
     def close(self) -> None:
-        self._sync()
-        self._file.close()
+        try:
+            self._sync()
+        finally:
+            self._file.close()
 
     def _sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -135,11 +164,13 @@ class Completed:
     Attributes:
         n_lines: number of requests in the input.
         done: numbers of the input's lines that have a result.
+        pending: numbers of those that have none, each with its `custom_id`.
         fingerprints: of the runs that wrote results, each with the number of its first line in the output.
     """
 
     n_lines: int
     done: set[int]
+    pending: dict[int, str | None]
     fingerprints: dict[str, int]
 
     @property
@@ -155,16 +186,18 @@ def compare(input: Path, results: Results, output: Path) -> Completed:
     """
     numbers: dict[str, int] = {}
     ids: dict[str, int] = {}
+    pending: dict[int, str | None] = {}
     n_lines = 0
     for line in read_requests(input):
         n_lines += 1
         ids[result_id(line)] = line.number
+        pending[line.number] = line.custom_id
         if line.custom_id is not None and numbers.setdefault(line.custom_id, line.number) != line.number:
             raise ValueError(
                 f"{input}: line {line.number} must have a custom_id of its own, got {quote(line.custom_id)}, which "
                 f"line {numbers[line.custom_id]} has too"
             )
-    completed = Completed(n_lines, set(), {})
+    completed = Completed(n_lines, set(), pending, {})
     for number, fields in results.read():
         request = ids.get(fields["id"])
         custom_id = fields.get("custom_id")
@@ -178,6 +211,7 @@ def compare(input: Path, results: Results, output: Path) -> Completed:
         if request in completed.done:
             raise ValueError(f"{output}, line {number}: custom_id {quote(custom_id)} must have one result, got two")
         completed.done.add(request)
+        del pending[request]
         if mark := _fingerprint(fields):
             completed.fingerprints.setdefault(mark, number)
     return completed

@@ -17,12 +17,11 @@ from llama import Llama
 from llama.chat import chat_error
 from llama.distributed import groups
 from llama.distributed.device import select_device
-from llama.errors import quote
+from llama.errors import first_few, quote
 from llama.serving.batch_file import MAX_CHOICES, Reader
 from llama.serving.batch_results import Completed, Results, compare, read_requests
-from llama.serving.batch_work import Coordinator, Worker, complete_jobs
+from llama.serving.batch_work import BatchWork, Result
 from llama.serving.jobs import Planner
-from llama.serving.replica import Replica
 from llama.tools import commandline
 from llama.tools.progress import Progress
 
@@ -121,35 +120,60 @@ def main(
         llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **build)
         mark = fingerprint(llama, tokenizer_path, seed, build.get("quantize"))
         _first_rank_does(lambda: _check_fingerprint(opened[1], mark, Path(output)) if opened else None)
+        planner = Planner(llama, MAX_CHOICES, speculative=speculative, chat_error=chat_error(ckpt_dir))
+        read = Reader(planner, name, seed)
         if opened:
-            planner = Planner(llama, MAX_CHOICES, speculative=speculative, chat_error=chat_error(ckpt_dir))
-            _lead(llama, Path(input), Reader(planner, name, seed), *opened, mark)
+            _lead(llama, Path(input), read, *opened, mark)
         else:
-            _follow(llama)
+            _follow(llama, read, mark)
+
+
+class _Writer:
+    """Writes results as they come, and counts them."""
+
+    def __init__(self, results: Results, completed: Completed, progress: Progress) -> None:
+        self._results = results
+        self._pending = completed.pending
+        self._progress = progress
+        self._started = time.monotonic()
+        self.n_refused = self.n_prompt_tokens = self.n_new_tokens = 0
+
+    def __call__(self, done: Result) -> None:
+        self._results.append(done.text)
+        self._pending.pop(done.line)
+        self.n_refused += done.is_refused
+        self.n_prompt_tokens += done.n_prompt_tokens
+        self.n_new_tokens += done.n_new_tokens
+        speed = self.n_new_tokens / max(time.monotonic() - self._started, 1e-9)
+        self._progress.add(1, f"{speed:.0f} tokens/s")
 
 
 def _lead(llama: Llama, input: Path, read: Reader, results: Results, completed: Completed, mark: str) -> None:
     """The part of rank 0."""
-    lines = (line for line in read_requests(input) if line.number not in completed.done)
-    n_done = len(completed.done)
+    n_done, n_to_do = len(completed.done), len(completed.pending)
     started = time.monotonic()
     with groups.rank_errors(), Progress("batch", completed.n_lines, unit=" requests", done=n_done) as progress:
-        n_ahead = 2 * llama.model.params.max_batch_size
-        coordinator = Coordinator(lines, read, results, mark, n_ahead, progress)
-        complete_jobs(Replica(llama), coordinator)
-        coordinator.finish()
+        write = _Writer(results, completed, progress)
+        lines = (line for line in read_requests(input) if line.number in completed.pending)
+        BatchWork(llama, lines, read, mark, write).run()
+    results.check()
+    if missing := list(completed.pending.values()):
+        raise ValueError(
+            f"--input must not change while the command runs, got {input}, in which {len(missing)} requests are gone, "
+            f"such as {first_few([quote(custom_id) for custom_id in missing])}; start the command again"
+        )
     seconds = time.monotonic() - started
-    n_new, n_prompt = coordinator.n_new_tokens, coordinator.n_prompt_tokens
+    n_new = write.n_new_tokens
     print(
-        f"{completed.n_lines - n_done} requests, {coordinator.n_errors} of them refused: {n_prompt} prompt tokens, "
+        f"{n_to_do} requests, {write.n_refused} of them refused: {write.n_prompt_tokens} prompt tokens, "
         f"{n_new} new tokens in {seconds:.1f} s ({n_new / seconds:.0f} tokens/s)"
     )
 
 
-def _follow(llama: Llama) -> None:
+def _follow(llama: Llama, read: Reader, mark: str) -> None:
     """The part of the other ranks."""
     with groups.rank_errors():
-        complete_jobs(Replica(llama), Worker(groups.replica()[0]) if groups.is_first_of_group() else None)
+        BatchWork(llama, (), read, mark, lambda done: None).run()
 
 
 if __name__ == "__main__":

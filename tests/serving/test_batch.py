@@ -16,16 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from llama import Llama
-from llama.serving import batch_work
+from llama.serving import jobs
 from llama.serving.batch_file import MAX_CHOICES, Reader, read_line
 from llama.serving.batch_results import Results
-from llama.serving.batch_work import Channel
 from llama.serving.errors import ApiError
-from llama.serving.jobs import Job, Planner
-from llama.serving.replica import Replica
+from llama.serving.jobs import Planner
 from llama.tools.batch import main
 from tests.conftest import ROOT
 from tests.support.ranks import run_ranks
@@ -382,14 +379,62 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path, flags: dict[str, Any]) -
     first.close()
 
 
+@pytest.mark.parametrize(
+    ("happens", "message"),
+    [
+        (
+            lambda source, target: source.write_text(""),
+            "--input must not change .*, in which 2 requests are gone, such",
+        ),
+        (lambda source, target: target.unlink(), "--output must not change while .*, which was removed or replaced"),
+        (lambda source, target: os.truncate(target, 0), "--output must not change while .*, which has 0 bytes instead"),
+    ],
+    ids=["input cut", "output removed", "output emptied"],
+)
+def test_success_is_said_only_if_the_file_holds_all_results(
+    happens: Callable[[Path, Path], Any],
+    message: str,
+    tmp_path: Path,
+    flags: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = [line(name, COMPLETIONS, prompt=name, max_tokens=1) for name in "ab"]
+    source, target = write(tmp_path / "in", lines), tmp_path / "out"
+    build = Llama.build
+
+    def while_building(*args: Any, **options: Any) -> Llama:
+        if "output" in message:
+            monkeypatch.setattr(Results, "check", lambda self: (happens(source, target), check(self))[1])
+        else:
+            happens(source, target)
+        return build(*args, **options)
+
+    check = Results.check
+    monkeypatch.setattr(Llama, "build", while_building)
+    with pytest.raises(ValueError, match=message):
+        main(str(source), str(target), **flags)
+
+
+def test_a_full_disk_names_the_file_and_what_to_do(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    results = Results(tmp_path / "out")
+    results._file.close()
+    results._file = open("/dev/full", "a+b")  # noqa: SIM115
+    with pytest.raises(
+        OSError, match=r"out could not be written \(No space left on device\); .* start the command again"
+    ):
+        results.append(b"{}\n")
+
+
 # ---- ranks ----
 
 
 def complete(rank: int, source: str, target: str, flags: dict[str, Any]) -> int:
     """Runs the batch; returns how many requests this rank worked on. Only the first one gets paths that are there."""
-    started: list[Job] = []
-    start = Replica.start
-    Replica.start = lambda self, n, job: (started.append(job), start(self, n, job))[1]  # type: ignore[method-assign]
+    started: list[Any] = []
+    start = jobs.Request
+    jobs.Request = lambda *args, **options: (started.append(args), start(*args, **options))[1]  # type: ignore
     main(source if rank == 0 else "/nowhere/in", target if rank == 0 else "/nowhere/out", **flags)
     return len(started)
 
@@ -434,17 +479,3 @@ def test_two_machines_share_the_requests(tmp_path: Path, flags: dict[str, Any], 
     assert read(target) == {
         request["custom_id"]: expected[request["custom_id"]] for request in requests(N_REQUESTS)[:40]
     }
-
-
-def test_a_replica_that_falls_silent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.HashStore()
-    channel = Channel(store, "down", "up", "replica 1")
-    other = Channel(store, "up", "down", "rank 0")
-    for message in ([1], [2], None):
-        other.send(message)
-    assert list(channel.receive()) == [[1], [2], None]
-    monkeypatch.setattr(batch_work, "_SILENCE_S", 0.0)
-    with pytest.raises(
-        RuntimeError, match="replica 1 must send a message at least every 0 seconds, got none; start the command"
-    ):
-        list(channel.receive())
