@@ -5,7 +5,6 @@
 runs the toy checkpoint of this repository; add `--ckpt_dir llama-2-7b-chat/` for a released one.
 """
 
-import logging
 from typing import Any
 
 from llama import Dialog, Llama
@@ -76,7 +75,6 @@ def main(
         speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
             same text, often in less time.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     commandline.check_speculative(speculative, build)
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
     generator = Llama.build(

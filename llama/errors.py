@@ -6,8 +6,10 @@ tensor's name may contain terminal escape sequences, and a key in `params.json` 
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
+from importlib import metadata
 
 LIMIT = 80  # maximum number of characters of a value that a message shows
 _short = reprlib.Repr()
@@ -21,6 +23,17 @@ class PromptError(ValueError, AssertionError):
 
 class RankError(RuntimeError):
     """Another rank failed, ended, did not respond in time, or made a different call."""
+
+
+def missing_extra(extra: str, error: ImportError) -> ImportError:
+    """Return the error that names an extra which is not installed, and how to install its packages."""
+    try:
+        lines = metadata.requires("llama") or []
+    except metadata.PackageNotFoundError:  # a clone that is not installed
+        lines = []
+    packages = [line.partition(";")[0].strip() for line in lines if re.search(rf"extra == ['\"]{extra}['\"]", line)]
+    install = " ".join(f"'{package}'" for package in packages) or f"-e '.[{extra}]'"
+    return ImportError(f"the extra [{extra}] must be installed, got: {error}; run: pip install {install}")
 
 
 def quote(value: object) -> str:

@@ -100,14 +100,13 @@ def test_the_text_example_completes_sensibly_as_it_ships() -> None:
     life, relativity, mail, french = answers(out)
     assert min(map(len, (life, relativity, mail))) > 20
     assert french.startswith("fromage")
-    assert "Loaded in" in err
+    assert err == ""
 
 
 def test_two_ranks_answer_as_one(chat_answers: str, cut_in_two: tuple[str, ...]) -> None:
     out, err = torchrun(CHAT, *cut_in_two, processes=2)
     assert out == chat_answers
-    assert err.count("Loaded in") == 1  # the first rank alone logs
-    assert "Warning" not in err
+    assert not re.search("Loaded|Kernels|Warning", err)
 
 
 def test_two_machines_answer_as_one(chat_answers: str, cut_in_two: tuple[str, ...]) -> None:
@@ -126,16 +125,16 @@ def test_two_replicas_share_the_prompts_and_print_what_one_prints() -> None:
     assert shared == alone
 
 
-def test_an_error_is_one_line_ahead_of_torchruns_report(cut_in_two: tuple[str, ...]) -> None:
+def test_an_error_stands_in_torchruns_report_once(cut_in_two: tuple[str, ...]) -> None:
     """Also where the folder is given by position, as Meta's scripts take it."""
     folder = cut_in_two[1]
     process = start(CHAT, folder, launcher=("--nproc_per_node", "1", "--master_port", str(free_port())))
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    first, *report = err.splitlines()
-    assert first.startswith("error: Loading a checkpoint for MP=2 but world size is 1; ")
-    assert "--nproc_per_node 2" in first
-    assert "error: " not in "".join(report) and f'File "{ROOT / CHAT}"' not in "".join(report)
+    before, report = err.split("Root Cause")
+    assert "traceback : AssertionError: Loading a checkpoint for MP=2 but world size is 1\n" in report
+    assert "--nproc_per_node 2" in report
+    assert "Loading a checkpoint" not in before and f'File "{ROOT / CHAT}"' not in err
 
 
 @pytest.mark.parametrize("script", [CHAT, TEXT])

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import llama
-from llama.tools import commandline, scripts, toy
+from llama.tools import cli, commandline, toy
 from tests.conftest import ROOT
 
 try:
@@ -95,39 +95,77 @@ def test_every_file_of_the_package_and_of_the_toy_is_installed() -> None:
         assert any(fnmatch(str(file), str(pattern)) for pattern in patterns), f"{file} is not in package-data"
 
 
-def test_every_tool_has_a_console_script() -> None:
-    expected = {f"llama-{name}": f"llama.tools.scripts:{name}" for name in TOOLS}
-    assert pyproject()["project"]["scripts"] == expected
+def llama_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """The status with which `llama ARGUMENTS` ends, or None."""
+    monkeypatch.setattr(sys, "argv", ["llama", *arguments])
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return ended.code
+    return None
+
+
+def test_one_console_script_has_every_tool() -> None:
+    assert pyproject()["project"]["scripts"] == {"llama": "llama.tools.cli:main"}
+    assert sorted(cli.COMMANDS) == TOOLS
     assert len(TOOLS) >= 9
-
-
-def described(commands: Callable[..., Any] | dict[str, Callable[..., Any]], **options: Any) -> tuple[Any, ...]:
-    """What a command is, equal for two imports of its module."""
-    functions = commands if isinstance(commands, dict) else {"": commands}
-    return {name: (f.__qualname__, inspect.signature(f), f.__doc__) for name, f in functions.items()}, options
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("name", TOOLS)
-def test_a_console_script_does_what_python_m_does(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_command_does_what_python_m_does(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Under its own name, which its help shows."""
     ran: list[tuple[Any, ...]] = []
 
     def record(commands: Any, **options: Any) -> None:
-        ran.append(described(commands, **options))
+        functions = commands if isinstance(commands, dict) else {"": commands}
+        described = {key: (f.__qualname__, inspect.signature(f), f.__doc__) for key, f in functions.items()}
+        ran.append((described, options))
 
     monkeypatch.setattr(commandline, "run", record)
-    monkeypatch.setattr(scripts, "run", record)
+    tool = importlib.import_module(f"llama.tools.{name}")
+    if hasattr(tool, "run"):
+        monkeypatch.setattr(tool, "run", record)
     runpy.run_module(f"llama.tools.{name}", run_name="__main__")
-    getattr(scripts, name)()
+    llama_command(monkeypatch, name, "--flag")
     assert len(ran) == 2
     assert ran[0] == ran[1]
+    assert ran[0][1]["name"] == f"llama {name}"
+    assert sys.argv == [f"llama {name}", "--flag"]
 
 
-def test_the_scripts_import_no_tool_before_one_starts() -> None:
+def test_llama_imports_the_named_tool_alone() -> None:
     """Others may need extras that are not installed."""
-    shown = "import sys, llama.tools.scripts; print(*(n for n in sys.modules if n.startswith('llama.tools.')))"
+    shown = (
+        "import sys; from llama.tools import cli\n"
+        "sys.argv = ['llama', 'verify', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: print(*(n for n in sys.modules if n.startswith('llama.tools.')))"
+    )
     done = subprocess.run([sys.executable, "-c", shown], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {f"llama.tools.{name}" for name in TOOLS} & set(done.stdout.split())
+    assert {f"llama.tools.{name}" for name in TOOLS} & set(done.stdout.split()) == {"llama.tools.verify"}
+
+
+def test_llama_lists_its_commands_and_tells_its_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        assert llama_command(monkeypatch, *arguments) is None
+        shown = capsys.readouterr().out
+        assert [line.split()[0] for line in shown.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
+    assert llama_command(monkeypatch, "--version") is None
+    assert capsys.readouterr().out == f"llama {llama.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("verfy", "did you mean verify?"), ("Chat", "did you mean chat?"), ("zzz", "llama --help lists")]
+)
+def test_an_unknown_command_is_one_line_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, hint: str
+) -> None:
+    assert llama_command(monkeypatch, name) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: there is no command '{name}'; {hint}") and err.count("\n") == 1
 
 
 def test_an_installed_toy_is_found_before_that_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

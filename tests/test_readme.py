@@ -32,6 +32,7 @@ from llama import Llama
 from llama.checkpoint.memory import GIB, plan_memory
 from llama.checkpoint.releases import RELEASES
 from llama.distributed.device import DTYPES
+from llama.tools.cli import COMMANDS as COMMANDS_OF_LLAMA
 from tests.conftest import ROOT
 from tests.support.serving import ServerProcesses
 from tests.test_examples import clean_environment, free_port
@@ -114,6 +115,12 @@ def torchrun_target(words: list[str]) -> list[str]:
     return [*(["-m"] if parsed.module else []), parsed.training_script, *parsed.training_script_args]
 
 
+def tool_of(words: list[str]) -> list[str]:
+    """What the console script `llama` runs, as words of `python`'s."""
+    assert words[0] in COMMANDS_OF_LLAMA
+    return ["-m", f"llama.tools.{words[0]}", *words[1:]]
+
+
 def check_pip(words: list[str]) -> None:
     setup = (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()
     assert words[0] == "install"
@@ -135,6 +142,8 @@ def check_command(words: list[str]) -> None:
         check_python(torchrun_target(rest))
     elif program == "python":
         check_python(rest)
+    elif program == "llama":
+        check_python(tool_of(rest))
     elif program == "curl":
         assert rest[0].startswith(SERVER) and json.loads(rest[rest.index("-d") + 1])
     else:
@@ -158,6 +167,8 @@ def test_every_command_is_understood(block: Block, words: list[str]) -> None:
         "python -m llama.tools.verify --ckpt_dir",
         "python -m llama.tools.convert of_hf --hf_dir x --output_dir y",
         'pip install -c constraints.txt -e ".[everything]"',
+        "llama reshards --ckpt_dir x",
+        "llama reshard --ckpt_dir x",
         "vllm serve",
     ],
 )
@@ -218,7 +229,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run_here(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a script or module as `python` would, in this process; torchrun's with one process is the same."""
     program, *rest = words
-    rest = torchrun_target(rest) if program == "torchrun" else rest
+    rest = {"torchrun": torchrun_target, "llama": tool_of}.get(program, list)(rest)
     target, arguments = (rest[1], rest[2:]) if rest[0] == "-m" else (rest[0], rest[1:])
     monkeypatch.setattr(sys, "argv", [target, *arguments])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -230,7 +241,7 @@ def run_here(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def is_run_here(block: Block, words: list[str]) -> bool:
     """Whether one process runs it offline, on its own, in a second or so."""
-    has_own_test = "llama.tools.chat" in words or "tiny-llama-mp2/" in words or "benchmarks/bench.py" in words
+    has_own_test = words[:2] == ["llama", "chat"] or "tiny-llama-mp2/" in words or "benchmarks/bench.py" in words
     return block.needs is None and not has_own_test
 
 
@@ -239,7 +250,7 @@ RUN_HERE = [words for block, words in COMMANDS if is_run_here(block, words)]
 
 @pytest.mark.parametrize("words", RUN_HERE, ids=map(named, RUN_HERE))
 def test_a_command_on_the_toy_runs(words: list[str], clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "llama.tools.convert" in words:
+    if words[:2] == ["llama", "convert"]:
         pytest.importorskip("safetensors", reason="the conversion needs the extra [convert]")
     run_here(words, monkeypatch)
 
@@ -295,8 +306,8 @@ def test_the_first_answer_shown_is_the_toys(toy: Llama) -> None:
 
 
 def test_the_chat_command_answers(clone: Path) -> None:
-    command = [sys.executable, *torchrun_target(["--nproc_per_node", "1", "-m", "llama.tools.chat"])]
-    assert "`torchrun --nproc_per_node 1 -m llama.tools.chat`" in README.read_text(encoding="utf-8")
+    command = [sys.executable, *tool_of(["chat"])]
+    assert "`llama chat`" in README.read_text(encoding="utf-8")
     question = "What is the MP value of 13B?\n"
     ended = subprocess.run(
         command, input=question, capture_output=True, text=True, env=clean_environment(), timeout=120, check=False

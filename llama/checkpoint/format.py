@@ -135,7 +135,7 @@ def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
 
 
 def stored_quantize(ckpt_dir: str | Path) -> str | None:
-    """The form in which `llama.tools.quantize` wrote a checkpoint's linear layers; None for plain weights.
+    """The form in which `llama quantize` wrote a checkpoint's linear layers; None for plain weights.
 
     Raises:
         FileNotFoundError, ValueError: as for `read_params`.

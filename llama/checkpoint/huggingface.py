@@ -20,12 +20,13 @@ from llama.args import ModelArgs
 from llama.checkpoint.format import read_json_object
 from llama.checkpoint.reading import page_release, read_shard
 from llama.checkpoint.writing import SAFETENSORS_DTYPES
-from llama.errors import printable, quote
+from llama.errors import missing_extra, printable, quote
 
 try:
     import safetensors
-except ImportError:
+except ImportError as error:
     safetensors = None  # type: ignore[assignment]
+    _missing = error  # "error" itself is unbound after the handler
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER_NAMES = {
@@ -241,10 +242,7 @@ class _SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         if safetensors is None:
-            raise ImportError(
-                f"{path} needs the package safetensors, of the extra [convert]; install it with: "
-                'pip install -e ".[convert]"'
-            )
+            raise missing_extra("convert", _missing)
         self._path = path
         try:
             with safetensors.safe_open(path, "pt") as file:

@@ -158,7 +158,7 @@ def _find_draft_shards(draft_ckpt_dir: str | Path, model_parallel_size: int) -> 
     if len(shards) != model_parallel_size:
         raise AssertionError(
             f"draft_ckpt_dir must hold as many checkpoint files as ckpt_dir, {model_parallel_size}, "
-            f"got {len(shards)} in {draft_ckpt_dir}; llama.tools.reshard writes it with another number of files"
+            f"got {len(shards)} in {draft_ckpt_dir}; llama reshard writes it with another number of files"
         )
     return shards
 

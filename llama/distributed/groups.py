@@ -9,6 +9,7 @@ import atexit
 import ctypes
 import itertools
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from fairscale.nn.model_parallel.initialize import (
 )
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from llama.distributed.lockstep import TIMEOUT_VARIABLE, Lockstep
 from llama.errors import RankError
@@ -136,7 +138,9 @@ def _init_process_group(device: torch.device) -> None:
         if lockstep:
             _lockstep = weakref.ref(_default_group()), lockstep
     elif world_size() == 1:  # a plain script or notebook: a group of one process, which needs no address
+        hook = sys.excepthook
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        sys.excepthook = hook  # torch's puts "[rank0]:" in front of each line of a traceback
     else:
         raise ValueError(
             f"with WORLD_SIZE={world_size()}, {', '.join(_LAUNCHER_VARIABLES)} must all be set, got no "
@@ -292,6 +296,14 @@ def loading_together(call: object) -> Iterator[None]:
     with rank_errors():
         yield
     compare_calls(call, timeout_s=_LOADING_TIMEOUT_S)
+
+
+def report_to_launcher(error: Exception) -> bool:
+    """Record the exception that is being handled for torchrun's report; return False if torchrun does not run this."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return False
+    get_error_handler().record_exception(error)
+    return True
 
 
 def is_first_rank() -> bool:

@@ -11,16 +11,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
-from llama.errors import printable, quote
+from llama.errors import missing_extra, printable, quote
 from llama.serving.errors import ApiError
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 except ImportError as error:
-    raise ImportError(
-        "requests in OpenAI's format need pydantic, of the extras [serve] and [batch]; install it with: "
-        'pip install -e ".[batch]"'
-    ) from error
+    raise missing_extra("batch", error) from error
 
 MAX_CHOICES = 128  # per prompt
 MAX_STOPS = 64

@@ -1,1 +1,1 @@
-"""Commands over checkpoints: `python -m llama.tools.NAME --help`."""
+"""Commands over checkpoints: `llama NAME --help` or `python -m llama.tools.NAME --help`."""

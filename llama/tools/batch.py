@@ -1,4 +1,4 @@
-"""Completes a file of requests: `torchrun --nproc_per_node N -m llama.tools.batch --input FILE --output FILE`.
+"""Completes a file of requests: `llama batch --input FILE --output FILE`.
 
 Requests and results are lines in OpenAI's batch format (see `batch_file`). An interrupted run continues where
 it stopped.
@@ -18,12 +18,14 @@ from llama.chat import chat_error
 from llama.distributed import groups
 from llama.distributed.device import select_device
 from llama.errors import first_few, quote
-from llama.serving.batch_file import MAX_CHOICES, Reader
-from llama.serving.batch_results import Completed, Results, compare, read_requests
-from llama.serving.batch_work import BatchWork, Result
-from llama.serving.jobs import Planner
 from llama.tools import commandline
 from llama.tools.progress import Progress
+
+with commandline.extra_imports(__name__):
+    from llama.serving.batch_file import MAX_CHOICES, Reader
+    from llama.serving.batch_results import Completed, Results, compare, read_requests
+    from llama.serving.batch_work import BatchWork, Result
+    from llama.serving.jobs import Planner
 
 T = TypeVar("T")
 
@@ -176,5 +178,9 @@ def _follow(llama: Llama, read: Reader, mark: str) -> None:
         BatchWork(llama, (), read, mark, lambda done: None).run()
 
 
+def command() -> None:
+    commandline.run(main, name="llama batch")
+
+
 if __name__ == "__main__":
-    commandline.run(main)
+    command()

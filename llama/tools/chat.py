@@ -1,4 +1,4 @@
-"""An interactive chat in the terminal: `torchrun --nproc_per_node N -m llama.tools.chat --ckpt_dir ...`.
+"""An interactive chat in the terminal: `llama chat --ckpt_dir ...`.
 
 The first rank reads and prints; the other ranks make the same calls.
 """
@@ -227,5 +227,9 @@ def main(
         _lead(llama, history, terminal, settings)
 
 
+def command() -> None:
+    commandline.run(main, name="llama chat")
+
+
 if __name__ == "__main__":
-    commandline.run(main)
+    command()

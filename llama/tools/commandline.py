@@ -1,31 +1,42 @@
-"""Runs a function as a command: its arguments are flags (by fire); a user's mistake is one line on stderr, status 1."""
+"""Runs a function as a command: its arguments are flags (by fire); a user's mistake is one line on stderr."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import difflib
 import functools
 import gc
 import inspect
+import io
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import fire
 import torch
 from fire import decorators, docstrings
+from fire.core import FireExit
 
 from llama.checkpoint.reading import find_tokenizer
+from llama.distributed import groups
 from llama.errors import RankError, printable, quote
 from llama.generation import Llama
 from llama.inputs import SPECULATIVE
 from llama.tools.toy import toy_checkpoint
 
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError)
+Commands: TypeAlias = "Callable[..., Any] | dict[str, Callable[..., Any]]"
 Function = TypeVar("Function", bound=Callable[..., Any])
 INTERRUPTED = 130  # status that a shell reports for a program that Ctrl-C ended
 _MAX_MESSAGE = 4000  # characters of an error that are printed
+_COLON = "\ua789"  # MODIFIER LETTER COLON, for a colon that fire would take for the end of an argument's name
 _ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # SIGHUP: the terminal was closed
 
 
@@ -42,10 +53,17 @@ def with_build_flags(function: Function) -> Function:
     added = [p.replace(kind=p.KEYWORD_ONLY) for p in optional]
     function.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
     if function.__doc__ and Llama.build.__doc__:  # not under python -OO
-        texts = {argument.name: argument.description for argument in docstrings.parse(Llama.build.__doc__).args}
+        parsed = docstrings.parse(_protect_colons(Llama.build.__doc__)).args
+        texts = {argument.name: argument.description.replace(_COLON, ":") for argument in parsed}
         lines = [f"        {p.name}: {texts[p.name]}" for p in added]
         function.__doc__ = "\n".join([function.__doc__.rstrip(), *lines, "    "])
     return function
+
+
+def _protect_colons(doc: str) -> str:
+    """Replace the colons in the continuation lines of arguments, at which fire ends a description."""
+    lines = inspect.cleandoc(doc).splitlines()
+    return "\n".join(line.replace(":", _COLON) if line.startswith(" " * 8) else line for line in lines)
 
 
 def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[str, str]:
@@ -63,34 +81,34 @@ def check_speculative(speculative: str | None, build: Mapping[str, Any]) -> None
         raise ValueError(f"--speculative draft and --draft_ckpt_dir must be given together, got {got}")
 
 
+@dataclass(frozen=True, slots=True)
 class _Call:
     """A call that runs after fire has parsed the whole command line, so that a mistyped flag is an error before it."""
 
-    __slots__ = ("_run",)
-
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self._run = run
+    run: Callable[[], Any]
 
 
-def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threads: int | None = None) -> None:
-    """Runs a function with the arguments of the command line.
+def run(
+    commands: Callable[..., Any] | dict[str, Callable[..., Any]],
+    *,
+    name: str | None = None,
+    n_threads: int | None = None,
+) -> None:
+    """Run a function with the arguments of the command line.
 
     A text that it returns is printed; a number is the exit status. Ctrl-C, SIGTERM and SIGHUP raise an exception in it,
-    so that it can clean up; under nohup, SIGHUP stays ignored.
+    so that it can clean up; under nohup, SIGHUP stays ignored. Characters that stdout cannot encode are escaped.
 
     Args:
         commands: the function, or several by name, of which the first argument of the command line chooses one.
+        name: what the help calls the command; "": the name of the script.
         n_threads: number of threads of torch; None leaves it unchanged. Commands that copy files pass 1, since more
             threads slow the disk down.
     """
-    decorators.FIRE_METADATA = "_fire_metadata"  # private: fire's help would list the attribute as a command
-    if isinstance(commands, dict):
-        component: Any = {name: _deferred(function) for name, function in commands.items()}
-    else:
-        component = _deferred(commands)
-    call = fire.Fire(component, serialize=lambda result: None if isinstance(result, _Call) else result)
-    if not isinstance(call, _Call):
-        return
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    call = _parse(commands, name or Path(sys.argv[0]).name)
     for number in _ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _terminate)
@@ -98,18 +116,93 @@ def run(commands: Callable[..., Any] | dict[str, Callable[..., Any]], *, n_threa
     if n_threads is not None:
         torch.set_num_threads(n_threads)
     try:
-        result = call._run()
-    except MISTAKES as error:
-        message = "; ".join(str(error).splitlines()) or type(error).__name__
-        sys.exit(f"error: {printable(message, _MAX_MESSAGE)}")
-    except RankError as error:  # the rank that the message names prints its own error
-        sys.exit(f"stopped: {printable(str(error), _MAX_MESSAGE)}")
+        result = call()
+    except (*MISTAKES, RankError) as error:  # the rank that a RankError names reports its own error
+        stop(error)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        groups.report_to_launcher(error)
+        raise
     if isinstance(result, str):
         print(result)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def stop(error: Exception, status: int = 1) -> NoReturn:
+    """End the program with the error as one line: on stderr or, under torchrun, in torchrun's report."""
+    error.__traceback__, error.__cause__, error.__suppress_context__ = None, None, True  # the report shows the message
+    if not groups.report_to_launcher(error):
+        message = printable("; ".join(str(error).splitlines()) or type(error).__name__, _MAX_MESSAGE)
+        print(f"{'stopped' if isinstance(error, RankError) else 'error'}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def extra_imports(module: str) -> Iterator[None]:
+    """Context manager for a tool's imports that need an extra: if the tool is the program, a missing one ends it."""
+    try:
+        yield
+    except ImportError as error:
+        if module != "__main__":
+            raise
+        stop(error)
+
+
+def _parse(commands: Commands, name: str) -> Callable[[], Any]:
+    """Return the call that the command line asks for; print the help, or stop, if it does not ask for one."""
+    decorators.FIRE_METADATA = "_fire_metadata"  # private: fire's help would list the attribute as a command
+    functions = commands if isinstance(commands, dict) else {"": commands}
+    deferred = {key: _deferred(function) for key, function in functions.items()}
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments) and "--" not in arguments:
+        arguments = [*(arguments[:1] if arguments[0] in functions else []), "--", "--help"]
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            call = fire.Fire(deferred if isinstance(commands, dict) else deferred[""], arguments, name, lambda _: None)
+    except FireExit as exit:
+        if exit.code == 0:
+            print(_wrapped(shown.getvalue().replace(shlex.quote(name), name)))
+            sys.exit(0)
+        stop(ValueError(_explained(exit.trace.elements[-1].ErrorAsStr(), arguments, functions, name)), status=2)
+    if not isinstance(call, _Call):
+        stop(ValueError(f"one of {', '.join(functions)} must be given; {name} --help says what they do"), status=2)
+    return call.run
+
+
+def _explained(message: str, arguments: list[str], functions: dict[str, Callable[..., Any]], name: str) -> str:
+    """Say what fire found wrong with the command line in the terms of its user."""
+    function = functions.get(arguments[0] if arguments and arguments[0] in functions else "")
+    what, _, value = message.partition(": ")
+    hint = f"{name} --help lists the flags"
+    if function is None:
+        return f"one of {', '.join(functions)} must be given, got {quote(value)}{did_you_mean(value, functions)}"
+    if "required argument" in what:
+        return f"--{value} must be given; {hint}"
+    if what != "Could not consume arg":
+        return f"{message}; {hint}"
+    flag = value.lstrip("-").partition("=")[0].replace("-", "_")
+    if not value.startswith("-"):
+        return f"flags must be written as --NAME VALUE, got {quote(value)}; {hint}"
+    guess = did_you_mean(flag, inspect.signature(function).parameters, prefix="--")
+    return f"there is no flag --{flag}{guess or f'; {hint}'}"
+
+
+def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """Return "; did you mean X?" for the name that is nearest to a mistyped one, "" if none is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _wrapped(text: str) -> str:
+    """Wrap fire's help, which has every description in one line, and give its colons back."""
+    lines = []
+    for line in text.rstrip().replace(_COLON, ":").splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += textwrap.wrap(line, 110, subsequent_indent=indent, break_long_words=False) or [""]
+    return "\n".join(lines)
 
 
 def _deferred(function: Callable[..., Any]) -> Callable[..., _Call]:
@@ -125,6 +218,8 @@ def _deferred(function: Callable[..., Any]) -> Callable[..., _Call]:
 
         return _Call(call)
 
+    if function.__doc__:  # not under python -OO
+        defer.__doc__ = _protect_colons(function.__doc__)
     signature = inspect.signature(function)
     texts = [name for name, p in signature.parameters.items() if "str" in str(p.annotation)]
     deferred: Callable[..., _Call] = decorators.SetParseFns(**dict.fromkeys(texts, str))(defer)

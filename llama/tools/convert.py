@@ -1,4 +1,4 @@
-"""Between Hugging Face's folders and the released layout: `python -m llama.tools.convert from_hf|to_hf ...`.
+"""Between Hugging Face's folders and the released layout: `llama convert from_hf|to_hf ...`.
 
 See `llama.checkpoint.huggingface` for what is renamed, reordered and derived.
 """
@@ -271,5 +271,9 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def command() -> None:
+    run({"from_hf": from_hf, "to_hf": to_hf}, n_threads=1, name="llama convert")
+
+
 if __name__ == "__main__":
-    run({"from_hf": from_hf, "to_hf": to_hf}, n_threads=1)
+    command()

@@ -1,4 +1,4 @@
-"""Scores a checkpoint on tasks of the Language Model Evaluation Harness: `-m llama.tools.evaluate --tasks ...`.
+"""Scores a checkpoint on tasks of the Language Model Evaluation Harness: `llama evaluate --tasks ...`.
 
 Under torchrun at the checkpoint's model-parallel size; more ranks are replicas, which share the requests.
 """
@@ -107,5 +107,9 @@ def _report(results: dict[str, Any], output: str | None) -> None:
         Path(output).write_text(text + "\n", encoding="utf-8")
 
 
+def command() -> None:
+    commandline.run(main, name="llama evaluate")
+
+
 if __name__ == "__main__":
-    commandline.run(main)
+    command()

@@ -24,7 +24,7 @@ from llama.engine.lock import lock_of
 from llama.engine.runner import ModelRunner
 from llama.engine.sampling import logprobs_of
 from llama.engine.scoring import logits_in_slices
-from llama.errors import quote
+from llama.errors import missing_extra, quote
 from llama.inputs import SamplingParams
 from llama.serving.jobs import Job, as_completed
 
@@ -35,10 +35,7 @@ try:
     from lm_eval.api.registry import register_model
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError(
-        "evaluation needs the Language Model Evaluation Harness, of the extra [eval]; install it with: "
-        'pip install -e ".[eval]"'
-    ) from error
+    raise missing_extra("eval", error) from error
 
 T = TypeVar("T")
 Work = TypeVar("Work")

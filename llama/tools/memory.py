@@ -1,4 +1,4 @@
-"""How much memory a model needs: `python -m llama.tools.memory --model 70B --device_memory 24GiB`.
+"""How much memory a model needs: `llama memory --model 70B --device_memory 24GiB`.
 
 Prints the plan of `llama.checkpoint.memory`, which `Llama.build` checks before it loads.
 """
@@ -138,5 +138,9 @@ def _fit(args: ModelArgs, plan: Callable[[ModelArgs], MemoryPlan], available: in
     return lines
 
 
+def command() -> None:
+    run(memory_table, name="llama memory")
+
+
 if __name__ == "__main__":
-    run(memory_table)
+    command()

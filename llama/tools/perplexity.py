@@ -1,4 +1,4 @@
-"""The perplexity of a text under a checkpoint: `torchrun --nproc_per_node N -m llama.tools.perplexity --text FILE`."""
+"""The perplexity of a text under a checkpoint: `llama perplexity --text FILE`."""
 
 from __future__ import annotations
 
@@ -79,5 +79,9 @@ def main(
         print(f"perplexity {value:.4f} over {n_tokens} tokens, windows of {max_seq_len}")
 
 
+def command() -> None:
+    commandline.run(main, name="llama perplexity")
+
+
 if __name__ == "__main__":
-    commandline.run(main)
+    command()

@@ -1,4 +1,4 @@
-"""A checkpoint with int8 weights: `python -m llama.tools.quantize --ckpt_dir llama-2-7b --output_dir llama-2-7b-int8`.
+"""A checkpoint with int8 weights: `llama quantize --ckpt_dir llama-2-7b --output_dir llama-2-7b-int8`.
 
 `Llama.build` loads it as what `quantize="int8"` makes of the original while loading: about half the bytes to keep and
 to read, and none of the rounding left to do.
@@ -90,5 +90,9 @@ def _quantize_file(path: Path, args: ModelArgs, n_files: int, file: TensorFile, 
         release(tensor)
 
 
+def command() -> None:
+    run(quantize, name="llama quantize")
+
+
 if __name__ == "__main__":
-    run(quantize)
+    command()

@@ -1,4 +1,4 @@
-"""Splits a checkpoint over a number of files: `python -m llama.tools.reshard --ckpt_dir IN --output_dir OUT ...`."""
+"""Splits a checkpoint over a number of files: `llama reshard --ckpt_dir IN --output_dir OUT ...`."""
 
 from __future__ import annotations
 
@@ -72,5 +72,9 @@ def check_count(model_parallel_size: int) -> None:
         raise ValueError(f"model_parallel_size must be an integer of at least 1, got {quote(model_parallel_size)}")
 
 
+def command() -> None:
+    run(reshard, n_threads=1, name="llama reshard")
+
+
 if __name__ == "__main__":
-    run(reshard, n_threads=1)
+    command()

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible HTTP server: `torchrun --nproc_per_node N -m llama.tools.serve --ckpt_dir ...`.
+"""An OpenAI-compatible HTTP server: `llama serve --ckpt_dir ...`.
 
 The first rank listens, the other ranks follow it. docs/serving.md has the API and the limits.
 """
@@ -27,10 +27,12 @@ from llama.checkpoint.reading import list_shards, model_args
 from llama.checkpoint.releases import trained_seq_len
 from llama.distributed import groups
 from llama.distributed.device import processes_on, select_device, select_dtype
-from llama.errors import quote
+from llama.errors import missing_extra, quote
 from llama.serving.service import Service
 from llama.tools import commandline
-from llama.tools.batch import fingerprint
+
+with commandline.extra_imports(__name__):
+    from llama.tools.batch import fingerprint
 
 if TYPE_CHECKING:
     from llama.serving.app import Server
@@ -237,9 +239,7 @@ def main(
         from llama.serving.access import LOOPBACK_HOSTS
         from llama.serving.app import Server
     except ImportError as error:
-        raise ImportError(
-            f'the server needs the extra [serve] ({error}); install it with: pip install -e ".[serve]"'
-        ) from error
+        raise missing_extra("serve", error) from error
     _check_limits(max_waiting=max_waiting, timeout_s=timeout_s, grace_s=grace_s)
     if max_body_bytes is not None:
         _check_limits(max_body_bytes=max_body_bytes)
@@ -353,5 +353,9 @@ def _check_limits(**limits: Any) -> None:
             raise ValueError(f"--{name} must be a number above 0, got {quote(value)}")
 
 
+def command() -> None:
+    commandline.run(main, name="llama serve")
+
+
 if __name__ == "__main__":
-    commandline.run(main)
+    command()

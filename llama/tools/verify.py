@@ -1,4 +1,4 @@
-"""Whether a checkpoint folder is complete and sound: `python -m llama.tools.verify --ckpt_dir llama-2-7b`.
+"""Whether a checkpoint folder is complete and sound: `llama verify --ckpt_dir llama-2-7b`.
 
 Compares checksums with `checklist.chk`, and every tensor with what `params.json` describes. Only reads.
 """
@@ -238,5 +238,9 @@ def main(ckpt_dir: str, *, tokenizer_path: str | None = None, quiet: bool = Fals
     return int(bool(found.problems))
 
 
+def command() -> None:
+    run(main, n_threads=1, name="llama verify")
+
+
 if __name__ == "__main__":
-    run(main, n_threads=1)
+    command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import os
 import signal
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from llama import Llama
+from llama.tools import commandline
+from llama.tools.cli import COMMANDS
 from llama.tools.commandline import check_speculative, run, with_build_flags
 from tests.conftest import ROOT
 
@@ -27,12 +30,12 @@ def fails(message: str) -> None:
     raise ValueError(message)
 
 
-def command(monkeypatch: pytest.MonkeyPatch, function: object, *arguments: str) -> int | str | None:
-    """The command's exit status; a text is what it says on stderr."""
+def command(monkeypatch: pytest.MonkeyPatch, function: Any, *arguments: str) -> int | str | None:
+    """The command's exit status."""
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     with pytest.raises(SystemExit) as stop:
-        run(function)  # type: ignore[arg-type]
+        run(function, name="llama command")
     return stop.value.code
 
 
@@ -58,16 +61,64 @@ def test_a_text_is_taken_as_it_is_and_a_flag_without_value_is_true(
         (["--nofolder"], "folder"),
     ],
 )
-def test_a_text_without_its_value_is_refused(monkeypatch: pytest.MonkeyPatch, arguments: list[str], flag: str) -> None:
+def test_a_text_without_its_value_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], flag: str
+) -> None:
     """fire passes the text "True" for it, which would name a folder."""
-    expected = f"error: --{flag} must have a value, got none; write --{flag} VALUE"
-    assert command(monkeypatch, echo, *arguments) == expected
+    assert command(monkeypatch, echo, *arguments) == 1
+    assert capsys.readouterr().err == f"error: --{flag} must have a value, got none; write --{flag} VALUE\n"
 
 
-def test_an_error_is_one_printable_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = command(monkeypatch, fails, "a\nb\x1b[2J" + "x" * 100_000)
-    assert isinstance(shown, str) and shown.startswith(r"error: a; b\x1b[2J") and shown.isprintable()
+def test_an_error_is_one_printable_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, fails, "a\nb\x1b[2J" + "x" * 100_000) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(r"error: a; b\x1b[2J") and shown.rstrip("\n").isprintable()
     assert len(shown) < 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--quiett"], "there is no flag --quiett; did you mean --quiet?"),
+        (["x", "--coutn=2"], "there is no flag --coutn; did you mean --count?"),
+        (["x", "--zzz", "2"], "there is no flag --zzz; llama command --help lists the flags"),
+        (["x", "y", "3"], "flags must be written as --NAME VALUE, got '3'; llama command --help lists the flags"),
+        ([], "--folder must be given; llama command --help lists the flags"),
+    ],
+)
+def test_a_mistaken_command_line_is_one_line_that_says_the_nearest_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert command(monkeypatch, echo, *arguments) == 2
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+
+
+def test_one_of_several_functions_is_chosen_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    functions = {"echo": echo, "fails": fails}
+    assert command(monkeypatch, functions, "echo", "x") == 0
+    assert capsys.readouterr().out == "('x', None, 1, False)\n"
+    for arguments, got in (([], "; llama command --help"), (["ehco", "x"], ", got 'ehco'; did you mean echo?")):
+        assert command(monkeypatch, functions, *arguments) == 2
+        assert capsys.readouterr().err.startswith(f"error: one of echo, fails must be given{got}")
+    assert command(monkeypatch, functions, "echo", "x", "--quite") == 2
+    assert "did you mean --quiet?" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_show_a_character_gets_its_number() -> None:
+    """An emoji in an answer must not end the program on an ASCII or a cp1252 terminal."""
+    script = "from llama.tools.commandline import run\ndef say(): return 'caf\\xe9 \\U0001f600'\nrun(say)"
+    for encoding, shown in (("ascii", rb"caf\xe9 \U0001f600"), ("cp1252", rb"caf\xe9 \U0001f600"), ("utf-8", None)):
+        expected = shown if encoding != "cp1252" else b"caf\xe9 " + rb"\U0001f600"
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+            capture_output=True,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.strip() == (expected or "caf\xe9 \U0001f600".encode())
 
 
 def load(ckpt_dir: str, *, seed: int = 5, **build: Any) -> str:
@@ -102,6 +153,68 @@ def test_flags_of_the_build_are_documented_and_others_refused(
     assert all(f"--{name}" in shown.out + shown.err for name in added)
     assert "a text of its own" in shown.out + shown.err
     assert command(monkeypatch, with_build_flags(load), "x", "--no_such_flag=1") == 2
+    assert capsys.readouterr().err.startswith("error: there is no flag --no_such_flag")
+
+
+def documented(function: Any) -> dict[str, str]:
+    """The text of each argument in a docstring, by indentation alone."""
+    lines = inspect.cleandoc(function.__doc__).partition("Args:\n")[2].splitlines()
+    texts: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        if line and not line.startswith("    "):
+            break
+        if line.startswith("        "):
+            texts[name] += " " + line.strip()
+        elif line.strip():
+            name, _, texts[name] = line.strip().partition(": ")
+    return texts
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "example_chat_completion", "example_text_completion"])
+def test_a_help_shows_every_text_to_its_last_full_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """fire ends a description at a colon."""
+    ran: list[Any] = []
+    monkeypatch.setattr(commandline, "run", lambda commands, **options: ran.append(commands))
+    tool = importlib.import_module(f"llama.tools.{name}" if name in COMMANDS else name)
+    if hasattr(tool, "run"):
+        monkeypatch.setattr(tool, "run", commandline.run)
+    if name in COMMANDS:
+        tool.command()
+    for function in ran[0].values() if ran and isinstance(ran[0], dict) else ran or [tool.main]:
+        texts, of_build = documented(function), documented(Llama.build)
+        parameters = inspect.signature(function).parameters
+        texts |= {flag: of_build[flag] for flag in parameters if flag in of_build and flag not in texts}
+        assert set(texts) == set(parameters)
+        assert command(monkeypatch, function, "--help") == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        for text in texts.values():
+            assert " ".join(text.split()) in shown
+
+
+_WITHOUT = """
+import runpy, sys
+sys.modules[sys.argv[1]] = None  # as if it were not installed
+how, *sys.argv = sys.argv[2:]
+if how == "llama":
+    from llama.tools import cli
+    cli.main()
+runpy.run_module(f"llama.tools.{sys.argv[1]}", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "tool", "package"),
+    [("llama", "batch", "pydantic"), ("-m", "batch", "pydantic"), ("llama", "serve", "fastapi")],
+)
+def test_a_missing_extra_is_one_line_that_says_what_to_install(how: str, tool: str, package: str) -> None:
+    words = [sys.executable, "-c", _WITHOUT, package, how, "llama", tool]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"error: the extra [{tool}] must be installed, got: ")
+    assert "pip install " in done.stderr and package in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_draft_model_is_given_with_the_way_to_use_it_or_not_at_all() -> None:
