@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -202,7 +203,9 @@ class Request:
         """The pieces of the results that the engine has made since the last time."""
         while self.call.results:
             result = self.call.results.popleft()
-            yield self.completions[result.sequence].add(result)
+            piece = self.completions[result.sequence].add(result)
+            is_last = piece.finish_reason is not None
+            yield replace(piece, n_reused=self.call.sequences[result.sequence].n_reused) if is_last else piece
 
 
 def _own_sampler(model: Any, params: SamplingParams, index: int) -> Sampler:

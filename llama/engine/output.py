@@ -63,6 +63,8 @@ class Piece:
         tokens: with logprobs, the tokens that became final; over all pieces, their texts add up to the whole text.
         n_generated: number of generated tokens, including those cut off at a stop string.
         finish_reason: why the completion ends with this piece; None if it continues.
+        n_reused: with the last piece of a request's completion, the number of its prompt's tokens that the KV cache
+            held already.
     """
 
     choice: int
@@ -70,6 +72,7 @@ class Piece:
     tokens: tuple[Token, ...] = ()
     n_generated: int = 0
     finish_reason: FinishReason | None = None
+    n_reused: int = 0
 
 
 class Completion:

@@ -91,6 +91,9 @@ class Server:
         self.metrics.watch("llama_sequences_running", "Sequences in slots of the cache.", lambda: service.n_running)
         self.metrics.watch("llama_sequences_waiting", "Sequences that wait for a slot.", lambda: service.n_waiting)
         self.metrics.watch_count("llama_generated_tokens", "Generated tokens.", lambda: service.n_generated)
+        self.metrics.watch_count(
+            "llama_cached_prompt_tokens", "Prompt tokens that the cache held already.", lambda: service.engine.n_reused
+        )
         self.service = service
 
     def failed(self, error: BaseException) -> None:
@@ -204,7 +207,7 @@ async def _complete(server: Server, request: Request, url: str) -> Response:
         return _EventStream(run, _events(run, job, form, answer, options), server.timeout_s, headers)
     with run:
         choices = await while_connected(_whole(run, job, form), request.receive, server.timeout_s)
-    return JSONResponse(answer.whole(choices, usage(job.prompts, run.n_generated)), headers=headers)
+    return JSONResponse(answer.whole(choices, usage(job.prompts, run.n_generated, run.n_cached)), headers=headers)
 
 
 def _note_ignored(server: Server, names: Sequence[str]) -> dict[str, str]:
@@ -290,7 +293,7 @@ async def _events(run: Run, job: Job, form: Format, answer: Answer, options: Str
     with_usage = options.include_usage or options.continuous_usage_stats
 
     def chunk(choice: dict[str, Any]) -> bytes:
-        now = usage(job.prompts, run.n_generated) if options.continuous_usage_stats else None
+        now = usage(job.prompts, run.n_generated, run.n_cached) if options.continuous_usage_stats else None
         return event(answer.chunk([choice], now, with_usage=with_usage))
 
     for i in range(job.n_choices):
@@ -304,7 +307,7 @@ async def _events(run: Run, job: Job, form: Format, answer: Answer, options: Str
         yield event(error.body())
         return
     if options.include_usage:
-        yield event(answer.chunk([], usage(job.prompts, run.n_generated), with_usage=True))
+        yield event(answer.chunk([], usage(job.prompts, run.n_generated, run.n_cached), with_usage=True))
     yield b"data: [DONE]\n\n"
 
 

@@ -126,7 +126,7 @@ def result(line: Line, request: Request, pieces: Sequence[Piece], model: str, fi
     form = request.form
     choices = [form.whole(i, [piece]) for i, piece in enumerate(pieces)]
     n_generated = sum(piece.n_generated for piece in pieces)
-    body = Answer(form, model, fingerprint).whole(choices, usage(request.job.prompts, n_generated))
+    body = Answer(form, model, fingerprint).whole(choices, usage(request.job.prompts, n_generated, None))
     body |= {"id": f"{form.prefix}-{line.digest}"}
     return _line_of(line, 200, body, None)
 

@@ -148,18 +148,23 @@ class Answer:
         head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._head: dict[str, Any] = head | {"system_fingerprint": fingerprint}
 
-    def whole(self, choices: list[Choice], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: list[Choice], usage: dict[str, Any]) -> dict[str, Any]:
         return self._head | {"object": self._form.whole_object, "choices": choices, "usage": usage}
 
-    def chunk(self, choices: list[Choice], usage: dict[str, int] | None, *, with_usage: bool) -> dict[str, Any]:
+    def chunk(self, choices: list[Choice], usage: dict[str, Any] | None, *, with_usage: bool) -> dict[str, Any]:
         chunk = self._head | {"object": self._form.chunk_object, "choices": choices}
         return chunk | {"usage": usage} if with_usage else chunk
 
 
-def usage(prompts: Sequence[Sequence[int]], n_generated: int) -> dict[str, int]:
-    """The numbers of tokens. Each prompt counts once, also with several completions."""
+def usage(prompts: Sequence[Sequence[int]], n_generated: int, n_cached: int | None) -> dict[str, Any]:
+    """The numbers of tokens. Each prompt counts once, also with several completions.
+
+    Args:
+        n_cached: number of the prompts' tokens that the KV cache held already; None to leave it out.
+    """
     n_prompt = sum(map(len, prompts))
-    return {"prompt_tokens": n_prompt, "completion_tokens": n_generated, "total_tokens": n_prompt + n_generated}
+    counts = {"prompt_tokens": n_prompt, "completion_tokens": n_generated, "total_tokens": n_prompt + n_generated}
+    return counts if n_cached is None else counts | {"prompt_tokens_details": {"cached_tokens": n_cached}}
 
 
 def event(value: Any) -> bytes:

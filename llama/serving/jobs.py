@@ -255,6 +255,7 @@ def _joined(pieces: list[Piece]) -> Piece:
         tuple(token for piece in pieces for token in piece.tokens),
         sum(piece.n_generated for piece in pieces),
         pieces[-1].finish_reason,
+        pieces[-1].n_reused,
     )
 
 

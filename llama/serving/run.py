@@ -43,11 +43,13 @@ class Run:
 
     def __init__(self, service: Service, job: Job, metrics: Metrics, *, arrived: float, timeout_s: float) -> None:
         self.n_generated = 0
+        self.n_cached = 0  # tokens of the prompts that the KV cache held already
         self._n_prompt = sum(map(len, job.prompts))
         self._service = service
         self._metrics = metrics
         self._arrived = arrived
         self._n_open = job.n_choices
+        self._n_per_prompt = job.n
         self._first: float | None = None  # time of the first token
         self._last = arrived
         self._queue: asyncio.Queue[tuple[float, Piece | BaseException]] = asyncio.Queue()
@@ -100,6 +102,8 @@ class Run:
                 self._first = self._first or at
                 self._last = at
                 self.n_generated += piece.n_generated
+            if piece.choice % self._n_per_prompt == 0:
+                self.n_cached += piece.n_reused
             self._n_open -= piece.finish_reason is not None
             yield piece
 
