@@ -1,20 +1,25 @@
-"""The Llama 2 chat template, which turns a dialog into token ids in the form that the chat models were tuned on."""
+"""Dialogs and their ids: the Llama 2 chat template and Code Llama 70B's, in the forms that these models were tuned on.
+
+Templates of other fine-tunes are Jinja texts: see `chat_template.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from llama.errors import PromptError, quote
-from llama.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 
 
-class Message(TypedDict):
+class _Message(TypedDict):
     role: Role
     content: str
+
+
+class Message(_Message, total=False):
+    destination: str  # Code Llama 70B: whom the message is for
 
 
 Dialog = Sequence[Message]
@@ -23,21 +28,82 @@ B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 SPECIAL_TAGS = (B_INST, E_INST, "<<SYS>>", "<</SYS>>")
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
-CHAT_FORMAT_FILE = "chat_format.json"  # of a checkpoint whose chats have another template
+STEP = "<step>"  # ends a message of Code Llama 70B
 
 
-def is_unsafe(dialog: Dialog) -> bool:
-    """Whether a message contains a tag of the template, with which it could fake another turn."""
-    return any(has_special_tags(message["content"]) for message in dialog)
+class ChatFormat:
+    """How a checkpoint's dialogs become ids, and how its answers end: here as in Llama 2.
+
+    Attributes:
+        tags: texts of the template that a message must not contain, as it could fake another turn with them.
+    """
+
+    tags: tuple[str, ...] = SPECIAL_TAGS
+
+    def check_usable(self) -> None:
+        """Raises ImportError or PromptError if no dialog can be encoded, as the template is damaged."""
+
+    def check(self, dialog: Dialog, name: str) -> None:
+        """Raises PromptError unless the dialog has the form of the template: see `check_dialog`."""
+        check_dialog(dialog, name)
+
+    def tag_in(self, text: str) -> str | None:
+        """The first of the tags that a text contains."""
+        return next((tag for tag in self.tags if tag in text), None)
+
+    def is_unsafe(self, dialog: Dialog) -> bool:
+        """Whether a message contains a tag."""
+        return any(self.tag_in(message["content"]) for message in dialog)
+
+    def encode(self, dialog: Dialog, tokenizer: Any) -> list[int]:
+        """Encodes a checked dialog as the prompt for the assistant's next answer."""
+        return encode_dialog(dialog, tokenizer)
+
+    def encode_beginning(self, answer: str, tokenizer: Any) -> list[int]:
+        """Encodes the beginning of an answer, which goes behind the prompt."""
+        return list(tokenizer.encode(answer, bos=False, eos=False))
+
+    def stop_ids(self, tokenizer: Any) -> frozenset[int] | None:
+        """Ids that end an answer; None for those that end any text."""
+        return None
+
+    def answer(self, text: str) -> Message:
+        """The message that an answer is returned as."""
+        return {"role": "assistant", "content": text}
 
 
-def has_special_tags(text: str) -> bool:
-    """Whether a text contains a tag of the template."""
-    return any(tag in text for tag in SPECIAL_TAGS)
+class StepChatFormat(ChatFormat):
+    """Code Llama 70B Instruct's: each message is a header, a body and the token `<step>`, at which answers end too."""
+
+    tags = (*SPECIAL_TAGS, STEP)
+
+    def check(self, dialog: Dialog, name: str) -> None:
+        check_dialog(dialog, name)
+        for i, message in enumerate(dialog):
+            destination = message.get("destination")
+            if destination is not None and (not isinstance(destination, str) or self.tag_in(destination)):
+                raise PromptError(
+                    f"{name}[{i}] must have a destination of type str, without tags of the format, "
+                    f"got {quote(destination)}"
+                )
+
+    def encode(self, dialog: Dialog, tokenizer: Any) -> list[int]:
+        return dialog_prompt_tokens(tokenizer, dialog)
+
+    def stop_ids(self, tokenizer: Any) -> frozenset[int] | None:
+        return frozenset({tokenizer.step_id})
+
+    def answer(self, text: str) -> Message:
+        return {"role": "assistant", "destination": "user", "content": text}
 
 
-def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
-    """Encodes a checked dialog as the prompt for the assistant's next answer.
+def built_in_format(tokenizer: Any) -> ChatFormat:
+    """The format of a checkpoint that brings no template: Code Llama 70B's where there is a `<step>`, or Llama 2's."""
+    return ChatFormat() if getattr(tokenizer, "step_id", None) is None else StepChatFormat()
+
+
+def encode_dialog(dialog: Dialog, tokenizer: Any) -> list[int]:
+    """Encodes a checked dialog in the Llama 2 chat template.
 
     Each pair of a user message and its answer is encoded separately, with BOS and EOS; the last user message has only
     BOS.
@@ -46,7 +112,7 @@ def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
     tokens: list[int] = []
     for user, answer in zip(texts[0:-1:2], texts[1::2], strict=True):
         tokens += tokenizer.encode(f"{B_INST} {user} {E_INST} {answer} ", bos=True, eos=True)
-    return tokens + tokenizer.encode(f"{B_INST} {texts[-1]} {E_INST}", bos=True, eos=False)
+    return [*tokens, *tokenizer.encode(f"{B_INST} {texts[-1]} {E_INST}", bos=True, eos=False)]
 
 
 def _turns(dialog: Dialog) -> list[str]:
@@ -55,6 +121,31 @@ def _turns(dialog: Dialog) -> list[str]:
     if dialog[0]["role"] == "system":
         texts = [B_SYS + texts[0] + E_SYS + texts[1], *texts[2:]]
     return [text.strip() for text in texts]
+
+
+def dialog_prompt_tokens(tokenizer: Any, dialog: Dialog) -> list[int]:
+    """Encodes a dialog as Code Llama 70B Instruct was tuned on it: header and body of each message are separate texts.
+
+    Raises:
+        PromptError: the tokenizer has no piece `<step>`, or the dialog has another form (see `check_dialog`).
+    """
+    if tokenizer.step_id is None:
+        raise PromptError(f"tokenizer must have a piece {STEP}, as Code Llama 70B Instruct's has, got one without it")
+    check_dialog(dialog, "dialog")
+    system: Message = {"role": "system", "content": ""}
+    tokens = [tokenizer.bos_id]
+    for message in dialog if dialog[0]["role"] == "system" else [system, *dialog]:
+        tokens += _step_header(tokenizer, message["role"], message.get("destination"))
+        if message["content"]:
+            tokens += tokenizer.encode(f"\n\n {message['content'].strip()}", bos=False, eos=False)
+        tokens.append(tokenizer.step_id)
+    answer = tokenizer.encode("\n\n ", bos=False, eos=False)
+    return [*tokens, *_step_header(tokenizer, "assistant", "user"), *answer]
+
+
+def _step_header(tokenizer: Any, role: str, destination: str | None) -> list[int]:
+    lines = [f" Source: {role}"] + ([] if destination is None else [f"Destination: {destination.strip()}"])
+    return list(tokenizer.encode("\n".join(lines), bos=False, eos=False))
 
 
 def check_dialog(dialog: Dialog, name: str) -> None:
@@ -66,6 +157,19 @@ def check_dialog(dialog: Dialog, name: str) -> None:
     Raises:
         PromptError: they are not; the error names the first message that is wrong.
     """
+    check_messages(dialog, name, in_turn=True)
+
+
+def check_messages(dialog: Dialog, name: str, *, in_turn: bool = False) -> None:
+    """Checks that a dialog consists of messages, the last of them the user's.
+
+    Args:
+        name: name of the dialog in error messages, such as "dialogs[3]".
+        in_turn: whether they have to be an optional system message, then user, assistant, ..., user.
+
+    Raises:
+        PromptError: they are not; the error names the first message that is wrong.
+    """
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
         raise PromptError(f"{name} must be a list of messages, got {type(dialog).__name__}")
     if not dialog:
@@ -73,6 +177,16 @@ def check_dialog(dialog: Dialog, name: str) -> None:
     dialog = list(dialog)
     for i, message in enumerate(dialog):
         _check_message(message, f"{name}[{i}]")
+    if in_turn:
+        _check_turns(dialog, name)
+    if dialog[-1]["role"] != "user":
+        raise PromptError(
+            f"{name}[{len(dialog) - 1}], the last message, must have role 'user', got {dialog[-1]['role']!r}; the "
+            "model answers the last message"
+        )
+
+
+def _check_turns(dialog: Dialog, name: str) -> None:
     with_system = dialog[0]["role"] == "system"
     for i, message in enumerate(dialog[with_system:]):
         role = "assistant" if i % 2 else "user"
@@ -81,11 +195,6 @@ def check_dialog(dialog: Dialog, name: str) -> None:
                 f"{name}[{i + with_system}] must have role {role!r}, got {message['role']!r}; a dialog is an optional "
                 "system message, then user and assistant messages that alternate"
             )
-    if dialog[-1]["role"] != "user":
-        raise PromptError(
-            f"{name}[{len(dialog) - 1}], the last message, must have role 'user', got {dialog[-1]['role']!r}; the "
-            "model answers the last message"
-        )
 
 
 def _check_message(message: object, name: str) -> None:
@@ -96,14 +205,3 @@ def _check_message(message: object, name: str) -> None:
         raise PromptError(f"{name} must have role 'system', 'user' or 'assistant', got {quote(role)}")
     if not isinstance(content, str):
         raise PromptError(f"{name} must have content of type str, got {type(content).__name__}")
-
-
-def chat_error(ckpt_dir: str | Path) -> str | None:
-    """Why a checkpoint cannot answer chats; None if it can, or if nothing is known of its chat format."""
-    path = Path(ckpt_dir) / CHAT_FORMAT_FILE
-    if not path.is_file():
-        return None
-    return (
-        f"chats must be in the checkpoint's own format, which is not the Llama 2 chat template that this library has "
-        f"({path} has the template); write prompts in that format as plain texts, or remove the file if it is wrong"
-    )

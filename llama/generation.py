@@ -19,11 +19,14 @@ from llama.chat import (
     E_SYS,
     SPECIAL_TAGS,
     UNSAFE_ERROR,
+    ChatFormat,
     Dialog,
     Message,
     Role,
-    chat_error,
+    built_in_format,
+    dialog_prompt_tokens,
 )
+from llama.checkpoint.chat_format import read_chat_format
 from llama.checkpoint.loading import load_networks
 from llama.distributed import groups
 from llama.distributed.device import pause_workers
@@ -36,24 +39,31 @@ from llama.engine.output import (
     ChatPrediction,
     Completion,
     CompletionPrediction,
+    InfillingPrediction,
     Score,
     chat_prediction,
     completion_prediction,
+    infilling_prediction,
 )
 from llama.engine.runner import ModelRunner
 from llama.engine.sampling import sample_top_p
 from llama.errors import PromptError
 from llama.inputs import (
     SamplingParams,
+    check_flag,
     check_prompts,
     check_seed,
+    check_stop_token,
     encode_checked_dialog,
     encode_continuations,
     encode_dialogs,
+    encode_infilling,
+    encode_infillings,
     encode_text,
     encode_texts,
+    infilling_prompt_tokens,
 )
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, pieces
 
 __all__ = [
     "B_INST",
@@ -65,9 +75,12 @@ __all__ = [
     "ChatPrediction",
     "CompletionPrediction",
     "Dialog",
+    "InfillingPrediction",
     "Llama",
     "Message",
     "Role",
+    "dialog_prompt_tokens",
+    "infilling_prompt_tokens",
     "sample_top_p",
 ]
 
@@ -99,14 +112,14 @@ class Llama:
         reuse_prefixes: as in `build`.
 
     Attributes:
-        chat_error: why chats are refused, for a checkpoint whose chats have another template; None where they are not.
+        chat_format: how dialogs become ids; None for the tokenizer's built-in one, such as Llama 2's.
     """
 
     model: Any
     tokenizer: Tokenizer
     stepper: Stepper | None = None  # this and what follows: here for subclasses that do not call `__init__`
     draft_model: Any = None
-    chat_error: str | None = None
+    chat_format: ChatFormat | None = None
     reuse_prefixes: bool = False
     _draft: ModelRunner | None = None
     _engine: Engine | None = None
@@ -203,7 +216,7 @@ class Llama:
             draft_model=draft_model,
             reuse_prefixes=reuse_prefixes,
         )
-        generator.chat_error = chat_error(ckpt_dir)
+        generator.chat_format = read_chat_format(ckpt_dir)
         if compile:
             generator.stepper = compiled_stepper(models[0], cuda_graphs=cuda_graphs) or generator.stepper
         pause_workers()
@@ -229,6 +242,7 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        stop_token: int | None = None,
         *,
         seed: int | None = None,
         speculative: str | None = None,
@@ -245,6 +259,7 @@ class Llama:
             logprobs: whether to return log-probabilities too: log-softmax of the raw logits of each returned token
                 given what precedes it; 0.0 for the first token of an echoed prompt.
             echo: whether the prompt is returned in front.
+            stop_token: the only id that ends a row, in place of EOS; -1 for none.
             seed: of this call alone; None draws from torch's default generator of the device, which `build` and
                 `torch.manual_seed` seed.
             speculative: has tokens drafted and verified several at a time, which gives the same text, often in less
@@ -252,7 +267,7 @@ class Llama:
                 `draft_ckpt_dir` draft. None for one token per pass.
 
         Returns:
-            The ids of each row, up to its first generated EOS, and their log-probabilities or None.
+            The ids of each row, up to its first generated EOS or `stop_token`, and their log-probabilities or None.
 
         Raises:
             PromptError: an argument is out of its range; nothing was computed. It is a ValueError, and an
@@ -261,7 +276,16 @@ class Llama:
         args = self.model.params
 
         def check() -> tuple[list[list[int]], SamplingParams]:
-            params = self._params(temperature, top_p, max_gen_len, logprobs, echo, seed=seed, speculative=speculative)
+            params = self._params(
+                temperature,
+                top_p,
+                max_gen_len,
+                logprobs,
+                echo,
+                seed=seed,
+                speculative=speculative,
+                stop_ids=check_stop_token(stop_token, args.vocab_size),
+            )
             return check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len), params
 
         prompts, params = self._same_on_all_ranks("generate", check)
@@ -326,6 +350,7 @@ class Llama:
             For each dialog `{"generation": {"role": "assistant", "content": text}, "finish_reason": ...}`; with
             logprobs also "tokens" and "logprobs".
         """
+        chat_format = self._chat_format()
 
         def check() -> tuple[list[list[int] | None], SamplingParams]:
             params = self._params(
@@ -336,13 +361,13 @@ class Llama:
                 stop=stop,
                 seed=seed,
                 speculative=speculative,
+                stop_ids=chat_format.stop_ids(self.tokenizer),
             )
-            self._check_chat_format()
-            return encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len), params
+            return encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len, chat_format), params
 
         prompts, params = self._same_on_all_ranks("chat_completion", check)
         rows = iter(self._complete_texts([prompt for prompt in prompts if prompt is not None], params))
-        return [chat_prediction(None if prompt is None else next(rows), params) for prompt in prompts]
+        return [chat_prediction(None if prompt is None else next(rows), params, chat_format) for prompt in prompts]
 
     def stream_text_completion(
         self,
@@ -390,17 +415,88 @@ class Llama:
         speculative: str | None = None,
     ) -> Generator[str, None, None]:
         """Answers one dialog, yielding the answer's pieces; otherwise as `stream_text_completion`."""
+        chat_format = self._chat_format()
 
         def check() -> tuple[list[int] | None, SamplingParams]:
             params = self._params(
-                temperature, top_p, self._max_gen_len(max_gen_len), stop=stop, seed=seed, speculative=speculative
+                temperature,
+                top_p,
+                self._max_gen_len(max_gen_len),
+                stop=stop,
+                seed=seed,
+                speculative=speculative,
+                stop_ids=chat_format.stop_ids(self.tokenizer),
             )
-            self._check_chat_format()
             max_seq_len = self.model.params.max_seq_len
-            return encode_checked_dialog(dialog, "dialog", self.tokenizer, max_seq_len), params
+            return encode_checked_dialog(dialog, "dialog", self.tokenizer, max_seq_len, chat_format), params
 
         prompt, params = self._same_on_all_ranks("stream_chat_completion", check)
         return _refusal() if prompt is None else self._completer().stream(prompt, params)
+
+    def text_infilling(
+        self,
+        prefixes: Iterable[str],
+        suffixes: Iterable[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        suffix_first: bool = False,
+        *,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        speculative: str | None = None,
+    ) -> list[InfillingPrediction]:
+        """Writes what goes between each prefix and its suffix, with Code Llama 7B or 13B; arguments as in `generate`.
+
+        Args:
+            suffix_first: whether the suffix stands in front in the prompt, and the prefix runs on into the answer.
+            stop: strings; an answer ends before the first of them in its text, as it does at `<EOT>`.
+
+        Returns:
+            For each pair `{"generation": text, "full_text": prefix + text + suffix, "finish_reason": ...}`; with
+            logprobs also "tokens" and "logprobs".
+        """
+
+        def check() -> tuple[list[tuple[str, str, list[int]]], SamplingParams]:
+            params = self._infilling_params(
+                temperature, top_p, max_gen_len, logprobs, stop=stop, seed=seed, speculative=speculative
+            )
+            max_seq_len = self.model.params.max_seq_len
+            return encode_infillings(prefixes, suffixes, self.tokenizer, max_seq_len, suffix_first=suffix_first), params
+
+        prompts, params = self._same_on_all_ranks("text_infilling", check)
+        rows = self._complete_texts([ids for _, _, ids in prompts], params)
+        return [
+            infilling_prediction(row, params, prefix, suffix)
+            for row, (prefix, suffix, _) in zip(rows, prompts, strict=True)
+        ]
+
+    def stream_text_infilling(
+        self,
+        prefix: str,
+        suffix: str,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        *,
+        suffix_first: bool = False,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        speculative: str | None = None,
+    ) -> Generator[str, None, None]:
+        """Writes what goes between two texts, yielding its pieces; otherwise as `stream_text_completion`."""
+
+        def check() -> tuple[list[int], SamplingParams]:
+            params = self._infilling_params(
+                temperature, top_p, max_gen_len, stop=stop, seed=seed, speculative=speculative
+            )
+            max_seq_len, order = self.model.params.max_seq_len, check_flag(suffix_first, "suffix_first")
+            names = ("prefix", "suffix")
+            return encode_infilling(prefix, suffix, names, self.tokenizer, max_seq_len, suffix_first=order), params
+
+        ids, params = self._same_on_all_ranks("stream_text_infilling", check)
+        return self._completer().stream(ids, params)
 
     def score(self, texts: Iterable[str], contexts: Iterable[str] | None = None) -> list[Score]:
         """The log-probability of texts, or of completions given their contexts, without generating.
@@ -423,7 +519,7 @@ class Llama:
         whole, known = self._same_on_all_ranks("score", check)
         scores = self._completer().score(whole)
         scored = [
-            (self.tokenizer.pieces(tokens)[n:], logprobs[n:])
+            (pieces(self.tokenizer, tokens)[n:], logprobs[n:])
             for tokens, logprobs, n in zip(whole, scores, known, strict=True)
         ]
         return [Score(logprob=sum(logprobs, 0.0), tokens=tokens, logprobs=logprobs) for tokens, logprobs in scored]
@@ -472,9 +568,16 @@ class Llama:
             )
         return params
 
-    def _check_chat_format(self) -> None:
-        if self.chat_error is not None:
-            raise PromptError(self.chat_error)
+    def _chat_format(self) -> ChatFormat:
+        return self.chat_format or built_in_format(self.tokenizer)
+
+    def _infilling_params(
+        self, temperature: float, top_p: float, max_gen_len: int | None, *args: Any, **kwargs: Any
+    ) -> SamplingParams:
+        eot_id = getattr(self.tokenizer, "eot_id", None)
+        stop_ids = None if eot_id is None else frozenset({eot_id})
+        max_gen_len = self._max_gen_len(max_gen_len)
+        return self._params(temperature, top_p, max_gen_len, *args, stop_ids=stop_ids, keep_space=True, **kwargs)
 
     def _encode(self, texts: Iterable[str], name: str) -> list[list[int]]:
         return encode_texts(texts, name, self.tokenizer, self.model.params.max_seq_len)

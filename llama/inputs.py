@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any
 
-from llama.chat import Dialog, Message, check_dialog, encode_dialog, is_unsafe
+from llama.chat import ChatFormat, Dialog, Message, built_in_format
 from llama.errors import PromptError, quote
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import stop_ids
 
 SPECULATIVE = ("prompt_lookup", "draft")  # ways to draft tokens: see `speculative.py`
 
@@ -32,6 +32,8 @@ class SamplingParams:
         stop: stop strings, before which a completion ends.
         seed: seeds a generator for this call; None to use torch's default generator.
         speculative: how to draft tokens, one of `SPECULATIVE`; None for plain decoding.
+        stop_ids: ids before which a completion ends; None for the tokenizer's (see `tokenizer.stop_ids`).
+        keep_space: whether the leading space of the first piece is kept, as in text that continues another.
 
     Raises:
         PromptError: a value has the wrong type or is out of range.
@@ -45,6 +47,8 @@ class SamplingParams:
     stop: Sequence[str] = ()
     seed: int | None = None
     speculative: str | None = None
+    stop_ids: frozenset[int] | None = None
+    keep_space: bool = False
 
     def __post_init__(self) -> None:
         temperature, top_p = _number(self.temperature), _number(self.top_p)
@@ -62,9 +66,13 @@ class SamplingParams:
             choices = " or ".join(map(repr, SPECULATIVE))
             raise PromptError(f"speculative must be None, {choices}, got {quote(self.speculative)}")
         checked = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "seed": seed}
-        flags = {name: _check_flag(getattr(self, name), name) for name in ("logprobs", "echo")}
+        flags = {name: check_flag(getattr(self, name), name) for name in ("logprobs", "echo")}
         for name, value in (checked | flags | {"stop": _check_stop(self.stop)}).items():
             object.__setattr__(self, name, value)
+
+    def ends(self, tokenizer: Any) -> frozenset[int]:
+        """The ids that end a completion."""
+        return stop_ids(tokenizer) if self.stop_ids is None else self.stop_ids
 
 
 def check_prompts(prompts: Iterable[Iterable[int]], vocab_size: int, max_seq_len: int) -> list[list[int]]:
@@ -94,19 +102,19 @@ def _check_ids(prompt: Iterable[int], name: str, vocab_size: int, max_seq_len: i
     return ids
 
 
-def encode_text(text: str, name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[int]:
+def encode_text(text: str, name: str, tokenizer: Any, max_seq_len: int) -> list[int]:
     """Checks and encodes a text, with BOS in front. `name` is the text's name in errors."""
     if not isinstance(text, str):
         raise PromptError(f"{name} must be a str, got {type(text).__name__}")
     try:
-        ids = tokenizer.encode(text, bos=True, eos=False)
+        ids = list(tokenizer.encode(text, bos=True, eos=False))
     except ValueError as error:
         raise PromptError(f"{name}: {error}") from error
     _check_length(ids, name, max_seq_len)
     return ids
 
 
-def encode_texts(texts: Iterable[str], name: str, tokenizer: Tokenizer, max_seq_len: int) -> list[list[int]]:
+def encode_texts(texts: Iterable[str], name: str, tokenizer: Any, max_seq_len: int) -> list[list[int]]:
     """Checks and encodes texts, each with BOS in front. `name` is the argument's name in errors."""
     return [
         encode_text(text, f"{name}[{i}]", tokenizer, max_seq_len) for i, text in enumerate(_as_list(texts, name, "str"))
@@ -114,31 +122,107 @@ def encode_texts(texts: Iterable[str], name: str, tokenizer: Tokenizer, max_seq_
 
 
 def encode_checked_dialog(
-    dialog: Iterable[Message], name: str, tokenizer: Tokenizer, max_seq_len: int
+    dialog: Iterable[Message],
+    name: str,
+    tokenizer: Any,
+    max_seq_len: int,
+    chat_format: ChatFormat | None = None,
 ) -> list[int] | None:
-    """Checks and encodes a dialog; returns None if it must not be run because it contains the template's tags."""
+    """Checks and encodes a dialog; returns None if it must not be run because it contains the template's tags.
+
+    Args:
+        chat_format: of the checkpoint; None for the tokenizer's built-in one.
+    """
+    chat_format = chat_format or built_in_format(tokenizer)
     dialog = _as_list(dialog, name, "messages")
-    check_dialog(dialog, name)
-    if is_unsafe(dialog):
+    chat_format.check(dialog, name)
+    if chat_format.is_unsafe(dialog):
         return None
     try:
-        ids = encode_dialog(dialog, tokenizer)
+        ids = chat_format.encode(dialog, tokenizer)
     except ValueError as error:
         raise PromptError(f"{name}: {error}") from error
     _check_length(ids, name, max_seq_len)
     return ids
 
 
-def encode_dialogs(dialogs: Iterable[Dialog], tokenizer: Tokenizer, max_seq_len: int) -> list[list[int] | None]:
+def encode_dialogs(
+    dialogs: Iterable[Dialog], tokenizer: Any, max_seq_len: int, chat_format: ChatFormat | None = None
+) -> list[list[int] | None]:
     """Checks and encodes dialogs; None for each one that must not be run."""
     return [
-        encode_checked_dialog(dialog, f"dialogs[{i}]", tokenizer, max_seq_len)
+        encode_checked_dialog(dialog, f"dialogs[{i}]", tokenizer, max_seq_len, chat_format)
         for i, dialog in enumerate(_as_list(dialogs, "dialogs", "dialogs"))
     ]
 
 
+def infilling_prompt_tokens(tokenizer: Any, pre: str, suf: str, suffix_first: bool = False) -> list[int]:
+    """The prompt to which Code Llama answers with the text between `pre` and `suf`, in one of its two orders.
+
+    Args:
+        suffix_first: whether the suffix stands before the prefix, which then runs on into the answer.
+
+    Raises:
+        PromptError: the tokenizer has no infilling pieces.
+    """
+    names = ("prefix_id", "middle_id", "suffix_id")
+    prefix_id, middle_id, suffix_id = (getattr(tokenizer, name, None) for name in names)
+    if prefix_id is None or middle_id is None or suffix_id is None:
+        raise PromptError(
+            "tokenizer must have Code Llama's infilling pieces, <PRE>, <MID> and <SUF>, got one without; infill with "
+            "Code Llama 7B or 13B, base or Instruct"
+        )
+    before = list(tokenizer.encode(pre, bos=False, eos=False))
+    after = list(tokenizer.encode_infilling(suf))
+    if suffix_first:
+        return [tokenizer.bos_id, prefix_id, suffix_id, *after, middle_id, *before]
+    return [tokenizer.bos_id, prefix_id, *before, suffix_id, *after, middle_id]
+
+
+def encode_infilling(
+    prefix: str, suffix: str, names: tuple[str, str], tokenizer: Any, max_seq_len: int, *, suffix_first: bool
+) -> list[int]:
+    """Checks and encodes an infilling prompt. `names` are those of the two texts in errors."""
+    for text, name in zip((prefix, suffix), names, strict=True):
+        if not isinstance(text, str):
+            raise PromptError(f"{name} must be a str, got {type(text).__name__}")
+    name = " + ".join(names)
+    try:
+        ids = infilling_prompt_tokens(tokenizer, prefix, suffix, suffix_first=suffix_first)
+    except ValueError as error:
+        raise PromptError(f"{name}: {error}") from error
+    _check_length(ids, name, max_seq_len)
+    return ids
+
+
+def encode_infillings(
+    prefixes: Iterable[str], suffixes: Iterable[str], tokenizer: Any, max_seq_len: int, *, suffix_first: bool
+) -> list[tuple[str, str, list[int]]]:
+    """Checks and encodes infilling prompts; returns prefix, suffix and ids of each."""
+    before, after = _as_list(prefixes, "prefixes", "str"), _as_list(suffixes, "suffixes", "str")
+    if len(before) != len(after):
+        raise PromptError(
+            f"suffixes must have one element per prefix, got {len(before)} prefixes and {len(after)} suffixes"
+        )
+    options: dict[str, Any] = {"suffix_first": check_flag(suffix_first, "suffix_first")}
+    return [
+        (pre, suf, encode_infilling(pre, suf, (f"prefixes[{i}]", f"suffixes[{i}]"), tokenizer, max_seq_len, **options))
+        for i, (pre, suf) in enumerate(zip(before, after, strict=True))
+    ]
+
+
+def check_stop_token(stop_token: object, vocab_size: int) -> frozenset[int] | None:
+    """The ids that `generate(stop_token=)` stops at: None for the tokenizer's; -1 for none."""
+    if stop_token is None:
+        return None
+    value = _integer(stop_token)
+    if value is None or not -1 <= value < vocab_size:
+        raise PromptError(f"stop_token must be None or an id from -1 to {vocab_size - 1}, got {quote(stop_token)}")
+    return frozenset({value} - {-1})
+
+
 def encode_continuations(
-    contexts: Iterable[str], texts: Iterable[str], tokenizer: Tokenizer, max_seq_len: int
+    contexts: Iterable[str], texts: Iterable[str], tokenizer: Any, max_seq_len: int
 ) -> tuple[list[list[int]], list[int]]:
     """Encodes each context and its text as one string.
 
@@ -195,7 +279,8 @@ def _check_stop(stop: Any) -> tuple[str, ...]:
     return texts
 
 
-def _check_flag(value: Any, name: str) -> bool:
+def check_flag(value: Any, name: str) -> bool:
+    """Returns the flag as a bool; `name` is its name in errors."""
     try:
         return bool(value)
     except (TypeError, ValueError, RuntimeError) as error:  # such as an array of several values

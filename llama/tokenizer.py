@@ -38,6 +38,7 @@ class Tokenizer:
         prefix_id, middle_id, suffix_id, eot_id: ids of Code Llama's infilling prompts; None where there are none.
         step_id: id that ends a message of Code Llama 70B Instruct; None where there is none.
         added_tokens: texts and ids of the tokens beyond the SentencePiece model's.
+        more_stop_ids: ids that end a text besides `eos_id`, such as the end of a turn in a fine-tune's chats.
 
     Raises:
         TokenizerNotFoundError: there is no file at `model_path`; both a FileNotFoundError and an AssertionError.
@@ -53,6 +54,7 @@ class Tokenizer:
         """
         self.sp_model = _load(Path(model_path))
         n_pieces: int = self.sp_model.vocab_size()
+        self.more_stop_ids: frozenset[int] = frozenset()
         self._named_tokens = dict(added_tokens or {})
         self.added_tokens = {text: token for text, token in self._named_tokens.items() if token >= n_pieces}
         self._added_texts = {token: text for text, token in self.added_tokens.items()}
@@ -265,6 +267,11 @@ class _WholeDecoder:
         new = text[len(self._text) :]
         self._text += new
         return new
+
+
+def stop_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids that end a text, of a tokenizer of any class."""
+    return frozenset({tokenizer.eos_id}) | getattr(tokenizer, "more_stop_ids", frozenset())
 
 
 def stream_decoder(tokenizer: Any, *, at_start: bool = True) -> StreamDecoder | _WholeDecoder:

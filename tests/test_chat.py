@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from llama import Tokenizer
-from llama.chat import UNSAFE_ERROR, check_dialog, encode_dialog, is_unsafe
+from llama import Llama, Tokenizer
+from llama.chat import (
+    UNSAFE_ERROR,
+    ChatFormat,
+    StepChatFormat,
+    built_in_format,
+    check_dialog,
+    dialog_prompt_tokens,
+    encode_dialog,
+)
 from llama.errors import PromptError
 
 BOS, EOS = 1, 2
@@ -91,15 +102,15 @@ def test_encoding_leaves_the_dialog_alone(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("at", range(4))
 def test_a_tag_in_any_message_is_unsafe(tag: str, at: int) -> None:
     dialog = [system("s"), user("u"), assistant("a"), user("v")]
-    assert not is_unsafe(dialog)  # type: ignore[arg-type]
+    assert not ChatFormat().is_unsafe(dialog)  # type: ignore[arg-type]
     for text in (tag, f"before{tag}", f"\n{tag} behind"):
         dialog[at]["content"] = text
-        assert is_unsafe(dialog)  # type: ignore[arg-type]
+        assert ChatFormat().is_unsafe(dialog)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["[inst]", "INST", "[ INST ]", "<SYS>", "<< SYS >>", "<</SYS>", "[/ INST]", "[]"])
 def test_what_only_looks_like_a_tag_is_safe(text: str) -> None:
-    assert not is_unsafe([user(text)])  # type: ignore[list-item]
+    assert not ChatFormat().is_unsafe([user(text)])  # type: ignore[list-item]
 
 
 def test_the_unsafe_answer_word_for_word() -> None:
@@ -182,3 +193,69 @@ def test_a_message_may_be_any_mapping() -> None:
 
 def test_further_keys_of_a_message_are_no_matter(tokenizer: Tokenizer) -> None:
     check_dialog([user("a") | {"name": "Ann"}], "dialogs[0]")  # type: ignore[list-item]
+
+
+def step_ids(tokenizer: Tokenizer, *parts: str) -> list[int]:
+    """The ids of texts, each encoded on its own; <step> stands for the token."""
+    step = tokenizer.sp_model.piece_to_id("<step>")
+    return [BOS, *itertools.chain.from_iterable([step] if part == "<step>" else ids(tokenizer, part) for part in parts)]
+
+
+ANSWER = [" Source: assistant\nDestination: user", "\n\n "]
+
+
+def test_code_llama_70b_puts_an_empty_system_message_in_front(code_tokenizer: Tokenizer) -> None:
+    expected = step_ids(code_tokenizer, " Source: system", "<step>", " Source: user", "\n\n hi", "<step>", *ANSWER)
+    assert StepChatFormat().encode([user(" hi\n")], code_tokenizer) == expected  # type: ignore[list-item]
+    assert dialog_prompt_tokens(code_tokenizer, [system(""), user("hi")]) == expected  # type: ignore[list-item]
+
+
+def test_code_llama_70b_encodes_header_and_body_of_each_message(code_tokenizer: Tokenizer) -> None:
+    dialog = [system("Be brief."), user("one"), assistant("two") | {"destination": " user "}, user("  ")]
+    expected = step_ids(
+        code_tokenizer,
+        *[" Source: system", "\n\n Be brief.", "<step>"],
+        *[" Source: user", "\n\n one", "<step>"],
+        *[" Source: assistant\nDestination: user", "\n\n two", "<step>"],
+        *[" Source: user", "\n\n ", "<step>"],
+        *ANSWER,
+    )
+    assert dialog_prompt_tokens(code_tokenizer, dialog) == expected  # type: ignore[arg-type]
+
+
+def test_the_format_follows_the_tokenizer(code_tokenizer: Tokenizer, tokenizer: Tokenizer) -> None:
+    assert type(built_in_format(tokenizer)) is ChatFormat and built_in_format(tokenizer).stop_ids(tokenizer) is None
+    step = built_in_format(code_tokenizer)
+    assert type(step) is StepChatFormat and step.stop_ids(code_tokenizer) == {code_tokenizer.step_id}
+    assert step.answer("a") == {"role": "assistant", "destination": "user", "content": "a"}
+    with pytest.raises(AssertionError, match="must have a piece <step>"):
+        dialog_prompt_tokens(tokenizer, [user("a")])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("tag", [*TAGS, "<step>"])
+def test_a_tag_is_unsafe_in_code_llama_70b_too(tag: str) -> None:
+    assert StepChatFormat().is_unsafe([user(f"a{tag}b")])  # type: ignore[list-item]
+    with pytest.raises(PromptError, match=r"dialogs\[0\]\[1\] must have a destination of type str, without tags"):
+        StepChatFormat().check([user("a"), assistant("b") | {"destination": tag}, user("c")], "dialogs[0]")  # type: ignore[list-item]
+
+
+def test_a_chat_with_code_llama_70b_ends_at_its_step(
+    code_tokenizer: Tokenizer,
+    code_tokenizer_path: Path,
+    params: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    write_checkpoint: Callable[..., Path],
+) -> None:
+    folder = write_checkpoint(params | {"vocab_size": code_tokenizer.n_words}, state)
+    llama = Llama.build(folder, code_tokenizer_path, 128, 2, device="cpu", dtype="float32")
+    prompt = dialog_prompt_tokens(llama.tokenizer, [user("hi")])  # type: ignore[list-item]
+    free, _ = llama.generate([prompt], 30, temperature=0, stop_token=-1)
+    (result,) = llama.chat_completion([[user("hi")]], temperature=0, max_gen_len=30)  # type: ignore[list-item]
+    assert result["generation"]["destination"] == "user"
+    assert result["generation"]["content"] == llama.tokenizer.decode(free[0])
+    llama.tokenizer.step_id = free[0][5]  # as if the network ended its message there
+    prompt = dialog_prompt_tokens(llama.tokenizer, [user("hi")])  # type: ignore[list-item]
+    (cut,), _ = llama.generate([prompt], 30, temperature=0, stop_token=llama.tokenizer.step_id)
+    (result,) = llama.chat_completion([[user("hi")]], temperature=0, max_gen_len=30)  # type: ignore[list-item]
+    assert result["generation"]["content"] == llama.tokenizer.decode(cut)
+    assert "".join(llama.stream_chat_completion([user("hi")], 0, max_gen_len=30)) == llama.tokenizer.decode(cut)  # type: ignore[list-item]

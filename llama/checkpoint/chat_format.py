@@ -1,20 +1,23 @@
-"""Whether a checkpoint's chats are in the Llama 2 chat template.
+"""The chat format and the end-of-turn tokens that a checkpoint's folder names, in the files of Hugging Face's folders.
 
-A Hugging Face folder has its template as a Jinja text. `from_hf` writes one that is not Llama 2's into a file beside
-`params.json`, by which chats with that checkpoint are refused: in the wrong format, a model answers badly.
+`from_hf` records what it finds of these in one file, `chat_format.json`. It has the fields of `tokenizer_config.json`,
+and goes before it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from llama.chat import B_INST, B_SYS, CHAT_FORMAT_FILE, E_INST, E_SYS
+from llama.chat import B_INST, B_SYS, E_INST, E_SYS, ChatFormat
+from llama.chat_template import TemplateChatFormat
 from llama.checkpoint.format import read_json_object
+from llama.errors import PromptError
+from llama.sandbox import Template
 
-_MAX_CHARS = 100_000  # of a template
+CHAT_FORMAT_FILE = "chat_format.json"
 _BOS, _EOS = "<s>", "</s>"
 _SYSTEM, _USER, _ANSWER = "Be brief.", "Where do llamas live?", "In the Andes."
 # Dialogs, and their texts in the Llama 2 chat template.
@@ -28,52 +31,92 @@ _EXAMPLES: list[tuple[list[tuple[str, str]], str]] = [
 ]
 
 
+def read_chat_format(ckpt_dir: str | Path) -> ChatFormat | None:
+    """The format of a chat template beside a checkpoint; None if there is none, or if it is Llama 2's.
+
+    The template is that of chat_format.json, chat_template.jinja, chat_template.json or tokenizer_config.json, of the
+    first that has one.
+    """
+    settings = read_settings(ckpt_dir)
+    template = _template(settings)
+    if template is None or _is_llama2(template):
+        return None
+    variables = {name: _text(value) for name, value in settings.items() if name.endswith("_token")}
+    named = {name: text for name, text in variables.items() if text is not None}
+    return TemplateChatFormat(template, named, spaces=settings.get("legacy") is True)
+
+
+def read_stop_ids(folders: Iterable[str | Path], special_tokens: Mapping[str, int]) -> frozenset[int]:
+    """The ids that end an answer by generation_config.json, and by the name of EOS in tokenizer_config.json.
+
+    Args:
+        folders: where these files may be: the checkpoint's folder and the tokenizer's.
+        special_tokens: names and ids of the tokenizer's special tokens.
+    """
+    ids: set[int] = set()
+    for folder in folders:
+        settings = _read(Path(folder) / "generation_config.json") | read_settings(folder)
+        listed = settings.get("eos_token_id")
+        ids |= {i for i in (listed if isinstance(listed, list) else [listed]) if isinstance(i, int)}
+        named = special_tokens.get(_text(settings.get("eos_token")) or "")
+        ids |= set() if named is None else {named}
+    return frozenset(ids)
+
+
 def copy_chat_format(hf_dir: Path, folder: Path) -> bool:
-    """Records a Hugging Face folder's chat template in a checkpoint's folder unless it is Llama 2's.
+    """Records a Hugging Face folder's chat template and what belongs to it, unless the template is Llama 2's.
 
     Returns:
         Whether it was recorded.
     """
-    template = _find_template(hf_dir)
+    settings = read_settings(hf_dir)
+    template = _template(settings)
     if template is None or _is_llama2(template):
         return False
-    content = json.dumps({"chat_template": template}, indent=2) + "\n"
-    (folder / CHAT_FORMAT_FILE).write_text(content, encoding="utf-8")
+    kept = {name: text for name, value in settings.items() if name.endswith("_token") and (text := _text(value))}
+    eos = _read(hf_dir / "generation_config.json").get("eos_token_id")
+    content = {"chat_template": template, **kept, "legacy": settings.get("legacy") is True, "eos_token_id": eos}
+    (folder / CHAT_FORMAT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return True
 
 
-def _find_template(hf_dir: Path) -> str | None:
-    """The chat template, from a file of its own or from the tokenizer's settings."""
-    file = hf_dir / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")[:_MAX_CHARS]
-    settings = hf_dir / "tokenizer_config.json"
-    template = read_json_object(settings).get("chat_template") if settings.is_file() else None
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """What the files of a folder say of its chats, in the fields of `tokenizer_config.json`."""
+    folder = Path(folder)
+    settings = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
+    settings |= _read(folder / "chat_template.json")
+    if (text := folder / "chat_template.jinja").is_file():
+        settings["chat_template"] = text.read_text(encoding="utf-8")
+    return settings | _read(folder / CHAT_FORMAT_FILE)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _template(settings: Mapping[str, Any]) -> str | None:
+    template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
         template = named.get("default")
-    return template[:_MAX_CHARS] if isinstance(template, str) else None
+    return template if isinstance(template, str) else None
+
+
+def _text(token: Any) -> str | None:
+    """The text of a token, which may have settings."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
 
 
 def _is_llama2(template: str) -> bool:
-    """Whether example dialogs have the same texts in both templates."""
-    return all(_render(template, dialog) == text for dialog, text in _EXAMPLES)
-
-
-def _render(template: str, dialog: list[tuple[str, str]]) -> str | None:
-    """The text of a dialog; None if the template fails. It runs in Jinja's sandbox, as it does in transformers."""
-    from jinja2.exceptions import TemplateError  # torch depends on jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: Any) -> NoReturn:
-        raise TemplateError(str(message))
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    messages = [{"role": role, "content": content} for role, content in dialog]
+    """Whether example dialogs have the same texts in both templates. A template that cannot be rendered is another."""
     try:
-        return environment.from_string(template).render(
-            messages=messages, bos_token=_BOS, eos_token=_EOS, add_generation_prompt=True
-        )
-    except Exception:  # a template is a program: it may fail in any way
-        return None
+        compiled = Template(template)
+        return all(_render(compiled, dialog) == text for dialog, text in _EXAMPLES)
+    except (ImportError, PromptError):
+        return False
+
+
+def _render(template: Template, dialog: list[tuple[str, str]]) -> str:
+    messages = [{"role": role, "content": content} for role, content in dialog]
+    return template.render(messages=messages, bos_token=_BOS, eos_token=_EOS, add_generation_prompt=True)

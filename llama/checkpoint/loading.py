@@ -16,6 +16,7 @@ from llama.args import ModelArgs
 from llama.checkpoint.format import is_linear, stored_quantize, tensor_shapes
 from llama.checkpoint.memory import available_memory, check_memory, out_of_memory_explained, plan_memory
 from llama.checkpoint.reading import VocabularyError, find_shards, list_shards, load_shard, model_args, page_release
+from llama.checkpoint.tokenizer_files import load_tokenizer
 from llama.distributed import groups
 from llama.distributed.device import processes_on, select_device, select_dtype, share_cores
 from llama.errors import quote
@@ -121,7 +122,7 @@ def load_networks(
     shards = [find_shards(ckpt_dir, mp)]
     if draft_ckpt_dir is not None:
         shards.append(_find_draft_shards(draft_ckpt_dir, mp))
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path, ckpt_dir)
     sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
     args = [model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path) for folder in folders]
     for of_network in args:

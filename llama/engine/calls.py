@@ -24,7 +24,7 @@ from llama.engine.scoring import score, score_top
 from llama.engine.sequence import Call, TokenResult
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.inputs import SamplingParams
-from llama.tokenizer import IncrementalDetokenizer, Tokenizer
+from llama.tokenizer import IncrementalDetokenizer
 
 Result = TypeVar("Result")
 _stream_numbers = itertools.count()  # the same on all ranks, which open the same streams
@@ -40,7 +40,7 @@ class Completer:
         draw: called instead of `sampling.sample_top_p`; None for the built-in sampling.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, draw: Callable[[Tensor, float], Tensor] | None) -> None:
+    def __init__(self, engine: Engine, tokenizer: Any, draw: Callable[[Tensor, float], Tensor] | None) -> None:
         self._engine = engine
         self._model = engine.model
         self._tokenizer = tokenizer
@@ -86,7 +86,7 @@ class Completer:
 
     def _completion(self, prompt: list[int], params: SamplingParams) -> Completion:
         echoed = prompt if params.echo else []
-        return Completion(IncrementalDetokenizer(self._tokenizer, params.stop, echoed), prompt=echoed)
+        return Completion(new_detokenizer(self._tokenizer, params, echoed), prompt=echoed)
 
     def score(self, rows: list[list[int]]) -> list[list[float]]:
         """Returns the log-probability of each id given those before it; each replica computes a share of the rows."""
@@ -127,7 +127,7 @@ class Completer:
 
 
 def new_sequence(
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     prompt: list[int],
     params: SamplingParams,
     completion: Completion,
@@ -142,12 +142,17 @@ def new_sequence(
         sampler,
         noise_row,
         params.max_gen_len,
-        frozenset({tokenizer.eos_id}),
+        params.ends(tokenizer),
         logprobs=params.logprobs,
         top_logprobs=top_logprobs,
         ends=completion.ends,
         speculative=params.speculative,
     )
+
+
+def new_detokenizer(tokenizer: Any, params: SamplingParams, prefix: Sequence[int]) -> IncrementalDetokenizer:
+    """The detokenizer of a completion; `prefix` are the ids whose text it continues."""
+    return IncrementalDetokenizer(tokenizer, params.stop, prefix, at_start=not params.keep_space)
 
 
 class Request:
@@ -168,7 +173,7 @@ class Request:
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Tokenizer,
+        tokenizer: Any,
         prompts: Sequence[list[int]],
         params: SamplingParams,
         *,
@@ -186,7 +191,7 @@ class Request:
                     (scores,) = score_top(engine.model, [prompt], top_logprobs)
             echoed = prompt if params.echo else []
             for i in range(n):
-                text = IncrementalDetokenizer(tokenizer, params.stop, prompt if continues else echoed)
+                text = new_detokenizer(tokenizer, params, prompt if continues else echoed)
                 index = len(self.completions)
                 completion = Completion(text, index=index, prompt=echoed, with_tokens=params.logprobs)
                 if params.echo:
@@ -308,18 +313,23 @@ def complete_by_generate(
     generate: Callable[..., Any],
     prompts: list[list[int]],
     params: SamplingParams,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     max_seq_len: int,
 ) -> list[Completion]:
     """Completes prompts with a replacement of `generate`, called with the arguments that Meta's code passes."""
     kwargs = {name: getattr(params, name) for name in ("max_gen_len", "temperature", "top_p", "logprobs", "echo")}
     if params.seed is not None:
         kwargs["seed"] = params.seed
+    ends = params.ends(tokenizer)
+    if params.stop_ids is not None and len(ends) == 1:
+        kwargs["stop_token"] = next(iter(ends))
     tokens, logprobs = generate(prompt_tokens=prompts, **kwargs)
     rows = []
     for i, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
         n_echoed = len(prompt) if params.echo else 0
-        row = Completion(IncrementalDetokenizer(tokenizer, params.stop, ids[:n_echoed]), prompt=ids[:n_echoed])
+        stop = next((n for n, token in enumerate(ids) if n >= n_echoed and token in ends), len(ids))
+        ids = list(ids)[:stop]
+        row = Completion(new_detokenizer(tokenizer, params, ids[:n_echoed]), prompt=ids[:n_echoed])
         scores = list(logprobs[i]) if logprobs else []
         row.echo([(logprob, ()) for logprob in scores[:n_echoed]])
         limit = min(params.max_gen_len, max_seq_len - len(prompt))

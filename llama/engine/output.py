@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from llama.chat import UNSAFE_ERROR, Message
+from llama.chat import UNSAFE_ERROR, ChatFormat, Message
 from llama.engine.sequence import FinishReason, TokenResult
 from llama.inputs import SamplingParams
 from llama.tokenizer import IncrementalDetokenizer
@@ -25,6 +25,14 @@ class CompletionPrediction(TypedDict, total=False):
 
 class ChatPrediction(TypedDict, total=False):
     generation: Message
+    finish_reason: FinishReason
+    tokens: list[str]  # with logprobs
+    logprobs: list[float]  # with logprobs
+
+
+class InfillingPrediction(TypedDict, total=False):
+    generation: str
+    full_text: str
     finish_reason: FinishReason
     tokens: list[str]  # with logprobs
     logprobs: list[float]  # with logprobs
@@ -185,11 +193,21 @@ def completion_prediction(row: Completion, params: SamplingParams) -> Completion
     return result
 
 
-def chat_prediction(row: Completion | None, params: SamplingParams) -> ChatPrediction:
+def infilling_prediction(row: Completion, params: SamplingParams, prefix: str, suffix: str) -> InfillingPrediction:
+    """Converts a completion to `text_infilling`'s result for one prefix and suffix."""
+    text = "".join(row.pieces)
+    result = InfillingPrediction(generation=text, full_text=prefix + text + suffix, finish_reason=row.finish_reason)
+    if params.logprobs:
+        result |= {"tokens": row.pieces, "logprobs": row.logprobs}
+    return result
+
+
+def chat_prediction(row: Completion | None, params: SamplingParams, chat_format: ChatFormat) -> ChatPrediction:
     """Converts a completion to `chat_completion`'s result for one dialog; `row` is None if the dialog was not run."""
     text = UNSAFE_ERROR if row is None else "".join(row.pieces)
-    answer = Message(role="assistant", content=text)
-    result = ChatPrediction(generation=answer, finish_reason="stop" if row is None else row.finish_reason)
+    result = ChatPrediction(
+        generation=chat_format.answer(text), finish_reason="stop" if row is None else row.finish_reason
+    )
     if params.logprobs:
         result |= {"tokens": [] if row is None else row.pieces, "logprobs": [] if row is None else row.logprobs}
     return result

@@ -50,7 +50,6 @@ class Server:
         max_body_bytes: maximum size of a request's body; by default what the network's context needs.
         timeout_s: time limit of a request, waiting included.
         speculative: as in `SamplingParams`, of all requests.
-        chat_error: why the checkpoint cannot answer chats; None if it can.
         allowed_hosts: names that the header Host may have; None for all.
         allowed_origins: origins of pages that may use the server besides its own (CORS), "*" for all.
         ignore_unknown: whether fields that nobody knows are left out, instead of refused.
@@ -66,7 +65,6 @@ class Server:
     max_body_bytes: int | None = None
     timeout_s: float = 600.0
     speculative: str | None = None
-    chat_error: str | None = None
     allowed_hosts: Collection[str] | None = None
     allowed_origins: Sequence[str] = ()
     ignore_unknown: bool = False
@@ -84,7 +82,7 @@ class Server:
         """Starts to accept requests."""
         params = service.llama.model.params
         max_choices = service.max_waiting + params.max_batch_size
-        self.planner = Planner(service.llama, max_choices, speculative=self.speculative, chat_error=self.chat_error)
+        self.planner = Planner(service.llama, max_choices, speculative=self.speculative)
         if self.max_body_bytes is None:
             self.max_body_bytes = max(2**20, 16 * params.max_seq_len * params.max_batch_size)
         self.metrics.watch("llama_requests_open", "Requests that are not finished.", lambda: service.n_requests)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from llama.chat import SPECIAL_TAGS, Message, has_special_tags
+from llama.chat import Message, built_in_format
 from llama.engine.calls import Request
 from llama.engine.output import Piece
 from llama.errors import PromptError, quote
@@ -44,15 +44,12 @@ class Planner:
     Args:
         max_choices: maximum number of completions of a request, over all of its prompts.
         speculative: as in `SamplingParams`, of all jobs.
-        chat_error: why the checkpoint cannot answer chats; None if it can.
     """
 
-    def __init__(
-        self, llama: Llama, max_choices: int, *, speculative: str | None = None, chat_error: str | None = None
-    ) -> None:
+    def __init__(self, llama: Llama, max_choices: int, *, speculative: str | None = None) -> None:
         self.tokenizer = llama.tokenizer
+        self.chat_format = llama.chat_format or built_in_format(llama.tokenizer)
         self._speculative = speculative
-        self._chat_error = chat_error
         self._vocab_size: int = llama.model.params.vocab_size
         self.max_seq_len: int = llama.model.params.max_seq_len
         self._max_choices = max_choices
@@ -93,6 +90,7 @@ class Planner:
         max_tokens = body.max_completion_tokens or body.max_tokens
         max_gen_len = self._fitting(max_tokens, len(prompt), "messages", minimum=1)
         params = self._params(body, max_gen_len, logprobs=body.logprobs, echo=False)
+        params = replace(params, stop_ids=self.chat_format.stop_ids(self.tokenizer))
         return Job([prompt], params, body.n, body.top_logprobs, continues=continues)
 
     def _params(
@@ -145,12 +143,10 @@ class Planner:
         Raises:
             ApiError: the messages are not a dialog of the template's.
         """
-        if self._chat_error is not None:
-            raise ApiError(self._chat_error, param="messages", code="unsupported_chat_format")
         for i, message in enumerate(messages):
-            if has_special_tags(message["content"]):
+            if self.chat_format.tag_in(message["content"]):
                 name = f"messages[{i}].content"
-                tags = ", ".join(SPECIAL_TAGS)
+                tags = ", ".join(self.chat_format.tags)
                 raise ApiError(f"{name} must not contain the chat template's tags ({tags}); leave them out", param=name)
         self._check_chars(sum(len(message["content"]) for message in messages), "messages")
         merged, numbers = _merge(messages)
@@ -164,9 +160,9 @@ class Planner:
                 )
             answer = merged.pop()["content"].lstrip()
         try:
-            ids = encode_checked_dialog(merged, "messages", self.tokenizer, sys.maxsize)
+            ids = encode_checked_dialog(merged, "messages", self.tokenizer, sys.maxsize, self.chat_format)
             assert ids is not None  # it has none of the template's tags
-            return ids + (self.tokenizer.encode(answer, bos=False, eos=False) if answer else [])
+            return ids + (self.chat_format.encode_beginning(answer, self.tokenizer) if answer else [])
         except ValueError as error:
             raise ApiError.of(_numbered(error, numbers)) from error
 

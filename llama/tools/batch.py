@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llama import Llama
-from llama.chat import chat_error
 from llama.distributed import groups
 from llama.distributed.device import select_device
 from llama.errors import first_few, quote
@@ -122,7 +121,7 @@ def main(
         llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **build)
         mark = fingerprint(llama, tokenizer_path, seed, build.get("quantize"))
         _first_rank_does(lambda: _check_fingerprint(opened[1], mark, Path(output)) if opened else None)
-        planner = Planner(llama, MAX_CHOICES, speculative=speculative, chat_error=chat_error(ckpt_dir))
+        planner = Planner(llama, MAX_CHOICES, speculative=speculative)
         read = Reader(planner, name, seed)
         if opened:
             _lead(llama, Path(input), read, *opened, mark)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama import Dialog, Llama, Message
-from llama.chat import SPECIAL_TAGS, chat_error, encode_dialog, has_special_tags
+from llama.chat import ChatFormat, built_in_format
+from llama.checkpoint.chat_format import read_chat_format
 from llama.distributed.groups import broadcast_object, is_first_rank
 from llama.errors import quote
 from llama.tools import commandline
@@ -115,20 +116,23 @@ class History:
     most_tokens: int
     turns: list[Message] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.chat_format = self.llama.chat_format or built_in_format(self.llama.tokenizer)
+
     def with_question(self, text: str) -> Dialog | None:
         """The dialog that asks `text`, without the oldest turns if they do not fit; None if `text` is too long."""
         question: Message = {"role": "user", "content": text}
         head: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for start in range(0, len(self.turns) + 1, 2):
             dialog = [*head, *self.turns[start:], question]
-            if len(encode_dialog(dialog, self.llama.tokenizer)) <= self.most_tokens:
+            if len(self.chat_format.encode(dialog, self.llama.tokenizer)) <= self.most_tokens:
                 self.turns = self.turns[start:]
                 return dialog
         return None
 
     def add(self, question: str, answer: str) -> None:
         """Adds a turn. A tag of the chat template in the answer gets a space, so that further questions are allowed."""
-        for tag in SPECIAL_TAGS:
+        for tag in self.chat_format.tags:
             answer = answer.replace(tag, f"{tag[0]} {tag[1:]}")
         self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -145,8 +149,8 @@ def _ask(terminal: Terminal, history: History) -> Dialog | None:
         text = line.strip()
         if not text:
             continue
-        if has_special_tags(text):
-            print("(the tags of the chat template, such as [INST], are not allowed)")
+        if tag := history.chat_format.tag_in(text):
+            print(f"(the tags of the chat template, such as {tag}, are not allowed)")
         elif dialog := history.with_question(text):
             return dialog
         else:
@@ -209,13 +213,12 @@ def main(
     """
     if sys.stdin is None:
         raise ValueError("standard input must be a terminal, a file or a pipe, got a closed one")
-    if has_special_tags(system):
-        raise ValueError(
-            f"system must not contain the chat template's tags, {' '.join(SPECIAL_TAGS)}, got {quote(system)}"
-        )
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
-    if error := chat_error(ckpt_dir):
-        raise ValueError(error)
+    chat_format = read_chat_format(ckpt_dir) or ChatFormat()
+    chat_format.check_usable()
+    if chat_format.tag_in(system):
+        tags = " ".join(chat_format.tags)
+        raise ValueError(f"system must not contain the chat template's tags, {tags}, got {quote(system)}")
     commandline.check_speculative(speculative, build)
     settings = {"temperature": temperature, "top_p": top_p, "speculative": speculative}
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, **build)

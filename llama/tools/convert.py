@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.chat import CHAT_FORMAT_FILE
-from llama.checkpoint.chat_format import copy_chat_format
+from llama.checkpoint.chat_format import CHAT_FORMAT_FILE, copy_chat_format
 from llama.checkpoint.format import split_tensor, tensor_shapes
 from llama.checkpoint.huggingface import (
     EMBEDDING,
@@ -92,7 +91,7 @@ def from_hf(
         _write_json(folder / "params.json", _params(args))
         _copy_tokenizer(Path(hf_dir), folder, quiet=quiet)
         if copy_chat_format(Path(hf_dir), folder) and not quiet:
-            print(f"the chat template is not Llama 2's ({CHAT_FORMAT_FILE}): chats will be refused", file=sys.stderr)
+            print(f"the chat template is not Llama 2's: {CHAT_FORMAT_FILE} has it, for chats", file=sys.stderr)
         paths = [folder / f"consolidated.{rank:02d}.pth" for rank in range(model_parallel_size)]
         files = [stack.enter_context(lay_out_pth(path, parts)) for path in paths]
         for ours, theirs in names.items():

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 
 from llama import Llama, Message
-from llama.chat import B_INST, B_SYS, E_INST, E_SYS, chat_error, check_dialog
+from llama.chat import B_INST, B_SYS, E_INST, E_SYS, StepChatFormat, built_in_format, check_dialog
+from llama.chat_template import TemplateChatFormat
 from llama.checkpoint.reading import find_tokenizer
 from llama.distributed import groups
 from llama.engine.lock import lock_of
@@ -100,11 +101,11 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
             )
         self.llama = llama
         self._name = Path(ckpt_dir or "llama").resolve().name
-        self._chat_error = chat_error(ckpt_dir) if ckpt_dir else None
+        self._format = llama.chat_format or built_in_format(llama.tokenizer)
+        self._is_rendered = False  # whether texts have been rendered by a template of the checkpoint's own
         self._seed = seed
         self._add_bos_token = add_bos_token
-        sp_model = llama.tokenizer.sp_model
-        self._bos, self._eos = (sp_model.id_to_piece(i) for i in (self.prefix_token_id, self.eot_token_id))
+        self._bos, self._eos = map(llama.tokenizer.token_piece, (self.prefix_token_id, self.eot_token_id))
         self._controls = {self._bos: self.prefix_token_id, self._eos: self.eot_token_id}
 
     # ---- what the harness asks about the model ----
@@ -156,6 +157,8 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         """
         if add_special_tokens is None:
             add_special_tokens = self._add_bos_token and not string.startswith(self._bos)
+        if self._is_rendered and isinstance(self._format, TemplateChatFormat):
+            return self._format.encode_text(string, self.llama.tokenizer)
         ids = [self.prefix_token_id] * bool(add_special_tokens)
         pattern = "|".join(map(re.escape, self._controls))
         for part in re.split(f"({pattern})", string):
@@ -166,15 +169,19 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         return ids
 
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The text of a dialog in the Llama 2 chat template, which `tok_encode` turns into `encode_dialog`'s ids.
+        """The text of a dialog in the checkpoint's chat template, which `tok_encode` turns into the ids of a chat.
 
         Args:
             add_generation_prompt: False for a dialog whose last message is the beginning of the answer.
         """
-        if self._chat_error:
-            raise ValueError(self._chat_error)
+        if isinstance(self._format, StepChatFormat):
+            raise ValueError("the chat template must be one text, got that of Code Llama 70B Instruct")
         history = list(chat_history)
         answer = None if add_generation_prompt else history.pop()["content"].strip()
+        if isinstance(self._format, TemplateChatFormat):
+            self._is_rendered = True
+            self._format.check(history, "chat_history")
+            return self._format.render(history, self.llama.tokenizer) + (answer or "")
         check_dialog(history, "chat_history")
         texts = [message["content"] for message in history]
         if history[0]["role"] == "system":
@@ -186,10 +193,11 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         return "".join([*finished, last] if answer is None else [*finished, last, " ", answer])
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The name of the only template, for the file of results."""
+        """The checkpoint's template or its name, for the file of results."""
         if isinstance(chat_template, str):
-            raise ValueError(f"the chat template must be Llama 2's, the only one there is, got {quote(chat_template)}")
-        return "Llama 2 chat" if chat_template else None
+            raise ValueError(f"the chat template must be the checkpoint's, without a name, got {quote(chat_template)}")
+        name = self._format.source if isinstance(self._format, TemplateChatFormat) else "Llama 2 chat"
+        return name if chat_template else None
 
     # ---- log-likelihoods ----
 

@@ -7,7 +7,7 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
-from llama.chat import CHAT_FORMAT_FILE
+from llama.checkpoint.chat_format import CHAT_FORMAT_FILE
 from llama.checkpoint.format import split_tensor
 from llama.checkpoint.sharded import ShardedCheckpoint
 from llama.checkpoint.writing import check_absent, lay_out_pth, staged_folder

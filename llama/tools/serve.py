@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama import Llama, Tokenizer
-from llama.chat import chat_error
 from llama.checkpoint.loading import choose_quantize
 from llama.checkpoint.memory import available_memory, largest, plan_memory
 from llama.checkpoint.reading import list_shards, model_args
@@ -265,7 +264,6 @@ def main(
         max_body_bytes=max_body_bytes,
         timeout_s=timeout_s,
         speculative=speculative,
-        chat_error=chat_error(ckpt_dir),
         allowed_origins=_names(allowed_origins),
         ignore_unknown=unknown_fields == "ignore",
         log=log_format if log_requests else None,

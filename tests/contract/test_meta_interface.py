@@ -66,7 +66,24 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "top_p": 0.9,
         "logprobs": False,
         "echo": False,
+        "stop_token": None,  # Code Llama's
     },
+    "generation.Llama.text_infilling": {
+        "prefixes": REQUIRED,
+        "suffixes": REQUIRED,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "max_gen_len": None,
+        "logprobs": False,
+        "suffix_first": False,
+    },
+    "generation.infilling_prompt_tokens": {
+        "tokenizer": REQUIRED,
+        "pre": REQUIRED,
+        "suf": REQUIRED,
+        "suffix_first": False,
+    },
+    "generation.dialog_prompt_tokens": {"tokenizer": REQUIRED, "dialog": REQUIRED},
     "generation.Llama.text_completion": {
         "prompts": REQUIRED,
         "temperature": 0.6,
@@ -86,6 +103,9 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "tokenizer.Tokenizer.__init__": {"model_path": REQUIRED},
     "tokenizer.Tokenizer.encode": {"s": REQUIRED, "bos": REQUIRED, "eos": REQUIRED},
     "tokenizer.Tokenizer.decode": {"t": REQUIRED},
+    "tokenizer.Tokenizer.token_piece": {"t": REQUIRED},
+    "tokenizer.Tokenizer.encode_infilling": {"s": REQUIRED},
+    "tokenizer.Tokenizer.decode_infilling": {"t": REQUIRED},
     "model.RMSNorm.__init__": {"dim": REQUIRED, "eps": 1e-6},
     "model.RMSNorm.forward": {"x": REQUIRED},
     "model.precompute_freqs_cis": {"dim": REQUIRED, "end": REQUIRED, "theta": 10000.0},
@@ -156,7 +176,7 @@ def test_the_names_of_prompts_and_results_are_metas() -> None:
         == set(get_args(Literal["system", "user", "assistant"]))
     )
     assert g.Message(role="user", content="a") == {"role": "user", "content": "a"}
-    assert list(get_type_hints(g.Message)) == ["role", "content"]
+    assert list(get_type_hints(g.Message)) == ["role", "content", "destination"]  # the last is Code Llama 70B's
     assert {"generation", "tokens", "logprobs"} <= get_type_hints(g.CompletionPrediction).keys()
     assert {"generation", "tokens", "logprobs"} <= get_type_hints(g.ChatPrediction).keys()
     assert Dialog is g.Dialog and inspect.isfunction(Llama.__dict__["build"].__func__)
