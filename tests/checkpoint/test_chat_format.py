@@ -1,52 +1,27 @@
-"""A checkpoint that was tuned on another chat template than Llama 2's answers no chats, wherever they are asked for."""
+"""The chat template and the end-of-turn tokens beside a checkpoint, and chats with it through every door."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.testclient import TestClient
 
 from llama import Llama
-from llama.chat import CHAT_FORMAT_FILE, chat_error, encode_dialog
+from llama.chat import encode_dialog
+from llama.chat_template import TemplateChatFormat
 from llama.checkpoint import chat_format
-from llama.checkpoint.chat_format import copy_chat_format
+from llama.checkpoint.chat_format import CHAT_FORMAT_FILE, copy_chat_format, read_chat_format, read_stop_ids
 from llama.errors import PromptError
-from llama.serving.app import Server, make_app
 from llama.serving.batch_file import Reader, read_line
-from llama.serving.errors import ApiError
 from llama.serving.jobs import Planner
-from llama.serving.service import Service
 from llama.tools import chat
+from tests.support.templates import CHATML, LLAMA2, MISTRAL, VICUNA, write_settings
 
-# As the Llama 2 chat checkpoints have it on Hugging Face, in other words.
-LLAMA2 = (
-    "{% set has_system = messages[0].role == 'system' %}"
-    "{% for m in messages[has_system | int:] %}"
-    "{% if (m.role == 'user') != loop.index0 is even %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if m.role == 'user' %}{{ bos_token + '[INST] ' }}"
-    "{% if loop.first and has_system %}{{ '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n' }}{% endif %}"
-    "{{ m.content.strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-# Like Llama 2's for one question, but without a system prompt and with other spaces.
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-    "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}"
-    "{% else %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
-)
 QUESTION: Any = [{"role": "user", "content": "Hi"}]
-
-
-def write_settings(folder: Path, template: Any) -> None:
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
 
 
 @pytest.mark.parametrize(
@@ -63,21 +38,53 @@ def write_settings(folder: Path, template: Any) -> None:
         ("{{ 1 // 0 }}", True),
     ],
 )
-def test_a_template_is_recorded_unless_it_is_llama_2s(template: Any, is_foreign: bool, tmp_path: Path) -> None:
+def test_a_template_is_recorded_and_used_unless_it_is_llama_2s(template: Any, is_foreign: bool, tmp_path: Path) -> None:
     write_settings(tmp_path, template)
-    assert copy_chat_format(tmp_path, tmp_path) == is_foreign
-    assert (tmp_path / CHAT_FORMAT_FILE).exists() == (chat_error(tmp_path) is not None) == is_foreign
+    assert (read_chat_format(tmp_path) is not None) == is_foreign
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    assert copy_chat_format(tmp_path, converted) == is_foreign
+    assert (converted / CHAT_FORMAT_FILE).exists() == (read_chat_format(converted) is not None) == is_foreign
 
 
-def test_a_template_in_a_file_of_its_own_goes_before_the_settings(tmp_path: Path) -> None:
+def test_a_conversion_keeps_what_belongs_to_the_template(tmp_path: Path) -> None:
+    write_settings(tmp_path, CHATML, eos_token="<|im_end|>", legacy=True)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (converted := tmp_path / "converted").mkdir()
+    copy_chat_format(tmp_path, converted)
+    for folder in (tmp_path, converted):
+        found = read_chat_format(folder)
+        assert isinstance(found, TemplateChatFormat)
+        assert found.source == CHATML and found.spaces
+        assert found.variables == {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
+        assert read_stop_ids([folder], {"<|im_end|>": 9}) == {2, 7, 9}
+
+
+def test_a_template_has_its_own_file_before_the_settings(tmp_path: Path) -> None:
     write_settings(tmp_path, LLAMA2)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": MISTRAL}))
+    assert read_chat_format(tmp_path).source == MISTRAL  # type: ignore[union-attr]
     (tmp_path / "chat_template.jinja").write_text(CHATML)
-    assert copy_chat_format(tmp_path, tmp_path)
-    assert json.loads((tmp_path / CHAT_FORMAT_FILE).read_text()) == {"chat_template": CHATML}
+    assert read_chat_format(tmp_path).source == CHATML  # type: ignore[union-attr]
+    (tmp_path / CHAT_FORMAT_FILE).write_text(json.dumps({"chat_template": VICUNA}))
+    assert read_chat_format(tmp_path).source == VICUNA  # type: ignore[union-attr]
 
 
-def test_a_folder_without_settings_has_nothing_to_record(tmp_path: Path) -> None:
-    assert not copy_chat_format(tmp_path, tmp_path) and chat_error(tmp_path) is None
+def test_a_folder_without_settings_has_nothing_to_say(tmp_path: Path) -> None:
+    assert not copy_chat_format(tmp_path, tmp_path) and read_chat_format(tmp_path) is None
+    assert read_stop_ids([tmp_path], {}) == frozenset()
+
+
+@pytest.mark.parametrize("eos", [7, [7], [7, "8", None, 2.5]])
+def test_generation_config_names_ids_that_end_an_answer(eos: Any, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert read_stop_ids([tmp_path], {}) == {7}
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json must be JSON"):
+        read_chat_format(tmp_path)
 
 
 def test_the_texts_that_templates_are_compared_with_are_the_librarys(llama: Llama) -> None:
@@ -90,43 +97,71 @@ def test_the_texts_that_templates_are_compared_with_are_the_librarys(llama: Llam
 
 
 @pytest.fixture
-def foreign(checkpoint: Path, tmp_path: Path) -> Path:
-    """A checkpoint that was tuned on another chat template."""
+def foreign(checkpoint: Path, tokenizer_path: Path, tmp_path: Path) -> Path:
+    """A checkpoint that was tuned on Vicuna's template, and stops at a token of its own besides EOS."""
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    write_settings(tmp_path, CHATML)
-    copy_chat_format(tmp_path, folder)
+    shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
+    (folder / "chat_template.jinja").write_text(VICUNA)
     return folder
 
 
-def test_the_chat_tool_refuses_before_it_loads(
-    foreign: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Llama, "build", None)
-    with pytest.raises(ValueError, match="not the Llama 2 chat template") as refused:
-        chat.main(str(foreign), str(tokenizer_path))
-    assert str(foreign / CHAT_FORMAT_FILE) in str(refused.value)
+def build(folder: Path) -> Llama:
+    return Llama.build(folder, folder / "tokenizer.model", 64, 2, device="cpu", dtype="float32")
 
 
-def test_batch_files_and_the_server_refuse_chats_and_complete_texts(foreign: Path, llama: Llama) -> None:
-    reader = Reader(Planner(llama, 8, chat_error=chat_error(foreign)), "llama", 1)
-    lines = [
-        {"custom_id": "a", "method": "POST", "url": f"/v1/{url}", "body": body}
-        for url, body in (("chat/completions", {"messages": QUESTION}), ("completions", {"prompt": "Hi"}))
-    ]
-    with pytest.raises(ApiError, match="not the Llama 2 chat template") as refused:
-        reader(read_line(1, json.dumps(lines[0]).encode()))
-    assert (refused.value.status, refused.value.code) == (400, "unsupported_chat_format")
-    assert reader(read_line(2, json.dumps(lines[1]).encode())).job.prompts
+def test_every_door_answers_in_the_checkpoints_own_template(foreign: Path) -> None:
+    llama = build(foreign)
+    ids = llama.tokenizer.encode("", bos=True, eos=False) + llama.tokenizer.encode_part("A chat. USER: Hi ASSISTANT:")
+    (row,), _ = llama.generate([ids], 20, temperature=0)
+    text = llama.tokenizer.decode(row)
+    assert text != llama.tokenizer.decode(llama.generate([encode_dialog(QUESTION, llama.tokenizer)], 20, 0)[0][0])
+    (answer,) = llama.chat_completion([QUESTION], temperature=0, max_gen_len=20)
+    assert answer["generation"] == {"role": "assistant", "content": text}
+    assert "".join(llama.stream_chat_completion(QUESTION, 0, max_gen_len=20)) == text
 
-    state = Server("llama", chat_error=chat_error(foreign))
-    state.ready(Service(llama))
-    answer = TestClient(make_app(state)).post("/v1/chat/completions", json={"messages": QUESTION})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_chat_format")
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": QUESTION}}
+    job = Reader(Planner(llama, 8), "llama", 1)(read_line(1, json.dumps(line).encode())).job  # the server's, too
+    assert (job.prompts, job.params.stop_ids) == ([ids], frozenset({2}))
+
+    history = chat.History(llama, "", 60)
+    assert history.chat_format.encode(history.with_question("Hi"), llama.tokenizer) == ids
 
 
-def test_a_build_of_it_refuses_chats_and_completes_texts(foreign: Path, tokenizer_path: Path) -> None:
-    llama = Llama.build(foreign, tokenizer_path, max_seq_len=16, max_batch_size=1, device="cpu")
+def test_an_answer_ends_at_each_id_that_generation_config_names(foreign: Path) -> None:
+    free, _ = build(foreign).generate([[1, 5, 6]], 12, temperature=0, stop_token=-1)
+    (foreign / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, free[0][4]]}))
+    llama = build(foreign)
+    assert llama.generate([[1, 5, 6]], 12, temperature=0)[0] == [free[0][: free[0].index(free[0][4])]]
+
+
+def test_a_damaged_template_refuses_chats_and_not_texts(foreign: Path) -> None:
+    (foreign / "chat_template.jinja").write_text("{% for")
+    llama = build(foreign)
     for call in (lambda: llama.chat_completion([QUESTION]), lambda: llama.stream_chat_completion(QUESTION)):
-        with pytest.raises(PromptError, match="not the Llama 2 chat template"):
+        with pytest.raises(PromptError, match="the chat template must"):
             call()
     assert llama.text_completion(["Hi"], max_gen_len=2)
+
+
+def test_the_chat_tool_refuses_a_damaged_template_before_it_loads(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (foreign / "chat_template.jinja").write_text("{% for")
+    monkeypatch.setattr(Llama, "build", None)
+    with pytest.raises(ValueError, match="the chat template must"):
+        chat.main(str(foreign), str(foreign / "tokenizer.model"))
+
+
+def test_a_missing_jinja2_names_the_extra_where_a_template_is_used_alone(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llama.sandbox import _environment
+
+    _environment.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "jinja2"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    llama = build(foreign)
+    assert llama.text_completion(["Hi"], max_gen_len=2)
+    with pytest.raises(ImportError, match=r"of the extra \[chat\]"):
+        llama.chat_completion([QUESTION])

@@ -1,0 +1,100 @@
+"""Templates that try to escape, to run for ever or to fill the memory; and what templates may use."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import pytest
+
+from llama.sandbox import MAX_TEMPLATE_CHARS, Template, TemplateError
+
+GROWING = "{% set ns = namespace(x='a', n=3, l=[1]) %}{% for i in range(1000) %}"
+REFUSED = {
+    "loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "recursive loop": "{% for x in range(1000) recursive %}{{ loop(range(90000)) }}{% endfor %}",
+    "product": "{{ 'a' * 1000000000 }}",
+    "list": "{{ 1000000000 * [1] }}",
+    "power": "{{ 10 ** 1000000000 }}",
+    "squares": GROWING + "{% set ns.n = ns.n * ns.n %}{% endfor %}",
+    "sums": GROWING + "{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "lists": GROWING + "{% set ns.l = ns.l + ns.l %}{% endfor %}",
+    "concatenation": GROWING + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "blocks": GROWING + "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
+    "joined": GROWING + "{% set ns.x = [ns.x, ns.x] | join %}{% endfor %}",
+    "replaced": GROWING + "{% set ns.x = ns.x.replace('a', 'aaaa') %}{% endfor %}",
+    "center": "{{ 'a' | center(1000000000) }}",
+    "ljust": "{{ 'a'.ljust(1000000000) }}",
+    "tabs": "{{ ('\\t' * 100000).expandtabs(100000) }}",
+    "translate": "{{ ('a' * 99999).translate({97: 'b' * 99999}) }}",
+    "json": "{{ range(90000) | list | tojson(indent=99999) }}",
+    "percent": "{{ '%1000000000d' % 1 }}",
+    "star": "{{ '%*d' % (1000000000, 1) }}",
+    "format": "{{ '{:1000000000}'.format(1) }}",
+    "format_map": "{{ '{:{w}}'.format_map({'w': 1000000000}) }}",
+    "format filter": "{{ '%1000000000d' | format(1) }}",
+    "lipsum": "{{ lipsum(n=100000) }}",
+    "class": "{{ ''.__class__.__mro__ }}",
+    "globals": "{{ raise_exception.__globals__['json'] }}",
+    "change": "{{ messages.append(1) }}",
+    "import": "{% include 'a' %}",
+    "division": "{{ 1 // 0 }}",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_escape_or_never_end_is_refused_soon(name: str) -> None:
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(TemplateError, match=r"^the chat template must take the messages, got its error: "):
+        Template(REFUSED[name]).render(messages=[])
+    assert time.process_time() - start < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+
+
+@pytest.mark.parametrize("source", ["{% for", "{{ a b }}", "{% endfor %}", "{{ " + "(" * 5000 + ")" * 5000 + " }}"])
+def test_what_is_no_template_is_refused(source: str) -> None:
+    with pytest.raises(TemplateError):
+        Template(source)
+
+
+def test_a_template_has_a_size() -> None:
+    with pytest.raises(TemplateError, match=f"must have at most {MAX_TEMPLATE_CHARS} characters, got "):
+        Template("a" * (MAX_TEMPLATE_CHARS + 1))
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("  {% if true %}\n  a\n  {% endif %}\nb", "  a\nb"),  # lstrip_blocks and trim_blocks
+        ("{% for x in [1, 2, 3] %}{% if x == 2 %}{% continue %}{% endif %}{{ x }}{% endfor %}", "13"),
+        ("{% for x in 'abc' %}{{ loop.index0 }}{{ loop.last }}{{ loop.length }}{% break %}{% endfor %}", "0False3"),
+        ("{% for x in 'ab' %}{{ loop.previtem }}{{ loop.nextitem }}{% endfor %}", "ba"),
+        ("{% for x in [] %}{% else %}none{% endfor %}", "none"),
+        ("{{ {'b': 'é<', 'a': 1} | tojson }}", '{"b": "é<", "a": 1}'),
+        ("{{ [1] | tojson(indent=1) }}", "[\n 1\n]"),
+        ("{% generation %}said{% endgeneration %}!", "said!"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ 1 ~ 'a' ~ none ~ nothing }}", "1aNone"),
+        ("{{ '%s-%02d' % ('a', 7) }}{{ '{}'.format(3) }}", "a-073"),
+        ("{{ nothing }}{% for x in nothing %}{% endfor %}{{ nothing is defined }}", "False"),
+        ("{% set ns = namespace(n=1) %}{% for i in range(3) %}{% set ns.n = ns.n * 2 %}{% endfor %}{{ ns.n }}", "8"),
+    ],
+)
+def test_what_templates_use_is_there(source: str, text: str) -> None:
+    assert Template(source).render(messages=[], none=None) == text
+
+
+def test_a_long_dialog_is_within_the_budget() -> None:
+    messages = [{"role": "user", "content": "word " * 2000} for _ in range(100)]  # a megabyte
+    source = "{% for m in messages %}{{ '<' + m.role + '>' + m.content | trim | replace('x', 'yz') }}{% endfor %}"
+    assert len(Template(source).render(messages=messages)) > 999_000
+    many = [{"role": "user", "content": "a"}] * 5000
+    assert Template(source).render(messages=many).count("<user>") == 5000
+
+
+def test_one_budget_is_one_renderings() -> None:
+    template = Template("{% for i in range(20000) %}{{ i }}{% endfor %}")
+    for _ in range(20):
+        assert len(template.render()) == 88890
