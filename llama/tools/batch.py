@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,7 +81,7 @@ def _first_rank_does(work: Callable[[], T]) -> T | None:
     return done
 
 
-@commandline.with_build_flags
+@partial(commandline.with_build_flags, reuse_prefixes=True)
 def main(
     input: str,
     output: str,

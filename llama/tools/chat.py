@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import select
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from llama import Dialog, Llama, Message
@@ -157,20 +159,30 @@ def _ask(terminal: Terminal, history: History) -> Dialog | None:
             print(f"(too long: question and system prompt must have at most {history.most_tokens} tokens)")
 
 
-def _lead(llama: Llama, history: History, terminal: Terminal, settings: Mapping[str, Any]) -> None:
+def _lead(
+    llama: Llama, history: History, terminal: Terminal, settings: Mapping[str, Any], *, stats: bool = False
+) -> None:
     """The part of the first rank."""
     while dialog := _ask(terminal, history):
         broadcast_object(dialog)
         print("Llama: ", end="", flush=True)
         answer = ""
+        started, first, n_cached = time.perf_counter(), 0.0, llama.engine.n_reused
         with closing(llama.stream_chat_completion(dialog, **settings)) as pieces:
             for piece in pieces:
+                first = first or time.perf_counter()
                 answer += piece
                 print(for_terminal(piece), end="", flush=True)
                 if terminal.interrupted():
                     print(" (stopped)", end="")
                     break
         print()
+        if stats and answer:
+            n_prompt = len(encode_dialog(dialog, llama.tokenizer))
+            print(
+                f"({n_prompt} prompt tokens, {llama.engine.n_reused - n_cached} of them cached; "
+                f"first text after {first - started:.2f} s, all after {time.perf_counter() - started:.2f} s)"
+            )
         if answer:
             history.add(dialog[-1]["content"], answer)
     print()
@@ -186,7 +198,7 @@ def _follow(llama: Llama, settings: Mapping[str, Any]) -> None:
                 pass
 
 
-@commandline.with_build_flags
+@partial(commandline.with_build_flags, reuse_prefixes=True)
 def main(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
@@ -196,6 +208,7 @@ def main(
     max_seq_len: int = 512,
     answer_len: int | None = None,
     speculative: str | None = None,
+    stats: bool = False,
     **build: Any,
 ) -> None:
     """Chat in the terminal. Ctrl-C stops an answer, Ctrl-D leaves.
@@ -210,6 +223,7 @@ def main(
         answer_len: number of these that are kept free for the answer; by default a quarter.
         speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
             same text, often in less time.
+        stats: prints the number of tokens of each prompt, how many of them were cached, and the times of its answer.
     """
     if sys.stdin is None:
         raise ValueError("standard input must be a terminal, a file or a pipe, got a closed one")
@@ -227,7 +241,7 @@ def main(
     history = History(llama, system, max_seq_len - (answer_len or max_seq_len // 4))
     print("Ctrl-C stops an answer, Ctrl-D leaves.")
     with open_terminal() as terminal:
-        _lead(llama, history, terminal, settings)
+        _lead(llama, history, terminal, settings, stats=stats)
 
 
 def command() -> None:

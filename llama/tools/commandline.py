@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import fire
 import torch
@@ -40,17 +40,28 @@ _COLON = "\ua789"  # MODIFIER LETTER COLON, for a colon that fire would take for
 _ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # SIGHUP: the terminal was closed
 
 
-def with_build_flags(function: Function) -> Function:
+def with_build_flags(function: Function, **defaults: Any) -> Function:
     """Gives a command `Llama.build`'s optional arguments as flags, by their names, defaults and documentation.
 
     The function gets those that are given as `**build`, and passes them on. A flag of the function's own goes before
     `build`'s of that name. The arguments have to be the last section of its docstring.
+
+    Args:
+        defaults: other defaults than `build`'s, which the function then gets too.
     """
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     of_build = inspect.signature(Llama.build).parameters.values()
     optional = [p for p in of_build if p.default is not p.empty and p.name not in signature.parameters]
-    added = [p.replace(kind=p.KEYWORD_ONLY) for p in optional]
+    added = [p.replace(kind=p.KEYWORD_ONLY, default=defaults.get(p.name, p.default)) for p in optional]
+    if defaults:
+        plain = function
+
+        @functools.wraps(plain)
+        def with_defaults(*args: Any, **kwargs: Any) -> Any:
+            return plain(*args, **(defaults | kwargs))
+
+        function = cast(Function, with_defaults)
     function.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
     if function.__doc__ and Llama.build.__doc__:  # not under python -OO
         parsed = docstrings.parse(_protect_colons(Llama.build.__doc__)).args

@@ -6,6 +6,7 @@ Under torchrun at the checkpoint's model-parallel size; more ranks are replicas,
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from llama.distributed.groups import is_first_rank
 from llama.tools import commandline
 
 
-@commandline.with_build_flags
+@partial(commandline.with_build_flags, reuse_prefixes=True)
 def main(
     tasks: str,
     ckpt_dir: str | None = None,

@@ -183,7 +183,7 @@ def _is_loopback(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
-@commandline.with_build_flags
+@partial(commandline.with_build_flags, reuse_prefixes=True)
 def main(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
