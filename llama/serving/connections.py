@@ -20,7 +20,7 @@ except ImportError:  # not a POSIX system
     resource = None  # type: ignore[assignment]
 
 IDLE_S = 20.0  # in which a client has to send a request's headers or its next request, or to read something
-PROBE_S = 0.2  # between the first two looks for whether a client that ended its side has left
+PROBE_S = 0.02  # between the first two looks for whether a client that ended its side has left
 _MOST = 4096  # connections: each takes some 100 kB
 _SPARE_FILES = 64  # for everything but connections
 _LOG_S = 60.0  # between two lines about the same trouble
