@@ -128,7 +128,9 @@ class Observe:
             status = status if is_complete else LEFT
             self._metrics.requests.labels(path, str(status)).inc()
             if self._log:
-                counts = getattr(state.get("run"), "counts", {})
+                run = state.get("run")
+                tokens = (run.counts.n_prompt, run.counts.n_generated) if run else ()
+                counts = dict(zip(("prompt_tokens", "completion_tokens"), tokens, strict=False))
                 self._write(scope, status, time.perf_counter() - started, request_id, counts)
 
     def _write(self, scope: Scope, status: int, seconds: float, request_id: str, counts: dict[str, Any]) -> None:

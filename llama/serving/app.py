@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -22,12 +23,21 @@ from llama.engine.output import Piece
 from llama.errors import printable, quote
 from llama.serving.access import LEFT, Guard, Observe, check_key, error_response
 from llama.serving.chat_page import page_routes
-from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, check_model, read_request
+from llama.serving.endpoints import (
+    CHAT_URL,
+    COMPLETIONS_URL,
+    check_model,
+    detokenize,
+    read_request,
+    tokenize,
+    tokenizer_info,
+)
 from llama.serving.errors import ApiError
-from llama.serving.formats import Answer, Format, event, usage
+from llama.serving.formats import Answer
 from llama.serving.jobs import Job, Planner
 from llama.serving.metrics import CONTENT_TYPE, Metrics
-from llama.serving.protocol import StreamOptions, Unknown, parse_json
+from llama.serving.protocol import Unknown, parse_json
+from llama.serving.responses import RESPONSES_URL, read_response
 from llama.serving.run import RETRY_AFTER_S, ClientLeftError, Run, while_connected
 from llama.serving.service import Service
 
@@ -171,9 +181,25 @@ def _guarded_routes(server: Server) -> APIRouter:
         check_model(name, server.model_name)
         return JSONResponse(_model(server))
 
+    @routes.post("/tokenize")
+    async def tokenize_text(request: Request) -> Response:
+        return await _of_body(server, request, tokenize)
+
+    @routes.post("/detokenize")
+    async def detokenize_ids(request: Request) -> Response:
+        return await _of_body(server, request, detokenize)
+
+    @routes.api_route("/tokenizer_info", methods=_READ)
+    async def info() -> Response:
+        return JSONResponse(tokenizer_info(server.parts()[1]))
+
     @routes.post(CHAT_URL)
     async def chat_completions(request: Request) -> Response:
         return await _complete(server, request, CHAT_URL)
+
+    @routes.post(RESPONSES_URL)
+    async def responses(request: Request) -> Response:
+        return await _complete(server, request, RESPONSES_URL)
 
     @routes.post(COMPLETIONS_URL)
     async def completions(request: Request) -> Response:
@@ -188,24 +214,31 @@ def _model(server: Server) -> dict[str, Any]:
     return model | {"max_model_len": context}
 
 
+async def _of_body(server: Server, request: Request, do: Callable[[Any, Planner, str], dict[str, Any]]) -> Response:
+    """Answers a request that takes no part of the network."""
+    _, planner = server.parts()
+    async with _Reading(server, request) as raw:
+        answer = await asyncio.to_thread(lambda: do(parse_json(raw), planner, server.model_name))
+    return JSONResponse(answer)
+
+
 async def _complete(server: Server, request: Request, url: str) -> Response:
     """Answers a request for completions, as a whole or as a stream."""
     arrived = time.perf_counter()
     service, planner = server.parts()
     unknown = Unknown(ignore=server.ignore_unknown)
+    read = read_response if url == RESPONSES_URL else partial(read_request, url)
     async with _Reading(server, request) as raw:
-        asked = await asyncio.to_thread(lambda: read_request(url, parse_json(raw), planner, server.model_name, unknown))
-    body, job, form = asked.body, asked.job, asked.form
-    run = Run(service, job, server.metrics, arrived=arrived, timeout_s=server.timeout_s)
+        asked = await asyncio.to_thread(lambda: read(parse_json(raw), planner, server.model_name, unknown))
+    run = Run(service, asked.job, server.metrics, arrived=arrived, timeout_s=server.timeout_s)
     request.state.run = run
-    answer = Answer(form, server.model_name, server.fingerprint)
+    answer = asked.answer(server.model_name, server.fingerprint)
     headers = _note_ignored(server, unknown.ignored)
-    if body.stream:
-        options = body.stream_options or StreamOptions()
-        return _EventStream(run, _events(run, job, form, answer, options), server.timeout_s, headers)
+    if asked.body.stream:
+        return _EventStream(run, _events(run, answer), server.timeout_s, headers)
     with run:
-        choices = await while_connected(_whole(run, job, form), request.receive, server.timeout_s)
-    return JSONResponse(answer.whole(choices, usage(job.prompts, run.n_generated, run.n_cached)), headers=headers)
+        pieces = await while_connected(_pieces(run, asked.job), request.receive, server.timeout_s)
+    return JSONResponse(answer.whole(pieces, run.counts), headers=headers)
 
 
 def _note_ignored(server: Server, names: Sequence[str]) -> dict[str, str]:
@@ -278,35 +311,27 @@ class _Reading:
         self._n_counted = 0
 
 
-async def _whole(run: Run, job: Job, form: Format) -> list[dict[str, Any]]:
-    """The choices, once all are complete."""
+async def _pieces(run: Run, job: Job) -> list[list[Piece]]:
+    """The pieces of each choice, once all are complete."""
     pieces: list[list[Piece]] = [[] for _ in range(job.n_choices)]
     async for piece in run.pieces():
         pieces[piece.choice].append(piece)
-    return [form.whole(i, of_choice) for i, of_choice in enumerate(pieces)]
+    return pieces
 
 
-async def _events(run: Run, job: Job, form: Format, answer: Answer, options: StreamOptions) -> AsyncIterator[bytes]:
+async def _events(run: Run, answer: Answer) -> AsyncIterator[bytes]:
     """The server-sent events of a streamed answer."""
-    with_usage = options.include_usage or options.continuous_usage_stats
-
-    def chunk(choice: dict[str, Any]) -> bytes:
-        now = usage(job.prompts, run.n_generated, run.n_cached) if options.continuous_usage_stats else None
-        return event(answer.chunk([choice], now, with_usage=with_usage))
-
-    for i in range(job.n_choices):
-        if first := form.first_chunk(i):
-            yield chunk(first)
+    for event in answer.start(run.counts):
+        yield event
     try:
         async for piece in run.pieces():
-            for choice in form.chunks(piece):
-                yield chunk(choice)
+            for event in answer.events(piece, run.counts):
+                yield event
     except ApiError as error:
-        yield event(error.body())
+        yield answer.failed(error)
         return
-    if options.include_usage:
-        yield event(answer.chunk([], usage(job.prompts, run.n_generated, run.n_cached), with_usage=True))
-    yield b"data: [DONE]\n\n"
+    for event in answer.end(run.counts):
+        yield event
 
 
 class _EventStream(Response):

@@ -16,7 +16,7 @@ from llama.engine.output import Piece
 from llama.errors import quote
 from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, Request, read_request
 from llama.serving.errors import ApiError
-from llama.serving.formats import Answer, usage
+from llama.serving.formats import Counts
 from llama.serving.jobs import Planner
 
 MAX_CHOICES = 4096  # of a request, over all of its prompts
@@ -123,11 +123,10 @@ def result(line: Line, request: Request, pieces: Sequence[Piece], model: str, fi
     Args:
         pieces: one for each choice, with all that it got.
     """
-    form = request.form
-    choices = [form.whole(i, [piece]) for i, piece in enumerate(pieces)]
     n_generated = sum(piece.n_generated for piece in pieces)
-    body = Answer(form, model, fingerprint).whole(choices, usage(request.job.prompts, n_generated, None))
-    body |= {"id": f"{form.prefix}-{line.digest}"}
+    counts = Counts(sum(map(len, request.job.prompts)), n_generated, None)
+    body = request.answer(model, fingerprint).whole([[piece] for piece in pieces], counts)
+    body |= {"id": f"{request.form.prefix}-{line.digest}"}
     return _line_of(line, 200, body, None)
 
 

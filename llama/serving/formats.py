@@ -6,9 +6,11 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llama.engine.output import Piece, Token, TopLogprobs
+from llama.serving.errors import ApiError
 from llama.tokenizer import Tokenizer
 
 Choice = dict[str, Any]
@@ -93,20 +95,40 @@ class CompletionFormat:
     """The objects of `POST /v1/completions`.
 
     Args:
-        offsets: with log-probabilities, where the tokens of each choice begin, in characters from the prompt's start.
+        echo: whether texts begin with the prompt.
+        prompt_logprobs: number of most likely tokens to report at each position of the prompt; None for no report.
     """
 
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, offsets: Sequence[int] | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, echo: bool = False, prompt_logprobs: int | None = None) -> None:
         self._tokenizer = tokenizer
-        self._offsets = None if offsets is None else list(offsets)  # of each choice's next token
+        self._echo = echo
+        self._prompt_logprobs = prompt_logprobs
+        self._top_logprobs: int | None = None
+        self._n_prompt: list[int] = []  # tokens of each choice's prompt
+        self._offsets: list[int] = []  # of each choice's next token, in characters from the prompt's start
+
+    def count(self, prompts: Sequence[Sequence[int]], n: int, *, with_logprobs: int | None) -> None:
+        """Has log-probabilities in the answers, of so many likely tokens; None for those of the prompt alone."""
+        self._top_logprobs = with_logprobs
+        starts = [0 if self._echo else len(self._tokenizer.decode(prompt)) for prompt in prompts]
+        self._offsets = [start for start in starts for _ in range(n)]
+        self._n_prompt = [len(prompt) for prompt in prompts for _ in range(n)]
 
     def whole(self, index: int, pieces: Sequence[Piece]) -> Choice:
         text = "".join(piece.text for piece in pieces)
         tokens = [token for piece in pieces for token in piece.tokens]
-        return self._choice(index, text, tokens, pieces[-1].finish_reason)
+        if self._prompt_logprobs is None:
+            return self._choice(index, text, tokens, pieces[-1].finish_reason)
+        prompt, tokens = tokens[: self._n_prompt[index]], tokens[self._n_prompt[index] :]
+        if self._echo:
+            choice = self._choice(index, text, [*prompt, *tokens], pieces[-1].finish_reason)
+        else:
+            text = text[sum(len(token.text) for token in prompt) :]
+            choice = self._choice(index, text, tokens, pieces[-1].finish_reason)
+        return choice | {"prompt_logprobs": [self._prompt_entry(token) for token in prompt]}
 
     def first_chunk(self, index: int) -> Choice | None:
         return None
@@ -117,14 +139,14 @@ class CompletionFormat:
         return [self._choice(piece.choice, piece.text, piece.tokens, piece.finish_reason)]
 
     def _choice(self, index: int, text: str, tokens: Sequence[Token], finish_reason: str | None) -> Choice:
-        logprobs = None if self._offsets is None or not tokens else self._logprobs_of(index, tokens, self._offsets)
+        logprobs = None if self._top_logprobs is None or not tokens else self._logprobs_of(index, tokens)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _logprobs_of(self, index: int, tokens: Sequence[Token], next_offsets: list[int]) -> dict[str, Any]:
+    def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
         offsets = []
         for token in tokens:
-            offsets.append(next_offsets[index])
-            next_offsets[index] += len(token.text)
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token.text)
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [None if token.logprob is None else _number(token.logprob) for token in tokens],
@@ -132,44 +154,120 @@ class CompletionFormat:
             "text_offset": offsets,
         }
 
+    def _prompt_entry(self, token: Token) -> dict[str, Any] | None:
+        """The most likely tokens in the place of a prompt's token, and itself, by their ids."""
+        if token.logprob is None:
+            return None
+        ranks = {id: rank for rank, (id, _) in enumerate(token.top_logprobs, start=1)}
+        likely = dict([*token.top_logprobs[: self._prompt_logprobs], (token.id, token.logprob)])
+        return {
+            str(id): {
+                "logprob": _number(logprob),
+                "rank": ranks.get(id),
+                "decoded_token": token_text(id, self._tokenizer)[0],
+            }
+            for id, logprob in likely.items()
+        }
+
     def _top(self, token: Token) -> dict[str, float] | None:
         """The most likely tokens, and the one that was chosen."""
         if token.logprob is None:
             return None
-        likely: TopLogprobs = (*token.top_logprobs, (token.id, token.logprob))
+        likely: TopLogprobs = (*token.top_logprobs[: self._top_logprobs], (token.id, token.logprob))
         return {token_text(other, self._tokenizer)[0]: _number(logprob) for other, logprob in likely}
 
 
-class Answer:
-    """The id, time, model and fingerprint of one answer, which all of its chunks repeat."""
+@dataclass(frozen=True)
+class Counts:
+    """The numbers of tokens of a request. Each prompt counts once, also with several completions.
 
-    def __init__(self, form: Format, model: str, fingerprint: str | None = None) -> None:
+    Attributes:
+        n_cached: number of the prompts' tokens that the KV cache held already; None if it is not known.
+    """
+
+    n_prompt: int
+    n_generated: int
+    n_cached: int | None
+
+
+class Answer(Protocol):
+    """The whole of a request's answer, or its server-sent events."""
+
+    def whole(self, pieces: Sequence[Sequence[Piece]], counts: Counts) -> dict[str, Any]:
+        """The whole answer, given the pieces of each choice."""
+
+    def start(self, counts: Counts) -> list[bytes]:
+        """The events before any piece."""
+
+    def events(self, piece: Piece, counts: Counts) -> list[bytes]:
+        """The events of a piece."""
+
+    def end(self, counts: Counts) -> list[bytes]:
+        """The events after all pieces."""
+
+    def failed(self, error: ApiError) -> bytes:
+        """The event of an error, which is the last one."""
+
+
+class CompletionAnswer:
+    """The answer of a chat or of a completion. All of its chunks have the same id, time, model and fingerprint."""
+
+    def __init__(
+        self,
+        form: Format,
+        n_choices: int,
+        model: str,
+        fingerprint: str | None,
+        *,
+        include_usage: bool,
+        continuous_usage: bool,
+    ) -> None:
         self._form = form
+        self._n_choices = n_choices
+        self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
         head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._head: dict[str, Any] = head | {"system_fingerprint": fingerprint}
 
-    def whole(self, choices: list[Choice], usage: dict[str, Any]) -> dict[str, Any]:
-        return self._head | {"object": self._form.whole_object, "choices": choices, "usage": usage}
+    def whole(self, pieces: Sequence[Sequence[Piece]], counts: Counts) -> dict[str, Any]:
+        choices = [self._form.whole(i, of_choice) for i, of_choice in enumerate(pieces)]
+        return self._head | {"object": self._form.whole_object, "choices": choices, "usage": _usage(counts)}
 
-    def chunk(self, choices: list[Choice], usage: dict[str, Any] | None, *, with_usage: bool) -> dict[str, Any]:
+    def start(self, counts: Counts) -> list[bytes]:
+        first = [self._form.first_chunk(i) for i in range(self._n_choices)]
+        return [self._chunk([choice], counts) for choice in first if choice]
+
+    def events(self, piece: Piece, counts: Counts) -> list[bytes]:
+        return [self._chunk([choice], counts) for choice in self._form.chunks(piece)]
+
+    def end(self, counts: Counts) -> list[bytes]:
+        return [self._chunk([], counts)] * self._include_usage + [b"data: [DONE]\n\n"]
+
+    def failed(self, error: ApiError) -> bytes:
+        return event(error.body())
+
+    def _chunk(self, choices: list[Choice], counts: Counts) -> bytes:
         chunk = self._head | {"object": self._form.chunk_object, "choices": choices}
-        return chunk | {"usage": usage} if with_usage else chunk
+        if self._continuous_usage or (self._include_usage and not choices):
+            chunk |= {"usage": _usage(counts)}
+        elif self._include_usage:
+            chunk |= {"usage": None}
+        return event(chunk)
 
 
-def usage(prompts: Sequence[Sequence[int]], n_generated: int, n_cached: int | None) -> dict[str, Any]:
-    """The numbers of tokens. Each prompt counts once, also with several completions.
-
-    Args:
-        n_cached: number of the prompts' tokens that the KV cache held already; None to leave it out.
-    """
-    n_prompt = sum(map(len, prompts))
-    counts = {"prompt_tokens": n_prompt, "completion_tokens": n_generated, "total_tokens": n_prompt + n_generated}
-    return counts if n_cached is None else counts | {"prompt_tokens_details": {"cached_tokens": n_cached}}
+def _usage(counts: Counts) -> dict[str, Any]:
+    usage: dict[str, Any] = {
+        "prompt_tokens": counts.n_prompt,
+        "completion_tokens": counts.n_generated,
+        "total_tokens": counts.n_prompt + counts.n_generated,
+    }
+    return usage if counts.n_cached is None else usage | {"prompt_tokens_details": {"cached_tokens": counts.n_cached}}
 
 
-def event(value: Any) -> bytes:
+def event(value: Any, name: str | None = None) -> bytes:
     """A server-sent event."""
-    return b"data: " + json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
+    head = b"" if name is None else f"event: {name}\n".encode()
+    return head + b"data: " + json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
 
 
 def token_text(token: int, tokenizer: Tokenizer) -> tuple[str, bytes | None]:

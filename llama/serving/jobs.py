@@ -64,7 +64,7 @@ class Planner:
         """
         if not isinstance(values, dict):
             return
-        for name in ("prompt", "messages"):
+        for name in ("prompt", "messages", "tokens"):
             items = values.get(name)
             if not isinstance(items, list) or not items:
                 continue
@@ -79,8 +79,14 @@ class Planner:
         one = len(body.prompt) == 1
         prompts = [self._prompt(prompt, "prompt" if one else f"prompt[{i}]") for i, prompt in enumerate(body.prompt)]
         max_gen_len = self._fitting(body.max_tokens, max(map(len, prompts)), "prompt", DEFAULT_MAX_TOKENS)
-        params = self._params(body, max_gen_len, logprobs=body.logprobs is not None, echo=body.echo)
-        return Job(prompts, params, body.n, body.logprobs or 0, continues=True)
+        scores_prompt = body.prompt_logprobs is not None
+        params = self._params(
+            body,
+            max_gen_len,
+            logprobs=body.logprobs is not None or scores_prompt,
+            echo=body.echo or scores_prompt,
+        )
+        return Job(prompts, params, body.n, max(body.logprobs or 0, body.prompt_logprobs or 0), continues=True)
 
     def chat(self, body: ChatBody) -> Job:
         """The job of a chat; raises ApiError if the messages are not a dialog of the template's, or too long."""
@@ -119,9 +125,13 @@ class Planner:
             return self.text(prompt, name)
         if len(prompt) > self.max_seq_len:
             raise self._too_long(name, len(prompt))
-        if wrong := [token for token in prompt if not 0 <= token < self._vocab_size]:
-            raise ApiError(f"{name} must have ids from 0 to {self._vocab_size - 1}, got {quote(wrong[0])}", param=name)
+        self.check_ids(prompt, name)
         return list(prompt)
+
+    def check_ids(self, ids: Sequence[int], name: str) -> None:
+        """Raises ApiError for ids outside the vocabulary. `name` is their name in the error."""
+        if wrong := [token for token in ids if not 0 <= token < self._vocab_size]:
+            raise ApiError(f"{name} must have ids from 0 to {self._vocab_size - 1}, got {quote(wrong[0])}", param=name)
 
     def text(self, text: str, name: str) -> list[int]:
         """The ids of a text with BOS in front; raises ApiError if it is too long. `name` is its name in errors."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from llama.errors import missing_extra, printable, quote
@@ -50,6 +51,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),  # and the value of n
     "suffix": ("",),
     "echo": (False,),
+    "prompt_logprobs": (),
     "chat_template_kwargs": ({},),
     "priority": (0,),
     "service_tier": ("auto", "default"),
@@ -180,6 +182,7 @@ class CompletionBody(Body):
     prompt: list[str | list[int]]
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=5)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool = False
 
     @field_validator("prompt", mode="before")
@@ -197,6 +200,12 @@ class CompletionBody(Body):
         raise ValueError(
             f"must be a string, a list of strings, token ids or a list of lists of these, got {quote(prompt)}"
         )
+
+    @model_validator(mode="after")
+    def _check_prompt_logprobs(self) -> CompletionBody:
+        if self.prompt_logprobs is not None and self.stream:
+            raise ApiError("prompt_logprobs must only be given without stream", param="prompt_logprobs")
+        return self
 
 
 class ChatBody(Body):
@@ -226,6 +235,35 @@ class ChatBody(Body):
         return self
 
 
+class TokenizeBody(BaseModel):
+    """The body of `POST /tokenize`: a text, or messages."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, str]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError("either prompt, a text, or messages must be given, and not both", param="prompt")
+        return self
+
+
+class DetokenizeBody(BaseModel):
+    """The body of `POST /detokenize`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str | None = None
+    tokens: list[int]
+
+
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 
@@ -242,12 +280,20 @@ def parse_json(raw: bytes) -> Any:
         raise ApiError(f"the body must be JSON in UTF-8: {reason}", code="invalid_json") from error
 
 
-def check_body(values: Any, kind: type[AnyBody], unknown: Unknown | None = None) -> AnyBody:
+def check_body(
+    values: Any,
+    kind: type[AnyBody],
+    unknown: Unknown | None = None,
+    *,
+    neutral: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
+    labels: Collection[str] = (),
+) -> AnyBody:
     """The checked body of a request.
 
     Args:
         values: as JSON has it.
         unknown: gets the fields that no table has; by default they are refused.
+        neutral, labels: fields of this kind of body besides those of the tables.
 
     Raises:
         ApiError: a field is wrong; the error names the first one, and all that are not supported.
@@ -255,8 +301,8 @@ def check_body(values: Any, kind: type[AnyBody], unknown: Unknown | None = None)
     if not isinstance(values, dict):
         raise ApiError(f"the body must be a JSON object, got {quote(values)}")
     unknown = unknown or Unknown()
-    neutral = NEUTRAL | {"best_of": (values.get("n") or 1,)}
-    fields = unknown.select(values, kind.model_fields, neutral, LABELS)
+    neutral = {**NEUTRAL, "best_of": (values.get("n") or 1,), **neutral}
+    fields = unknown.select(values, kind.model_fields, neutral, (*LABELS, *labels))
     if isinstance(options := fields.get("stream_options"), dict):
         fields["stream_options"] = unknown.select(options, StreamOptions.model_fields, {}, prefix="stream_options.")
     if "messages" in fields:
@@ -268,14 +314,21 @@ def check_body(values: Any, kind: type[AnyBody], unknown: Unknown | None = None)
         _raise_first(error)
 
 
-def check_messages(messages: Any, unknown: Unknown) -> list[dict[str, str]]:
-    """The messages of a dialog, each with its content as one text."""
+def check_messages(
+    messages: Any, unknown: Unknown, name: str = "messages", kinds: Collection[str] = ("text",)
+) -> list[dict[str, str]]:
+    """The messages of a dialog, each with its content as one text.
+
+    Args:
+        name: of the messages in errors.
+        kinds: types that parts of a content may have.
+    """
     if not isinstance(messages, list) or not messages:
-        raise ApiError(f"messages must be a list of at least one message, got {quote(messages)}", param="messages")
-    return [_message(message, f"messages[{i}]", unknown) for i, message in enumerate(messages)]
+        raise ApiError(f"{name} must be a list of at least one message, got {quote(messages)}", param=name)
+    return [_message(message, f"{name}[{i}]", unknown, kinds) for i, message in enumerate(messages)]
 
 
-def _message(message: Any, name: str, unknown: Unknown) -> dict[str, str]:
+def _message(message: Any, name: str, unknown: Unknown, kinds: Collection[str]) -> dict[str, str]:
     if not isinstance(message, dict):
         raise ApiError(f"{name} must be an object with role and content, got {quote(message)}", param=name)
     role = message.get("role")
@@ -284,10 +337,10 @@ def _message(message: Any, name: str, unknown: Unknown) -> dict[str, str]:
     fields = unknown.select(message, ("role", "content"), MESSAGE_NEUTRAL, MESSAGE_LABELS, prefix=f"{name}.")
     if f"{name}.tool_calls" in unknown.refused:  # which is why such a message has no content
         unknown.check()
-    return {"role": ROLES[role], "content": text_of(fields.get("content"), f"{name}.content", unknown)}
+    return {"role": ROLES[role], "content": _text_of(fields.get("content"), f"{name}.content", unknown, kinds)}
 
 
-def text_of(content: Any, name: str, unknown: Unknown, kinds: Collection[str] = ("text",)) -> str:
+def _text_of(content: Any, name: str, unknown: Unknown, kinds: Collection[str]) -> str:
     """The text of a content, which is a string or a list of parts of one of the given types."""
     if isinstance(content, str):
         return content

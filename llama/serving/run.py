@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from llama.engine.output import Piece
 from llama.errors import RankError, printable
 from llama.serving.errors import ApiError
+from llama.serving.formats import Counts
 from llama.serving.jobs import Job
 from llama.serving.metrics import Metrics
 from llama.serving.service import QueueFullError, Service, ServiceStoppedError
@@ -76,9 +77,9 @@ class Run:
         metrics.prompt_tokens.inc(self._n_prompt)
 
     @property
-    def counts(self) -> dict[str, int]:
-        """What the log has of the request."""
-        return {"prompt_tokens": self._n_prompt, "completion_tokens": self.n_generated}
+    def counts(self) -> Counts:
+        """The numbers of tokens so far."""
+        return Counts(self._n_prompt, self.n_generated, self.n_cached)
 
     def __enter__(self) -> Run:
         return self

@@ -26,7 +26,7 @@ def test_neutral_values_and_null_are_taken_and_others_are_refused_by_name(kind: 
             continue
         for value in (*values, None):
             assert check_body(body | {name: value}, kind) == plain, (name, value)
-        for value in ("something else", {"type": "json_object"}, [7], 0.25, not values[0]):
+        for value in ("something else", {"type": "json_object"}, [7], 0.25):
             if value in values:
                 continue
             with pytest.raises(ApiError, match=f"^{name} is not supported") as raised:

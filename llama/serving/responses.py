@@ -1,0 +1,192 @@
+"""OpenAI's Responses API: stateless, of texts alone. A request becomes a chat; its answer has a form of its own.
+
+https://platform.openai.com/docs/api-reference/responses
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llama.engine.output import Piece
+from llama.errors import quote
+from llama.serving.endpoints import check_model
+from llama.serving.errors import ApiError
+from llama.serving.formats import Counts, event
+from llama.serving.jobs import Job, Planner
+from llama.serving.protocol import ChatBody, Unknown, check_body, check_messages
+
+RESPONSES_URL = "/v1/responses"
+# As in `protocol.NEUTRAL`; the fields that both have stand there.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "previous_response_id": (),
+    "conversation": (),
+    "prompt": (),
+    "background": (False,),
+    "include": ([], ["reasoning.encrypted_content"]),  # there is no reasoning
+    "text": ({}, {"format": {"type": "text"}}),
+    "truncation": ("disabled",),
+    "top_logprobs": (0,),
+}
+LABELS = frozenset(("reasoning", "max_tool_calls", "stream_options"))
+_ITEM_LABELS = frozenset(("type", "id", "status", "name", "phase"))
+_PARTS = ("input_text", "output_text", "text")
+
+
+class ResponsesBody(BaseModel):
+    """The body of `POST /v1/responses`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    model: str | None = None
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, ge=0, le=1)
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class ResponsesRequest:
+    """A checked body, and its work."""
+
+    body: ResponsesBody
+    job: Job
+
+    def answer(self, model_name: str, fingerprint: str | None) -> ResponseAnswer:
+        return ResponseAnswer(self.body, model_name)
+
+
+def read_response(values: Any, planner: Planner, model_name: str, unknown: Unknown | None = None) -> ResponsesRequest:
+    """Checks a body; arguments and errors as of `read_request`."""
+    unknown = unknown or Unknown()
+    if isinstance(values, dict):
+        planner.check_size({"messages": values.get("input")})
+        if isinstance(text := values.get("text"), dict):  # its verbosity is a hint
+            values = values | {"text": {name: value for name, value in text.items() if name != "verbosity"}}
+    body = check_body(values, ResponsesBody, unknown, neutral=NEUTRAL, labels=LABELS)
+    check_model(body.model, model_name)
+    items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+    messages = check_messages(
+        [_message(item, f"input[{i}]", unknown) for i, item in enumerate(items)], unknown, "input", _PARTS
+    )
+    if body.instructions is not None:
+        messages.insert(0, {"role": "system", "content": body.instructions})
+    unknown.check()
+    chat = ChatBody(
+        messages=messages,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        max_completion_tokens=body.max_output_tokens,
+    )
+    return ResponsesRequest(body, planner.chat(chat))
+
+
+def _message(item: dict[str, Any], name: str, unknown: Unknown) -> dict[str, Any]:
+    """An input item as a chat's message."""
+    if item.get("type") not in (None, "message"):
+        raise ApiError(f"{name}.type must be 'message', got {quote(item['type'])}", param=f"{name}.type")
+    return unknown.select(item, ("role", "content"), {}, _ITEM_LABELS, prefix=f"{name}.")
+
+
+class ResponseAnswer:
+    """The answer of `POST /v1/responses`."""
+
+    def __init__(self, body: ResponsesBody, model: str) -> None:
+        self._n_events = 0
+        self._texts: list[str] = []
+        self._finish_reason: str | None = None
+        self._item_id = f"msg_{uuid.uuid4().hex}"
+        self._head: dict[str, Any] = {
+            "id": f"resp_{uuid.uuid4().hex}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": model,
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": {},
+            "parallel_tool_calls": True,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "store": False,
+            "temperature": body.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "auto",
+            "tools": [],
+            "top_p": body.top_p,
+            "truncation": "disabled",
+            "usage": None,
+        }
+
+    def whole(self, pieces: Sequence[Sequence[Piece]], counts: Counts) -> dict[str, Any]:
+        self._texts = [piece.text for piece in pieces[0]]
+        self._finish_reason = pieces[0][-1].finish_reason
+        return self._complete(counts)
+
+    def start(self, counts: Counts) -> list[bytes]:
+        response = self._head | {"status": "in_progress", "output": []}
+        return [
+            self._event("response.created", response=response),
+            self._event("response.in_progress", response=response),
+            self._event("response.output_item.added", output_index=0, item=self._item("in_progress", [])),
+            self._event("response.content_part.added", **self._place(), part=_part("")),
+        ]
+
+    def events(self, piece: Piece, counts: Counts) -> list[bytes]:
+        self._finish_reason = piece.finish_reason
+        self._texts.append(piece.text)
+        if not piece.text:
+            return []
+        return [self._event("response.output_text.delta", **self._place(), delta=piece.text, logprobs=[])]
+
+    def end(self, counts: Counts) -> list[bytes]:
+        text, response = "".join(self._texts), self._complete(counts)
+        return [
+            self._event("response.output_text.done", **self._place(), text=text, logprobs=[]),
+            self._event("response.content_part.done", **self._place(), part=_part(text)),
+            self._event("response.output_item.done", output_index=0, item=response["output"][0]),
+            self._event(f"response.{response['status']}", response=response),
+        ]
+
+    def failed(self, error: ApiError) -> bytes:
+        reason = {"code": error.code or "server_error", "message": str(error)}
+        return self._event("response.failed", response=self._head | {"status": "failed", "output": [], "error": reason})
+
+    def _complete(self, counts: Counts) -> dict[str, Any]:
+        is_cut = self._finish_reason == "length"
+        status = "incomplete" if is_cut else "completed"
+        return self._head | {
+            "status": status,
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "output": [self._item(status, [_part("".join(self._texts))])],
+            "usage": {
+                "input_tokens": counts.n_prompt,
+                "input_tokens_details": {"cached_tokens": counts.n_cached or 0},
+                "output_tokens": counts.n_generated,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": counts.n_prompt + counts.n_generated,
+            },
+        }
+
+    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"type": "message", "id": self._item_id, "status": status, "role": "assistant", "content": content}
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._n_events += 1
+        return event({"type": kind, "sequence_number": self._n_events - 1, **fields}, kind)
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
