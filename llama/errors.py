@@ -25,6 +25,16 @@ class RankError(RuntimeError):
     """Another rank failed, ended, did not respond in time, or made a different call."""
 
 
+class NonFiniteLogitsError(ArithmeticError):
+    """The network computed logits that are NaN or infinite."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"logits must be finite numbers, got NaN or infinity {where}: a weight is damaged, or a value exceeds the "
+            "range of the dtype; try dtype bfloat16 or float32, and check the files with: llama verify"
+        )
+
+
 def missing_extra(extra: str, error: ImportError) -> ImportError:
     """Return the error that names an extra which is not installed, and how to install its packages."""
     try:

@@ -25,9 +25,10 @@ from llama.engine.lock import lock_of
 from llama.engine.network_state import NetworkState, has_hooks
 from llama.engine.rows import Cache, Rows
 from llama.engine.runner import ModelRunner
-from llama.engine.sampled import SampledTokens
+from llama.engine.sampled import NOT_FINITE, SampledTokens
 from llama.engine.sequence import Call, Sequence, TokenResult
 from llama.engine.speculative import Counts, Speculator
+from llama.errors import NonFiniteLogitsError
 
 _engines_lock = threading.Lock()
 
@@ -261,10 +262,22 @@ class Engine:
             if mine and self._speculator and sequence.draft_state:
                 self._speculator.observe(sequence, drafted[id(sequence)], len(mine) - 1)
             for result in mine:
+                if result.token == NOT_FINITE and not sequence.is_finished:
+                    self._fail_sequence(sequence)
                 if not sequence.is_finished:
                     sequence.call.append(sequence.record(result))
+            if sequence.call.error is not None:
+                continue
             # Accepted drafts are cached too, as the newest token is.
             sequence.n_cached = min(n_cached + max(0, len(mine) - 1), len(sequence.tokens))
+
+    def _fail_sequence(self, sequence: Sequence) -> None:
+        """Ends the call of a sequence whose logits are not finite. The other calls go on."""
+        sequence.call.abort(NonFiniteLogitsError(f"after token {len(sequence.tokens)} of sequence {sequence.index}"))
+        # Masked attention to NaN gives NaN: nothing of it may stay in the row.
+        assert self._runner is not None
+        self._runner.clear_row(self._rows.running.index(sequence))
+        sequence.n_cached = 0
 
     def _next_pass(self) -> _Pass | None:
         """Runs the next pass: the sequences in front that lack their newest token alone, or some that lack more."""
@@ -316,7 +329,7 @@ class Engine:
         assert runner is not None
         self._batch = sequences = list(sequences)
         if after is not None and after.sampled is not None:
-            starts, tokens = after.n_cached, after.sampled.chosen.unsqueeze(1)
+            starts, tokens = after.n_cached, after.sampled.chosen.clamp(min=0).unsqueeze(1)
             drafts: list[list[int]] = []
         else:
             starts, drafts = [sequence.n_cached for sequence in sequences], self._drafts(sequences)

@@ -137,6 +137,14 @@ class ModelRunner:
             cache[target, :length] = cache[source, :length]
         self._note_cache()
 
+    def clear_row(self, row: int) -> None:
+        """Fills a row of the cache with zeros, in every layer."""
+        if self.has_lost_cache():
+            return
+        for cache in _caches(self.model):
+            cache[row].zero_()
+        self._note_cache()
+
     def swap_rows(self, a: int, b: int, length: int) -> None:
         """Exchanges the first `length` positions of two rows of the cache, in every layer."""
         if self.has_lost_cache():

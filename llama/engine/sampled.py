@@ -14,6 +14,8 @@ from llama.distributed.groups import broadcast_from_first
 from llama.engine.sampling import logprobs_of
 from llama.engine.sequence import Sequence, TokenResult
 
+NOT_FINITE = -1  # in place of a token that cannot be sampled
+
 
 @dataclass(frozen=True)
 class SampledTokens:
@@ -23,7 +25,8 @@ class SampledTokens:
         sequences: the sequences that get a token, in the order of their rows.
         drafts: for each sequence, the drafted tokens that followed its newest token in the pass.
         chosen: (n,) int64 on the device, the same on all ranks of a model-parallel group: for each sequence, the token
-            chosen after its newest token, then those chosen after each drafted token.
+            chosen after its newest token, then those chosen after each drafted token; `NOT_FINITE` where logits are NaN
+            or infinite.
         values: waits for the copy of `chosen`, and returns it as a list.
         logprobs: waits for the log-probabilities of `chosen`, and returns them; None if no sequence asked for any.
         top: two functions, which return the most likely tokens at the position of each one in `chosen`, and their
@@ -61,11 +64,13 @@ class SampledTokens:
         else:
             logits = torch.cat([row[:n] for row, n in zip(logits, n_positions, strict=True)])
         steps = [(s, s.n_generated + ahead + i) for s, n in zip(sequences, n_positions, strict=True) for i in range(n)]
-        chosen = broadcast_from_first(sample(logits, steps))
+        # The flag travels with the tokens, to save a synchronization. A mask may have put -inf, but not everywhere.
+        is_finite = logits.amax(-1).isfinite()
+        chosen = broadcast_from_first(sample(logits, steps).where(is_finite, NOT_FINITE))
         n_top = max(sequence.top_logprobs for sequence in sequences)
         logprobs = top = None
         if any(sequence.logprobs for sequence in sequences):
-            logprobs = to_host(logprobs_of(logits, chosen))
+            logprobs = to_host(logprobs_of(logits, chosen.clamp(min=0)))
         if n_top:
             likely = logits.log_softmax(-1).topk(min(n_top, logits.size(-1)))
             top = to_host(likely.indices), to_host(likely.values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from llama.engine.output import TokenScore, TopLogprobs
 from llama.engine.runner import ModelRunner
 from llama.engine.sampling import logprobs_of
+from llama.errors import NonFiniteLogitsError
 
 _LOGIT_POSITIONS = 512  # maximum number of positions whose logits are in memory at a time
 
@@ -58,6 +60,8 @@ def score_top(model: Any, texts: Sequence[Sequence[int]], n_top: int) -> list[li
             row = row[: len(targets)]
             if targets:
                 logprobs = logprobs_of(row, torch.tensor(targets, device=row.device)).tolist()
+                if not all(map(math.isfinite, logprobs)):
+                    raise NonFiniteLogitsError(f"in text {i}")
                 scores[i] += zip(logprobs, _top(row, n_top), strict=True)
     return scores
 

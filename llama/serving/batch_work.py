@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from llama.distributed import groups
+from llama.errors import NonFiniteLogitsError
 from llama.generation import Llama
 from llama.serving.batch_file import Line, Reader, error_result, result
 from llama.serving.endpoints import Request
@@ -66,6 +67,10 @@ class BatchWork:
     def run(self) -> None:
         """Completes all requests."""
         for (line, request), pieces in as_completed(self._llama, self._jobs()):
+            if isinstance(pieces, NonFiniteLogitsError):
+                error = ApiError(str(pieces), status=500, code="logits_not_finite")
+                self._add(Result(line.number, error_result(line, error), is_refused=True))
+                continue
             self._add(
                 Result(
                     line.number,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from llama.chat import Message, built_in_format
 from llama.engine.calls import Request
 from llama.engine.output import Piece
-from llama.errors import PromptError, quote
+from llama.errors import NonFiniteLogitsError, PromptError, quote
 from llama.generation import Llama
 from llama.inputs import SamplingParams, encode_checked_dialog, encode_text
 from llama.serving.errors import ApiError
@@ -205,8 +205,12 @@ class Planner:
         )
 
 
-def as_completed(llama: Llama, jobs: Iterable[tuple[Key, Job]]) -> Iterator[tuple[Key, list[Piece]]]:
+def as_completed(
+    llama: Llama, jobs: Iterable[tuple[Key, Job]]
+) -> Iterator[tuple[Key, list[Piece] | NonFiniteLogitsError]]:
     """Completes jobs, as many at a time as the KV cache has rows; yields each as it ends, with a piece per choice.
+
+    A job whose logits are not finite is yielded with that error.
 
     All ranks of a model-parallel group iterate over the same jobs.
 
@@ -243,9 +247,12 @@ def as_completed(llama: Llama, jobs: Iterable[tuple[Key, Job]]) -> Iterator[tupl
             for key, request, pieces in running:
                 for piece in request.new_pieces():
                     pieces[piece.choice].append(piece)
-                if request.call.error is not None:
-                    raise request.call.error
-                if request.call.is_finished:
+                error = request.call.error
+                if isinstance(error, NonFiniteLogitsError):
+                    yield key, error
+                elif error is not None:
+                    raise error
+                elif request.call.is_finished:
                     yield key, [_joined(mine) for mine in pieces]
             running = [entry for entry in running if not entry[1].call.is_finished]
     finally:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from llama.engine.output import Piece
-from llama.errors import RankError, printable
+from llama.errors import NonFiniteLogitsError, RankError, printable
 from llama.serving.errors import ApiError
 from llama.serving.formats import Counts
 from llama.serving.jobs import Job
@@ -164,5 +164,8 @@ def _api_error(error: BaseException) -> ApiError:
         return ApiError("the server is shutting down", status=503, code="shutting_down", headers=retry)
     if isinstance(error, RankError):
         return ApiError(f"the server has lost a part of the network: {printable(error)}", status=503, code="rank_lost")
+    if isinstance(error, NonFiniteLogitsError):
+        logger.error("a request failed: %s", error)
+        return ApiError(str(error), status=500, code="logits_not_finite", headers={"x-should-retry": "false"})
     logger.error("a request failed", exc_info=error)
     return ApiError("the server failed to compute the answer; its log says why", status=500, code="failed")

@@ -18,6 +18,7 @@ from llama.engine.calls import Request
 from llama.engine.lock import lock_of
 from llama.engine.output import Piece
 from llama.engine.scoring import score
+from llama.errors import NonFiniteLogitsError
 from llama.generation import Llama
 from llama.inputs import SamplingParams
 
@@ -272,8 +273,11 @@ class Service:
                 self._listeners.pop(number, None)
 
     def _fail(self, number: int, error: BaseException) -> None:
-        """Passes an error to a request's listener; raises it under model parallelism, where ranks may have diverged."""
-        if groups.model_parallel_size() > 1:
+        """Passes an error to a request's listener; raises it under model parallelism, where ranks may have diverged.
+
+        All ranks get the same tokens, and so the same error for logits that are not finite.
+        """
+        if groups.model_parallel_size() > 1 and not isinstance(error, NonFiniteLogitsError):
             raise error
         self._tell(number, error)
 

@@ -178,7 +178,7 @@ def _lead(
                     break
         print()
         if stats and answer:
-            n_prompt = len(encode_dialog(dialog, llama.tokenizer))
+            n_prompt = len(history.chat_format.encode(dialog, llama.tokenizer))
             print(
                 f"({n_prompt} prompt tokens, {llama.engine.n_reused - n_cached} of them cached; "
                 f"first text after {first - started:.2f} s, all after {time.perf_counter() - started:.2f} s)"

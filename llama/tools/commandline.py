@@ -26,12 +26,12 @@ from fire.core import FireExit
 
 from llama.checkpoint.reading import find_tokenizer
 from llama.distributed import groups
-from llama.errors import RankError, printable, quote
+from llama.errors import NonFiniteLogitsError, RankError, printable, quote
 from llama.generation import Llama
 from llama.inputs import SPECULATIVE
 from llama.tools.toy import toy_checkpoint
 
-MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError)
+MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError, NonFiniteLogitsError)
 Commands: TypeAlias = "Callable[..., Any] | dict[str, Callable[..., Any]]"
 Function = TypeVar("Function", bound=Callable[..., Any])
 INTERRUPTED = 130  # status that a shell reports for a program that Ctrl-C ended

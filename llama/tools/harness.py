@@ -312,7 +312,11 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
 
     def _complete(self, jobs: Sequence[tuple[int, Job]]) -> list[str]:
         """The texts of this replica's numbered jobs, as many of which run at a time as the cache has rows."""
-        texts = {number: piece.text for number, (piece,) in as_completed(self.llama, jobs)}
+        texts = {}
+        for number, pieces in as_completed(self.llama, jobs):
+            if isinstance(pieces, Exception):
+                raise pieces
+            texts[number] = pieces[0].text
         return [texts[number] for number, _ in jobs]
 
     # ---- replicas ----
