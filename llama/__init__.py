@@ -1,9 +1,8 @@
 """Llama 2 inference on checkpoints in Meta's released format."""
 
-from llama.args import ModelArgs
 from llama.chat import Dialog, Message
 from llama.generation import Llama
-from llama.model import Transformer
+from llama.model import ModelArgs, Transformer
 from llama.tokenizer import Tokenizer
 
 __version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""The Llama 2 network (Touvron et al., 2023): first its parts, then the blocks, then the whole network.
+"""The Llama 2 network (Touvron et al., 2023): its hyperparameters, its parts, the blocks, then the whole network.
 
 Names, signatures and call order are those of Meta's `llama.model`; parameters have the names of the released
 checkpoints. Each rank of the model-parallel group holds its shard of every layer. Every module in the tree is called in
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from operator import index
 from typing import Any
 
@@ -19,7 +19,7 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
 from fairscale.nn.model_parallel.layers import ParallelEmbedding
 from torch import Tensor, nn
 
-from llama.args import ModelArgs, feed_forward_width
+from llama.errors import quote
 from llama.layers.linear import (
     EmptyOnMeta,
     column_parallel,
@@ -29,7 +29,130 @@ from llama.layers.linear import (
     row_parallel,
 )
 
+PREFILL_TOKENS = 1024  # enough to be compute-bound; more would only take more memory
+SPARE_POSITIONS = 16  # of each cache row, after max_seq_len: room for the padding of a row that is nearly full
 _FEW_POSITIONS = 16  # with more, copying keys for each query head of a group costs little beside the matrix products
+
+
+@dataclass
+class ModelArgs:
+    """The hyperparameters in `params.json`, and the two sizes of the KV cache.
+
+    Field names and defaults are those of Meta's package. Fields may be assigned, and a subclass may add more;
+    `validate` is called when a network is created.
+
+    Attributes:
+        vocab_size: number of tokens; -1 means the tokenizer's, and must be replaced before a network is created.
+        max_batch_size, max_seq_len: number of rows and of positions in the KV cache.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None for n_heads (multi-head attention)
+    vocab_size: int = -1
+    multiple_of: int = 256  # the hidden size of the feed-forward is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+
+    @classmethod
+    def of(cls, params: object) -> ModelArgs:
+        """Returns `params` if it is a `ModelArgs`, else a `ModelArgs` made from its attributes of the same names.
+
+        Raises:
+            ValueError: a field has the wrong type or range, or the head counts do not divide each other.
+        """
+        if isinstance(params, ModelArgs):
+            args = params
+        else:
+            args = cls(**{f.name: getattr(params, f.name) for f in fields(cls) if hasattr(params, f.name)})
+        args.validate()
+        return args
+
+    def validate(self) -> None:
+        """Checks each field's type and range, and that the fields are consistent.
+
+        Raises:
+            ValueError: a check failed; the message names the field and its value.
+        """
+        for field in fields(ModelArgs):
+            _check_field(field.name, field.type, getattr(self, field.name))
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise ValueError(
+                f"dim={self.dim} divided by n_heads={self.n_heads} must be a whole, even head size, "
+                "which rotary embedding requires"
+            )
+        if self.hidden_dim < 1:
+            raise ValueError(
+                f"ffn_dim_multiplier={self.ffn_dim_multiplier} must give the feed-forward at least one hidden unit"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads; with grouped-query attention it is less than `n_heads`."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward."""
+        return feed_forward_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Maximum number of positions, over all rows, in one prefill pass; it bounds the memory of activations."""
+        return min(self.max_batch_size * self.max_seq_len, max(self.max_seq_len, PREFILL_TOKENS))
+
+    def check_shards(self, model_parallel_size: int) -> None:
+        """Raises ValueError unless the network can be sharded evenly over `model_parallel_size` ranks."""
+        sizes = {
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.kv_heads,
+            "the feed-forward's hidden size": self.hidden_dim,
+            "dim": self.dim,
+            "vocab_size": self.vocab_size,
+        }
+        for name, size in sizes.items():
+            if size % model_parallel_size:
+                raise ValueError(
+                    f"{name} ({size}) must be a multiple of the model-parallel size ({model_parallel_size}) "
+                    "for this network to be sharded over that many ranks"
+                )
+
+
+def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """2/3 of `hidden_dim`, times `ffn_dim_multiplier` if given, rounded up to a multiple of `multiple_of`.
+
+    SwiGLU has three matrices instead of two; 2/3 of the width keeps the number of weights the same.
+    """
+    width = int(2 * hidden_dim / 3)
+    if ffn_dim_multiplier is not None:
+        width = int(ffn_dim_multiplier * width)
+    return multiple_of * -(-width // multiple_of)  # rounded up in integers: exact at any size
+
+
+def _check_field(name: str, annotation: object, value: object) -> None:
+    """Checks a field's type and range. `annotation` is a string, due to `from __future__ import annotations`."""
+    if value is None and "None" in str(annotation):
+        return
+    takes_float = "float" in str(annotation)
+    number = isinstance(value, (int, float) if takes_float else int) and not isinstance(value, bool)
+    if not number:
+        raise ValueError(f"{name} must be {'a number' if takes_float else 'an integer'}, got {quote(value)}")
+    assert isinstance(value, (int, float))
+    if name == "vocab_size" and value == -1:
+        return
+    if not 0 < value < 2**63:
+        raise ValueError(f"{name} must be above 0 and below 2**63, got {quote(value)}")
 
 
 class RMSNorm(nn.Module):
@@ -99,12 +222,12 @@ class CachePositions:
     """The rows and positions of a pass in the KV cache, for rows that do not share one int `start_pos`.
 
     Attributes:
-        start: (bsz,) int64, the position of each row's first token.
-        kv_len: number of cached positions to attend to; above the position of every token in the pass.
+        start: (bsz,) int64, the position of each row's first token. Padding behind a row's tokens may reach up to
+            `SPARE_POSITIONS` beyond max_seq_len.
+        kv_len: number of cached positions to attend to; above the position of every token that is not padding.
         rows: (bsz,) int64, the cache row of each sequence; None for the first bsz rows.
         from_zero: whether all rows start at position 0. Attention then needs only the keys of the pass itself, and is
             causal without a mask tensor.
-        last: (bsz,) int64, the index in this pass of the one token per row whose logits are returned; None for all.
         slots: (bsz * seqlen * n_local_kv_heads,) int64, where the keys of each token and head are stored in the cache
             when it is viewed as (-1, head_dim). `Transformer.forward` computes it once for all layers.
     """
@@ -113,21 +236,114 @@ class CachePositions:
     kv_len: int
     rows: Tensor | None = None
     from_zero: bool = False
-    last: Tensor | None = None
     slots: Tensor | None = None
+
+
+class KVCache(nn.Module):
+    """The keys and values of one layer: stores those of each pass, and returns those to attend to.
+
+    Attributes:
+        keys, values: (max_batch_size, n_local_kv_heads, max_seq_len + SPARE_POSITIONS, head_dim).
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, max_batch_size: int, n_local_kv_heads: int, max_seq_len: int, head_dim: int) -> None:
+        super().__init__()
+        shape = (max_batch_size, n_local_kv_heads, max_seq_len + SPARE_POSITIONS, head_dim)
+        self.register_buffer("keys", torch.zeros(shape), persistent=False)
+        self.register_buffer("values", torch.zeros(shape), persistent=False)
+
+    def forward(self, xk: Tensor, xv: Tensor, start_pos: int | CachePositions) -> tuple[Tensor, Tensor]:
+        """Stores keys and values, and returns all those up to the last stored position.
+
+        The cache is detached: gradients flow through the returned tensors.
+
+        Args:
+            xk, xv: (bsz, n_local_kv_heads, seqlen, head_dim).
+            start_pos: as in `Attention.forward`.
+
+        Returns:
+            Keys and values, each (bsz, n_local_kv_heads, kv_len, head_dim).
+        """
+        keys, values = self.keys, self.values
+        if keys.dtype != xk.dtype or keys.device != xk.device:
+            with torch.inference_mode(False):  # inference tensors could not be written to outside of inference mode
+                keys, values = self.keys, self.values = keys.to(xk), values.to(xk)
+        if isinstance(start_pos, CachePositions):
+            return self._update_rows(xk, xv, start_pos)
+        bsz, end = xk.size(0), start_pos + xk.size(2)
+        keys[:bsz, :, start_pos:end] = xk.detach()
+        values[:bsz, :, start_pos:end] = xv.detach()
+        if start_pos == 0:
+            return xk, xv
+        if xk.requires_grad or xv.requires_grad:
+            cached = (keys[:bsz, :, :start_pos], values[:bsz, :, :start_pos])
+            return torch.cat((cached[0], xk), dim=2), torch.cat((cached[1], xv), dim=2)
+        return keys[:bsz, :, :end], values[:bsz, :, :end]
+
+    def _update_rows(self, xk: Tensor, xv: Tensor, positions: CachePositions) -> tuple[Tensor, Tensor]:
+        if not positions.from_zero and (xk.requires_grad or xv.requires_grad):
+            raise RuntimeError(
+                "start_pos must be an int when gradients are required, got a position per row; pass rows with the same "
+                "start_pos, or use torch.no_grad()"
+            )
+        assert positions.slots is not None
+        for cached, new in ((self.keys, xk), (self.values, xv)):
+            vectors = new.detach().transpose(1, 2).flatten(0, 2)  # in the order of the slots: by row, token, head
+            cached.view(-1, cached.size(-1)).index_copy_(0, positions.slots, vectors)
+        if positions.from_zero:
+            return xk, xv
+        rows = slice(xk.size(0)) if positions.rows is None else positions.rows
+        return self.keys[rows, :, : positions.kv_len], self.values[rows, :, : positions.kv_len]
+
+    def slots(self, positions: Tensor, rows: Tensor | None) -> Tensor:
+        """Computes `CachePositions.slots` for the positions (bsz, seqlen) of the tokens, and the cache row of each."""
+        _, n_kv_heads, n_positions, _ = self.keys.shape
+        rows = torch.arange(positions.size(0), device=positions.device) if rows is None else rows
+        heads = (n_kv_heads * rows).view(-1, 1, 1) + torch.arange(n_kv_heads, device=positions.device)
+        return (heads * n_positions + positions.unsqueeze(-1)).flatten()
+
+    def assign(self, name: str, cache: Tensor) -> None:
+        """Copies `cache`, which has Meta's axes, into the buffer `name`: "keys" or "values".
+
+        The buffer is replaced by a new one if the number of rows, the dtype or the device differ.
+
+        Raises:
+            ValueError: another axis has the wrong size.
+        """
+        buffer = getattr(self, name)
+        current = _with_metas_axes(buffer)
+        if cache.dim() != 4 or cache.shape[1:] != current.shape[1:]:
+            sizes = ", ".join(map(str, current.shape[1:]))
+            raise ValueError(f"the cache must have shape (max_batch_size, {sizes}), got {tuple(cache.shape)}")
+        if cache.data_ptr() == current.data_ptr() and cache.stride() == current.stride():
+            return  # `self.cache_k = self.cache_k.to(x)`, as in Meta's code, with nothing to convert
+        if (len(cache), cache.dtype, cache.device) != (len(current), current.dtype, current.device):
+            with torch.inference_mode(False):
+                buffer = torch.zeros((len(cache), *buffer.shape[1:]), dtype=cache.dtype, device=cache.device)
+            setattr(self, name, buffer)
+        _with_metas_axes(buffer).copy_(cache.detach())
+
+    def extra_repr(self) -> str:
+        max_batch_size, n_kv_heads, n_positions, head_dim = self.keys.shape
+        return f"{max_batch_size}, {n_kv_heads}, {n_positions - SPARE_POSITIONS}, {head_dim}"
+
+
+def _with_metas_axes(cache: Tensor) -> Tensor:
+    """A view (max_batch_size, max_seq_len, n_local_kv_heads, head_dim) of a buffer, without the spare positions."""
+    return cache[:, :, :-SPARE_POSITIONS].transpose(1, 2)
 
 
 class Attention(nn.Module):
     """Multi-head attention; grouped-query attention (Ainslie et al., 2023) if n_kv_heads < n_heads.
 
     Attributes:
-        keys, values: the KV cache, each (max_batch_size, n_local_kv_heads, max_seq_len, head_dim).
+        cache: the KV cache.
         cache_k, cache_v: views of the KV cache with Meta's axes, (max_batch_size, max_seq_len, n_local_kv_heads,
             head_dim). An assigned tensor is copied.
     """
-
-    keys: Tensor
-    values: Tensor
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -143,9 +359,7 @@ class Attention(nn.Module):
         self.wk = column_parallel(sizes.dim, self.n_kv_heads * self.head_dim)
         self.wv = column_parallel(sizes.dim, self.n_kv_heads * self.head_dim)
         self.wo = row_parallel(self.n_heads * self.head_dim, sizes.dim)
-        cache = (sizes.max_batch_size, self.n_local_kv_heads, sizes.max_seq_len, self.head_dim)
-        self.register_buffer("keys", torch.zeros(cache), persistent=False)
-        self.register_buffer("values", torch.zeros(cache), persistent=False)
+        self.cache = KVCache(sizes.max_batch_size, self.n_local_kv_heads, sizes.max_seq_len, self.head_dim)
 
     def forward(self, x: Tensor, start_pos: int | CachePositions, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
         """Stores the keys and values of `x` in the cache, and attends to all cached positions.
@@ -163,62 +377,27 @@ class Attention(nn.Module):
         # (bsz, seqlen, n_local_heads or n_local_kv_heads, head_dim)
         xq, xk, xv = (t.unflatten(-1, (-1, self.head_dim)) for t in (xq, xk, xv))
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
-        keys, values = self.update_cache(xk.transpose(1, 2), xv.transpose(1, 2), start_pos)
-        is_causal = isinstance(start_pos, CachePositions) and start_pos.from_zero
-        heads = attend(xq.transpose(1, 2), keys, values, mask, is_causal=is_causal)
+        keys, values = self.cache(xk.transpose(1, 2), xv.transpose(1, 2), start_pos)
+        is_causal = start_pos.from_zero if isinstance(start_pos, CachePositions) else _is_causal(mask)
+        heads = attend(xq.transpose(1, 2), keys, values, None if is_causal else mask, is_causal=is_causal)
         out: Tensor = self.wo(heads.transpose(1, 2).flatten(2))
         return out
 
-    def update_cache(self, xk: Tensor, xv: Tensor, start_pos: int | CachePositions) -> tuple[Tensor, Tensor]:
-        """Stores keys and values (bsz, n_local_kv_heads, seqlen, head_dim); returns those to attend to.
-
-        The cache is detached: gradients flow through the returned tensors.
-        """
-        if self.keys.dtype != xk.dtype or self.keys.device != xk.device:
-            with torch.inference_mode(False):  # inference tensors could not be written to outside of inference mode
-                self.keys, self.values = self.keys.to(xk), self.values.to(xk)
-        if isinstance(start_pos, CachePositions):
-            return self._update_rows(xk, xv, start_pos)
-        bsz, end = xk.size(0), start_pos + xk.size(2)
-        self.keys[:bsz, :, start_pos:end] = xk.detach()
-        self.values[:bsz, :, start_pos:end] = xv.detach()
-        if start_pos == 0:
-            return xk, xv
-        if xk.requires_grad or xv.requires_grad:
-            cached = (self.keys[:bsz, :, :start_pos], self.values[:bsz, :, :start_pos])
-            return torch.cat((cached[0], xk), dim=2), torch.cat((cached[1], xv), dim=2)
-        return self.keys[:bsz, :, :end], self.values[:bsz, :, :end]
-
-    def _update_rows(self, xk: Tensor, xv: Tensor, positions: CachePositions) -> tuple[Tensor, Tensor]:
-        if not positions.from_zero and (xk.requires_grad or xv.requires_grad):
-            raise RuntimeError(
-                "start_pos must be an int when gradients are required, got a position per row; pass rows with the same "
-                "start_pos, or use torch.no_grad()"
-            )
-        assert positions.slots is not None
-        for cached, new in ((self.keys, xk), (self.values, xv)):
-            vectors = new.detach().transpose(1, 2).flatten(0, 2)  # in the order of the slots: by row, token, head
-            cached.view(-1, self.head_dim).index_copy_(0, positions.slots, vectors)
-        if positions.from_zero:
-            return xk, xv
-        rows = slice(xk.size(0)) if positions.rows is None else positions.rows
-        return self.keys[rows, :, : positions.kv_len], self.values[rows, :, : positions.kv_len]
-
     @property
     def cache_k(self) -> Tensor:
-        return self.keys.transpose(1, 2)
+        return _with_metas_axes(self.cache.keys)
 
     @cache_k.setter
     def cache_k(self, cache: Tensor) -> None:
-        self.keys = cache.transpose(1, 2).contiguous()
+        self.cache.assign("keys", cache)
 
     @property
     def cache_v(self) -> Tensor:
-        return self.values.transpose(1, 2)
+        return _with_metas_axes(self.cache.values)
 
     @cache_v.setter
     def cache_v(self, cache: Tensor) -> None:
-        self.values = cache.transpose(1, 2).contiguous()
+        self.cache.assign("values", cache)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
@@ -304,7 +483,8 @@ class Transformer(nn.Module):
 
     Attributes:
         params: the constructor's argument; its `max_batch_size` and `max_seq_len` are the size of the KV cache.
-        freqs_cis: (2 * max_seq_len, head_dim / 2) complex64, the rotation for each position.
+        freqs_cis: (2 * max_seq_len, head_dim / 2) complex64, the rotation for each position; more if that is less
+            than max_seq_len + `SPARE_POSITIONS`.
     """
 
     def __init__(self, params: ModelArgs) -> None:
@@ -320,20 +500,24 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(sizes.n_layers))
         self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.output = column_parallel(sizes.dim, sizes.vocab_size, gather_output=True)
-        # Twice max_seq_len, as in Meta's code; positions reach half of it. Not a buffer: `module.to(dtype)` would
-        # discard the imaginary parts.
-        self.freqs_cis = precompute_freqs_cis(sizes.head_dim, 2 * sizes.max_seq_len, sizes.rope_theta)
+        # Twice max_seq_len, as in Meta's code; positions reach half of it, and padding a little further. Not a buffer:
+        # `module.to(dtype)` would discard the imaginary parts.
+        end = sizes.max_seq_len + max(sizes.max_seq_len, SPARE_POSITIONS)
+        self.freqs_cis = precompute_freqs_cis(sizes.head_dim, end, sizes.rope_theta)
 
-    def forward(self, tokens: Tensor, start_pos: int | Tensor | CachePositions) -> Tensor:
+    def forward(
+        self, tokens: Tensor, start_pos: int | Tensor | CachePositions, *, last: Tensor | None = None
+    ) -> Tensor:
         """Computes the logits after each token, and stores the tokens' keys and values in the cache.
 
         Args:
             tokens: (bsz, seqlen) int64.
             start_pos: position of the first token in the cache's first bsz rows: an int, or a tensor (bsz,) int64 with
                 one per row; or a `CachePositions`. All earlier positions must be in the cache.
+            last: (bsz,) int64, the index in `tokens` of the one token per row whose logits are returned; None for all.
 
         Returns:
-            (bsz, seqlen, vocab_size) float32; (bsz, 1, vocab_size) if `CachePositions.last` is given.
+            (bsz, seqlen, vocab_size) float32; (bsz, 1, vocab_size) if `last` is given.
 
         Raises:
             ValueError: the batch or the last position exceeds the cache.
@@ -352,8 +536,8 @@ class Transformer(nn.Module):
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, mask)
         h = self.norm(h)
-        if isinstance(start_pos, CachePositions) and start_pos.last is not None:
-            h = h[torch.arange(h.size(0), device=h.device), start_pos.last].unsqueeze(1)
+        if last is not None:
+            h = h[torch.arange(h.size(0), device=h.device), last].unsqueeze(1)
         logits: Tensor = self.output(h)
         return logits.float()
 
@@ -380,21 +564,13 @@ class Transformer(nn.Module):
         self, positions: CachePositions, seqlen: int, h: Tensor
     ) -> tuple[CachePositions, Tensor, Tensor | None]:
         """Computes what all layers share in a pass with a position per row: cache slots, rotations and mask."""
-        bsz, device = h.size(0), h.device
-        pos = positions.start.unsqueeze(1) + torch.arange(seqlen, device=device)  # (bsz, seqlen)
+        pos = positions.start.unsqueeze(1) + torch.arange(seqlen, device=h.device)  # (bsz, seqlen)
         mask = None
         if not positions.from_zero:
-            hidden = torch.arange(positions.kv_len, device=device) > pos.unsqueeze(-1)
+            hidden = torch.arange(positions.kv_len, device=h.device) > pos.unsqueeze(-1)
             mask = torch.where(hidden, -math.inf, 0.0).unsqueeze(1).to(h.dtype)  # (bsz, 1, seqlen, kv_len)
-        _, n_kv_heads, max_seq_len, _ = self._attentions[0].keys.shape
-        rows = torch.arange(bsz, device=device) if positions.rows is None else positions.rows
-        heads = (n_kv_heads * rows).view(-1, 1, 1) + torch.arange(n_kv_heads, device=device)
-        slots = (heads * max_seq_len + pos.unsqueeze(-1)).flatten()
-        return replace(positions, slots=slots), self.freqs_cis[pos], mask
-
-    @property
-    def _attentions(self) -> list[Attention]:
-        return [module for module in self.modules() if isinstance(module, Attention)]
+        cache = next(module for module in self.modules() if isinstance(module, KVCache))
+        return replace(positions, slots=cache.slots(pos, positions.rows)), self.freqs_cis[pos], mask
 
     @classmethod
     def from_state(
@@ -458,7 +634,7 @@ def takes_cache_positions(model: Any) -> bool:
     return _runs(model, whole) and all(_runs(x, block) and _runs(x.attention, attention) for x in model.layers)
 
 
-def _runs(module: Any, forward: Callable[..., Tensor]) -> bool:
+def _runs(module: Any, forward: Callable[..., object]) -> bool:
     """Whether calling the module runs exactly the function `forward`."""
     is_original = getattr(type(module), "forward", None) is forward and "forward" not in vars(module)
     return is_original and module._compiled_call_impl is None
@@ -466,5 +642,15 @@ def _runs(module: Any, forward: Callable[..., Tensor]) -> bool:
 
 def _causal_mask(seqlen: int, start_pos: int, h: Tensor) -> Tensor:
     """A mask (seqlen, start_pos + seqlen) in the dtype of h: 0 up to each token's own position, -inf after it."""
-    positions = torch.arange(start_pos + seqlen, device=h.device)
-    return torch.where(positions > positions[start_pos:].unsqueeze(1), -math.inf, 0.0).to(h.dtype)
+    with torch.inference_mode(False):  # inference tensors do not count their edits
+        positions = torch.arange(start_pos + seqlen, device=h.device)
+        mask = torch.where(positions > positions[start_pos:].unsqueeze(1), -math.inf, 0.0).to(h.dtype)
+    if start_pos == 0 and not torch.compiler.is_compiling():
+        mask.unedited = id(mask), mask._version  # type: ignore[attr-defined]
+    return mask
+
+
+def _is_causal(mask: Tensor | None) -> bool:
+    """Whether a mask is that of `_causal_mask` from position 0, unedited: kernels for causal attention are faster."""
+    unedited = getattr(mask, "unedited", None)
+    return mask is not None and unedited is not None and unedited[0] == id(mask) and unedited[1] == mask._version

@@ -19,7 +19,7 @@ EXPORTED = {
     "Dialog": "chat.py",
     "Llama": "generation.py",
     "Message": "chat.py",
-    "ModelArgs": "args.py",
+    "ModelArgs": "model.py",
     "Tokenizer": "tokenizer.py",
     "Transformer": "model.py",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
@@ -18,6 +19,7 @@ from llama.distributed.groups import init_process_groups
 from llama.layers.kernels import can_pack
 from llama.layers.linear import packable_layers
 from llama.model import (
+    SPARE_POSITIONS,
     Attention,
     CachePositions,
     FeedForward,
@@ -97,8 +99,8 @@ def model(state: oracle.State) -> Transformer:
     """Its cache is full of what an earlier call left: noise that must never be attended to."""
     model = make(GROUPED, state)
     for attention in attentions(model):
-        attention.keys.normal_(std=100.0)
-        attention.values.normal_(std=100.0)
+        attention.cache.keys.normal_(std=100.0)
+        attention.cache.values.normal_(std=100.0)
     return model
 
 
@@ -143,8 +145,8 @@ def test_cached_logits_equal_uncached_ones(variant: str, chunks: list[int], as_t
     state, tokens = random_state(params), random_tokens(3, MAX_SEQ_LEN, seed=1)
     model = make(params, state)
     for attention in attentions(model):  # as an earlier call might leave it
-        attention.keys.fill_(100.0)
-        attention.values.fill_(100.0)
+        attention.cache.keys.fill_(100.0)
+        attention.cache.values.fill_(100.0)
     got, start = [], 0
     for length in chunks:
         start_pos = torch.full((3,), start) if as_tensor else start
@@ -174,27 +176,27 @@ def test_rows_go_on_from_their_own_positions(model: Transformer, state: oracle.S
 
 
 def test_a_smaller_batch_uses_the_first_rows_alone(model: Transformer, state: oracle.State) -> None:
-    before = [attention.keys[2:].clone() for attention in attentions(model)]
+    before = [attention.cache.keys[2:].clone() for attention in attentions(model)]
     tokens = random_tokens(2, 10)
     model.forward(tokens[:, :6], 0)
     close(model.forward(tokens[:, 6:], 6), oracle.logits(state, GROUPED, tokens)[:, 6:])
-    assert all(torch.equal(a.keys[2:], old) for a, old in zip(attentions(model), before, strict=True))
+    assert all(torch.equal(a.cache.keys[2:], old) for a, old in zip(attentions(model), before, strict=True))
 
 
-def positions(start: int, seqlen: int, rows: list[int], **options: Any) -> CachePositions:
+def positions(start: int, seqlen: int, rows: list[int]) -> CachePositions:
     return CachePositions(
-        torch.full((len(rows),), start), kv_len=start + seqlen, rows=torch.tensor(rows), from_zero=start == 0, **options
+        torch.full((len(rows),), start), kv_len=start + seqlen, rows=torch.tensor(rows), from_zero=start == 0
     )
 
 
 def test_a_pass_over_named_rows_leaves_the_others_as_they_are(model: Transformer, state: oracle.State) -> None:
     tokens = random_tokens(4, 8, seed=3)
     model.forward(tokens, 0)
-    kept = [(a.keys[[0, 2]].clone(), a.values[[0, 2]].clone()) for a in attentions(model)]
+    kept = [(a.cache.keys[[0, 2]].clone(), a.cache.values[[0, 2]].clone()) for a in attentions(model)]
     fresh = random_tokens(2, 8, seed=4)
     close(model.forward(fresh, positions(0, 8, [3, 1])), oracle.logits(state, GROUPED, fresh))
     for attention, (k, v) in zip(attentions(model), kept, strict=True):
-        assert torch.equal(attention.keys[[0, 2]], k) and torch.equal(attention.values[[0, 2]], v)
+        assert torch.equal(attention.cache.keys[[0, 2]], k) and torch.equal(attention.cache.values[[0, 2]], v)
     step = random_tokens(4, 2, seed=5)
     texts = torch.cat([torch.stack([tokens[0], fresh[1], tokens[2], fresh[0]]), step], dim=1)
     close(model.forward(step, 8), oracle.logits(state, GROUPED, texts)[:, 8:])
@@ -216,29 +218,51 @@ def test_a_pass_may_look_at_more_positions_than_are_filled(
     close(got[:, 0], oracle.logits(state, GROUPED, tokens)[torch.arange(3), starts])
 
 
+@pytest.mark.parametrize("as_int", [True, False], ids=["int", "rows"])
 @pytest.mark.parametrize("start", [0, 5])
-def test_only_the_wanted_position_of_each_row_is_projected(model: Transformer, state: oracle.State, start: int) -> None:
+def test_only_the_wanted_position_of_each_row_is_projected(
+    model: Transformer, state: oracle.State, start: int, as_int: bool
+) -> None:
     projected: list[torch.Size] = []
     model.output.register_forward_pre_hook(lambda module, args: projected.append(args[0].shape))
     tokens = random_tokens(3, start + 6)
     if start:
         model.forward(tokens[:, :start], 0)
     last = torch.tensor([5, 0, 3])
-    got = model.forward(tokens[:, start:], positions(start, 6, [0, 1, 2], last=last))
+    got = model.forward(tokens[:, start:], start if as_int else positions(start, 6, [0, 1, 2]), last=last)
     assert got.shape == (3, 1, 80) and projected[-1] == (3, 1, 48)
     close(got[:, 0], oracle.logits(state, GROUPED, tokens)[torch.arange(3), start + last])
 
 
+@pytest.mark.parametrize("max_seq_len", [2, 5, MAX_SEQ_LEN])
+def test_padding_may_reach_into_the_spare_positions(state: oracle.State, max_seq_len: int) -> None:
+    """A row that is all but full stands beside a wide one, and beside a padding row; no other row is written to."""
+    model = make(GROUPED, state, max_seq_len=max_seq_len)
+    tokens, end = random_tokens(3, max_seq_len, seed=6), max_seq_len - 1
+    full = oracle.logits(state, GROUPED, tokens)
+    model(tokens[:, :end], 0)
+    before = [attention.cache_k[1:, :].clone() for attention in attentions(model)]
+    starts = torch.tensor([end, max_seq_len])  # the second row is padding alone
+    wide = torch.cat([tokens[:2, end:], torch.zeros((2, SPARE_POSITIONS - 1), dtype=torch.int64)], dim=1)
+    got = model(wide, CachePositions(starts, kv_len=max_seq_len), last=torch.tensor([0, 0]))
+    close(got[0, 0], full[0, end])
+    for attention, kept in zip(attentions(model), before, strict=True):
+        assert torch.equal(attention.cache_k[1:], kept)
+    got = model(tokens[1:, end:], CachePositions(torch.tensor([end, end]), max_seq_len, torch.tensor([1, 2])))
+    close(got[:, 0], full[1:, end])
+
+
 def test_the_cache_is_allocated_once_at_its_full_size(model: Transformer) -> None:
     def places() -> list[int]:
-        return [buffer.data_ptr() for a in attentions(model) for buffer in (a.keys, a.values)]
+        return [buffer.data_ptr() for a in attentions(model) for buffer in (a.cache.keys, a.cache.values)]
 
     before = places()
     model.forward(random_tokens(4, 9), 0)
     model.forward(random_tokens(4, 1), torch.tensor([9, 3, 9, 1]))
     assert places() == before
     for attention in attentions(model):
-        assert attention.keys.shape == attention.values.shape == (MAX_BATCH_SIZE, 2, MAX_SEQ_LEN, 8)
+        shape = (MAX_BATCH_SIZE, 2, MAX_SEQ_LEN + SPARE_POSITIONS, 8)
+        assert attention.cache.keys.shape == attention.cache.values.shape == shape
 
 
 def test_the_cache_with_metas_axes_is_a_view_that_can_be_written_to_and_assigned(
@@ -249,16 +273,79 @@ def test_the_cache_with_metas_axes_is_a_view_that_can_be_written_to_and_assigned
     expected = oracle.logits(state, GROUPED, tokens)[:, 9:]
     for attention in attentions(model):
         assert attention.cache_k.shape == attention.cache_v.shape == (MAX_BATCH_SIZE, MAX_SEQ_LEN, 2, 8)
-        assert torch.equal(attention.cache_k[1, 4, 0], attention.keys[1, 0, 4])
+        assert torch.equal(attention.cache_k[1, 4, 0], attention.cache.keys[1, 0, 4])
         held = attention.cache_k.clone(memory_format=torch.contiguous_format), attention.cache_v.contiguous()
         attention.cache_k.zero_()
         attention.cache_v = torch.zeros_like(held[1])
-        assert not attention.keys.any() and not attention.values.any()
+        assert not attention.cache_k.any() and not attention.cache_v.any()
         attention.cache_k, attention.cache_v = held
     close(model.forward(tokens[:, 9:], 9), expected)
     changed = tokens.index_fill(1, torch.tensor([8]), 0)  # what is stored goes into what was assigned
     model.forward(changed[:, 8:9], torch.tensor([8, 8]))
     close(model.forward(changed[:, 9:], torch.tensor([9, 9])), oracle.logits(state, GROUPED, changed)[:, 9:])
+
+
+def test_an_assigned_cache_is_a_copy(model: Transformer) -> None:
+    """Two layers never share one cache: what one of them stores would be what the other attends to."""
+    first, second = attentions(model)
+    second.cache_k, second.cache_v = first.cache_k, first.cache_v
+    held = second.cache.keys.data_ptr()
+    assert torch.equal(second.cache_k, first.cache_k) and torch.equal(second.cache_v, first.cache_v)
+    first.cache_k.zero_()
+    assert second.cache_k.any() and held != first.cache.keys.data_ptr()
+    with torch.inference_mode():
+        second.cache_k = torch.ones(2, MAX_SEQ_LEN, 2, 8).bfloat16()  # other rows, another dtype: another buffer
+    assert second.cache.keys.dtype == torch.bfloat16 and len(second.cache.keys) == 2
+    second.cache_k[:] = 0.0
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, MAX_SEQ_LEN - 1, 2, 8), (4, MAX_SEQ_LEN, 1, 8), (4, 2, MAX_SEQ_LEN, 8), (4, 384)]
+)
+def test_a_cache_of_another_shape_is_refused(model: Transformer, shape: tuple[int, ...]) -> None:
+    before = attentions(model)[0].cache_v.clone()
+    with pytest.raises(ValueError, match=r"the cache must have shape \(max_batch_size, 24, 2, 8\), got \("):
+        attentions(model)[0].cache_v = torch.zeros(shape)
+    assert torch.equal(attentions(model)[0].cache_v, before)
+
+
+def test_the_cache_is_called_in_every_pass(model: Transformer, state: oracle.State) -> None:
+    calls: list[Any] = []
+    for attention in attentions(model):
+        attention.cache.register_forward_hook(lambda module, args, out: calls.append(args[2]))
+    tokens = random_tokens(2, 7)
+    model(tokens[:, :6], 0)
+    model(tokens[:, 6:], 6)
+    model(tokens[:1, 6:], torch.tensor([6, 6])[:1])
+    assert calls == [0, 0, 6, 6, 6, 6]
+    zero_values = lambda module, args, out: (out[0], torch.zeros_like(out[1]))  # noqa: E731
+    handle = attentions(model)[0].cache.register_forward_hook(zero_values)
+    assert not torch.allclose(model(tokens, 0), oracle.logits(state, GROUPED, tokens), atol=1e-2)
+    handle.remove()
+    close(model(tokens, 0), oracle.logits(state, GROUPED, tokens))
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference mode"])
+@pytest.mark.parametrize("edit", ["replaced", "in place", "in place in a view", "deep copy"])
+def test_a_mask_that_a_hook_changes_counts(model: Transformer, state: oracle.State, edit: str, inference: bool) -> None:
+    """Also at position 0, where the network's own mask, unedited, is left to a kernel for causal attention."""
+    tokens = random_tokens(1, 9)
+    others = tokens.index_fill(1, torch.tensor([1]), int(tokens[0, 1]) // 2)
+
+    def hide_position_1(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x, start_pos, freqs_cis, mask = args
+        mask = {"replaced": mask.clone, "deep copy": lambda: copy.deepcopy(mask)}.get(edit, lambda: mask)()
+        if edit == "in place in a view":
+            mask[2:][:, 1] = -math.inf
+        else:
+            mask[2:, 1] = -math.inf
+        return None if edit.startswith("in place") else (x, start_pos, freqs_cis, mask)
+
+    with torch.inference_mode(inference):
+        close(model(tokens, 0), oracle.logits(state, GROUPED, tokens))
+        for layer in model.layers:
+            layer.register_forward_pre_hook(hide_position_1)
+        close(model(tokens, 0)[:, 2:], model(others, 0)[:, 2:])
 
 
 @pytest.mark.parametrize(
@@ -349,7 +436,7 @@ def test_from_state_makes_an_empty_cache_in_the_dtype_asked_for(state: oracle.St
     model = make(GROUPED, state, torch.bfloat16)
     assert {buffer.dtype for buffer in model.buffers()} == {torch.bfloat16}
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
-    assert all(not attention.keys.any() and not attention.values.any() for attention in attentions(model))
+    assert all(not attention.cache.keys.any() and not attention.cache.values.any() for attention in attentions(model))
 
 
 def test_weights_load_without_gradients_and_in_eval_mode(model: Transformer) -> None:

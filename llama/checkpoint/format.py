@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.errors import first_few, first_line, quote
+from llama.model import ModelArgs
 
 # The axis along which each tensor is split over the files; None: every file has the whole of it.
 _LAYER_SHARD_DIMS: dict[str, int | None] = {

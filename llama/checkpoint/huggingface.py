@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoint.format import read_json_object
 from llama.checkpoint.reading import page_release, read_shard
 from llama.checkpoint.writing import SAFETENSORS_DTYPES

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoint.format import is_linear, stored_quantize, tensor_shapes
 from llama.checkpoint.memory import available_memory, check_memory, out_of_memory_explained, plan_memory
 from llama.checkpoint.reading import VocabularyError, find_shards, list_shards, load_shard, model_args, page_release
@@ -23,7 +22,7 @@ from llama.errors import quote
 from llama.layers.int4 import GROUP, OUTPUTS, Int4Weight, can_quantize_int4, measure_int4, suits_int4
 from llama.layers.kernels import Kernels, can_pack, can_quantize, measure_kernels
 from llama.layers.linear import QUANTIZED_FORMS, packable_layers
-from llama.model import Transformer
+from llama.model import ModelArgs, Transformer
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

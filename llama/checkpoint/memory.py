@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llama.args import ModelArgs
+from llama.model import SPARE_POSITIONS, ModelArgs
 
 GIB = 1024**3
 _CGROUP_FILES = (  # (limit, usage) of the container that this process may run in: version 2, version 1
@@ -49,7 +49,7 @@ def plan_memory(
         weights=_weight_bytes(args, model_parallel_size, size, quantize),
         kv_cache=size
         * (2 * args.n_layers * (args.kv_heads // model_parallel_size) * args.head_dim)
-        * (args.max_batch_size * args.max_seq_len),
+        * (args.max_batch_size * (args.max_seq_len + SPARE_POSITIONS)),
         activations=_activation_bytes(args, model_parallel_size, size, quantize),
     )
 

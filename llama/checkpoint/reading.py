@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoint.archive import ArchiveError, check_pickles, count_records, is_archive
 from llama.checkpoint.format import KNOWN_EXTRA, read_params, stored_dtypes, tensor_shapes
 from llama.errors import first_few, first_line, printable, quote
+from llama.model import ModelArgs
 
 
 class VocabularyError(ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama.args import ModelArgs
+from llama.model import ModelArgs
 
 TRAINED_SEQ_LEN = 4096  # positions that Llama 2 was trained for
 _CODE_LLAMA_SEQ_LEN, _CODE_LLAMA_THETA = 16384, 1e6

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoint.memory import out_of_memory_explained
 from llama.distributed import groups
 from llama.distributed.device import default_generator

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 # longer. On CUDA, with this tuning it computes products of a single row by kernels of its own, which read faster.
 _OPTIONS = {"size_asserts": False, "nan_asserts": False, "cpp.min_chunk_size": 16384}
 _CUDA_OPTIONS = {"size_asserts": False, "nan_asserts": False, "coordinate_descent_tuning": True}
-_CACHES = ("attention.keys", "attention.values")
+_CACHES = ("attention.cache.keys", "attention.cache.values")
 _Graph = Callable[..., Sequence[Tensor]]
 
 
@@ -166,7 +166,7 @@ def _compile_block(model: Transformer, *, several_rows: bool) -> _Graph:
     assert isinstance(block, TransformerBlock)
     inputs = _inputs(block)
 
-    on_cuda = block.attention.keys.device.type == "cuda"
+    on_cuda = block.attention.cache.keys.device.type == "cuda"
 
     def run(x: Tensor, slots: Tensor, rotations: Tensor, mask: Tensor, *tensors: Tensor) -> tuple[Tensor]:
         traceable = _traceable(block, dict(zip(inputs, tensors, strict=True)))
@@ -207,7 +207,7 @@ def _example_step(fake: FakeTensorMode, block: TransformerBlock, *, several_rows
         context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         return fake.from_tensor(torch.empty(most - 1, device="meta"), symbolic_context=context).size(0)
 
-    attention, keys = block.attention, block.attention.keys
+    attention, keys = block.attention, block.attention.cache.keys
     bsz = any_size(keys.size(0)) if several_rows else 1
     kv_len = any_size(keys.size(2))
     with fake, torch.device(keys.device):
@@ -280,7 +280,7 @@ def _traceable(block: TransformerBlock, tensors: dict[str, Tensor]) -> nn.Module
         elif f"{name}.int4.packed" in tensors:
             int4 = Int4Weight(*(tensors[f"{name}.int4.{part.name}"] for part in fields(Int4Weight)))
             layer.linear = partial(_int4_linear, weight=int4, kernels=layer.kernels)
-        elif hasattr(layer, "kernels") and layer.weight.dtype == block.attention.keys.dtype:
+        elif hasattr(layer, "kernels") and layer.weight.dtype == block.attention.cache.keys.dtype:
             layer.linear = partial(_plain_linear, weight=layer.weight)
     return traceable
 

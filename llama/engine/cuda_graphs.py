@@ -124,12 +124,11 @@ class StaticStepper:
 
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         (n_rows, width), params = tokens.shape, self._model.params
-        # Padding rows write to the last positions of the following rows, which are free or not yet prefilled that far.
         bsz = min(_next_power_of_two(n_rows), params.max_batch_size)
         kv_len = min(_round_up(max(lengths) + width, KV_BUCKET), params.max_seq_len)
         self._tokens[: tokens.numel()].copy_(tokens.flatten())
         self._positions[:bsz].copy_(
-            to_device([*lengths, *[params.max_seq_len - width] * (bsz - n_rows)], tokens.device)
+            to_device([*lengths, *[params.max_seq_len] * (bsz - n_rows)], tokens.device)  # spare positions for padding
         )
         sizes = bsz, width, kv_len
         if sizes not in self._steps:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.distributed.device import to_device
 from llama.engine.cuda_graphs import PlainStepper, Stepper
 from llama.engine.lock import lock_of
-from llama.model import CachePositions, takes_cache_positions
+from llama.model import CachePositions, ModelArgs, takes_cache_positions
 
 # Fixed cost of a prefill pass, in positions: reading the weights and, on a GPU, launching kernels.
 PASS_COST = {"cpu": 32}
@@ -54,9 +53,17 @@ class ModelRunner:
         """Equal for runners of one network that do the same."""
         return self.one_position, self._given, self.device, self.max_batch_size, self.max_seq_len
 
-    def run(self, tokens: Tensor, start_pos: int | CachePositions) -> Tensor:
-        """Runs one pass; returns the logits (bsz, seqlen or 1, vocab) float32."""
-        logits: Tensor = self._call(tokens, start_pos)
+    def run(self, tokens: Tensor, start_pos: int | CachePositions, last: Sequence[int] | None = None) -> Tensor:
+        """Runs one pass; returns the logits (bsz, seqlen, vocab) float32.
+
+        Args:
+            last: the index in `tokens` of the one token per row whose logits are returned; None for all. For networks
+                that accept `CachePositions`.
+        """
+        if last is None or tokens.size(1) == 1:
+            logits: Tensor = self._call(tokens, start_pos)
+        else:
+            logits = self._call(tokens, start_pos, last=to_device(last, tokens.device))
         self._note_cache()
         return logits.float()
 
@@ -77,14 +84,15 @@ class ModelRunner:
         padded = self.pad(tokens)
         if self.one_position:  # all rows have as many tokens
             return self.run(padded, starts[0])[:, -1]
-        positions = CachePositions(
-            start=to_device(starts, self.device),
-            kv_len=max(start + len(row) for start, row in zip(starts, tokens, strict=True)),
-            rows=to_device(rows, self.device),
-            from_zero=not any(starts),
-            last=to_device([len(row) - 1 for row in tokens], self.device),
-        )
-        return self.run(padded, positions)[:, 0]
+        start_pos: int | CachePositions = starts[0]
+        if len(set(starts)) > 1 or list(rows) != list(range(len(rows))):
+            start_pos = CachePositions(
+                start=to_device(starts, self.device),
+                kv_len=max(start + len(row) for start, row in zip(starts, tokens, strict=True)),
+                rows=to_device(rows, self.device),
+                from_zero=not any(starts),
+            )
+        return self.run(padded, start_pos, [len(row) - 1 for row in tokens])[:, 0]
 
     def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Feeds tokens (bsz, width) to the first bsz rows of the cache, which already hold `lengths` tokens.
@@ -164,9 +172,10 @@ class ModelRunner:
     def _cache_state(self) -> list[object]:
         """A value that changes whenever the KV cache is written to or replaced."""
         if self.one_position:  # may be any network: look for caches in all of its modules
-            caches = _caches(self.model)
-            return [(k.data_ptr(), None if k.is_inference() else k._version) for k in caches]
-        caches = [cache for layer in self.model.layers for cache in (layer.attention.keys, layer.attention.values)]
+            return [(k.data_ptr(), None if k.is_inference() else k._version) for k in _caches(self.model)]
+        caches: list[Tensor] = []
+        for layer in self.model.layers:
+            caches += (layer.attention.cache.keys, layer.attention.cache.values)
         return [(id(cache), None if cache.is_inference() else cache._version) for cache in caches]
 
 

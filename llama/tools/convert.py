@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoint.chat_format import CHAT_FORMAT_FILE, copy_chat_format
 from llama.checkpoint.format import split_tensor, tensor_shapes
 from llama.checkpoint.huggingface import (
@@ -37,6 +36,7 @@ from llama.checkpoint.sharded import ShardedCheckpoint, same_bits
 from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors, staged_folder
 from llama.distributed.device import DTYPES
 from llama.errors import printable, quote
+from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run
 from llama.tools.progress import Progress

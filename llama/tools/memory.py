@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from llama.args import ModelArgs
 from llama.checkpoint.format import stored_quantize
 from llama.checkpoint.memory import GIB, MemoryPlan, largest, plan_memory
 from llama.checkpoint.reading import list_shards, network_args, read_shard
@@ -19,6 +18,7 @@ from llama.checkpoint.sharded import ShardedCheckpoint
 from llama.distributed.device import DTYPES
 from llama.errors import quote
 from llama.layers.linear import QUANTIZED_FORMS
+from llama.model import ModelArgs
 from llama.tools.commandline import run
 
 _UNITS = {"GiB": GIB, "G": GIB, "GB": 10**9, "MiB": 1024**2, "M": 1024**2, "MB": 10**6}

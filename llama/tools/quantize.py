@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoint.format import STORED_FORMS, is_linear, read_json_object, scales_of, stored_quantize, tensor_shapes
 from llama.checkpoint.reading import list_shards, load_shard, page_release
 from llama.checkpoint.sharded import ShardedCheckpoint
 from llama.checkpoint.writing import TensorFile, lay_out_pth, staged_folder
 from llama.errors import quote
 from llama.layers.kernels import quantize_values
+from llama.model import ModelArgs
 from llama.tools.commandline import run
 from llama.tools.progress import Progress
 from llama.tools.reshard import check_places

@@ -14,7 +14,7 @@ from llama import Llama, ModelArgs
 from llama.checkpoint.format import read_params, tensor_shapes
 from llama.checkpoint.reading import model_args
 from tests.support import oracle
-from tests.test_args import RELEASED
+from tests.test_model_args import RELEASED
 
 
 def write_params(folder: Path, params: object) -> Path:

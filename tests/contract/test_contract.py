@@ -1103,7 +1103,9 @@ def test_a_moved_weight_or_another_module_is_captured_anew(make: Callable[[str],
         lambda: _assign_parameter(built.model.output),
         lambda: setattr(built.model, "output", copy.deepcopy(built.model.output)),
         lambda: built.model.to(torch.float64),
-        lambda: setattr(built.model.layers[0].attention, "cache_k", built.model.layers[0].attention.cache_k.clone()),
+        lambda: setattr(
+            built.model.layers[0].attention.cache, "keys", built.model.layers[0].attention.cache.keys.clone()
+        ),
     ):
         replayed(built)
         captured = stepper.n_captured

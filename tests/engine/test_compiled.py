@@ -120,7 +120,7 @@ def test_what_is_compiled_serves_any_number_of_rows_and_positions(
 def test_the_cache_is_written_in_place(compiled: tuple[Transformer, CompiledStepper]) -> None:
     """A step stores its keys and values at its own positions, and nothing else."""
     model, stepper = compiled
-    caches = [cache for layer in model.layers for cache in (layer.attention.keys, layer.attention.values)]
+    caches = [cache for layer in model.layers for cache in (layer.attention.cache.keys, layer.attention.cache.values)]
     logits(model, PlainStepper(model), [7, 8], [6, 2])
     expected = [cache.clone() for cache in caches]
     for cache in caches:
@@ -243,7 +243,7 @@ def test_what_is_changed_counts(change: str, caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.usefixtures("_uncompiled")
-@pytest.mark.parametrize("where", ["FeedForward.forward", "Attention.update_cache", "attend"])
+@pytest.mark.parametrize("where", ["FeedForward.forward", "KVCache.forward", "attend"])
 def test_patched_code_counts(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a class or in the network's module."""
     model = make()

@@ -18,7 +18,7 @@ from llama.engine import cuda_graphs as stepping
 from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper, choose_stepper
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import TokenResult
-from llama.model import CachePositions
+from llama.model import SPARE_POSITIONS, CachePositions
 from tests.support import oracle
 from tests.support.ranks import run_ranks
 from tests.support.steps import decode
@@ -46,8 +46,8 @@ def make(max_batch_size: int, seed: int = 3) -> Transformer:
     args = ModelArgs(**PARAMS, max_batch_size=max_batch_size, max_seq_len=MAX_SEQ_LEN)
     model = Transformer.from_state(args, oracle.random_state(PARAMS, seed=seed), cache_dtype=torch.float32)
     for layer in model.layers:
-        layer.attention.keys.fill_(100.0)
-        layer.attention.values.fill_(100.0)
+        layer.attention.cache.keys.fill_(100.0)
+        layer.attention.cache.values.fill_(100.0)
     return model
 
 
@@ -127,19 +127,19 @@ def test_sizes_are_padded_so_that_few_graphs_serve() -> None:
 
 
 def test_padding_leaves_the_running_rows_alone() -> None:
-    """Three rows run as four: the fourth's last position may change, nothing else."""
+    """Three rows run as four: the fourth's padding is stored in its spare positions."""
     model = make(4)
     stepper = StaticStepper(model, graphs=False)
     prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     expected = model.forward(prompts, 0)
-    caches = [cache for layer in model.layers for cache in (layer.attention.keys, layer.attention.values)]
+    caches = [cache for layer in model.layers for cache in (layer.attention.cache.keys, layer.attention.cache.values)]
     before = [cache.clone() for cache in caches]
     with torch.inference_mode():
         logits = stepper(prompts[:, 2:], [2, 2, 2])[:, 0]
     torch.testing.assert_close(logits, expected[:, 2])
     for now, then in zip(caches, before, strict=True):
         torch.testing.assert_close(now[:3], then[:3])
-        assert torch.equal(now[3, :, :-1], then[3, :, :-1])
+        assert torch.equal(now[3, :, :-SPARE_POSITIONS], then[3, :, :-SPARE_POSITIONS])
 
 
 def test_a_capture_that_fails_is_said_once_and_makes_no_difference(caplog: pytest.LogCaptureFixture) -> None:
@@ -241,6 +241,10 @@ def _assign_a_parameter(model: Transformer) -> None:
     model.norm.weight = torch.nn.Parameter(model.norm.weight.detach().clone())
 
 
+def _move_a_cache(model: Transformer) -> None:
+    model.layers[0].attention.cache.keys = model.layers[0].attention.cache.keys.clone()
+
+
 def _assign_a_cache(model: Transformer) -> None:
     model.layers[0].attention.cache_k = model.layers[0].attention.cache_k.clone()
 
@@ -254,7 +258,8 @@ CHANGES: dict[str, tuple[Callable[[Transformer], object], bool]] = {
     "a module replaced": (_replace_a_module, False),
     "a weight's memory": (_move_memory, False),
     "a Parameter assigned": (_assign_a_parameter, False),
-    "a cache assigned": (_assign_a_cache, False),
+    "a cache assigned": (_assign_a_cache, True),
+    "a cache in other memory": (_move_a_cache, False),
     "another dtype": (lambda model: model.bfloat16(), False),
 }
 

@@ -52,8 +52,8 @@ def make(state: oracle.State) -> Callable[..., Transformer]:
         args = ModelArgs(**PARAMS, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
         model = Transformer.from_state(args, state, cache_dtype=torch.float32)
         for layer in model.layers:
-            layer.attention.keys.fill_(100.0)
-            layer.attention.values.fill_(100.0)
+            layer.attention.cache.keys.fill_(100.0)
+            layer.attention.cache.values.fill_(100.0)
         return model
 
     return make

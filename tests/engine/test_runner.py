@@ -47,8 +47,8 @@ def model(state: oracle.State) -> Transformer:
     args = ModelArgs(**PARAMS, max_batch_size=MAX_BATCH_SIZE, max_seq_len=MAX_SEQ_LEN)
     model = Transformer.from_state(args, dict(state))
     for layer in model.layers:
-        layer.attention.keys.fill_(100.0)
-        layer.attention.values.fill_(100.0)
+        layer.attention.cache.keys.fill_(100.0)
+        layer.attention.cache.values.fill_(100.0)
     return model
 
 
@@ -120,7 +120,7 @@ def test_a_copied_row_goes_on_in_its_new_place(model: Transformer, state: oracle
     runner = ModelRunner(model)
     texts = random_prompts(random.Random(0), 3, 8)
     runner.prefill(texts, [0, 1, 2])
-    keys = [layer.attention.keys for layer in model.layers]
+    keys = [layer.attention.cache.keys for layer in model.layers]
     kept = [k[0, :, len(texts[2]) :].clone() for k in keys], [k[1:].clone() for k in keys]
     runner.copy_row(2, 0, len(texts[2]))
     assert not runner.has_lost_cache()
@@ -250,10 +250,10 @@ def test_rows_of_a_lost_cache_are_not_moved(model: Transformer) -> None:
     mine, other = ModelRunner(model), ModelRunner(model)
     mine.prefill([[1, 2], [3, 4]], [0, 1])
     other.prefill([[5, 6], [7, 8]], [0, 1])
-    keys = [layer.attention.keys.clone() for layer in model.layers]
+    keys = [layer.attention.cache.keys.clone() for layer in model.layers]
     mine.copy_row(1, 0, 2)
     mine.swap_rows(1, 0, 2)
-    assert all(torch.equal(layer.attention.keys, k) for layer, k in zip(model.layers, keys, strict=True))
+    assert all(torch.equal(layer.attention.cache.keys, k) for layer, k in zip(model.layers, keys, strict=True))
     assert mine.has_lost_cache() and not other.has_lost_cache()
 
 
