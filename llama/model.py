@@ -621,17 +621,19 @@ class Transformer(nn.Module):
 
 
 # The original functions, to detect patched classes as well as patched instances.
-_FORWARDS = (Transformer.forward, TransformerBlock.forward, Attention.forward)
+_FORWARDS = (Transformer.forward, TransformerBlock.forward, Attention.forward, KVCache.forward)
 
 
 def takes_cache_positions(model: Any) -> bool:
     """Whether `model` is a `Transformer` that accepts `CachePositions`.
 
-    False if the model, a block or an attention was replaced, or its `forward` was patched, overridden or compiled: such
-    code may support only Meta's int `start_pos`.
+    False if the model, a block, an attention or a KV cache was replaced, or its `forward` was patched, overridden or
+    compiled: such code may support only Meta's int `start_pos`.
     """
-    whole, block, attention = _FORWARDS
-    return _runs(model, whole) and all(_runs(x, block) and _runs(x.attention, attention) for x in model.layers)
+    whole, block, attention, cache = _FORWARDS
+    return _runs(model, whole) and all(
+        _runs(x, block) and _runs(x.attention, attention) and _runs(x.attention.cache, cache) for x in model.layers
+    )
 
 
 def _runs(module: Any, forward: Callable[..., object]) -> bool:
@@ -644,7 +646,8 @@ def _causal_mask(seqlen: int, start_pos: int, h: Tensor) -> Tensor:
     """A mask (seqlen, start_pos + seqlen) in the dtype of h: 0 up to each token's own position, -inf after it."""
     with torch.inference_mode(False):  # inference tensors do not count their edits
         positions = torch.arange(start_pos + seqlen, device=h.device)
-        mask = torch.where(positions > positions[start_pos:].unsqueeze(1), -math.inf, 0.0).to(h.dtype)
+        visible = positions <= positions[start_pos:].unsqueeze(1)
+        mask = torch.full(visible.shape, -math.inf, dtype=h.dtype, device=h.device).masked_fill_(visible, 0.0)
     if start_pos == 0 and not torch.compiler.is_compiling():
         mask.unedited = id(mask), mask._version  # type: ignore[attr-defined]
     return mask

@@ -267,12 +267,12 @@ def test_the_checkpoint_is_mapped_not_read(build: Build, checkpoint: Path) -> No
 
 
 def test_what_cannot_fit_is_said_in_parts_with_what_to_lower(build: Build) -> None:
-    """KV cache bytes = 2 * n_layers * n_kv_heads * head_dim * bytes * max_batch_size * max_seq_len."""
+    """KV cache bytes = 2 * n_layers * n_kv_heads * head_dim * bytes * max_batch_size * (max_seq_len + 16)."""
     rows = 10**9
     with pytest.raises(MemoryError) as error:
         build(max_batch_size=rows)
     text = str(error.value)
-    kv_cache = 2 * 3 * 4 * 8 * 4 * rows * MAX_SEQ_LEN / 2**30
+    kv_cache = 2 * 3 * 4 * 8 * 4 * rows * (MAX_SEQ_LEN + 16) / 2**30
     assert re.search(rf"KV cache +{kv_cache:.2f} GiB", text)
     assert re.search(r"weights +0\.00 GiB", text)
     advised = re.search(r"lower max_batch_size to (\d+)", text)

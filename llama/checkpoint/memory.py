@@ -86,7 +86,8 @@ def _activation_bytes(args: ModelArgs, model_parallel_size: int, size: int, quan
     feed_forward = 3 * args.hidden_dim // model_parallel_size * size  # w1 x, silu of it, w3 x
     if quantize is not None:  # the input of w2, twice in float32 and once as int8, its output in float32
         feed_forward = max(feed_forward, args.hidden_dim // model_parallel_size * (size + 10)) + args.dim * 8
-    prefill = args.prefill_tokens * (residual_and_norm + max(attention, feed_forward))
+    mask = args.max_seq_len * size
+    prefill = args.prefill_tokens * (residual_and_norm + max(attention, feed_forward) + mask)
     sampling = 15 * args.max_batch_size * args.vocab_size * 4  # logits, probabilities, order, random numbers
     return prefill + sampling
 

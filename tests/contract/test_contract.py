@@ -267,10 +267,15 @@ def output_cases() -> dict[str, tuple[float, Equal]]:
         "output": (FACTOR, lambda state: scaled(state, "output", FACTOR)),
     }
     same_as = {name: name for name in (*LINEAR, "attention_norm", "ffn_norm")}
-    same_as |= {"attention": "attention.wo", "feed_forward": "feed_forward.w2"}
+    same_as |= {"attention": "attention.wo", "attention.cache": "attention.wo", "feed_forward": "feed_forward.w2"}
     for name, weight in same_as.items():
         cases[f"layers.1.{name}"] = (FACTOR, lambda state, w=f"layers.1.{weight}.": scaled(state, w, FACTOR))
     return cases
+
+
+def times(by: float, out: Any) -> Any:
+    """A module's output times a factor; of a KV cache, the values to attend to."""
+    return (out[0], by * out[1]) if isinstance(out, tuple) else by * out
 
 
 def input_cases() -> dict[str, tuple[float, Equal]]:
@@ -286,6 +291,7 @@ def input_cases() -> dict[str, tuple[float, Equal]]:
     same_as = {name: (FACTOR, [name]) for name in LINEAR}
     same_as |= {"attention_norm": (-1.0, ["attention_norm"]), "ffn_norm": (-1.0, ["ffn_norm"])}
     same_as |= {"attention": (FACTOR, ["attention.wq", "attention.wk", "attention.wv"])}
+    same_as |= {"attention.cache": (FACTOR, ["attention.wk"])}
     same_as |= {"feed_forward": (FACTOR, ["feed_forward.w1", "feed_forward.w3"])}
     for name, (by, weights) in same_as.items():
         names = " ".join(f"layers.1.{weight}." for weight in weights)
@@ -313,7 +319,7 @@ def test_the_cases_are_all_modules(built: Built) -> None:
 def test_what_a_forward_hook_returns_counts(built: Built) -> None:
     skip_rounded(built)
     for name, (by, equal) in output_cases().items():
-        handle = built.model.get_submodule(name).register_forward_hook(lambda _, args, out, by=by: by * out)
+        handle = built.model.get_submodule(name).register_forward_hook(lambda _, args, out, by=by: times(by, out))
         built.assert_computes(equal(built.original))
         handle.remove()
     built.assert_unedited()
@@ -334,7 +340,8 @@ def test_each_module_is_hooked_once_in_prefill_and_once_per_step(built: Built, r
     modules = {name: m for name, m in built.model.named_modules() if not isinstance(m, nn.ModuleList)}
     seen: dict[str, list[int]] = {name: [] for name in modules}
     for name, module in modules.items():
-        getattr(module, register)(lambda _, args, *out, name=name: seen[name].append(args[0].size(1)))
+        axis = 2 if name.endswith("cache") else 1  # keys and values come with their heads first
+        getattr(module, register)(lambda _, args, *out, name=name, axis=axis: seen[name].append(args[0].size(axis)))
     built.llama.generate([[1, 2, 3]], N_NEW, temperature=0)
     for name, widths in seen.items():
         if built.llama.stepper is not None:
@@ -373,7 +380,7 @@ class Times(nn.Module):
         self.by = by
 
     def forward(self, *args: Any) -> Any:
-        return self.by * self.inner(*args)
+        return times(self.by, self.inner(*args))
 
 
 class LoRA(nn.Module):
@@ -807,7 +814,7 @@ def test_layers_take_the_working_dtype_whatever_the_file_had(built: Built) -> No
 
 
 def patched(forward: Callable[..., Any], by: float) -> Callable[..., Any]:
-    return lambda *args, **kwargs: by * forward(*args, **kwargs)
+    return lambda *args, **kwargs: times(by, forward(*args, **kwargs))
 
 
 def test_a_patched_forward_of_any_module_counts(built: Built) -> None:
