@@ -20,6 +20,7 @@ from llama.checkpoint.format import read_json_object
 from llama.checkpoint.reading import page_release, read_shard
 from llama.checkpoint.writing import SAFETENSORS_DTYPES
 from llama.errors import missing_extra, printable, quote
+from llama.model import ModelArgs
 
 try:
     import safetensors

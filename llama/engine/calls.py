@@ -23,6 +23,7 @@ from llama.engine.scoring import score, score_top
 from llama.engine.sequence import Call, TokenResult
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.inputs import SamplingParams
+from llama.model import ModelArgs
 from llama.tokenizer import IncrementalDetokenizer
 
 Result = TypeVar("Result")
