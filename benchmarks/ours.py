@@ -134,7 +134,7 @@ def load(job: Job, variant: str) -> Ours:
         **_OPTIONS[variant],
     )
     if variant == "eager":
-        llama.stepper = PlainStepper(llama.model)
+        llama.stepper = PlainStepper(llama.model, llama.model.params.max_seq_len)
     engine = OursForOneRow(llama, (1,)) if for_one else Ours(llama, job.decode_batches)
     engine.load_parts = times.seconds
     return engine

@@ -103,7 +103,7 @@ class _Steps:
     def __init__(self, llama: Llama, batch: int, context: int) -> None:
         self.llama = llama
         self.length = context
-        self.stepper = llama.stepper or PlainStepper(llama.model)
+        self.stepper = llama.stepper or PlainStepper(llama.model, llama.model.params.max_seq_len)
         device = llama.model.norm.weight.device
         prompts = torch.randint(3, llama.model.vocab_size, (batch, context), device=device)
         with torch.inference_mode():

@@ -564,12 +564,13 @@ class Transformer(nn.Module):
         self, positions: CachePositions, seqlen: int, h: Tensor
     ) -> tuple[CachePositions, Tensor, Tensor | None]:
         """Computes what all layers share in a pass with a position per row: cache slots, rotations and mask."""
+        cache = next(module for module in self.modules() if isinstance(module, KVCache))
         pos = positions.start.unsqueeze(1) + torch.arange(seqlen, device=h.device)  # (bsz, seqlen)
+        pos = pos.clamp(max=cache.keys.size(2) - 1)  # padding may go past the last position
         mask = None
         if not positions.from_zero:
             hidden = torch.arange(positions.kv_len, device=h.device) > pos.unsqueeze(-1)
             mask = torch.where(hidden, -math.inf, 0.0).unsqueeze(1).to(h.dtype)  # (bsz, 1, seqlen, kv_len)
-        cache = next(module for module in self.modules() if isinstance(module, KVCache))
         return replace(positions, slots=cache.slots(pos, positions.rows)), self.freqs_cis[pos], mask
 
     @classmethod

@@ -66,6 +66,27 @@ def test_a_file_imports_from_lower_floors_alone(name: str) -> None:
     assert {other for other in imported if floors()[other] >= floors()[name]} == set()
 
 
+def within(path: Path) -> set[Path]:
+    """The files of the same folder that a file imports."""
+    text = path.read_text(encoding="utf-8")
+    package = "llama." + path.parent.name
+    names = re.findall(rf"^\s*from {package}\.(\w+) import", text, re.MULTILINE)
+    names += [
+        name
+        for line in re.findall(rf"^\s*from {package} import (.*)$", text, re.MULTILINE)
+        for name in line.split(", ")
+    ]
+    return {path.parent / f"{name.split(' as ')[0]}.py" for name in names} - {path}
+
+
+@pytest.mark.parametrize("folder", sorted(name for name in UNITS if name.endswith("/")))
+def test_the_files_of_a_folder_import_each_other_without_circles(folder: str) -> None:
+    imports = {path: {p for p in within(path) if p.is_file()} for path in (LIBRARY / folder).glob("*.py")}
+    while free := [path for path, others in imports.items() if not others & imports.keys()]:
+        imports = {path: others for path, others in imports.items() if path not in free}
+    assert not imports
+
+
 def test_the_library_imports_no_benchmark_no_test_and_no_recipe() -> None:
     for path in LIBRARY.rglob("*.py"):
         assert not re.search(r"^\s*(from|import) (benchmarks|tests|recipe)\b", path.read_text(), re.MULTILINE), path
@@ -95,13 +116,13 @@ def named() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("file", "name"), named())
 def test_what_the_page_names_is_there(file: str, name: str) -> None:
-    assert name in definitions(LIBRARY / f"{file}.py")
+    assert any(name in definitions(path) for path in LIBRARY.rglob(f"{file}.py"))
 
 
 def test_the_drawing_names_what_is_in_its_files() -> None:
     drawing = PAGE.split("```text\n")[1].split("```")[0]
-    assert set(re.findall(r"\w+\.py", drawing)) <= UNITS
-    everything = {name for path in LIBRARY.glob("*.py") for name in definitions(path)}
+    assert all((LIBRARY / name).is_file() for name in re.findall(r"[\w/]+\.py", drawing))
+    everything = {name for path in LIBRARY.rglob("*.py") for name in definitions(path)}
     calls = re.findall(r"\b[A-Z]\w+\.\w+", drawing)
     assert len(calls) >= 6
     assert set(calls) <= everything

@@ -64,7 +64,7 @@ class CompiledStepper:
 
     def __init__(self, model: Transformer) -> None:
         self._model = model
-        self._plain = PlainStepper(model)
+        self._plain = PlainStepper(model, model.params.max_seq_len)
         self._graphs: dict[bool, _Graph] = {}
         self._works = True
         self._code = _code_of(model)

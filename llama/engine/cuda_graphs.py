@@ -16,10 +16,10 @@ from torch import Tensor
 
 from llama.distributed.device import to_device
 from llama.engine.network_state import fixed_parts, has_hooks, same_objects
-from llama.model import CachePositions, Transformer, takes_cache_positions
+from llama.model import SPARE_POSITIONS, CachePositions, Transformer, takes_cache_positions
 
 KV_BUCKET = 256  # a static step attends to a multiple of this many positions; those past a row's end are masked
-MAX_WIDTH = 16  # maximum number of tokens per row in a step
+MAX_WIDTH = SPARE_POSITIONS  # maximum number of tokens per row in a decode pass; padding goes to spare positions
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Stepper(Protocol):
 
         Args:
             tokens: (bsz, width) int64, on the model's device. Rows with fewer tokens are right-padded.
-            lengths: number of tokens that each row of the cache already holds; all have room for `width` more.
+            lengths: number of tokens that each row of the cache already holds; all have room for one more.
 
         Returns:
             Logits (bsz, width, vocab_size); the next call may overwrite them.
@@ -59,21 +59,22 @@ class CompiledStep(Protocol):
 
 
 class PlainStepper:
-    """Calls the network without padding rows or positions; `start_pos` is an int if it is the same for all rows."""
+    """Calls the network without padding rows or positions; `start_pos` is an int where all rows share it."""
 
     looks_ahead = False
 
-    def __init__(self, call: Callable[..., Tensor]) -> None:
+    def __init__(self, call: Callable[..., Tensor], max_seq_len: int) -> None:
         self._call = call
+        self._max_seq_len = max_seq_len
 
     def serves(self, model: object) -> bool:
         return True
 
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        longest = max(lengths)
+        longest, end = max(lengths), max(lengths) + tokens.size(1)
         start_pos: int | CachePositions = longest
-        if longest != min(lengths):
-            start_pos = CachePositions(to_device(lengths, tokens.device), kv_len=longest + tokens.size(1))
+        if longest != min(lengths) or end > self._max_seq_len:
+            start_pos = CachePositions(to_device(lengths, tokens.device), kv_len=end)
         return self._call(tokens, start_pos)
 
 
@@ -125,7 +126,7 @@ class StaticStepper:
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         (n_rows, width), params = tokens.shape, self._model.params
         bsz = min(_next_power_of_two(n_rows), params.max_batch_size)
-        kv_len = min(_round_up(max(lengths) + width, KV_BUCKET), params.max_seq_len)
+        kv_len = min(_round_up(max(lengths) + width, KV_BUCKET), params.max_seq_len + SPARE_POSITIONS)
         self._tokens[: tokens.numel()].copy_(tokens.flatten())
         self._positions[:bsz].copy_(
             to_device([*lengths, *[params.max_seq_len] * (bsz - n_rows)], tokens.device)  # spare positions for padding

@@ -359,8 +359,7 @@ class Engine:
         assert self._runner is not None
         if self._speculator is None:
             self._speculator = Speculator(self._runner.device, self.draft)
-        room = self._runner.max_seq_len - 1 - max(sequence.n_cached for sequence in sequences)
-        return self._speculator.propose(sequences, room)
+        return self._speculator.propose(sequences)
 
     def _admit(self) -> None:
         """Gives rows to waiting sequences."""

@@ -37,11 +37,11 @@ class ModelRunner:
         self.model = model
         self._call = model if callable(model) else model.forward
         self.one_position = not takes_cache_positions(model)
-        self._given = None if self.one_position else stepper
-        self._stepper = self._given or PlainStepper(self._call)
-        self.looks_ahead = self._stepper.looks_ahead
         self.device = device_of(model)
         self._args = ModelArgs.of(model.params)
+        self._given = None if self.one_position else stepper
+        self._stepper = self._given or PlainStepper(self._call, self._args.max_seq_len)
+        self.looks_ahead = self._stepper.looks_ahead
         self.max_batch_size = self._args.max_batch_size
         self.max_seq_len = self._args.max_seq_len
         self._lock = lock_of(model)

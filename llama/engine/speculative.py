@@ -161,7 +161,7 @@ class DraftModel:
         self._cached: list[list[int]] = [[] for _ in range(runner.max_batch_size)]  # tokens in each slot of the cache
 
     def propose(self, sequences: abc.Sequence[Sequence], n: int) -> list[list[int]]:
-        """Drafts `n` tokens for each sequence with speculative="draft". All sequences must have room for `n` more."""
+        """Drafts `n` tokens for each sequence with speculative="draft"."""
         tokens = [s.tokens if s.speculative == "draft" else [0] for s in sequences]
         lengths = self._fill(tokens)
         width = max(len(t) - length for t, length in zip(tokens, lengths, strict=True))
@@ -184,9 +184,7 @@ class DraftModel:
         if self._runner.has_lost_cache():
             self._cached = [[] for _ in self._cached]
         lengths = [common_length(self._cached[i], t[:-1]) for i, t in enumerate(tokens)]
-        width = max(len(t) - length for t, length in zip(tokens, lengths, strict=True))
-        max_pending = MAX_WIDTH if max(lengths) + width <= self._runner.max_seq_len else 1
-        lagging = [i for i, t in enumerate(tokens) if len(t) - lengths[i] > max_pending]
+        lagging = [i for i, t in enumerate(tokens) if len(t) - lengths[i] > MAX_WIDTH]
         if lagging:
             for group in self._runner.groups([len(tokens[i]) - 1 - lengths[i] for i in lagging]):
                 rows = [lagging[j] for j in group]
@@ -251,14 +249,13 @@ class Speculator:
         self._draft = DraftModel(draft) if draft else None
         self.counts = Counts()
 
-    def propose(self, sequences: abc.Sequence[Sequence], room: int) -> list[list[int]]:
+    def propose(self, sequences: abc.Sequence[Sequence]) -> list[list[int]]:
         """Returns the drafted tokens of each sequence, which may be none. To be called once before each pass.
 
         Args:
             sequences: all running sequences, in the order of their slots.
-            room: number of tokens that fit after the newest token in every row of the cache.
         """
-        limits = self._limits(sequences, room)
+        limits = _limits(sequences)
         drafts: list[list[int]] = []
         for sequence, n in zip(sequences, limits, strict=True):
             sequence.draft_state = state = sequence.draft_state or _DraftState()
@@ -274,13 +271,6 @@ class Speculator:
             self._draft_costs.observe(len(sequences), (time.perf_counter() - started) / (width - 1))
             drafts = [a or b[:n] for a, b, n in zip(drafts, by_model, limits, strict=True)]
         return [draft[: width - 1] for draft in drafts]
-
-    def _limits(self, sequences: abc.Sequence[Sequence], room: int) -> list[int]:
-        """The maximum number of tokens to draft for each sequence."""
-        limits = []
-        for s in sequences:
-            limits.append(max(0, min(s.n_remaining - 1, room, MAX_WIDTH - 1)) if s.speculative else 0)
-        return limits
 
     def _best_width(
         self, sequences: abc.Sequence[Sequence], drafts: abc.Sequence[list[int]], limits: abc.Sequence[int]
@@ -315,6 +305,11 @@ class Speculator:
     def caches(self) -> list[DraftModel]:
         """The draft model's cache, whose rows are moved as the network's are."""
         return [self._draft] if self._draft else []
+
+
+def _limits(sequences: abc.Sequence[Sequence]) -> list[int]:
+    """The maximum number of tokens to draft for each sequence."""
+    return [max(0, min(s.n_remaining - 1, MAX_WIDTH - 1)) if s.speculative else 0 for s in sequences]
 
 
 def _expected(rate: float, n: int) -> float:

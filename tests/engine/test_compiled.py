@@ -95,11 +95,13 @@ def compiled() -> tuple[Transformer, CompiledStepper]:
 def test_tokens_and_logits_are_those_of_the_network(compiled: tuple[Transformer, CompiledStepper]) -> None:
     """In float32, for one row and several, at any lengths, to the cache's last position."""
     model, stepper = compiled
-    assert_same_steps(run(model, stepper), run(model, PlainStepper(model)))
+    assert_same_steps(run(model, stepper), run(model, PlainStepper(model, model.params.max_seq_len)))
     long = [[*range(18)], [*range(9)], [1]]
-    assert_same_steps(run(model, stepper, long), run(model, PlainStepper(model), long))
+    assert_same_steps(run(model, stepper, long), run(model, PlainStepper(model, model.params.max_seq_len), long))
     for tokens, lengths in (([7], [3]), ([7], [14]), ([1, 2], [5, 5]), ([1, 2, 3, 4], [14, 1, 9, 3])):
-        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, PlainStepper(model)))
+        got, expected = (
+            logits(model, each, tokens, lengths) for each in (stepper, PlainStepper(model, model.params.max_seq_len))
+        )
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
@@ -121,7 +123,7 @@ def test_the_cache_is_written_in_place(compiled: tuple[Transformer, CompiledStep
     """A step stores its keys and values at its own positions, and nothing else."""
     model, stepper = compiled
     caches = [cache for layer in model.layers for cache in (layer.attention.cache.keys, layer.attention.cache.values)]
-    logits(model, PlainStepper(model), [7, 8], [6, 2])
+    logits(model, PlainStepper(model, model.params.max_seq_len), [7, 8], [6, 2])
     expected = [cache.clone() for cache in caches]
     for cache in caches:
         cache[0, :, 6], cache[1, :, 2] = 100.0, 100.0
@@ -161,7 +163,9 @@ def test_products_are_those_of_the_layers(form: str) -> None:
     model.pack()
     stepper = CompiledStepper(model)
     for tokens, lengths in (([7], [3]), ([1, 2, 3], [14, 1, 9])):
-        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, PlainStepper(model)))
+        got, expected = (
+            logits(model, each, tokens, lengths) for each in (stepper, PlainStepper(model, model.params.max_seq_len))
+        )
         torch.testing.assert_close(got, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
     assert set(stepper._graphs) == {False, True}
 
@@ -237,7 +241,7 @@ def test_what_is_changed_counts(change: str, caplog: pytest.LogCaptureFixture) -
     for _ in range(2):
         assert stepper.serves(model) == still_serves
         after = run(model, stepper)
-        assert_same_steps(after, run(model, PlainStepper(model)))
+        assert_same_steps(after, run(model, PlainStepper(model, model.params.max_seq_len)))
         assert [[s.logprob for s in steps] for steps in after] != [[s.logprob for s in steps] for steps in before]
     assert [message.count("compile=True has no effect") for message in warnings_of(caplog)] == [1] * (not still_serves)
 
@@ -293,7 +297,9 @@ def test_a_packed_weight_that_is_edited_counts() -> None:
     assert not stepper.serves(model)
     model.pack()
     assert stepper.serves(model)
-    got, expected = (logits(model, each, [1, 2], [3, 9]) for each in (stepper, PlainStepper(model)))
+    got, expected = (
+        logits(model, each, [1, 2], [3, 9]) for each in (stepper, PlainStepper(model, model.params.max_seq_len))
+    )
     torch.testing.assert_close(got, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
 
 
@@ -306,11 +312,11 @@ def test_a_static_step_is_compiled_as_long_as_nothing_changes(change: str) -> No
     compiled = CompiledStepper(model)
     stepper = StaticStepper(model, graphs=False, compiled=compiled)
     assert stepper.serves(model)
-    assert_same_steps(run(model, stepper), run(model, PlainStepper(model)))
+    assert_same_steps(run(model, stepper), run(model, PlainStepper(model, model.params.max_seq_len)))
     assert set(compiled._graphs) == {False, True}
     edit(model)
     assert stepper.serves(model) and stepper._is_compiled == still_compiled
-    assert_same_steps(run(model, stepper), run(model, PlainStepper(model)))
+    assert_same_steps(run(model, stepper), run(model, PlainStepper(model, model.params.max_seq_len)))
 
 
 @pytest.mark.usefixtures("_uncompiled")
@@ -319,7 +325,9 @@ def test_attention_is_one_operator_on_cuda(monkeypatch: pytest.MonkeyPatch) -> N
     model = make()
     stepper = CompiledStepper(model)
     for tokens, lengths in (([7], [3]), ([1, 2, 3], [14, 1, 9])):
-        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, PlainStepper(model)))
+        got, expected = (
+            logits(model, each, tokens, lengths) for each in (stepper, PlainStepper(model, model.params.max_seq_len))
+        )
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     for graph in stepper._graphs.values():
         names = [str(node.target) for node in graph.graph.nodes]  # type: ignore[attr-defined]
@@ -353,7 +361,7 @@ def test_what_cannot_be_compiled_is_said_once_and_makes_no_difference(
     model = make()
     stepper = CompiledStepper(model)
     for prompts in (PROMPTS, PROMPTS[:1]):
-        assert run(model, stepper, prompts) == run(model, PlainStepper(model), prompts)
+        assert run(model, stepper, prompts) == run(model, PlainStepper(model, model.params.max_seq_len), prompts)
     (message,) = warnings_of(caplog)
     assert "compile=True has no effect" in message and "NotImplementedError: no such operation" in message
     assert not stepper.serves(model)
@@ -366,7 +374,7 @@ def test_a_missing_compiler_is_said_once(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = make()
     stepper = CompiledStepper(model)
-    assert run(model, stepper) == run(model, PlainStepper(model))
+    assert run(model, stepper) == run(model, PlainStepper(model, model.params.max_seq_len))
     (message,) = warnings_of(caplog)
     assert message == (
         "compile=True has no effect, which makes each token slower: a C++ compiler must be installed, such as g++, or "
