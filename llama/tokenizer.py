@@ -52,7 +52,7 @@ class Tokenizer:
             added_tokens: names and ids of the tokens that a fine-tune added to the SentencePiece model. It may name
                 pieces of the model too, which chat templates then write by name.
         """
-        self.sp_model = _load(Path(model_path))
+        self.sp_model: Any = _load(Path(model_path))
         n_pieces: int = self.sp_model.vocab_size()
         self.more_stop_ids: frozenset[int] = frozenset()
         self._named_tokens = dict(added_tokens or {})
@@ -80,7 +80,7 @@ class Tokenizer:
 
         Control pieces in `s` are plain text; an added token is that token.
         """
-        parts = split_at(_checked(s), self.added_tokens)
+        parts = split_at(checked_text(s), self.added_tokens)
         ids = [self.encode_part(parts[0], leading_space=True)]
         for name, text in zip(parts[1::2], parts[2::2], strict=True):
             ids += [self.added_tokens[name]], self.encode_part(text)
@@ -92,7 +92,7 @@ class Tokenizer:
         Args:
             leading_space: whether a space goes in front, as SentencePiece does with a whole text.
         """
-        _checked(s)
+        checked_text(s)
         if leading_space:
             whole: list[int] = self.sp_model.encode(s)
             return whole
@@ -110,7 +110,7 @@ class Tokenizer:
             t: a sequence or a tensor of ids, or one id. For a sequence of sequences, returns a list of texts.
         """
         t = t.tolist() if hasattr(t, "tolist") else t
-        if not self.added_tokens:
+        if self.sp_model is not None and not self.added_tokens:
             return self.sp_model.decode(t)
         if not isinstance(t, Sequence):
             return self.decode([t])
@@ -152,6 +152,11 @@ class Tokenizer:
         return piece.removeprefix(_SPACE if at_start else "").replace(_SPACE, " ").encode()
 
     @cached_property
+    def longest_piece(self) -> int:
+        """Number of characters of the longest piece, which no token has more text than."""
+        return max(map(len, [*self.sp_model.id_to_piece(list(range(self.sp_model.vocab_size()))), *self.added_tokens]))
+
+    @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Names and ids of the tokens that a chat template writes by name: control pieces and added tokens."""
         pieces = range(self.sp_model.vocab_size())
@@ -159,7 +164,8 @@ class Tokenizer:
         return {self.token_piece(i): i for i in control} | self._named_tokens
 
 
-def _checked(s: str) -> str:
+def checked_text(s: str) -> str:
+    """Returns the text; raises PromptError for one that cannot be encoded."""
     if not isinstance(s, str):
         raise PromptError(f"text must be a str, got {type(s).__name__}")
     try:
@@ -307,6 +313,7 @@ class IncrementalDetokenizer:
 
     Attributes:
         prefix_pieces: the text of each prefix token.
+        prefix_starts: for each of them, whether the text begins with it.
         pieces: the text of each pushed token, up to the stop string; tokens after that have no entry.
         stopped: whether a stop string was found.
     """
@@ -325,9 +332,18 @@ class IncrementalDetokenizer:
         self._decoder = stream_decoder(tokenizer, at_start=at_start)
         self._stop = tuple(stop)
         self._held = ""
-        self.prefix_pieces = [self._decoder.push(token) for token in prefix]
+        self.prefix_starts: list[bool] = []
+        self.prefix_pieces: list[str] = []
+        for token in prefix:
+            self.prefix_starts.append(self.at_start)
+            self.prefix_pieces.append(self._decoder.push(token))
         self.pieces: list[str] = []
         self.stopped = False
+
+    @property
+    def at_start(self) -> bool:
+        """Whether no token so far has text, so that the next one begins the text."""
+        return self._decoder.at_start
 
     def push(self, token: int) -> str:
         """Adds an id; returns the text that is now final, which may be empty."""

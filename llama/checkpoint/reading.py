@@ -65,10 +65,12 @@ def find_shards(ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
 def find_tokenizer(ckpt_dir: str | Path) -> Path:
     """Where a checkpoint's `tokenizer.model` is: in its folder or, where `download.sh` puts it, in the parent folder.
 
-    If there is none, the path in the folder itself, for the error of whoever opens it.
+    If there is none, the folder's `tokenizer.json`; if there is none either, the path of a `tokenizer.model` in the
+    folder, for the error of whoever opens it.
     """
     own, above = Path(ckpt_dir) / "tokenizer.model", Path(ckpt_dir).resolve().parent / "tokenizer.model"
-    return above if above.is_file() and not own.is_file() else own
+    places = [own, above, Path(ckpt_dir) / "tokenizer.json"]
+    return next((path for path in places if path.is_file()), own)
 
 
 def model_args(

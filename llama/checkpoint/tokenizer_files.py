@@ -6,11 +6,21 @@ from pathlib import Path
 
 from llama.checkpoint.chat_format import read_stop_ids
 from llama.tokenizer import Tokenizer
+from llama.tokenizer_json import JsonTokenizer
 
 
 def load_tokenizer(tokenizer_path: str | Path, ckpt_dir: str | Path) -> Tokenizer:
-    """The tokenizer, with the tokens that end an answer; errors as in `Tokenizer`."""
-    tokenizer = Tokenizer(tokenizer_path)
-    folders = [Path(tokenizer_path).parent, ckpt_dir]
+    """The tokenizer, with the tokens that end an answer; errors as in `Tokenizer` and `JsonTokenizer`."""
+    path = Path(tokenizer_path)
+    tokenizer = JsonTokenizer(path) if _is_json(path) else Tokenizer(path)
+    folders = [path.parent, ckpt_dir]
     tokenizer.more_stop_ids = read_stop_ids(folders, tokenizer.special_tokens)
     return tokenizer
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file begins as a JSON object does; a SentencePiece model begins with another byte."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(64).lstrip().startswith(b"{")

@@ -53,12 +53,14 @@ class Token:
         text: the token's part of the text; a character of several tokens is attributed to the last one.
         logprob: log-probability under the raw logits; None for the first token of a prompt.
         top_logprobs: ids of the most likely tokens at this position and their log-probabilities, in descending order.
+        at_start: whether the text begins here, so that SentencePiece drops the leading space of any of them.
     """
 
     id: int
     text: str
     logprob: float | None
     top_logprobs: TopLogprobs = ()
+    at_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,9 @@ class Completion:
         self._n_echoed = len(self.tokens)
         self._with_tokens = with_tokens
         self._logprobs: list[float] = []
-        self._final_texts: deque[str] = deque()  # of each new token, what it made final
+        self._final_texts: deque[tuple[str, bool]] = deque()  # of each new token, what it made final; `at_start`
         self._n_chars_final = 0
-        self._held: deque[TokenResult] = deque()  # results of tokens that may still be cut off at a stop string
+        self._held: deque[tuple[TokenResult, bool]] = deque()  # of tokens that may still be cut off at a stop string
         self._n_released = 0  # number of tokens in pieces so far
         self._n_chars_released = 0  # number of characters of these tokens
 
@@ -130,7 +132,8 @@ class Completion:
 
     def ends(self, token: int) -> bool:
         """Adds a token to the text; returns whether the completion ends with it, at a stop string."""
-        self._final_texts.append(self._text.push(token))
+        at_start = self._text.at_start
+        self._final_texts.append((self._text.push(token), at_start))
         return self._text.stopped
 
     def echo(self, scores: Sequence[TokenScore] = ()) -> Piece:
@@ -141,19 +144,20 @@ class Completion:
         """
         texts = self._text.prefix_pieces
         self._logprobs = [logprob or 0.0 for logprob, _ in scores]
-        found = zip(self.tokens, texts, scores, strict=True) if scores else ()
-        return Piece(self._index, "".join(texts), tuple(Token(token, text, *score) for token, text, score in found))
+        found = zip(self.tokens, texts, scores, self._text.prefix_starts, strict=True) if scores else ()
+        tokens = tuple(Token(token, text, *score, at_start) for token, text, score, at_start in found)
+        return Piece(self._index, "".join(texts), tokens)
 
     def add(self, result: TokenResult) -> Piece:
         """Adds a result, after `ends` had its token; returns the piece that it makes final."""
         text = ""
         if result.token is not None:
             self.tokens.append(result.token)
-            text = self._final_texts.popleft()
+            text, at_start = self._final_texts.popleft()
             if result.logprob is not None:
                 self._logprobs.append(result.logprob)
             if self._with_tokens:
-                self._held.append(result)
+                self._held.append((result, at_start))
         reason = result.finish_reason
         if reason:
             text += self.finish()
@@ -178,9 +182,9 @@ class Completion:
                 n_final, self._n_chars_released = i + 1, n_chars
         tokens = []
         for text in pieces[self._n_released : n_final]:
-            result = self._held.popleft()
+            result, at_start = self._held.popleft()
             assert result.token is not None
-            tokens.append(Token(result.token, text, result.logprob, result.top_logprobs))
+            tokens.append(Token(result.token, text, result.logprob, result.top_logprobs, at_start))
         self._n_released = max(self._n_released, n_final)
         return tokens
 

@@ -87,9 +87,11 @@ def tokenize(values: Any, planner: Planner, model_name: str) -> dict[str, Any]:
     if body.messages is not None:
         ids = planner.dialog(cast(list[Message], body.messages), continues=body.continue_final_message)
     else:
-        ids = planner.text(body.prompt or "", "prompt")[0 if body.add_special_tokens else 1 :]
+        ids = planner.text(body.prompt or "", "prompt")
+        if not body.add_special_tokens:
+            ids = list(tokenizer.encode(body.prompt or "", bos=False, eos=False))
         for control in (tokenizer.bos_id, tokenizer.eos_id):  # by which clients look up these ids
-            if body.prompt == tokenizer.sp_model.id_to_piece(control):
+            if body.prompt == token_text(control, tokenizer)[0]:
                 ids = [control]
     texts = [token_text(token, tokenizer)[0] for token in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": planner.max_seq_len, "tokens": ids, "token_strs": texts}
@@ -107,9 +109,12 @@ def detokenize(values: Any, planner: Planner, model_name: str) -> dict[str, Any]
 def tokenizer_info(planner: Planner) -> dict[str, Any]:
     """The answer to `GET /tokenizer_info`."""
     tokenizer = planner.tokenizer
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.sp_model.unk_id()}
-    names = {name: tokenizer.sp_model.id_to_piece(token) for name, token in ids.items()}
-    return names | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "model_max_length": planner.max_seq_len}
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    names: dict[str, Any] = {name: token_text(token, tokenizer)[0] for name, token in ids.items()}
+    if (sp_model := getattr(tokenizer, "sp_model", None)) is not None:
+        names |= {"unk_token": sp_model.id_to_piece(sp_model.unk_id()), "tokenizer_class": "LlamaTokenizer"}
+    adds_bos = getattr(tokenizer, "adds_bos", True)
+    return names | {"add_bos_token": adds_bos, "model_max_length": planner.max_seq_len}
 
 
 def check_model(name: str | None, expected: str) -> None:

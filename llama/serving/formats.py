@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from llama.engine.output import Piece, Token, TopLogprobs
+from llama.engine.output import Piece, Token
 from llama.serving.errors import ApiError
-from llama.tokenizer import Tokenizer
 
 Choice = dict[str, Any]
 _LOWEST_LOGPROB = -9999.0  # stands for minus infinity and NaN, which JSON does not have
@@ -46,7 +45,7 @@ class ChatFormat:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool) -> None:
+    def __init__(self, tokenizer: Any, *, logprobs: bool) -> None:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
 
@@ -79,15 +78,11 @@ class ChatFormat:
         return {"content": [self._entry(token) for token in tokens], "refusal": None} if self._logprobs else None
 
     def _entry(self, token: Token) -> dict[str, Any]:
-        text, raw = token.text, token.text.encode()
-        if self._tokenizer.sp_model.is_byte(token.id):  # its text may be part of another token's
-            text, whole = token_text(token.id, self._tokenizer)
-            raw = whole or b""
-        top = [self._top_entry(*likely) for likely in token.top_logprobs]
-        return {"token": text, "logprob": _number(token.logprob), "bytes": list(raw), "top_logprobs": top}
+        top = [self._spelled(*likely, token.at_start) for likely in token.top_logprobs]
+        return self._spelled(token.id, token.logprob, token.at_start) | {"top_logprobs": top}
 
-    def _top_entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text, raw = token_text(token, self._tokenizer)
+    def _spelled(self, token: int, logprob: float | None, at_start: bool) -> dict[str, Any]:
+        text, raw = token_text(token, self._tokenizer, at_start=at_start)
         return {"token": text, "logprob": _number(logprob), "bytes": None if raw is None else list(raw)}
 
 
@@ -102,7 +97,7 @@ class CompletionFormat:
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, *, echo: bool = False, prompt_logprobs: int | None = None) -> None:
+    def __init__(self, tokenizer: Any, *, echo: bool = False, prompt_logprobs: int | None = None) -> None:
         self._tokenizer = tokenizer
         self._echo = echo
         self._prompt_logprobs = prompt_logprobs
@@ -148,7 +143,7 @@ class CompletionFormat:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(token.text)
         return {
-            "tokens": [token.text for token in tokens],
+            "tokens": [self._spelled(token.id, token) for token in tokens],
             "token_logprobs": [None if token.logprob is None else _number(token.logprob) for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens],
             "text_offset": offsets,
@@ -164,7 +159,7 @@ class CompletionFormat:
             str(id): {
                 "logprob": _number(logprob),
                 "rank": ranks.get(id),
-                "decoded_token": token_text(id, self._tokenizer)[0],
+                "decoded_token": self._spelled(id, token),
             }
             for id, logprob in likely.items()
         }
@@ -173,8 +168,13 @@ class CompletionFormat:
         """The most likely tokens, and the one that was chosen."""
         if token.logprob is None:
             return None
-        likely: TopLogprobs = (*token.top_logprobs[: self._top_logprobs], (token.id, token.logprob))
-        return {token_text(other, self._tokenizer)[0]: _number(logprob) for other, logprob in likely}
+        top: dict[str, float] = {}
+        for likely, logprob in token.top_logprobs[: self._top_logprobs]:
+            top.setdefault(self._spelled(likely, token), _number(logprob))  # of two spelled alike, the likelier one
+        return top | {self._spelled(token.id, token): _number(token.logprob)}
+
+    def _spelled(self, token: int, place: Token) -> str:
+        return token_text(token, self._tokenizer, at_start=place.at_start)[0]
 
 
 @dataclass(frozen=True)
@@ -270,17 +270,22 @@ def event(value: Any, name: str | None = None) -> bytes:
     return head + b"data: " + json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
 
 
-def token_text(token: int, tokenizer: Tokenizer) -> tuple[str, bytes | None]:
-    """A token of the vocabulary by itself: as a text that names it, and its bytes; None for a control token."""
-    sp_model = tokenizer.sp_model
-    piece: str = sp_model.id_to_piece(token)
-    if sp_model.is_control(token):
-        return piece, None
-    if sp_model.is_byte(token):
-        raw = bytes([int(piece[3:5], 16)])  # a piece such as <0xE2>
-        return (raw.decode(), raw) if raw.isascii() else (f"bytes:\\x{raw.hex()}", raw)
-    text = " \u2047 " if sp_model.is_unknown(token) else piece.replace("\u2581", " ")
-    return text, text.encode()
+def token_text(token: int, tokenizer: Any, *, at_start: bool = False) -> tuple[str, bytes | None]:
+    """A token of the vocabulary by itself: as a text that names it, and its bytes; None for a control token.
+
+    Args:
+        at_start: whether a text begins with it.
+    """
+    if not hasattr(tokenizer, "token_bytes"):  # a tokenizer of another class
+        text: str = tokenizer.decode([token])
+        return text, text.encode()
+    raw: bytes | None = tokenizer.token_bytes(token, at_start=at_start)
+    if raw is None:
+        return str(tokenizer.token_piece(token)), None
+    try:
+        return raw.decode(), raw
+    except UnicodeDecodeError:  # a part of a character
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
 
 
 def _number(logprob: float | None) -> float:

@@ -53,8 +53,7 @@ class Planner:
         self._vocab_size: int = llama.model.params.vocab_size
         self.max_seq_len: int = llama.model.params.max_seq_len
         self._max_choices = max_choices
-        sp_model = llama.tokenizer.sp_model
-        longest_piece = max(map(len, sp_model.id_to_piece(list(range(sp_model.vocab_size())))))
+        longest_piece = getattr(llama.tokenizer, "longest_piece", sys.maxsize)  # a tokenizer of another class
         self._max_chars = self.max_seq_len * longest_piece
 
     def check_size(self, values: Any) -> None:

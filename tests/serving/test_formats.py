@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 from llama import Llama
@@ -67,3 +69,56 @@ def test_answers_have_the_fingerprint_of_the_network(serve: Serve) -> None:
 def test_more_than_four_stops_are_taken(serve: Serve) -> None:
     stops = [f"never {i}" for i in range(20)]
     assert serve().post("/v1/completions", json={"prompt": "x", "stop": stops, "max_tokens": 2}).status_code == 200
+
+
+@contextmanager
+def dictated(llama: Llama, ids: Sequence[int]) -> Iterator[None]:
+    """The network finds these ids the likeliest, one after the other, and others only at the end of the script."""
+    script = iter([*ids, *[llama.tokenizer.eos_id] * 99])
+
+    def output(_: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        wanted = [next(script) if position == out.size(1) - 1 else 3 for position in range(out.size(1))]
+        return out + 50.0 * torch.nn.functional.one_hot(torch.tensor([wanted]), out.shape[-1])
+
+    handle = llama.model.output.register_forward_hook(output)
+    yield
+    handle.remove()
+
+
+BODIES = {
+    "chat": {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 3},
+    "completion": {"prompt": "The quick", "logprobs": 3},
+    "empty prompt": {"prompt": "", "logprobs": 3},
+    "echo": {"prompt": "The quick", "logprobs": 3, "echo": True},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", BODIES)
+def test_a_token_is_spelled_as_among_the_likeliest(serve: Serve, llama: Llama, kind: str, stream: bool) -> None:
+    """The first of an answer too, whose space is dropped, and one that is a part of a character."""
+    sp = llama.tokenizer.sp_model
+    ids = [*sp.encode("The fox"), *(sp.piece_to_id(f"<0x{byte:02X}>") for byte in "é".encode()), llama.tokenizer.bos_id]
+    path = "/v1/chat/completions" if kind == "chat" else "/v1/completions"
+    with dictated(llama, [3] * (kind == "echo") + ids):  # a pass scores the echoed prompt first
+        body = BODIES[kind] | {"temperature": 0, "stream": stream, "max_tokens": len(ids)}
+        answer = serve().post(path, json=body)
+    choices = [chunk["choices"][0] for chunk in chunks_of(answer)] if stream else answer.json()["choices"]
+    found = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    if kind == "chat":
+        entries = [entry for logprobs in found for entry in logprobs["content"]]
+        assert [(e["token"], e["bytes"]) for e in entries] == [
+            (e["top_logprobs"][0]["token"], e["top_logprobs"][0]["bytes"]) for e in entries
+        ]
+        tokens = [entry["token"] for entry in entries]
+    else:
+        tokens = [token for logprobs in found for token in logprobs["tokens"]]
+        tops = [top for logprobs in found for top in logprobs["top_logprobs"]]
+        new = slice(-len(ids), None)
+        assert tokens[new] == [max(top, key=top.__getitem__) for top in tops[new]]
+        assert all(token in top for token, top in zip(tokens, tops, strict=True) if top is not None)
+    first = "The" if kind in ("chat", "empty prompt") else " The"
+    new_tokens = tokens[-len(ids) :]
+    assert new_tokens[0] == first and new_tokens[-3:] == ["bytes:\\xc3", "bytes:\\xa9", "<s>"]
+    if kind == "echo":
+        assert tokens[:2] == ["<s>", "The"]

@@ -1,0 +1,139 @@
+"""A `tokenizer.json` alone: byte-level BPE, as SmolLM and others have it, with the package tokenizers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llama.errors import printable, quote
+from llama.tokenizer import Tokenizer, checked_text
+
+_NAMES_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the later one goes before the earlier
+
+
+class JsonTokenizer(Tokenizer):
+    """Byte-level BPE. Any id is some bytes, so that no space is added in front of a text, and none is dropped.
+
+    Attributes:
+        bos_id: as the files beside it name it; `eos_id` if they name none.
+        adds_bos: whether texts begin with BOS. Where they do not, only the empty text does.
+
+    Raises:
+        ImportError: the package tokenizers is not installed.
+        OSError: the file cannot be read.
+        ValueError: the file is damaged or no byte-level BPE, or no file beside it names EOS.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        whole = _read(Path(path))
+        self.sp_model = None
+        self.added_tokens = {token["content"]: int(token["id"]) for token in whole.get("added_tokens") or ()}
+        self._controls = {int(token["id"]) for token in whole.get("added_tokens") or () if token.get("special")}
+        self._added_texts = {token: text for text, token in self.added_tokens.items()}
+        self._named_tokens = self.added_tokens
+        # Without the added tokens their names are plain text: which of them are tokens is for the caller to say.
+        self._bpe = _load(Path(path), {**whole, "added_tokens": [], "post_processor": None, "truncation": None})
+        vocabulary: Mapping[str, int] = self._bpe.get_vocab()
+        self._pieces = {token: piece for piece, token in vocabulary.items()} | self._added_texts
+        self.n_words = max(self._pieces, default=-1) + 1
+        ids = {name: self._token_named(text) for name, text in _names(Path(path).parent).items()}
+        if (eos_id := ids.get("eos_token")) is None:
+            raise ValueError(
+                f"{path} must have an EOS token that a file beside it names, got none; add tokenizer_config.json with "
+                "its eos_token"
+            )
+        self.eos_id = eos_id
+        bos_id = ids.get("bos_token")
+        self.bos_id = eos_id if bos_id is None else bos_id
+        pad_id = ids.get("pad_token")
+        self.pad_id = -1 if pad_id is None else pad_id
+        first = _load(Path(path), whole).encode("a").ids[:1]
+        self.adds_bos = bos_id is not None and first == [bos_id]
+        self.more_stop_ids = frozenset()
+        self.prefix_id = self.middle_id = self.suffix_id = self.eot_id = self.step_id = None
+
+    def _token_named(self, text: str) -> int | None:
+        token: int | None = self.added_tokens.get(text, self._bpe.token_to_id(text))
+        return token
+
+    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+        ids = super().encode(s, bos=False, eos=False)
+        starts = bos and (self.adds_bos or not ids)
+        return [self.bos_id] * bool(starts) + ids + [self.eos_id] * bool(eos)
+
+    def encode_part(self, s: str, *, leading_space: bool = False) -> list[int]:
+        ids: list[int] = self._bpe.encode(checked_text(s)).ids
+        return ids
+
+    def token_piece(self, t: int) -> str:
+        return self._pieces[t]
+
+    def token_bytes(self, t: int, *, at_start: bool = False) -> bytes | None:
+        if t in self._controls:
+            return None
+        if t in self._added_texts:
+            return self._added_texts[t].encode()
+        return bytes(_BYTES[char] for char in self._pieces.get(t, ""))
+
+    @cached_property
+    def longest_piece(self) -> int:
+        return max(map(len, self._pieces.values()))
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        return self.added_tokens
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte: itself where it is visible, one above 255 where it is not."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON, got an error: {printable(error)}; download it again") from error
+    model = whole.get("model") if isinstance(whole, dict) else None
+    kind = model.get("type", "BPE") if isinstance(model, dict) else None
+    if kind != "BPE" or not any('"ByteLevel"' in json.dumps(whole.get(part)) for part in ("pre_tokenizer", "decoder")):
+        raise ValueError(
+            f"{path} must be a byte-level BPE tokenizer, got {quote(kind)} of another form; use the tokenizer.model "
+            "that was released with the weights"
+        )
+    return dict(whole)
+
+
+def _load(path: Path, whole: Mapping[str, Any]) -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            f'{path} needs the package tokenizers, of the extra [chat]; install it with: pip install -e ".[chat]"'
+        ) from error
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(whole))
+    except Exception as error:  # the package raises no kind of its own
+        raise ValueError(
+            f"{path} must be a tokenizer of the package tokenizers, got one that is damaged ({printable(error)})"
+        ) from error
+
+
+def _names(folder: Path) -> dict[str, str]:
+    """The texts of BOS, EOS and padding by the files beside the tokenizer."""
+    names: dict[str, str] = {}
+    for name in _NAMES_FILES:
+        content = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+        for key, value in content.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key in ("bos_token", "eos_token", "pad_token") and isinstance(text, str):
+                names[key] = text
+    return names
