@@ -160,6 +160,7 @@ class Llama:
         draft_ckpt_dir: str | Path | None = None,
         compile: bool = False,
         reuse_prefixes: bool = False,
+        threads: int | None = None,
     ) -> Llama:
         """Sets up the processes, under torchrun or without, and loads this rank's shard of a checkpoint.
 
@@ -187,6 +188,8 @@ class Llama:
             reuse_prefixes: whether a prompt takes the keys and values of a prefix of 16 tokens or more that the KV
                 cache holds already, instead of computing them again: of the earlier turns of a chat, or a system prompt
                 that requests have in common. Only while the network has no hooks and is unchanged.
+            threads: number of CPU threads, which stays; None: the process's share of the cores, but one thread for
+                small networks, and while other programs keep the cores busy.
 
         Raises:
             AssertionError: `ckpt_dir` holds no `*.pth` file, or not `model_parallel_size` of them.
@@ -206,6 +209,7 @@ class Llama:
             device=device,
             dtype=dtype,
             quantize=quantize,
+            threads=threads,
         )
         draft_model = models[1] if len(models) > 1 else None
         generator = Llama(

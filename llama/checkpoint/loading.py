@@ -17,7 +17,7 @@ from llama.checkpoint.memory import available_memory, check_memory, out_of_memor
 from llama.checkpoint.reading import VocabularyError, find_shards, list_shards, load_shard, model_args, page_release
 from llama.checkpoint.tokenizer_files import load_tokenizer
 from llama.distributed import groups
-from llama.distributed.device import processes_on, select_device, select_dtype, share_cores
+from llama.distributed.device import check_threads, processes_on, select_device, select_dtype, set_threads
 from llama.errors import quote
 from llama.layers.int4 import GROUP, OUTPUTS, Int4Weight, can_quantize_int4, measure_int4, suits_int4
 from llama.layers.kernels import Kernels, can_pack, can_quantize, measure_kernels
@@ -107,6 +107,7 @@ def load_networks(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     quantize: str | None,
+    threads: int | None = None,
 ) -> tuple[Tokenizer, list[Transformer], dict[str, float]]:
     """Sets up the processes and loads this rank's shards; arguments and errors as in `Llama.build`.
 
@@ -116,6 +117,7 @@ def load_networks(
         The tokenizer; the network, and the draft model if there is one; the seconds that each part took.
     """
     timings = Timings()
+    check_threads(threads)
     mp = groups.resolve_model_parallel_size(model_parallel_size)
     folders = [ckpt_dir] if draft_ckpt_dir is None else [ckpt_dir, draft_ckpt_dir]
     shards = [find_shards(ckpt_dir, mp)]
@@ -138,7 +140,7 @@ def load_networks(
         check_memory(source.args, mp, dtype, available, str(device), quantize=source.quantize)
         available -= plan_memory(source.args, mp, dtype, quantize=source.quantize).total
     timings("checks")
-    share_cores()
+    set_threads(threads)
     groups.init_process_groups(mp, device)
     timings("process group")
     same = ("build", args, mp, dtype, device.type, forms)

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from llama.distributed.groups import local_rank, local_world_size, world_size
+from llama.errors import quote
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _PROCESS = os.getpid()
+_OWN_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_LARGE_WEIGHT = 2**20  # elements; products with so many gain from threads
+_WORTHWHILE = 0.7  # of one thread's time is what several may take
+_WINDOW_S = 0.05  # of passes, after which their share of the processors' time is judged
+_STARVED = (
+    0.75  # of a core's time per thread is what they get at least if nobody else is busy: they spin where they wait
+)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 8.0  # of several threads, after a window in which they were starved
+_threads_are_fixed = False  # the user set a number
 _SOFT_PAUSE = 1  # omp_pause_soft: what the program has set, such as the number of threads, is kept
 
 
@@ -109,21 +123,134 @@ def processes_on(device: torch.device) -> int:
     return 1 if device.type == "cuda" else local_world_size()
 
 
-def share_cores() -> None:
-    """Set the number of torch's threads to this process's share of the machine's cores.
+def set_threads(requested: int | None) -> None:
+    """Set the number of torch's threads: the requested one, else this process's share of the cores.
 
-    Only if `OMP_NUM_THREADS` is 1, which torchrun sets when it starts several processes and the user has not set it.
-    Any other value was set by the user and is kept.
+    A number that the user set stays: by `OMP_NUM_THREADS`, or a smaller one by `torch.set_num_threads`. torchrun sets
+    `OMP_NUM_THREADS` to 1 when it starts several processes and the user has not set it.
     """
-    if local_world_size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, available_cores() // local_world_size()))
+    global _threads_are_fixed
+    processes, environment = local_world_size(), os.environ.get("OMP_NUM_THREADS")
+    by_launcher = processes > 1 and environment == "1"
+    _threads_are_fixed = requested is not None or (environment is not None and not by_launcher)
+    share = max(1, available_cores() // processes)
+    if requested is not None:
+        torch.set_num_threads(requested)
+    elif by_launcher or (environment is None and share < torch.get_num_threads()):
+        torch.set_num_threads(share)
+
+
+def check_threads(requested: int | None) -> None:
+    """Raise ValueError unless the number of threads is None or a whole number of at least 1."""
+    if requested is not None and (type(requested) is not int or requested < 1):
+        raise ValueError(f"threads must be a whole number of at least 1, or None, got {quote(requested)}")
+
+
+def _gains_from_threads(weight: Tensor | None) -> bool:
+    """Return whether products with the weight take clearly less time on several threads than on one."""
+    if weight is None or weight.numel() >= _LARGE_WEIGHT:
+        return True
+    x = torch.zeros(1, weight.size(1), dtype=weight.dtype)
+    several, n_threads = _fastest_product(x, weight), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return several < _WORTHWHILE * _fastest_product(x, weight)
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _fastest_product(x: Tensor, weight: Tensor) -> float:
+    """Return the seconds of one product, as the minimum of several."""
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+class AdaptiveThreads:
+    """Context manager for passes on a CPU: on one thread if the network is small, or other programs use the cores.
+
+    OpenMP's threads meet after every product, hundreds of times per pass. One whose core is in use by another program
+    comes milliseconds late, and the others wait; a single thread waits for nobody. Other programs are noticed by how
+    little of the processors' time this process gets. After a while more threads are tried again.
+
+    A number of threads that the user set stays. Not thread-safe: the network's lock guards it.
+
+    Args:
+        weights: of the network; a product with the largest one is timed if it may be too small for several threads.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        largest = max((weight for weight in weights if weight.dim() == 2), key=Tensor.numel, default=None)
+        self._before = torch.get_num_threads()  # outside of the pass
+        may_be_small = not _threads_are_fixed and self._before > 1
+        self._one_until = math.inf if may_be_small and not _gains_from_threads(largest) else 0.0
+        self._pause_s = _FIRST_PAUSE_S
+        self._started = (0.0, 0.0)
+        self._wall_s = self._cpu_s = 0.0  # of passes on several threads, since the last decision
+
+    def __enter__(self) -> None:
+        self._before = 1 if _threads_are_fixed else torch.get_num_threads()
+        if self._before > 1:
+            self._started = time.perf_counter(), time.process_time()
+            if self._started[0] < self._one_until:
+                torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before == 1:
+            return
+        wall, cpu = self._started
+        if wall < self._one_until:
+            torch.set_num_threads(self._before)
+            return
+        now = time.perf_counter()
+        self._wall_s += now - wall
+        self._cpu_s += time.process_time() - cpu
+        if self._wall_s >= _WINDOW_S:
+            self._decide(now)
+
+    def _decide(self, now: float) -> None:
+        """Go to one thread for a while if the passes since the last decision got too little of the processors' time."""
+        if self._cpu_s < _STARVED * self._before * self._wall_s:
+            self._one_until = now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        else:
+            self._pause_s = _FIRST_PAUSE_S
+        self._wall_s = self._cpu_s = 0.0
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of cores that this process may use: by its affinity, and by the quota of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def _cpu_quota() -> float | None:
+    """Return the cores that control groups grant, as `docker --cpus` sets them; None if there is no limit."""
+    try:
+        lines = [line.split(":", 2) for line in _OWN_CGROUP.read_text().splitlines()]
+    except OSError:  # not on Linux
+        return None
+    quotas = []
+    for _, controllers, path in lines:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = _CGROUPS / "cpu" if controllers else _CGROUPS
+        folder = top / path.lstrip("/")
+        for group in (folder, *folder.parents):  # in a container the path may be that of the host; the top one exists
+            with suppress(OSError, ValueError):
+                if controllers:  # version 1
+                    limit, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                else:
+                    limit, period = (group / "cpu.max").read_text().split()
+                if limit.strip() not in ("max", "-1"):
+                    quotas.append(int(limit) / int(period))
+            if group == top:
+                break
+    return min(quotas, default=None)
 
 
 def pause_workers() -> None:

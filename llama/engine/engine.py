@@ -13,18 +13,19 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from llama.distributed.device import pause_workers, to_device
+from llama.distributed.device import AdaptiveThreads, pause_workers, to_device
 from llama.distributed.groups import on_any_rank
 from llama.engine.cuda_graphs import Stepper
 from llama.engine.lock import lock_of
 from llama.engine.network_state import NetworkState, has_hooks
 from llama.engine.rows import Cache, Rows
-from llama.engine.runner import ModelRunner
+from llama.engine.runner import ModelRunner, device_of
 from llama.engine.sampled import NOT_FINITE, SampledTokens
 from llama.engine.sequence import Call, Sequence, TokenResult
 from llama.engine.speculative import Counts, Speculator
@@ -94,6 +95,8 @@ class Engine:
         self.reuse_prefixes = reuse_prefixes
         self.n_reused = 0
         self._arrived: deque[Sequence] = deque()  # from any thread; its methods are atomic
+        weights = model.parameters() if hasattr(model, "parameters") else ()
+        self._threads = AdaptiveThreads(weights) if device_of(model).type == "cpu" else nullcontext()
         self._lock = lock_of(model)  # guards all attributes below
         self._waiting: deque[Sequence] = deque()
         self._rows = Rows(0)
@@ -208,7 +211,8 @@ class Engine:
                 self._rows.lose()
                 self._in_flight = None
             self._admit()
-            self._advance()
+            with self._threads:
+                self._advance()
         except Exception as error:
             self._fail(error)
         except BaseException:  # such as Ctrl-C: sequences of other callers continue, and the cache is computed again

@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,15 @@ import torch
 
 from llama import Llama
 from llama.distributed import device
-from llama.distributed.device import pause_workers, processes_on, select_device, select_dtype, share_cores
+from llama.distributed.device import (
+    AdaptiveThreads,
+    available_cores,
+    pause_workers,
+    processes_on,
+    select_device,
+    select_dtype,
+    set_threads,
+)
 from llama.engine.lock import ModelLock
 from tests.conftest import ROOT
 
@@ -103,18 +113,20 @@ def test_the_local_rank_in_the_environment_is_a_whole_number(
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """The number of threads after `share_cores` on a machine of 8 cores, with that environment."""
+    """The number of threads after `set_threads` on a machine of 8 cores, with that environment."""
     before = torch.get_num_threads()
+    monkeypatch.setattr(device, "_threads_are_fixed", False)
+    monkeypatch.setattr(device, "_cpu_quota", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
-    def threads(**variables: str) -> int:
+    def threads(requested: int | None = None, *, before: int = 1, **variables: str) -> int:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
-            torch.set_num_threads(1)
-            share_cores()
+            torch.set_num_threads(before)
+            set_threads(requested)
             return torch.get_num_threads()
 
     yield threads
@@ -130,6 +142,119 @@ def test_a_number_of_threads_that_the_user_set_stays(threads: Callable[..., int]
     assert threads(LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="3") == 1  # left as torch took it
     assert threads(LOCAL_WORLD_SIZE="1", OMP_NUM_THREADS="1") == 1
     assert threads() == 1
+    assert threads(3) == threads(3, LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1") == 3
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/\n", {"cpu.max": "200000 100000"}, 2),  # docker --cpus=2
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "max 100000"}, 8),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "250000 100000"}, 3),
+        (
+            "4:memory:/\n2:cpu,cpuacct:/a\n",
+            {"cpu/a/cpu.cfs_quota_us": "20000", "cpu/a/cpu.cfs_period_us": "10000"},
+            2,
+        ),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("1:cpu:/of-the-host\n", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+    ],
+)
+def test_a_quota_of_control_groups_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str], cores: int
+) -> None:
+    """`docker --cpus=2` on a large host: without it, as many threads as the host has cores share two."""
+    (tmp_path / "cgroup").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(device, "_OWN_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(device, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert available_cores() == cores
+
+
+def test_more_threads_than_cores_are_lowered(threads: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_cpu_quota", lambda: 2.0)
+    assert threads(before=8) == 2
+    assert threads(before=8, OMP_NUM_THREADS="8") == 8
+
+
+# ---- adaptive threads ----
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float, float], int]]:
+    """Makes a pass take that long and use that much of the processors' time; returns its number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(device, "_threads_are_fixed", False)
+    times = SimpleNamespace(wall=100.0, cpu=50.0)
+    fake = SimpleNamespace(perf_counter=lambda: times.wall, process_time=lambda: times.cpu)
+    adaptive = AdaptiveThreads([torch.zeros(1024, 1024)])  # large
+    monkeypatch.setattr(device, "time", fake)
+
+    def run_pass(wall: float, cpu: float) -> int:
+        with adaptive:
+            n_threads = torch.get_num_threads()
+            times.wall += wall
+            times.cpu += cpu
+        assert torch.get_num_threads() == 2
+        return n_threads
+
+    yield run_pass
+    torch.set_num_threads(before)
+
+
+def test_threads_that_nobody_disturbs_stay(clock: Callable[[float, float], int]) -> None:
+    assert [clock(0.03, 0.055) for _ in range(50)] == [2] * 50
+
+
+def test_starved_passes_go_to_one_thread_and_come_back_when_the_load_has_ended(
+    clock: Callable[[float, float], int],
+) -> None:
+    assert clock(2.0, 1.5) == 2  # two threads should have used nearly four seconds
+    assert [clock(0.3, 0.2) for _ in range(4)] == [1] * 4
+    assert clock(0.3, 0.55) == 2  # a second later
+    assert [clock(0.3, 0.55) for _ in range(5)] == [2] * 5
+
+
+def test_under_lasting_load_several_threads_are_tried_ever_more_rarely(clock: Callable[[float, float], int]) -> None:
+    used = [clock(0.1, 0.05) for _ in range(400)]
+    assert used[:2] == [2, 1]
+    assert used.count(2) <= 9  # after 1, 2, 4, 8, 8, ... seconds of 40
+
+
+def test_a_number_of_threads_that_the_user_set_stays_under_load(
+    clock: Callable[[float, float], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_threads_are_fixed", True)
+    assert [clock(2.0, 1.0) for _ in range(3)] == [2] * 3
+
+
+@pytest.mark.parametrize(("gains", "during"), [(True, 2), (False, 1)])
+def test_a_small_network_has_several_threads_only_if_its_products_gain(
+    monkeypatch: pytest.MonkeyPatch, gains: bool, during: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(device, "_threads_are_fixed", False)
+        monkeypatch.setattr(
+            device, "_fastest_product", lambda x, weight: 1.0 if torch.get_num_threads() == 1 or not gains else 0.5
+        )
+        with AdaptiveThreads([torch.zeros(64), torch.zeros(64, 64)]):
+            assert torch.get_num_threads() == during
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
+def test_a_number_of_threads_that_is_none_is_refused_before_anything_is_read(threads: Any) -> None:
+    with pytest.raises(ValueError, match="threads must be a whole number of at least 1, or None, got"):
+        Llama.build("no-such-folder", "no-such-file", 64, 1, threads=threads)
 
 
 def test_processes_share_host_memory_but_not_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +269,8 @@ def test_processes_share_host_memory_but_not_a_cuda_device(monkeypatch: pytest.M
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(device, "_threads_are_fixed", True)  # however busy the machine is
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     pause_workers()
@@ -225,7 +351,7 @@ def test_without_the_library_nothing_happens(monkeypatch: pytest.MonkeyPatch) ->
 
 _FORKED = """
 import os, torch
-from llama.distributed.device import pause_workers, processes_on, select_device, select_dtype, share_cores
+from llama.distributed.device import pause_workers
 torch.set_num_threads(2)
 torch.ones(1 << 18).exp_()
 child = os.fork()

@@ -146,7 +146,6 @@ PRINTS = """
 import json, sys, torch
 from fairscale.nn.model_parallel import initialize
 from llama.distributed import groups
-from llama.distributed.device import processes_on, select_device, select_dtype, share_cores
 seen = []
 real = groups.initialize_model_parallel
 def slow(size):
