@@ -6,7 +6,6 @@ it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -26,22 +25,9 @@ with commandline.extra_imports(__name__):
     from llama.serving.batch_results import Completed, Results, compare, read_requests
     from llama.serving.batch_work import BatchWork, Result
     from llama.serving.jobs import Planner
+    from llama.serving.settings import fingerprint
 
 T = TypeVar("T")
-
-
-def fingerprint(llama: Llama, tokenizer_path: str | Path, seed: int, quantize: str | None) -> str:
-    """Identifies what results depend on besides the request: checkpoint, tokenizer, dtype, int8, length, seed.
-
-    It does not depend on the model-parallel size.
-    """
-    norm = llama.model.norm.weight.detach()  # whole on every rank
-    params = llama.model.params
-    sizes = params.dim, params.n_layers, params.n_heads, params.vocab_size, params.max_seq_len
-    digest = hashlib.sha256(repr((*sizes, str(norm.dtype), quantize, seed)).encode())
-    digest.update(norm.float().cpu().numpy().tobytes())
-    digest.update(Path(tokenizer_path).read_bytes())
-    return f"fp_{digest.hexdigest()[:16]}"
 
 
 def _check_fingerprint(completed: Completed, mark: str, output: Path) -> None:

@@ -40,35 +40,42 @@ _COLON = "\ua789"  # MODIFIER LETTER COLON, for a colon that fire would take for
 _ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # SIGHUP: the terminal was closed
 
 
-def with_build_flags(function: Function, **defaults: Any) -> Function:
-    """Gives a command `Llama.build`'s optional arguments as flags, by their names, defaults and documentation.
+def with_flags_of(callee: Callable[..., Any], **defaults: Any) -> Callable[[Function], Function]:
+    """Gives a command the optional arguments of `callee` as flags, by their names, defaults and documentation.
 
-    The function gets those that are given as `**build`, and passes them on. A flag of the function's own goes before
-    `build`'s of that name. The arguments have to be the last section of its docstring.
+    The function gets those that are given as keywords, and passes them on. A flag of the function's own goes before
+    the callee's of that name. The arguments have to be the last section of its docstring.
 
     Args:
-        defaults: other defaults than `build`'s, which the function then gets too.
+        defaults: other defaults than the callee's, which the function then gets too.
     """
-    signature = inspect.signature(function)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    of_build = inspect.signature(Llama.build).parameters.values()
-    optional = [p for p in of_build if p.default is not p.empty and p.name not in signature.parameters]
-    added = [p.replace(kind=p.KEYWORD_ONLY, default=defaults.get(p.name, p.default)) for p in optional]
-    if defaults:
-        plain = function
 
-        @functools.wraps(plain)
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        given = inspect.signature(callee).parameters.values()
+        optional = [p for p in given if p.default is not p.empty and p.name not in signature.parameters]
+        added = [p.replace(kind=p.KEYWORD_ONLY, default=defaults.get(p.name, p.default)) for p in optional]
+
+        @functools.wraps(function)
         def with_defaults(*args: Any, **kwargs: Any) -> Any:
-            return plain(*args, **(defaults | kwargs))
+            return function(*args, **(defaults | kwargs))
 
-        function = cast(Function, with_defaults)
-    function.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
-    if function.__doc__ and Llama.build.__doc__:  # not under python -OO
-        parsed = docstrings.parse(_protect_colons(Llama.build.__doc__)).args
-        texts = {argument.name: argument.description.replace(_COLON, ":") for argument in parsed}
-        lines = [f"        {p.name}: {texts[p.name]}" for p in added]
-        function.__doc__ = "\n".join([function.__doc__.rstrip(), *lines, "    "])
-    return function
+        flagged = cast(Function, with_defaults if defaults else function)
+        flagged.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
+        if flagged.__doc__ and callee.__doc__:  # not under python -OO
+            parsed = docstrings.parse(_protect_colons(callee.__doc__)).args
+            texts = {argument.name: argument.description.replace(_COLON, ":") for argument in parsed}
+            lines = [f"        {p.name}: {texts[p.name]}" for p in added]
+            flagged.__doc__ = "\n".join([flagged.__doc__.rstrip(), *lines, "    "])
+        return flagged
+
+    return decorate
+
+
+def with_build_flags(function: Function, **defaults: Any) -> Function:
+    """Gives a command the optional arguments of `Llama.build` as flags; see `with_flags_of`."""
+    return with_flags_of(Llama.build, **defaults)(function)
 
 
 def _protect_colons(doc: str) -> str:

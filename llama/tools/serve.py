@@ -14,24 +14,18 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama import Llama, Tokenizer
-from llama.checkpoint.loading import choose_quantize
-from llama.checkpoint.memory import available_memory, largest, plan_memory
-from llama.checkpoint.reading import list_shards, model_args
-from llama.checkpoint.releases import trained_seq_len
+from llama import Llama
+from llama.checkpoint.reading import list_shards
 from llama.distributed import groups
-from llama.distributed.device import processes_on, select_device, select_dtype
+from llama.distributed.device import select_device
 from llama.errors import missing_extra, quote
 from llama.serving.service import Service
+from llama.serving.settings import ServerSettings, fingerprint, names_in
 from llama.tools import commandline
-
-with commandline.extra_imports(__name__):
-    from llama.tools.batch import fingerprint
 
 if TYPE_CHECKING:
     from llama.serving.app import Server
@@ -39,7 +33,6 @@ if TYPE_CHECKING:
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 _BACKLOG = 2048  # connections that wait to be accepted
 _LAST_EVENTS_S = 3.0  # after the grace time, in which clients are told that the server ends
-_USED_MEMORY = 0.9  # of what is available, where the context is chosen by it
 
 
 class FirstRank:
@@ -184,27 +177,14 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 
 @partial(commandline.with_build_flags, reuse_prefixes=True)
+@commandline.with_flags_of(ServerSettings)
 def main(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
-    max_seq_len: int | None = None,
-    max_batch_size: int = 8,
-    model_name: str | None = None,
-    api_key: str | None = None,
-    api_key_file: str | None = None,
-    max_waiting: int = 256,
-    max_body_bytes: int | None = None,
-    timeout_s: float = 600,
-    grace_s: float = 20,
     allowed_hosts: str = "",
-    allowed_origins: str = "",
-    unknown_fields: str = "refuse",
-    log_requests: bool = False,
-    log_format: str = "text",
-    speculative: str | None = None,
-    **build: Any,
+    **flags: Any,
 ) -> None:
     """Serve OpenAI's API for completions and chats, and a chat page at /. SIGTERM or Ctrl-C ends it.
 
@@ -213,142 +193,41 @@ def main(
         tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         host: address to listen on; 0.0.0.0 for all addresses of this machine.
         port: port to listen on; 0 for a free one, which is printed.
-        max_seq_len: maximum number of tokens of a prompt and its completion; by default what the checkpoint was trained
-            for, 4096 for Llama 2 and 16384 for Code Llama, or less where the memory is too small for that.
-        max_batch_size: maximum number of completions that are generated at a time.
-        model_name: name of the network in requests; by default that of ckpt_dir.
-        api_key: key that clients must send; by default that of the environment variable LLAMA_API_KEY, which other
-            users of this machine cannot see, else none.
-        api_key_file: file of further keys, one per line.
-        max_waiting: maximum number of completions that wait for a slot; further ones are refused.
-        max_body_bytes: maximum size of a request; by default what max_seq_len and max_batch_size need, at least 1 MiB.
-        timeout_s: maximum time of a request in seconds, waiting included.
-        grace_s: time in seconds to finish requests after SIGTERM or Ctrl-C.
         allowed_hosts: names that the header Host may have, with commas between them. By default every name, but on a
-            loopback address without a key only localhost, 127.0.0.1 and [::1], so that web pages cannot use the server.
-        allowed_origins: origins of web pages that may use the server, such as http://localhost:3000, with commas
-            between them; * for all. By default its own chat page alone.
-        unknown_fields: refuse requests with fields that nobody knows, or ignore these fields.
-        log_requests: write a line per request to stderr.
-        log_format: text, or json for lines of JSON.
-        speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
-            same text, often in less time.
+            loopback address without a key only the names of this machine, so that web pages cannot use the server.
     """
     try:
         from llama.serving.access import LOOPBACK_HOSTS
-        from llama.serving.app import Server
     except ImportError as error:
         raise missing_extra("serve", error) from error
-    _check_limits(max_waiting=max_waiting, timeout_s=timeout_s, grace_s=grace_s)
-    if max_body_bytes is not None:
-        _check_limits(max_body_bytes=max_body_bytes)
-    _check_choice("unknown_fields", unknown_fields, ("refuse", "ignore"))
-    _check_choice("log_format", log_format, ("text", "json"))
+    names = [field.name for field in fields(ServerSettings)]
+    settings = ServerSettings(**{name: flags.pop(name) for name in names if name in flags})
     if type(port) is not int or not 0 <= port <= 65535:
         raise ValueError(f"--port must be a number from 0 to 65535, got {quote(port)}")
-    keys = _api_keys(api_key, api_key_file)
-    commandline.check_speculative(speculative, build)
+    commandline.check_speculative(settings.speculative, flags)
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
-    _check_ranks(ckpt_dir, build.get("model_parallel_size"))
+    server = settings.server(ckpt_dir)
+    _check_ranks(ckpt_dir, flags.get("model_parallel_size"))
     if groups.world_size() > 1:
-        groups.init_process_groups(groups.world_size(), select_device(build.get("device")))
-    if max_seq_len is None:
-        max_seq_len = _choose_context(ckpt_dir, tokenizer_path, max_batch_size, build)
-    load = partial(Llama.build, ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, **build)
+        groups.init_process_groups(groups.world_size(), select_device(flags.get("device")))
+    load = settings.loader(ckpt_dir, tokenizer_path, flags)
     if groups.world_size() > 1 and not groups.is_first_rank():
         return _follow(load)
-    name = model_name or Path(ckpt_dir).resolve().name
-    server = Server(
-        name,
-        api_keys=keys,
-        max_body_bytes=max_body_bytes,
-        timeout_s=timeout_s,
-        speculative=speculative,
-        allowed_origins=_names(allowed_origins),
-        ignore_unknown=unknown_fields == "ignore",
-        log=log_format if log_requests else None,
-    )
 
     def build_first() -> Llama:
         llama = load()
-        server.fingerprint = fingerprint(llama, tokenizer_path, build.get("seed", 1), build.get("quantize"))
+        server.fingerprint = fingerprint(llama, tokenizer_path, flags.get("seed", 1), flags.get("quantize"))
         return llama
 
     with _open_port(host, port) as listener:
-        is_open = not keys and not _is_loopback(listener)
+        is_open = not server.api_keys and not _is_loopback(listener)
         if is_open:
             print("warning: everybody who can reach this address can use it; set LLAMA_API_KEY", file=sys.stderr)
         address = f"[{host}]" if ":" in host else host
-        if allowed_hosts or not (keys or is_open):
-            server.allowed_hosts = {*LOOPBACK_HOSTS, address, *_names(allowed_hosts)}
-        print(f"{name} at http://{address}:{listener.getsockname()[1]}, once it is loaded", flush=True)
-        FirstRank(server, build_first, max_waiting=max_waiting, grace_s=grace_s).serve(listener)
-
-
-def _choose_context(ckpt_dir: str, tokenizer_path: str, max_batch_size: int, build: dict[str, Any]) -> int:
-    """The positions that the checkpoint was trained for, or as many as the memory has room for. Equal on all ranks."""
-    size = build.get("model_parallel_size") or len(list_shards(ckpt_dir))
-    device = select_device(build.get("device"))
-    dtype = select_dtype(build.get("dtype"), device)
-    n_words = Tokenizer(tokenizer_path).n_words
-    folders = [ckpt_dir, *([build["draft_ckpt_dir"]] if build.get("draft_ckpt_dir") else [])]
-    networks = [
-        (
-            model_args(folder, n_words, max_batch_size=max_batch_size, max_seq_len=1),
-            choose_quantize(build.get("quantize"), folder, device),
-        )
-        for folder in folders
-    ]
-    trained = min(trained_seq_len(args) for args, _ in networks)
-    memory = int(_USED_MEMORY * available_memory(device) / processes_on(device))
-
-    def fits(n: int) -> bool:
-        plans = [plan_memory(replace(args, max_seq_len=n), size, dtype, quantize=form) for args, form in networks]
-        return sum(plan.total for plan in plans) <= memory
-
-    chosen = largest(trained, fits) or trained  # if nothing fits, `build` says so
-    if groups.world_size() > 1:
-        chosen = groups.broadcast_object(chosen)
-    if groups.is_first_rank():
-        why = "for which the checkpoint was trained" if chosen == trained else f"of {trained}: the memory has no room"
-        print(f"--max_seq_len {chosen}, {why}", file=sys.stderr, flush=True)
-    return chosen
-
-
-def _api_keys(api_key: str | None, api_key_file: str | None) -> list[str]:
-    """The keys that clients may have.
-
-    Raises:
-        ValueError: one has characters that no header can carry, such as a newline at its end.
-    """
-    keys = [("LLAMA_API_KEY", os.environ.get("LLAMA_API_KEY", "")) if api_key is None else ("--api_key", api_key)]
-    if api_key_file is not None:
-        lines = Path(api_key_file).read_text(encoding="utf-8").splitlines()
-        keys += [(f"--api_key_file, line {number},", line.strip()) for number, line in enumerate(lines, start=1)]
-        if not any(key for _, key in keys[1:]):
-            raise ValueError(f"--api_key_file must have a key per line, got {api_key_file}, which has none")
-    for where, key in keys:
-        if key != key.strip() or not key.isprintable():
-            raise ValueError(
-                f"{where} must have no spaces, newlines or control characters at its ends or in it, got a key of "
-                f"{len(key)} characters that has some"
-            )
-    return [key for _, key in keys if key]
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in (part.strip() for part in text.split(",")) if name]
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"--{name} must be {' or '.join(choices)}, got {quote(value)}")
-
-
-def _check_limits(**limits: Any) -> None:
-    for name, value in limits.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-            raise ValueError(f"--{name} must be a number above 0, got {quote(value)}")
+        if allowed_hosts or not (server.api_keys or is_open):
+            server.allowed_hosts = {*LOOPBACK_HOSTS, address, *names_in(allowed_hosts)}
+        print(f"{server.model_name} at http://{address}:{listener.getsockname()[1]}, once it is loaded", flush=True)
+        FirstRank(server, build_first, max_waiting=settings.max_waiting, grace_s=settings.grace_s).serve(listener)
 
 
 def command() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from llama.serving import settings
 from llama.tools import serve as command
 
 Serve = Callable[..., TestClient]
@@ -40,14 +41,14 @@ def test_keys_that_no_header_can_carry_are_refused_at_the_start(
     monkeypatch.setenv("LLAMA_API_KEY", "one")
     file = tmp_path / "keys"
     file.write_text("two\n\nthree \n")
-    assert command._api_keys(None, str(file)) == ["one", "two", "three"]
+    assert settings.api_keys(None, str(file)) == ["one", "two", "three"]
     monkeypatch.setenv("LLAMA_API_KEY", "secret\n")
     with pytest.raises(ValueError, match=r"LLAMA_API_KEY must have no spaces, newlines.*7 characters") as raised:
-        command._api_keys(None, None)
+        settings.api_keys(None, None)
     assert "secret" not in str(raised.value)
     file.write_text("\n")
     with pytest.raises(ValueError, match="--api_key_file must have a key per line"):
-        command._api_keys("", str(file))
+        settings.api_keys("", str(file))
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 87001, "x", True])
