@@ -18,7 +18,7 @@ from llama.checkpoint.reading import list_shards, model_args
 from llama.checkpoint.releases import trained_seq_len
 from llama.distributed import groups
 from llama.distributed.device import processes_on, select_device, select_dtype
-from llama.errors import quote
+from llama.errors import missing_extra, quote
 
 if TYPE_CHECKING:
     from llama.serving.app import Server
@@ -78,8 +78,10 @@ class ServerSettings:
 
     def server(self, ckpt_dir: str) -> Server:
         """The state of the routes, for the first rank."""
-        from llama.serving.app import Server
-
+        try:
+            from llama.serving.app import Server
+        except ImportError as error:
+            raise missing_extra("serve", error) from error
         return Server(
             self.model_name or Path(ckpt_dir).resolve().name,
             api_keys=api_keys(self.api_key, self.api_key_file),
