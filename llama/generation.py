@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -49,6 +49,7 @@ from llama.engine.runner import ModelRunner
 from llama.engine.sampling import sample_top_p
 from llama.errors import PromptError
 from llama.inputs import (
+    SamplingOptions,
     SamplingParams,
     check_flag,
     check_prompts,
@@ -64,6 +65,9 @@ from llama.inputs import (
     infilling_prompt_tokens,
 )
 from llama.tokenizer import Tokenizer, pieces
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "B_INST",
@@ -250,6 +254,7 @@ class Llama:
         *,
         seed: int | None = None,
         speculative: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Completes prompts, given and returned as token ids.
 
@@ -269,6 +274,9 @@ class Llama:
             speculative: has tokens drafted and verified several at a time, which gives the same text, often in less
                 time: "prompt_lookup" drafts what followed earlier text that ended alike, "draft" has the model of
                 `draft_ckpt_dir` draft. None for one token per pass.
+            options: further sampling parameters: top_k, min_p, typical_p, repetition_penalty, presence_penalty,
+                frequency_penalty, logit_bias, min_tokens, ignore_eos, stop_token_ids and logits_processors, defined in
+                `docs/sampling.md`.
 
         Returns:
             The ids of each row, up to its first generated EOS or `stop_token`, and their log-probabilities or None.
@@ -288,6 +296,7 @@ class Llama:
                 echo,
                 seed=seed,
                 speculative=speculative,
+                **options,
                 stop_ids=check_stop_token(stop_token, args.vocab_size),
             )
             return check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len), params
@@ -308,6 +317,7 @@ class Llama:
         stop: Sequence[str] = (),
         seed: int | None = None,
         speculative: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[CompletionPrediction]:
         """Completes texts; arguments as in `generate`.
 
@@ -322,7 +332,7 @@ class Llama:
 
         def check() -> tuple[list[list[int]], SamplingParams]:
             params = self._params(
-                temperature, top_p, self._max_gen_len(max_gen_len), logprobs, echo, stop, seed, speculative
+                temperature, top_p, self._max_gen_len(max_gen_len), logprobs, echo, stop, seed, speculative, **options
             )
             return self._encode(prompts, "prompts"), params
 
@@ -341,6 +351,7 @@ class Llama:
         stop: Sequence[str] = (),
         seed: int | None = None,
         speculative: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[ChatPrediction]:
         """Answers dialogs; arguments as in `text_completion`.
 
@@ -365,6 +376,7 @@ class Llama:
                 stop=stop,
                 seed=seed,
                 speculative=speculative,
+                **options,
                 stop_ids=chat_format.stop_ids(self.tokenizer),
             )
             return encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len, chat_format), params
@@ -384,6 +396,7 @@ class Llama:
         stop: Sequence[str] = (),
         seed: int | None = None,
         speculative: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Generator[str, None, None]:
         """Completes one text, yielding pieces as they become final; joined, they are what `text_completion` returns.
 
@@ -401,6 +414,7 @@ class Llama:
                 stop=stop,
                 seed=seed,
                 speculative=speculative,
+                **options,
             )
             return encode_text(prompt, "prompt", self.tokenizer, self.model.params.max_seq_len), params
 
@@ -417,6 +431,7 @@ class Llama:
         stop: Sequence[str] = (),
         seed: int | None = None,
         speculative: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Generator[str, None, None]:
         """Answers one dialog, yielding the answer's pieces; otherwise as `stream_text_completion`."""
         chat_format = self._chat_format()
@@ -429,6 +444,7 @@ class Llama:
                 stop=stop,
                 seed=seed,
                 speculative=speculative,
+                **options,
                 stop_ids=chat_format.stop_ids(self.tokenizer),
             )
             max_seq_len = self.model.params.max_seq_len
@@ -450,6 +466,7 @@ class Llama:
         stop: Sequence[str] = (),
         seed: int | None = None,
         speculative: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[InfillingPrediction]:
         """Writes what goes between each prefix and its suffix, with Code Llama 7B or 13B; arguments as in `generate`.
 
@@ -464,7 +481,7 @@ class Llama:
 
         def check() -> tuple[list[tuple[str, str, list[int]]], SamplingParams]:
             params = self._infilling_params(
-                temperature, top_p, max_gen_len, logprobs, stop=stop, seed=seed, speculative=speculative
+                temperature, top_p, max_gen_len, logprobs, stop=stop, seed=seed, speculative=speculative, **options
             )
             max_seq_len = self.model.params.max_seq_len
             return encode_infillings(prefixes, suffixes, self.tokenizer, max_seq_len, suffix_first=suffix_first), params
@@ -488,12 +505,13 @@ class Llama:
         stop: Sequence[str] = (),
         seed: int | None = None,
         speculative: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Generator[str, None, None]:
         """Writes what goes between two texts, yielding its pieces; otherwise as `stream_text_completion`."""
 
         def check() -> tuple[list[int], SamplingParams]:
             params = self._infilling_params(
-                temperature, top_p, max_gen_len, stop=stop, seed=seed, speculative=speculative
+                temperature, top_p, max_gen_len, stop=stop, seed=seed, speculative=speculative, **options
             )
             max_seq_len, order = self.model.params.max_seq_len, check_flag(suffix_first, "suffix_first")
             names = ("prefix", "suffix")
@@ -566,6 +584,7 @@ class Llama:
 
     def _params(self, *args: Any, **kwargs: Any) -> SamplingParams:
         params = SamplingParams(*args, **kwargs)
+        params.check_ids(self.model.params.vocab_size)
         if params.speculative == "draft" and self._draft is None:
             raise PromptError(
                 "speculative='draft' must have a draft model, got none; give draft_ckpt_dir to Llama.build"

@@ -7,16 +7,32 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from operator import index
-from typing import Any
+from typing import Any, TypedDict
 
 from llama.chat import ChatFormat, Dialog, Message, built_in_format
 from llama.errors import PromptError, quote
 from llama.tokenizer import stop_ids
 
 SPECULATIVE = ("prompt_lookup", "draft")  # ways to draft tokens: see `speculative.py`
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Sampling parameters that all calls take by keyword; `docs/sampling.md` has their definitions and order."""
+
+    top_k: int  # tokens are drawn from the k most probable ones; 0 or -1 for all
+    min_p: float  # excludes tokens less probable than this times the most probable one; 0 for none
+    typical_p: float  # keeps the tokens of most typical information up to this mass; 1 for all
+    repetition_penalty: float  # divides positive logits of tokens of prompt and completion; 1 for none
+    presence_penalty: float  # subtracted from the logits of generated tokens; 0 for none
+    frequency_penalty: float  # subtracted per occurrence; 0 for none
+    logit_bias: Mapping[int, float]  # added to the logits of these ids
+    min_tokens: int  # before that many tokens, no EOS or stop token is sampled
+    ignore_eos: bool  # whether the completion goes on after EOS
+    stop_token_ids: Iterable[int]  # further ids before which the completion ends
+    logits_processors: Iterable[Callable[..., Any]]  # f(input_ids (1, n), scores (1, vocab)) -> scores
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,8 @@ class SamplingParams:
         speculative: how to draft tokens, one of `SPECULATIVE`; None for plain decoding.
         stop_ids: ids before which a completion ends; None for the tokenizer's (see `tokenizer.stop_ids`).
         keep_space: whether the leading space of the first piece is kept, as in text that continues another.
+        top_k, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_tokens,
+            ignore_eos, stop_token_ids, logits_processors: see `SamplingOptions`.
 
     Raises:
         PromptError: a value has the wrong type or is out of range.
@@ -49,6 +67,17 @@ class SamplingParams:
     speculative: str | None = None
     stop_ids: frozenset[int] | None = None
     keep_space: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: Sequence[int] = ()
+    logits_processors: Sequence[Callable[..., Any]] = field(default=(), repr=False)  # differs between ranks
 
     def __post_init__(self) -> None:
         temperature, top_p = _number(self.temperature), _number(self.top_p)
@@ -67,12 +96,95 @@ class SamplingParams:
             raise PromptError(f"speculative must be None, {choices}, got {quote(self.speculative)}")
         checked = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "seed": seed}
         flags = {name: check_flag(getattr(self, name), name) for name in ("logprobs", "echo")}
-        for name, value in (checked | flags | {"stop": _check_stop(self.stop)}).items():
+        options = {name: check(getattr(self, name), name) for name, check in _OPTIONS.items()}
+        for name, value in (checked | flags | options | {"stop": _check_stop(self.stop)}).items():
             object.__setattr__(self, name, value)
+
+    def options(self) -> dict[str, Any]:
+        """The `SamplingOptions` that are not neutral."""
+        defaults = {f.name: f.default if f.default is not MISSING else {} for f in fields(self)}
+        return {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) != defaults[name]}
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises PromptError if an id in `logit_bias` or `stop_token_ids` is outside the vocabulary."""
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            for token in ids:
+                if token >= vocab_size:
+                    raise PromptError(f"{name} must have ids from 0 to {vocab_size - 1}, got {quote(token)}")
 
     def ends(self, tokenizer: Any) -> frozenset[int]:
         """The ids that end a completion."""
-        return stop_ids(tokenizer) if self.stop_ids is None else self.stop_ids
+        if self.ignore_eos:
+            return frozenset(self.stop_token_ids)
+        return (stop_ids(tokenizer) if self.stop_ids is None else self.stop_ids).union(self.stop_token_ids)
+
+
+def _number_from(low: float, high: float, *, above: bool = False) -> Callable[[Any, str], float]:
+    """A check of a number from `low` (or above it) to `high`."""
+
+    def check(value: Any, name: str) -> float:
+        number = _number(value)
+        if number is None or not low <= number <= high or (above and number == low):
+            limits = f"from {low:g} to {high:g}" if not above else f"above {low:g}"
+            limits += f", up to {high:g}" if above and high < math.inf else ""
+            raise PromptError(f"{name} must be a number {limits}, got {quote(value)}")
+        return number
+
+    return check
+
+
+def _count_from(low: int) -> Callable[[Any, str], int]:
+    """A check of an integer of at least `low`."""
+
+    def check(value: Any, name: str) -> int:
+        number = _integer(value)
+        if number is None or number < low:
+            raise PromptError(f"{name} must be an integer of at least {low}, got {quote(value)}")
+        return number
+
+    return check
+
+
+def _check_bias(value: Any, name: str) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise PromptError(f"{name} must be a mapping from token ids to numbers, got {quote(value)}")
+    bias = {_integer(token): _number(amount) for token, amount in value.items()}
+    for token, amount in bias.items():
+        if token is None or token < 0 or amount is None or not math.isfinite(amount):
+            raise PromptError(f"{name} must map token ids to finite numbers, got {quote(value)}")
+    return {token: amount for token, amount in bias.items() if token is not None and amount is not None}
+
+
+def _check_token_ids(value: Any, name: str) -> tuple[int, ...]:
+    try:
+        ids = [_integer(token) for token in value]
+    except TypeError:
+        ids = [None]
+    if any(token is None or token < 0 for token in ids):
+        raise PromptError(f"{name} must be a list of token ids, got {quote(value)}")
+    return tuple(token for token in ids if token is not None)
+
+
+def _check_processors(value: Any, name: str) -> tuple[Callable[..., Any], ...]:
+    processors = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not all(map(callable, processors)):
+        raise PromptError(f"{name} must be a list of functions of input_ids and scores, got {quote(value)}")
+    return processors
+
+
+_OPTIONS: dict[str, Callable[[Any, str], Any]] = {
+    "top_k": _count_from(-1),
+    "min_p": _number_from(0, 1),
+    "typical_p": _number_from(0, 1, above=True),
+    "repetition_penalty": _number_from(0, math.inf, above=True),
+    "presence_penalty": _number_from(-2, 2),
+    "frequency_penalty": _number_from(-2, 2),
+    "logit_bias": _check_bias,
+    "min_tokens": _count_from(0),
+    "ignore_eos": lambda value, name: check_flag(value, name),
+    "stop_token_ids": _check_token_ids,
+    "logits_processors": _check_processors,
+}
 
 
 def check_prompts(prompts: Iterable[Iterable[int]], vocab_size: int, max_seq_len: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from llama.distributed.device import default_generator
 from llama.engine.engine import Engine
 from llama.engine.lock import lock_of
 from llama.engine.output import Completion, Piece, TokenScore
+from llama.engine.processors import make_process
 from llama.engine.runner import device_of, dtype_of
 from llama.engine.sampling import Sampler
 from llama.engine.scoring import score, score_top
@@ -137,16 +138,18 @@ def new_sequence(
     top_logprobs: int = 0,
 ) -> EngineSequence:
     """Returns the engine's sequence for a prompt and its completion."""
+    stop_ids = params.ends(tokenizer)
     return EngineSequence(
         list(prompt),
         sampler,
         noise_row,
         params.max_gen_len,
-        params.ends(tokenizer),
+        stop_ids,
         logprobs=params.logprobs,
         top_logprobs=top_logprobs,
         ends=completion.ends,
         speculative=params.speculative,
+        process=make_process(params, len(prompt), stop_ids),
     )
 
 
@@ -323,7 +326,7 @@ def complete_by_generate(
     ends = params.ends(tokenizer)
     if params.stop_ids is not None and len(ends) == 1:
         kwargs["stop_token"] = next(iter(ends))
-    tokens, logprobs = generate(prompt_tokens=prompts, **kwargs)
+    tokens, logprobs = generate(prompt_tokens=prompts, **kwargs, **params.options())
     rows = []
     for i, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
         n_echoed = len(prompt) if params.echo else 0

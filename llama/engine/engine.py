@@ -239,7 +239,7 @@ class Engine:
     def _may_look_ahead(self, started: _Pass) -> bool:
         """Whether the next pass decodes the same rows whatever the tokens of this one are, which it need not know.
 
-        None waits for a row, and none reaches its last token now. Drafts need to know the tokens.
+        None waits for a row, and none reaches its last token now. Drafts and processors need to know the tokens.
         """
         running = self._rows.running
         assert self._runner is not None
@@ -248,7 +248,7 @@ class Engine:
             and not self._waiting
             and started.sequences == running
             and started.n_sampled == len(running)
-            and all(s.n_remaining > 1 and not s.is_finished and not s.speculative for s in running)
+            and all(s.n_remaining > 1 and not (s.is_finished or s.speculative or s.process) for s in running)
         )
 
     def _record(self, started: _Pass) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama.distributed.device import to_device, to_host
-from llama.distributed.groups import broadcast_from_first
+from llama.distributed.groups import broadcast_from_first, is_first_of_group, model_parallel_size
 from llama.engine.sampling import logprobs_of
 from llama.engine.sequence import Sequence, TokenResult
 
@@ -64,15 +64,18 @@ class SampledTokens:
         else:
             logits = torch.cat([row[:n] for row, n in zip(logits, n_positions, strict=True)])
         steps = [(s, s.n_generated + ahead + i) for s, n in zip(sequences, n_positions, strict=True) for i in range(n)]
+        raw = logits
+        if any(sequence.process for sequence in sequences) and is_first_of_group():
+            logits = _processed(logits, sequences, n_positions)
         # The flag travels with the tokens, to save a synchronization. A mask may have put -inf, but not everywhere.
         is_finite = logits.amax(-1).isfinite()
         chosen = broadcast_from_first(sample(logits, steps).where(is_finite, NOT_FINITE))
         n_top = max(sequence.top_logprobs for sequence in sequences)
         logprobs = top = None
         if any(sequence.logprobs for sequence in sequences):
-            logprobs = to_host(logprobs_of(logits, chosen.clamp(min=0)))
+            logprobs = to_host(logprobs_of(raw, chosen.clamp(min=0)))
         if n_top:
-            likely = logits.log_softmax(-1).topk(min(n_top, logits.size(-1)))
+            likely = raw.log_softmax(-1).topk(min(n_top, logits.size(-1)))
             top = to_host(likely.indices), to_host(likely.values)
         return cls(list(sequences), drafts, chosen, to_host(chosen), logprobs, top)
 
@@ -102,6 +105,22 @@ class SampledTokens:
             )
             first += 1 + len(draft)
         return results
+
+
+def _processed(logits: Tensor, sequences: abc.Sequence[Sequence], n_positions: abc.Sequence[int]) -> Tensor:
+    """The logits (n, vocab) as each sequence's process changes them. Its error ends the sequence's call."""
+    logits = logits.clone()
+    row = 0
+    for sequence, n in zip(sequences, n_positions, strict=True):
+        if sequence.process is not None and not sequence.is_finished:
+            try:
+                logits[row] = sequence.process(sequence.tokens, logits[row].clone())
+            except Exception as error:
+                if model_parallel_size() > 1:  # the other ranks cannot know
+                    raise
+                sequence.call.abort(error)
+        row += n
+    return logits
 
 
 def sample(logits: Tensor, steps: abc.Sequence[tuple[Sequence, int]]) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from llama.engine.sampling import Sampler
 
 FinishReason = Literal["stop", "length"]
@@ -49,6 +51,8 @@ class Sequence:
         top_logprobs: number of most likely tokens to report with each token, with their log-probabilities.
         ends: called with each new token; returns whether the sequence ends with it, as at a stop string.
         speculative: how to draft tokens: "prompt_lookup", "draft" (by the engine's draft model), or None.
+        process: what changes the logits before they are sampled from, see `processors.Process`; None for nothing. Such
+            a sequence gets no drafts.
         call: the call that the sequence belongs to; set by `Call`.
         index: index of the sequence in its call; set by `Call`.
         n_cached: number of leading tokens whose keys and values are in the sequence's row of the cache.
@@ -67,6 +71,7 @@ class Sequence:
     top_logprobs: int = 0
     ends: Callable[[int], bool] = _never
     speculative: str | None = None
+    process: Callable[[list[int], Tensor], Tensor] | None = None
     call: Call = field(init=False, repr=False)
     index: int = field(init=False)
     n_cached: int = field(default=0, init=False)

@@ -309,7 +309,7 @@ class Speculator:
 
 def _limits(sequences: abc.Sequence[Sequence]) -> list[int]:
     """The maximum number of tokens to draft for each sequence."""
-    return [max(0, min(s.n_remaining - 1, MAX_WIDTH - 1)) if s.speculative else 0 for s in sequences]
+    return [max(0, min(s.n_remaining - 1, MAX_WIDTH - 1)) if s.speculative and not s.process else 0 for s in sequences]
 
 
 def _expected(rate: float, n: int) -> float:
