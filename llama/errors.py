@@ -6,12 +6,17 @@ tensor's name may contain terminal escape sequences, and a key in `params.json` 
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 LIMIT = 80  # maximum number of characters of a value that a message shows
+_MAX_JSON_BYTES = 4 * 1024**2  # some 60 times the index of a published 70B model's tensors
+_LFS = b"version https://git-lfs"
 _short = reprlib.Repr()
 _short.maxtuple = _short.maxlist = 8
 _short.maxstring = _short.maxother = _short.maxlong = LIMIT
@@ -73,3 +78,36 @@ def first_line(error: Exception) -> str:
     """The first line of an error's message, or the name of its type if that is empty."""
     lines = str(error).splitlines() or [type(error).__name__]
     return printable(lines[0], limit=200)
+
+
+def check_link(path: Path) -> None:
+    """Raises FileNotFoundError if there is a symbolic link at `path` that leads nowhere."""
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} must be a file, got a link to {path.readlink()}, which does not exist")
+
+
+def check_not_pointer(path: Path) -> None:
+    """Raises ValueError if a file, which must exist, is Git LFS's placeholder for a file that was not downloaded."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise ValueError(
+                f"{path} must be the file itself, got a Git LFS pointer to it; run git lfs pull in its folder"
+            )
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object.
+
+    Raises:
+        ValueError: it does not, or has more bytes than any such file of a model; the message names the file.
+    """
+    if (n_bytes := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} must have at most {_MAX_JSON_BYTES} bytes, got {n_bytes}; download it again")
+    check_not_pointer(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark or without
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON, got an error: {first_line(error)}; download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; download it again")
+    return content

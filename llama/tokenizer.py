@@ -16,11 +16,13 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from llama.errors import PromptError as PromptError  # also by this name, as programs import it
-from llama.errors import printable, quote
+from llama.errors import check_link, check_not_pointer, printable, quote, read_json_object
 
 _SPACE = "\u2581"  # LOWER ONE EIGHTH BLOCK, which stands for a space in SentencePiece's pieces
 _REPLACEMENT = "\ufffd"
 _MARK = "\u263a"  # a character that merges with none after it; a text behind it gets no leading space
+ADDED_TOKENS_FILES = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")  # Hugging Face's
+_MEND_ADDED = f"correct {', '.join(ADDED_TOKENS_FILES)}, or remove them"
 _MAX_FILE_SIZE = 2**28  # bytes; the released model has half a million
 
 
@@ -50,12 +52,15 @@ class Tokenizer:
         """
         Args:
             added_tokens: names and ids of the tokens that a fine-tune added to the SentencePiece model. It may name
-                pieces of the model too, which chat templates then write by name.
+                pieces of the model too, which chat templates then write by name. None for those that Hugging Face's
+                files beside the model list: see `read_added_tokens`.
         """
         self.sp_model: Any = _load(Path(model_path))
         n_pieces: int = self.sp_model.vocab_size()
         self.more_stop_ids: frozenset[int] = frozenset()
-        self._named_tokens = dict(added_tokens or {})
+        if added_tokens is None:
+            added_tokens = read_added_tokens(Path(model_path).parent, self.sp_model)
+        self._named_tokens = dict(added_tokens)
         self.added_tokens = {text: token for text, token in self._named_tokens.items() if token >= n_pieces}
         self._added_texts = {token: text for text, token in self.added_tokens.items()}
         self.n_words = max([n_pieces - 1, *self._added_texts]) + 1
@@ -182,12 +187,53 @@ def split_at(text: str, names: Iterable[str]) -> list[str]:
     return re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if longest_first else [text]
 
 
+def read_added_tokens(folder: Path, sp_model: SentencePieceProcessor) -> dict[str, int]:
+    """Names and ids of the tokens that a folder's `added_tokens.json`, `tokenizer_config.json` and
+    `special_tokens_map.json` list, apart from pieces that have this name and id. {} if there are no such files.
+
+    Special tokens without an id get the next ones, in the order in which they are listed.
+
+    Raises:
+        ValueError: a file is damaged, or the ids do not continue those of the pieces.
+    """
+    found = [read_json_object(folder / name) if (folder / name).is_file() else {} for name in ADDED_TOKENS_FILES]
+    by_name, settings, special = found
+    described = settings.get("added_tokens_decoder")
+    for token, options in described.items() if isinstance(described, dict) else ():
+        name = options.get("content") if isinstance(options, dict) else ""
+        by_name[str(name)] = int(token) if token.isdecimal() else -1
+    n_pieces: int = sp_model.vocab_size()
+    if wrong := [name for name, token in by_name.items() if not name or type(token) is not int or token < 0]:
+        raise ValueError(f"{folder}: added tokens must have a name and an id, got {quote(wrong[0])}; {_MEND_ADDED}")
+    for name in _special_names(settings) + _special_names(special):
+        if sp_model.id_to_piece(sp_model.piece_to_id(name)) != name and name not in by_name:
+            by_name[name] = max([n_pieces - 1, *by_name.values()]) + 1
+    added = {k: i for k, i in by_name.items() if i >= n_pieces or sp_model.id_to_piece(i) != k}
+    beyond = sorted(token for token in added.values() if token >= n_pieces)
+    if beyond != list(range(n_pieces, n_pieces + len(beyond))):
+        raise ValueError(
+            f"{folder}: added tokens must have the ids that follow the pieces', from {n_pieces} on, each once, "
+            f"got {quote(beyond)}; {_MEND_ADDED}"
+        )
+    return added
+
+
+def _special_names(settings: Mapping[str, Any]) -> list[str]:
+    """The names of special tokens in one of these files, such as the values of `bos_token`."""
+    fields = [value for field, value in settings.items() if field.endswith(("_token", "_tokens"))]
+    tokens = chain.from_iterable(value if isinstance(value, list) else [value] for value in fields)
+    names = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+    return [name for name in names if isinstance(name, str) and name]
+
+
 def _load(path: Path) -> SentencePieceProcessor:
     """Loads a SentencePiece model, and checks that the text of every piece can be decoded."""
+    check_link(path)
     if not path.is_file():
         raise TokenizerNotFoundError(f"tokenizer_path must be a tokenizer.model file, got {path}, which is not a file")
     if (size := path.stat().st_size) > _MAX_FILE_SIZE:
         raise ValueError(f"{path} must be a SentencePiece model, got a file of {size} bytes; is it a checkpoint?")
+    check_not_pointer(path)
     try:
         sp_model = SentencePieceProcessor()
         sp_model.LoadFromSerializedProto(path.read_bytes())

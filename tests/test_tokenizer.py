@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -335,3 +337,62 @@ def test_any_tokenizer_splits_its_own_text(tokenizer: Tokenizer, tokenizer_path:
 
 def test_the_path_may_be_a_string(tokenizer_path: Path) -> None:
     assert Tokenizer(str(tokenizer_path)).n_words == Tokenizer(tokenizer_path).n_words
+
+
+N_PIECES = 512
+SPECIAL = {"content": "<|im_end|>", "special": True}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens.json": {"<|im_start|>": N_PIECES, "<|im_end|>": N_PIECES + 1, "<s>": 1}},
+        {
+            "tokenizer_config.json": {
+                "added_tokens_decoder": {
+                    "2": {"content": "</s>"},
+                    str(N_PIECES + 1): SPECIAL,
+                    str(N_PIECES): {"content": "<|im_start|>"},
+                },
+                "eos_token": SPECIAL,
+            }
+        },
+        {"special_tokens_map.json": {"bos_token": "<s>", "additional_special_tokens": ["<|im_start|>", SPECIAL]}},
+        {
+            "added_tokens.json": {"<|im_start|>": N_PIECES},
+            "tokenizer_config.json": {"pad_token": None, "add_bos_token": True},
+            "special_tokens_map.json": {"eos_token": "<|im_end|>"},
+        },
+    ],
+)
+def test_files_beside_the_model_name_added_tokens(
+    tokenizer_path: Path, tokenizer: Tokenizer, tmp_path: Path, files: dict[str, Any]
+) -> None:
+    shutil.copyfile(tokenizer_path, tmp_path / "tokenizer.model")
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    added = Tokenizer(tmp_path / "tokenizer.model")
+    assert added.added_tokens == {"<|im_start|>": N_PIECES, "<|im_end|>": N_PIECES + 1}
+    assert added.n_words == N_PIECES + 2
+    first, *rest = added.encode("<|im_start|>the fox<|im_end|>", bos=False, eos=False)
+    assert (first, rest[-1]) == (N_PIECES, N_PIECES + 1)
+    assert rest[:-1] == tokenizer.encode_part("the fox")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"<pad>": N_PIECES + 1}, f"must have the ids .* from {N_PIECES} on, each once, got .{N_PIECES + 1}"),
+        ({"<a>": N_PIECES, "<b>": N_PIECES}, "each once"),
+        ({"<pad>": "7"}, "must have a name and an id, got '<pad>'"),
+        ({"": N_PIECES}, "must have a name and an id, got ''"),
+        ([], "must hold a JSON object"),
+    ],
+)
+def test_added_tokens_that_do_not_follow_the_pieces_are_refused(
+    tokenizer_path: Path, tmp_path: Path, content: Any, message: str
+) -> None:
+    shutil.copyfile(tokenizer_path, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(tmp_path / "tokenizer.model")

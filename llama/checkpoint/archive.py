@@ -10,6 +10,7 @@ the end record, and nothing follows that.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickletools
 import struct
@@ -97,6 +98,30 @@ def count_records(path: Path) -> int:
     """
     with path.open("rb") as file:
         return _directory(file)[2]
+
+
+def content_digest(path: Path) -> bytes | None:
+    """A digest of the names, sizes and checksums of all records, which only equal archives share.
+
+    None if the largest record has no checksum. Only the end of the file is read.
+
+    Raises:
+        ArchiveError: the file is damaged or cut short.
+    """
+    with path.open("rb") as file:
+        start, end, n_entries = _directory(file)
+        file.seek(start)
+        directory = file.read(end - start)
+    at = largest = 0
+    has_checksum = False
+    for _ in range(n_entries):
+        if len(directory) < at + _ENTRY.size:
+            raise ArchiveError("an entry of the directory is damaged")
+        fields = _ENTRY.unpack_from(directory, at)
+        if fields[9] > largest:
+            largest, has_checksum = fields[9], fields[7] != 0
+        at += _ENTRY.size + fields[10] + fields[11] + fields[12]
+    return hashlib.sha256(directory).digest() if has_checksum else None
 
 
 def check_pickles(path: Path) -> None:

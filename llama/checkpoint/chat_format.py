@@ -13,8 +13,7 @@ from typing import Any
 
 from llama.chat import B_INST, B_SYS, E_INST, E_SYS, ChatFormat
 from llama.chat_template import TemplateChatFormat
-from llama.checkpoint.format import read_json_object
-from llama.errors import PromptError
+from llama.errors import PromptError, read_json_object
 from llama.sandbox import Template
 
 CHAT_FORMAT_FILE = "chat_format.json"

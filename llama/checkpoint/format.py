@@ -5,7 +5,7 @@ The one place that knows how tensors are named on disk and split over files, one
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Container
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.errors import first_few, first_line, quote
+from llama.errors import check_link, first_few, quote, read_json_object
 from llama.model import ModelArgs
 
 # The axis along which each tensor is split over the files; None: every file has the whole of it.
@@ -35,23 +35,28 @@ _OTHER_SHARD_DIMS: dict[str, int | None] = {
     "output.weight": 0,
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KNOWN_EXTRA = "rope.freqs"  # released files carry it; it follows from params.json
+# Llama 2's released files carry rope.freqs, Llama 1's one per layer; they follow from params.json.
+_KNOWN_EXTRA = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
 _RUN_SIZES = {"max_batch_size", "max_seq_len"}  # fields of ModelArgs that are a run's, not a checkpoint's
 _PARAM_NAMES = {field.name for field in fields(ModelArgs)} - _RUN_SIZES
 _QUANTIZE = "quantize"  # the key of params.json that names the form of quantized weights
 STORED_FORMS = ("int8",)  # what it may be
 _SCALES = ".scales"
-_MAX_JSON_BYTES = 4 * 1024**2  # some 60 times the index of a published 70B model's tensors
 
 
 def shard_dim(name: str) -> int | None:
     """The axis along which the tensor `name` is split over a checkpoint's files; None if every file has all of it."""
-    if name == KNOWN_EXTRA:
+    if is_known_extra(name):
         return None
     if name in _OTHER_SHARD_DIMS:
         return _OTHER_SHARD_DIMS[name]
     _, _, in_layer = name.removeprefix("layers.").partition(".")
     return _LAYER_SHARD_DIMS[in_layer]
+
+
+def is_known_extra(name: object) -> bool:
+    """Whether files may hold this tensor beside the network's; it is not used."""
+    return isinstance(name, str) and _KNOWN_EXTRA.fullmatch(name) is not None
 
 
 def is_linear(name: str) -> bool:
@@ -73,6 +78,13 @@ def split_tensor(name: str, whole: Tensor, parts: int) -> list[Tensor]:
     """What each of `parts` files holds of a tensor; views."""
     dim = shard_dim(name)
     return [whole] * parts if dim is None else list(whole.chunk(parts, dim))
+
+
+def padded(name: str, whole: Tensor, vocab_size: int) -> Tensor:
+    """A whole tensor with rows of zeros at its end up to `vocab_size`, if it has a row per token."""
+    if name not in ("tok_embeddings.weight", "output.weight") or whole.size(0) >= vocab_size:
+        return whole
+    return torch.cat([whole, whole.new_zeros(vocab_size - whole.size(0), whole.size(1))])
 
 
 def join_tensor(name: str, parts: list[Tensor]) -> Tensor:
@@ -147,13 +159,15 @@ def stored_quantize(ckpt_dir: str | Path) -> str | None:
 def _read_all_params(ckpt_dir: str | Path) -> dict[str, Any]:
     path = Path(ckpt_dir) / "params.json"
     if not path.is_file():
+        check_link(path)
         raise FileNotFoundError(f"no params.json in {ckpt_dir}; it is released beside the .pth files")
     params = read_json_object(path)
     unknown = sorted(params.keys() - _PARAM_NAMES - {_QUANTIZE})
     if unknown:
         raise ValueError(
             f"{path}: keys must be among {', '.join(sorted(_PARAM_NAMES))}, "
-            f"got {first_few([quote(key) for key in unknown])}; remove what Llama 2 does not have"
+            f"got {first_few([quote(key) for key in unknown])}; this library runs networks of Llama 2's architecture, "
+            "and such keys belong to another one"
         )
     if _QUANTIZE in params and params[_QUANTIZE] not in STORED_FORMS:
         raise ValueError(
@@ -161,20 +175,3 @@ def _read_all_params(ckpt_dir: str | Path) -> dict[str, Any]:
             "use the version of this library that wrote the checkpoint, or quantize it again"
         )
     return params
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that holds an object.
-
-    Raises:
-        ValueError: it does not, or has more bytes than any such file of a model; the message names the file.
-    """
-    if (n_bytes := path.stat().st_size) > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} must have at most {_MAX_JSON_BYTES} bytes, got {n_bytes}; download it again")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON, got an error: {first_line(error)}; download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; download it again")
-    return content

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint.format import read_json_object
 from llama.checkpoint.reading import page_release, read_shard
 from llama.checkpoint.writing import SAFETENSORS_DTYPES
-from llama.errors import missing_extra, printable, quote
+from llama.errors import missing_extra, printable, quote, read_json_object
 from llama.model import ModelArgs
+from llama.tokenizer import ADDED_TOKENS_FILES, Tokenizer
 
 try:
     import safetensors
@@ -45,6 +45,7 @@ _OTHER_NAMES = {
     "norm.weight": "model.norm.weight",
     "output.weight": OUTPUT,
 }
+_SETTINGS = "tokenizer_config.json"
 INDEX_SUFFIX = ".index.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or an index of that name, which lists several files
 _KNOWN_EXTRA = "rotary_emb.inv_freq"  # older folders carry it, once or in each layer; it follows from config.json
@@ -162,6 +163,44 @@ def with_hidden_dim(args: ModelArgs, hidden_dim: int) -> ModelArgs:
     if exact is None:  # past what a float can express
         raise ValueError(f"intermediate_size must follow from hidden_size={args.dim}, got {hidden_dim}")
     return exact
+
+
+def carried_tokens(folder: Path, tokenizer: Tokenizer, n_rows: int) -> dict[str, dict[str, Any]]:
+    """By file, what a folder says of the tokenizer's special and added tokens.
+
+    A padding token that the embedding has no row for is left out: it pads batches in training, and is never a prompt's.
+
+    Raises:
+        ValueError: there is no row for another token.
+    """
+    files = {name: read_json_object(folder / name) for name in ADDED_TOKENS_FILES if (folder / name).is_file()}
+    padding = {_content(content.get("pad_token")) for content in files.values()}
+    without_row = {name for name, token in tokenizer.added_tokens.items() if token >= n_rows}
+    n_known = tokenizer.n_words - len(without_row & padding)
+    if n_known > n_rows:
+        raise ValueError(
+            f"the model's vocabulary must be at least the tokenizer's {n_known} pieces and added tokens, got {n_rows}; "
+            f"use the tokenizer of this model, or correct {', '.join(ADDED_TOKENS_FILES)}"
+        )
+    carried = {}
+    for file, content in files.items():
+        if file == _SETTINGS:
+            content = {name: value for name, value in content.items() if _is_of_tokens(name)}
+            described = content.get("added_tokens_decoder", {}).items()
+            content["added_tokens_decoder"] = {k: v for k, v in described if _content(v) not in without_row}
+        kept = {k: v for k, v in content.items() if k not in without_row and _content(v) not in without_row}
+        carried[file] = kept
+    return carried
+
+
+def _is_of_tokens(name: str) -> bool:
+    return name in ("added_tokens_decoder", "legacy") or name.endswith(("_token", "_tokens"))
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token, which these files give alone or with options."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
 
 
 def _check_architecture(config: Mapping[str, Any]) -> None:

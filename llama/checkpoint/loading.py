@@ -13,8 +13,24 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.format import is_linear, stored_quantize, tensor_shapes
-from llama.checkpoint.memory import available_memory, check_memory, out_of_memory_explained, plan_memory
-from llama.checkpoint.reading import VocabularyError, find_shards, list_shards, load_shard, model_args, page_release
+from llama.checkpoint.memory import (
+    available_memory,
+    check_memory,
+    free_address_space,
+    out_of_memory_explained,
+    plan_memory,
+)
+from llama.checkpoint.reading import (
+    VocabularyError,
+    check_range,
+    find_shards,
+    list_shards,
+    load_shard,
+    magnitude,
+    model_args,
+    narrows,
+    page_release,
+)
 from llama.checkpoint.tokenizer_files import load_tokenizer
 from llama.distributed import groups
 from llama.distributed.device import check_threads, processes_on, select_device, select_dtype, set_threads
@@ -135,10 +151,7 @@ def load_networks(
         if form == "int4":
             check_int4(of_network, mp, device, dtype)
     sources = [_Source(*source) for source in zip(shards, args, forms, strict=True)]
-    available = available_memory(device) // processes_on(device)
-    for source in reversed(sources):  # the draft model first, which leaves the rest to the network
-        check_memory(source.args, mp, dtype, available, str(device), quantize=source.quantize)
-        available -= plan_memory(source.args, mp, dtype, quantize=source.quantize).total
+    _check_memory(sources, mp, dtype, device)
     timings("checks")
     set_threads(threads)
     groups.init_process_groups(mp, device)
@@ -153,6 +166,17 @@ def load_networks(
             "give the tokenizer.model that this checkpoint was trained with"
         ) from error
     return tokenizer, models, timings.seconds
+
+
+def _check_memory(sources: list[_Source], model_parallel_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises MemoryError unless all networks fit together."""
+    available = available_memory(device) // processes_on(device)
+    if device.type == "cpu":
+        n_mapped = sum(max(path.stat().st_size for path in source.shards) for source in sources)
+        available = min(available, max(0, free_address_space() - n_mapped))
+    for source in reversed(sources):  # the draft model first, which leaves the rest to the network
+        check_memory(source.args, model_parallel_size, dtype, available, str(device), quantize=source.quantize)
+        available -= plan_memory(source.args, model_parallel_size, dtype, quantize=source.quantize).total
 
 
 def _find_draft_shards(draft_ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
@@ -186,7 +210,9 @@ def _load_model(
         packs = kernels.packs_one_row or args.max_batch_size > 1
         if groups.is_first_rank():
             logger.info("Kernels measured: %s", kernels)
-    if not packs:
+    if packs:
+        check_range({name: magnitude(t) for name, t in state.items() if narrows(t, dtype)}, dtype)
+    else:
         load_to_device(state, path, device=device, dtype=dtype)
     model = Transformer.from_state(args, state, cache_dtype=dtype)
     timings("weights")
@@ -213,13 +239,21 @@ def _load_model(
 
 
 def load_to_device(state: dict[str, Tensor], path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Replaces the tensors read from `path` by copies on `device` in `dtype`; never holds two copies of the whole."""
-    release = page_release(path)
+    """Replaces the tensors read from `path` by copies on `device` in `dtype`; never holds two copies of the whole.
+
+    Raises:
+        ValueError: a value is beyond the range of `dtype`.
+    """
+    release, magnitudes = page_release(path), {}
     copy = _PinnedCopy(device) if device.type == "cuda" else partial(torch.Tensor.to, device=device)
     for name, tensor in state.items():
-        state[name] = copy(tensor).to(dtype)
+        copied = copy(tensor)
+        if narrows(copied, dtype):
+            magnitudes[name] = magnitude(copied)
+        state[name] = copied.to(dtype)
         if state[name] is not tensor:
             release(tensor)
+    check_range(magnitudes, dtype)
 
 
 class _PinnedCopy:

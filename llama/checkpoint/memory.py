@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -178,7 +180,7 @@ def largest(upper: int, fits: Callable[[int], bool]) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`."""
+    """Bytes that can still be allocated on `device`, by all its processes together."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -197,6 +199,18 @@ def _available_host_memory() -> int:
         except (OSError, ValueError):  # no such controller, or a limit of "max"
             continue
     return max(0, min(amounts))
+
+
+def free_address_space() -> int:
+    """Bytes that this process may still allocate or map by its own limit (`ulimit -v`), which mapped files count in."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:  # no /proc
+        return limit
+    return limit - pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _file_cache(stat_file: Path) -> int:

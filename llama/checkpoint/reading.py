@@ -6,17 +6,22 @@ import ctypes
 import mmap
 import os
 import pickle
-from collections.abc import Callable
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.archive import ArchiveError, check_pickles, count_records, is_archive
-from llama.checkpoint.format import KNOWN_EXTRA, read_params, stored_dtypes, tensor_shapes
-from llama.errors import first_few, first_line, printable, quote
+from llama.checkpoint.archive import ArchiveError, check_pickles, content_digest, count_records, is_archive
+from llama.checkpoint.format import is_known_extra, read_params, stored_dtypes, tensor_shapes
+from llama.errors import check_link, check_not_pointer, first_few, first_line, printable, quote
 from llama.model import ModelArgs
+
+_BLOCK = 16 * 1024**2  # numbers counted at a time
+_SHARD_NAME = re.compile(r"consolidated\.\d+\.pth")
 
 
 class VocabularyError(ValueError):
@@ -38,12 +43,23 @@ def list_shards(ckpt_dir: str | Path, *, argument: str = "ckpt_dir") -> list[Pat
     found = Path(ckpt_dir).glob("*.pth")
     shards = sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
     if not shards:
-        raise AssertionError(
-            f"no checkpoint files found in {ckpt_dir}\n"
-            f"{argument} must be the folder that holds params.json and consolidated.00.pth"
-            + (", got a path where there is none" if not Path(ckpt_dir).is_dir() else "")
-        )
+        raise AssertionError(f"no checkpoint files found in {ckpt_dir}\n{_elsewhere(Path(ckpt_dir), argument)}")
     return shards
+
+
+def _elsewhere(folder: Path, argument: str) -> str:
+    """What to do about a folder without checkpoint files."""
+    must = f"{argument} must be the folder that holds params.json and consolidated.00.pth"
+    if not folder.is_dir():
+        return f"{must}, got a path where there is none"
+    if any((folder / "original").glob("*.pth")):
+        return f"{must}, which is {folder / 'original'}"
+    if (folder / "config.json").is_file():
+        return (
+            f"{must}, got a Hugging Face folder; convert it with "
+            f"python -m llama.tools.convert from_hf --hf_dir {shlex.quote(str(folder))} --output_dir NEW_FOLDER"
+        )
+    return must
 
 
 def find_shards(ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
@@ -56,10 +72,22 @@ def find_shards(ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
     shards = list_shards(ckpt_dir)
     if len(shards) != model_parallel_size:
         raise AssertionError(
-            f"Loading a checkpoint for MP={len(shards)} but world size is {model_parallel_size}\n"
-            f"start the program with torchrun --nproc_per_node {len(shards)}, one process per file"
+            f"Loading a checkpoint for MP={len(shards)} but world size is {model_parallel_size}\n{_start_with(shards)}"
         )
     return shards
+
+
+def _start_with(shards: list[Path]) -> str:
+    """How to start a program for these files, or which of them do not belong to the checkpoint."""
+    names = [path.name for path in shards]
+    if odd := [name for name in names if _SHARD_NAME.fullmatch(name) is None]:
+        released = [name for name in names if name not in odd]
+        return (
+            f"every *.pth file in the folder counts: {first_few(list(map(printable, names)), 8)}; "
+            f"{first_few(list(map(quote, odd)))} {'is' if len(odd) == 1 else 'are'} not named consolidated.NN.pth: "
+            + (f"if the checkpoint is the other {len(released)}, move the rest elsewhere" if released else "is it one?")
+        )
+    return f"start the program with torchrun --nproc_per_node {len(shards)}, one process per file"
 
 
 def find_tokenizer(ckpt_dir: str | Path) -> Path:
@@ -81,32 +109,45 @@ def model_args(
     max_seq_len: int,
     tokenizer_path: str | Path | None = None,
 ) -> ModelArgs:
-    """The network that `params.json` describes, with a tokenizer of `n_words` pieces and a run's cache sizes.
+    """The network that `params.json` describes, with a tokenizer of `n_words` tokens and a run's cache sizes.
+
+    The embedding may have more rows than there are tokens.
 
     Args:
         tokenizer_path: names the tokenizer in an error.
 
     Raises:
-        ValueError: a value of the file is wrong, or its `vocab_size` is not the tokenizer's, or it describes more
+        ValueError: a value of the file is wrong, or its `vocab_size` is below the tokenizer's, or it describes more
             layers than a checkpoint file has tensors.
     """
     params = read_params(ckpt_dir)
     if params.get("vocab_size", -1) == -1:
-        params["vocab_size"] = n_words
+        params["vocab_size"] = max(n_words, _embedding_rows(ckpt_dir))
     try:
         args = ModelArgs.of(ModelArgs(**params))
     except ValueError as error:
         raise ValueError(f"{Path(ckpt_dir) / 'params.json'}: {error}") from error
-    if args.vocab_size != n_words:
+    if args.vocab_size < n_words:
         tokenizer = "the tokenizer" if tokenizer_path is None else f"the tokenizer {tokenizer_path}"
         raise ValueError(
-            f"{Path(ckpt_dir) / 'params.json'}: vocab_size must be the tokenizer's number of pieces, got "
-            f"{args.vocab_size} where {tokenizer} has {n_words} pieces; "
+            f"{Path(ckpt_dir) / 'params.json'}: vocab_size must be at least the tokenizer's number of pieces, got "
+            f"{args.vocab_size} where {tokenizer} has {n_words} pieces and added tokens; "
             "give the tokenizer.model that this checkpoint was trained with"
         )
-    for path in sorted(Path(ckpt_dir).glob("*.pth")):
+    shards = sorted(Path(ckpt_dir).glob("*.pth"))
+    for path in shards:
         _check_records(path, args)
+    check_distinct(shards)
     return ModelArgs.of(replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len))
+
+
+def _embedding_rows(ckpt_dir: str | Path) -> int:
+    """The number of rows of a checkpoint's embedding; 0 if it is not in a file that can be mapped."""
+    first = next(iter(sorted(Path(ckpt_dir).glob("*.pth"))), None)
+    if first is None or not first.is_file() or not _is_mappable(first):
+        return 0
+    embedding = read_shard(first).get("tok_embeddings.weight")
+    return embedding.size(0) if embedding is not None and embedding.dim() else 0
 
 
 def network_args(ckpt_dir: str | Path, state: dict[str, Tensor]) -> ModelArgs:
@@ -134,6 +175,7 @@ def _check_records(path: Path, args: ModelArgs) -> None:
 
     It comes before anything is planned or made for a number of layers that a damaged `params.json` may state.
     """
+    check_link(path)
     if not path.is_file():
         return
     try:
@@ -143,6 +185,20 @@ def _check_records(path: Path, args: ModelArgs) -> None:
     except ArchiveError as error:
         raise _unreadable(path, error) from error
     check_layer_count(path, args, n_records)
+
+
+def check_distinct(shards: Iterable[Path]) -> None:
+    """Raises ValueError if a file is a copy of another, which would give two ranks the same part of the weights."""
+    known: dict[bytes, Path] = {}
+    for path in shards:
+        try:
+            digest = content_digest(path) if path.is_file() and _is_mappable(path) else None
+        except ArchiveError:  # its reader says more
+            continue
+        if digest is not None and (other := known.setdefault(digest, path)) is not path:
+            raise ValueError(
+                f"{path} must hold its own rank's part of the weights, got a copy of {other.name}; download it again"
+            )
 
 
 def check_layer_count(path: Path, args: ModelArgs, n_tensors: int) -> None:
@@ -165,8 +221,7 @@ def load_shard(path: Path, args: ModelArgs, model_parallel_size: int, quantize: 
     Raises:
         ValueError: the file is damaged or holds other objects than tensors; a tensor is missing, unknown or mis-shaped.
     """
-    state = read_shard(path)
-    state.pop(KNOWN_EXTRA, None)
+    state = {name: tensor for name, tensor in read_shard(path).items() if not is_known_extra(name)}
     check_layer_count(path, args, len(state))
     check_tensors(path, state, tensor_shapes(args, model_parallel_size, quantize))
     return state
@@ -179,12 +234,16 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or holds other objects than tensors.
     """
+    check_link(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} must be a regular file, got a folder, pipe or device")
+    check_not_pointer(path)
     mappable = _is_mappable(path)
     try:
         check_pickles(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        with path.open("rb") as file:  # by its number, as torch takes no path that is not UTF-8
+            name = path if _is_utf8(path) else f"/dev/fd/{file.fileno()}"
+            state = torch.load(name, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
         raise ValueError(  # torch's own words advise to load without `weights_only`, which runs code of the file
             f"{path} must hold tensors alone, got other objects, which are not loaded, or damage; compare its checksum"
@@ -194,6 +253,14 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} must hold a flat dict of tensors, as released checkpoint files do")
     return state
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_mappable(path: Path) -> bool:
@@ -224,6 +291,35 @@ def check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple[
         if tensor.dtype not in (dtypes := stored_dtypes(name, shapes)):
             must = " or ".join(", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes).rsplit(", ", 1))
             raise ValueError(f"{path}: {name} must have dtype {must}, got {tensor.dtype}")
+
+
+def count_not_finite(tensor: Tensor) -> int:
+    """How many values of a tensor are NaN or infinite."""
+    low, high = torch.aminmax(tensor)  # reads at the memory's speed, and NaN anywhere gives NaN
+    if torch.isfinite(low) and torch.isfinite(high):
+        return 0
+    rows = max(1, _BLOCK // tensor[0].numel())
+    return sum(int((~torch.isfinite(part)).sum()) for part in torch.split(tensor, rows))
+
+
+def narrows(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `dtype` has a smaller range than the tensor's."""
+    return tensor.is_floating_point() and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+
+
+def magnitude(tensor: Tensor) -> Tensor:
+    """The largest absolute value, on the tensor's device; NaN if there is one."""
+    return torch.stack(torch.aminmax(tensor)).abs().max()
+
+
+def check_range(magnitudes: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Raises ValueError, with name and value, if a finite one of these becomes infinite in `dtype`."""
+    for name, largest in magnitudes.items():
+        if torch.isfinite(largest) and torch.isinf(largest.to(dtype)):
+            what = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} must have values within {what}'s range, got {largest.item():g}; use dtype bfloat16 or float32"
+            )
 
 
 def page_release(path: Path) -> Callable[[Tensor], None]:

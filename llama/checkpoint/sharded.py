@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.format import KNOWN_EXTRA, join_tensor, shard_dim, stored_quantize, tensor_shapes
-from llama.checkpoint.reading import check_tensors, list_shards, network_args, page_release, read_shard
+from llama.checkpoint.format import is_known_extra, join_tensor, shard_dim, stored_quantize, tensor_shapes
+from llama.checkpoint.reading import check_distinct, check_tensors, list_shards, network_args, page_release, read_shard
 
 
 class ShardedCheckpoint:
@@ -22,7 +22,7 @@ class ShardedCheckpoint:
     Attributes:
         args: the network; its vocabulary is that of the embedding where params.json has -1.
         n_files: number of files.
-        names: names of the tensors, in the released order; `rope.freqs` last, if the files have it.
+        names: names of the tensors, in the released order; `rope.freqs` and the like last, if the files have them.
         layout: every whole tensor's shape and dtype, as tensors on the meta device.
 
     Raises:
@@ -41,6 +41,7 @@ class ShardedCheckpoint:
             )
         self.n_files = len(self._shards)
         self._states = [read_shard(path) for path in self._shards]
+        check_distinct(self._shards)
         self._page_release = [page_release(path) for path in self._shards]
         self._last: str | None = None  # the tensor read last
         self.args = network_args(ckpt_dir, self._states[0])
@@ -48,9 +49,9 @@ class ShardedCheckpoint:
             self.args.check_shards(self.n_files)
         except ValueError as error:
             raise ValueError(f"{ckpt_dir} has {self.n_files} files, but {error}; is a file missing?") from error
+        extra = [name for name in self._states[0] if is_known_extra(name)]
         self.names = list(tensor_shapes(self.args, 1))
-        if all(KNOWN_EXTRA in state for state in self._states):
-            self.names.append(KNOWN_EXTRA)
+        self.names += [name for name in extra if all(name in state for state in self._states)]
         self._check_files()
         for name in self.names:
             self._check_agreement(name)
@@ -71,9 +72,9 @@ class ShardedCheckpoint:
 
     def _check_files(self) -> None:
         shapes = tensor_shapes(self.args, self.n_files)
-        extra = {KNOWN_EXTRA: (self.args.head_dim // 2,)}
         for path, state in zip(self._shards, self._states, strict=True):
-            check_tensors(path, state, shapes | (extra if KNOWN_EXTRA in state else {}))
+            extra = [name for name in state if is_known_extra(name)]
+            check_tensors(path, state, shapes | dict.fromkeys(extra, (self.args.head_dim // 2,)))
 
     def _check_agreement(self, name: str) -> None:
         """Checks that all files hold `name` in one dtype and, where each holds all of it, with the same bits."""

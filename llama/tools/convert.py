@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.chat_format import CHAT_FORMAT_FILE, copy_chat_format
-from llama.checkpoint.format import split_tensor, tensor_shapes
+from llama.checkpoint.format import padded, split_tensor, tensor_shapes
 from llama.checkpoint.huggingface import (
     EMBEDDING,
     INDEX_SUFFIX,
     OUTPUT,
     HuggingFaceFolder,
     args_to_config,
+    carried_tokens,
     config_to_args,
     hf_name,
     is_known_extra,
@@ -31,16 +32,16 @@ from llama.checkpoint.huggingface import (
     to_half_split,
     to_interleaved,
 )
+from llama.checkpoint.reading import check_range, magnitude, narrows
 from llama.checkpoint.releases import TRAINED_SEQ_LEN
 from llama.checkpoint.sharded import ShardedCheckpoint, same_bits
-from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors, staged_folder
+from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors, staged_folder, write_checklist
 from llama.distributed.device import DTYPES
-from llama.errors import printable, quote
-from llama.model import ModelArgs
+from llama.errors import printable, quote, read_json_object
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run
 from llama.tools.progress import Progress
-from llama.tools.reshard import check_count, check_places
+from llama.tools.reshard import check_count, check_places, with_even_vocabulary
 
 MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file; beyond, the weights are spread over several
 _PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps")
@@ -58,9 +59,11 @@ def from_hf(
 
     Args:
         hf_dir: folder of config.json and *.safetensors (or pytorch_model*.bin); tokenizer.model is copied if it is
-            there, and a chat template if it is not Llama 2's (see `llama.checkpoint.chat_format`).
+            there, with what is said of added tokens, and a chat template if it is not Llama 2's (see
+            `llama.checkpoint.chat_format`).
         output_dir: folder to make; it appears when it is complete.
-        model_parallel_size: number of files to write, one per process (GPU) that will run the model.
+        model_parallel_size: number of files to write, one per process (GPU) that will run the model. Where the
+            vocabulary is no multiple of it, tokens of zeros are added, which are never sampled.
         dtype: float16, bfloat16 or float32; by default each tensor keeps its own.
         quiet: whether to show no progress bar.
 
@@ -76,30 +79,35 @@ def from_hf(
     target_dtype = _check_dtype(dtype)
     source = HuggingFaceFolder(hf_dir)
     args = _described_network(Path(hf_dir), source)
-    args.check_shards(model_parallel_size)
+    described = _described_tokens(Path(hf_dir), args.vocab_size)
     names = _source_names(Path(hf_dir), source, args)
-    parts = {
-        ours: _cast(ours, split_tensor(ours, source.layout[theirs], model_parallel_size)[0], target_dtype)
-        for ours, theirs in names.items()
-    }
+    args = with_even_vocabulary(args, model_parallel_size)
+
+    def split(name: str, whole: Tensor) -> list[Tensor]:
+        return split_tensor(name, padded(name, whole, args.vocab_size), model_parallel_size)
+
+    parts = {ours: _cast(ours, split(ours, source.layout[theirs])[0], target_dtype) for ours, theirs in names.items()}
     n_bytes = model_parallel_size * sum(part.nbytes for part in parts.values())
     with (
         staged_folder(output_dir, n_bytes) as folder,
-        Progress("convert", n_bytes, quiet=quiet) as progress,
-        ExitStack() as stack,
+        Progress("convert", 2 * n_bytes, quiet=quiet) as progress,
     ):
         _write_json(folder / "params.json", _params(args))
         _copy_tokenizer(Path(hf_dir), folder, quiet=quiet)
+        for name, content in described.items():
+            _write_json(folder / name, content)
         if copy_chat_format(Path(hf_dir), folder) and not quiet:
             print(f"the chat template is not Llama 2's: {CHAT_FORMAT_FILE} has it, for chats", file=sys.stderr)
         paths = [folder / f"consolidated.{rank:02d}.pth" for rank in range(model_parallel_size)]
-        files = [stack.enter_context(lay_out_pth(path, parts)) for path in paths]
-        for ours, theirs in names.items():
-            n_heads = rotated_heads(ours, args)
-            whole = source.read(theirs)
-            whole = _cast(theirs, whole if n_heads is None else to_interleaved(whole, n_heads), target_dtype)
-            for file, part in zip(files, split_tensor(ours, whole, model_parallel_size), strict=True):
-                progress.add(file.write(ours, part))
+        with ExitStack() as stack:
+            files = [stack.enter_context(lay_out_pth(path, parts)) for path in paths]
+            for ours, theirs in names.items():
+                n_heads = rotated_heads(ours, args)
+                whole = source.read(theirs)
+                whole = _cast(theirs, whole if n_heads is None else to_interleaved(whole, n_heads), target_dtype)
+                for file, part in zip(files, split(ours, whole), strict=True):
+                    progress.add(file.write(ours, part))
+        write_checklist(folder, progress.add)
 
 
 def to_hf(
@@ -132,7 +140,7 @@ def to_hf(
     target_dtype = _check_dtype(dtype)
     source = ShardedCheckpoint(ckpt_dir)
     tokenizer = Tokenizer(tokenizer_path)
-    _check_vocabulary(source.args, tokenizer)
+    described = carried_tokens(Path(tokenizer_path).parent, tokenizer, source.args.vocab_size)
     names = list(tensor_shapes(source.args, 1))
     layout = {hf_name(name): _cast(name, source.layout[name], target_dtype) for name in names}
     n_bytes = sum(tensor.nbytes for tensor in layout.values())
@@ -142,7 +150,10 @@ def to_hf(
         ExitStack() as stack,
     ):
         config = args_to_config(source.args) | {"max_position_embeddings": max_position_embeddings}
-        _write_descriptions(folder, config, tokenizer, layout[EMBEDDING].dtype)
+        for name, content in described.items():
+            _write_json(folder / name, content)
+        settings = described.get("tokenizer_config.json", {}) | _chat_template(Path(ckpt_dir))
+        _write_descriptions(folder, config, tokenizer, layout[EMBEDDING].dtype, settings)
         shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
         files: dict[str, TensorFile] = {}
         for path, tensors in _spread(folder, layout).items():
@@ -162,14 +173,15 @@ def _check_dtype(dtype: str | None) -> torch.dtype | None:
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The tensor in `dtype`, or in its own if that is None."""
-    cast = tensor if dtype is None else tensor.to(dtype)
-    if not cast.is_meta and dtype == torch.float16 and torch.isinf(cast).any() and not torch.isinf(tensor).any():
-        raise ValueError(f"{name} must have values within float16's range, got larger ones; use dtype bfloat16")
-    return cast
+    if dtype is None:
+        return tensor
+    if not tensor.is_meta and narrows(tensor, dtype):
+        check_range({name: magnitude(tensor)}, dtype)
+    return tensor.to(dtype)
 
 
 def _described_network(hf_dir: Path, source: HuggingFaceFolder) -> ModelArgs:
-    """What config.json describes, checked against tokenizer.model, if that is there."""
+    """What config.json describes."""
     try:
         args = config_to_args(source.config)
     except ValueError as error:
@@ -179,17 +191,14 @@ def _described_network(hf_dir: Path, source: HuggingFaceFolder) -> ModelArgs:
             f"{hf_dir / 'config.json'}: num_hidden_layers must be the number of the model's layers, got "
             f"{args.n_layers}, but there are {len(source.layout)} tensors in all"
         )
-    if (hf_dir / "tokenizer.model").exists():
-        _check_vocabulary(args, Tokenizer(hf_dir / "tokenizer.model"))
     return args
 
 
-def _check_vocabulary(args: ModelArgs, tokenizer: Tokenizer) -> None:
-    if args.vocab_size != tokenizer.n_words:
-        raise ValueError(
-            f"the model's vocabulary must be tokenizer.model's {tokenizer.n_words} pieces, got {args.vocab_size}; "
-            "tokens that were added beside the SentencePiece model are not supported"
-        )
+def _described_tokens(folder: Path, n_rows: int) -> dict[str, dict[str, Any]]:
+    """See `carried_tokens`; nothing where there is no tokenizer.model."""
+    if not (folder / "tokenizer.model").exists():
+        return {}
+    return carried_tokens(folder, Tokenizer(folder / "tokenizer.model"), n_rows)
 
 
 def _source_names(hf_dir: Path, source: HuggingFaceFolder, args: ModelArgs) -> dict[str, str]:
@@ -224,12 +233,25 @@ def _params(args: ModelArgs) -> dict[str, Any]:
 def _copy_tokenizer(hf_dir: Path, folder: Path, *, quiet: bool) -> None:
     if (hf_dir / "tokenizer.model").exists():
         shutil.copyfile(hf_dir / "tokenizer.model", folder / "tokenizer.model")
+    elif (hf_dir / "tokenizer.json").exists():
+        shutil.copyfile(hf_dir / "tokenizer.json", folder / "tokenizer.json")
     elif not quiet:
-        print(f"{hf_dir} has no tokenizer.model, which inference needs; copy it from elsewhere", file=sys.stderr)
+        print(
+            f"{printable(hf_dir)} has no tokenizer.model, which inference needs; copy it from elsewhere",
+            file=sys.stderr,
+        )
 
 
-def _write_descriptions(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    """The small files that transformers reads beside the weights."""
+def _chat_template(ckpt_dir: Path) -> dict[str, Any]:
+    """The setting of the chat template that `from_hf` recorded, if it is not Llama 2's."""
+    path = ckpt_dir / CHAT_FORMAT_FILE
+    return {"chat_template": read_json_object(path).get("chat_template")} if path.is_file() else {}
+
+
+def _write_descriptions(
+    folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, dtype: torch.dtype, settings: Mapping[str, Any]
+) -> None:
+    """The small files that transformers reads beside the weights; `settings` of the tokenizer go before its own."""
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     _write_json(folder / "config.json", {**config, **ids, "torch_dtype": str(dtype).removeprefix("torch.")})
     _write_json(folder / "generation_config.json", ids)
@@ -238,7 +260,7 @@ def _write_descriptions(folder: Path, config: Mapping[str, Any], tokenizer: Toke
         "eos_token": tokenizer.sp_model.id_to_piece(tokenizer.eos_id),
         "unk_token": tokenizer.sp_model.id_to_piece(tokenizer.sp_model.unk_id()),
     }
-    settings = {
+    own = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
         "add_eos_token": False,
@@ -246,7 +268,7 @@ def _write_descriptions(folder: Path, config: Mapping[str, Any], tokenizer: Toke
         "clean_up_tokenization_spaces": False,
         "model_max_length": config["max_position_embeddings"],
     }
-    _write_json(folder / "tokenizer_config.json", settings | pieces)
+    _write_json(folder / "tokenizer_config.json", own | pieces | dict(settings))
 
 
 def _spread(folder: Path, layout: Mapping[str, Tensor]) -> dict[Path, dict[str, Tensor]]:

@@ -7,17 +7,16 @@ to read, and none of the rounding left to do.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.format import STORED_FORMS, is_linear, read_json_object, scales_of, stored_quantize, tensor_shapes
-from llama.checkpoint.reading import list_shards, load_shard, page_release
+from llama.checkpoint.format import STORED_FORMS, is_linear, scales_of, stored_quantize, tensor_shapes
+from llama.checkpoint.reading import count_not_finite, list_shards, load_shard, page_release
 from llama.checkpoint.sharded import ShardedCheckpoint
-from llama.checkpoint.writing import TensorFile, lay_out_pth, staged_folder
-from llama.errors import quote
+from llama.checkpoint.writing import TensorFile, copy_side_files, lay_out_pth, staged_folder, write_checklist
+from llama.errors import quote, read_json_object
 from llama.layers.kernels import quantize_values
 from llama.model import ModelArgs
 from llama.tools.commandline import run
@@ -36,7 +35,8 @@ def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *
 
     Args:
         ckpt_dir: folder of params.json and consolidated.NN.pth, any number of them.
-        output_dir: folder to make. tokenizer.model is copied there if it is in ckpt_dir.
+        output_dir: folder to make. What ckpt_dir has of tokenizer and chat format is copied there, and checklist.chk
+            is written.
         form: "int8", of the weights of linear layers; everything else stays as it is.
         quiet: shows no progress.
 
@@ -59,14 +59,14 @@ def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *
     shards = list_shards(ckpt_dir)
     layout = _layout(source, form)
     n_bytes = len(shards) * sum(tensor.nbytes for tensor in layout.values())
-    with staged_folder(output_dir, n_bytes) as folder, Progress("quantize", n_bytes, quiet=quiet) as progress:
+    with staged_folder(output_dir, n_bytes) as folder, Progress("quantize", 2 * n_bytes, quiet=quiet) as progress:
         params = read_json_object(Path(ckpt_dir) / "params.json") | {"quantize": form}
         (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
-        if (Path(ckpt_dir) / "tokenizer.model").exists():
-            shutil.copyfile(Path(ckpt_dir) / "tokenizer.model", folder / "tokenizer.model")
+        copy_side_files(Path(ckpt_dir), folder)
         for rank, path in enumerate(shards):
             with lay_out_pth(folder / f"consolidated.{rank:02d}.pth", layout) as file:
                 _quantize_file(path, source.args, len(shards), file, progress)
+        write_checklist(folder, progress.add)
 
 
 def _layout(source: ShardedCheckpoint, form: str) -> dict[str, Tensor]:
@@ -82,6 +82,8 @@ def _quantize_file(path: Path, args: ModelArgs, n_files: int, file: TensorFile, 
     """Writes one file's tensors, with one of them in memory at a time."""
     release = page_release(path)
     for name, tensor in load_shard(path, args, n_files).items():
+        if n_bad := count_not_finite(tensor):
+            raise ValueError(f"{path}: {name} must be finite, got {n_bad} values that are NaN or infinite")
         if is_linear(name):
             values, scales = quantize_values(tensor)
             progress.add(file.write(name, values) + file.write(scales_of(name), scales))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-from llama.checkpoint.chat_format import CHAT_FORMAT_FILE
-from llama.checkpoint.format import split_tensor
+from torch import Tensor
+
+from llama.checkpoint.format import padded, read_params, split_tensor
 from llama.checkpoint.sharded import ShardedCheckpoint
-from llama.checkpoint.writing import check_absent, lay_out_pth, staged_folder
+from llama.checkpoint.writing import check_absent, copy_side_files, lay_out_pth, staged_folder, write_checklist
 from llama.errors import quote
+from llama.model import ModelArgs
 from llama.tools.commandline import run
 from llama.tools.progress import Progress
 
@@ -24,9 +28,10 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
 
     Args:
         ckpt_dir: folder of params.json and consolidated.NN.pth, any number of them.
-        output_dir: folder to make. params.json is copied there, and tokenizer.model and chat_format.json if they are
-            in ckpt_dir.
-        model_parallel_size: number of files to write, one per process (GPU) that will run the model.
+        output_dir: folder to make. params.json is copied there, and what ckpt_dir has of tokenizer and chat format;
+            checklist.chk is written anew.
+        model_parallel_size: number of files to write, one per process (GPU) that will run the model. Where the
+            vocabulary is no multiple of it, tokens of zeros are added, which are never sampled.
         quiet: whether to show no progress bar.
 
     Raises:
@@ -39,22 +44,29 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
     check_places(ckpt_dir, output_dir)
     check_count(model_parallel_size)
     source = ShardedCheckpoint(ckpt_dir)
-    source.args.check_shards(model_parallel_size)
-    parts = {name: split_tensor(name, whole, model_parallel_size)[0] for name, whole in source.layout.items()}
+    args = with_even_vocabulary(source.args, model_parallel_size)
+
+    def split(name: str, whole: Tensor) -> list[Tensor]:
+        return split_tensor(name, padded(name, whole, args.vocab_size), model_parallel_size)
+
+    parts = {name: split(name, whole)[0] for name, whole in source.layout.items()}
     n_bytes = model_parallel_size * sum(part.nbytes for part in parts.values())
     with (
         staged_folder(output_dir, n_bytes) as folder,
-        Progress("reshard", n_bytes, quiet=quiet) as progress,
-        ExitStack() as stack,
+        Progress("reshard", 2 * n_bytes, quiet=quiet) as progress,
     ):
-        for name in ("params.json", "tokenizer.model", CHAT_FORMAT_FILE):
-            if (Path(ckpt_dir) / name).exists():
-                shutil.copyfile(Path(ckpt_dir) / name, folder / name)
+        copy_side_files(Path(ckpt_dir), folder)
+        shutil.copyfile(Path(ckpt_dir) / "params.json", folder / "params.json")
+        if args.vocab_size != source.args.vocab_size:
+            params = read_params(ckpt_dir) | {"vocab_size": args.vocab_size}
+            (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
         paths = [folder / f"consolidated.{rank:02d}.pth" for rank in range(model_parallel_size)]
-        files = [stack.enter_context(lay_out_pth(path, parts)) for path in paths]
-        for name in source.names:
-            for file, part in zip(files, split_tensor(name, source.whole(name), model_parallel_size), strict=True):
-                progress.add(file.write(name, part))
+        with ExitStack() as stack:
+            files = [stack.enter_context(lay_out_pth(path, parts)) for path in paths]
+            for name in source.names:
+                for file, part in zip(files, split(name, source.whole(name)), strict=True):
+                    progress.add(file.write(name, part))
+        write_checklist(folder, progress.add)
 
 
 def check_places(source: str | Path, output_dir: str | Path) -> None:
@@ -65,6 +77,17 @@ def check_places(source: str | Path, output_dir: str | Path) -> None:
     if Path(source).resolve() == Path(output_dir).resolve():
         raise ValueError(f"output_dir must not be the input folder, got {output_dir}; give the name of a new one")
     check_absent(output_dir)
+
+
+def with_even_vocabulary(args: ModelArgs, model_parallel_size: int) -> ModelArgs:
+    """`args` with the next larger vocabulary that as many files can share.
+
+    Raises:
+        ValueError: another size cannot be split that way.
+    """
+    args = replace(args, vocab_size=-(-args.vocab_size // model_parallel_size) * model_parallel_size)
+    args.check_shards(model_parallel_size)
+    return args
 
 
 def check_count(model_parallel_size: int) -> None:

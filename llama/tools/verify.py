@@ -5,7 +5,6 @@ Compares checksums with `checklist.chk`, and every tensor with what `params.json
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -14,19 +13,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.format import KNOWN_EXTRA, is_repeated, stored_dtypes, stored_quantize, tensor_shapes
-from llama.checkpoint.reading import list_shards, network_args, page_release, read_shard
+from llama.checkpoint.format import is_known_extra, is_repeated, stored_dtypes, stored_quantize, tensor_shapes
+from llama.checkpoint.reading import (
+    check_distinct,
+    count_not_finite,
+    list_shards,
+    network_args,
+    page_release,
+    read_shard,
+)
 from llama.checkpoint.releases import find_release
 from llama.checkpoint.sharded import same_bits
+from llama.checkpoint.writing import CHECKLIST, md5_of
 from llama.errors import first_few, printable, quote
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run
 from llama.tools.progress import Progress
 
-CHECKLIST, TOKENIZER_CHECKLIST = "checklist.chk", "tokenizer_checklist.chk"
+TOKENIZER_CHECKLIST = "tokenizer_checklist.chk"
 _LINE = re.compile(r"([0-9a-fA-F]{32})\s+\*?(?:\./)?(\S.*)")  # as md5sum writes it; * marks binary mode
-_CHUNK = 16 * 1024**2  # bytes read at a time
-_BLOCK = 16 * 1024**2  # numbers counted at a time
+_MAC_LINE = re.compile(r"MD5 \((.+)\) = ([0-9a-fA-F]{32})")  # as macOS's md5 writes it
 _SHOWN = 5  # tensors of one kind of problem that are named
 _MAX_LINE = 4000  # characters of a problem that are printed
 
@@ -55,11 +61,11 @@ def verify(ckpt_dir: str | Path, *, tokenizer_path: str | Path | None = None, qu
     tokenizer = _find_tokenizer(folder, tokenizer_path)
     listed: dict[Path, str] = {}
     if (folder / CHECKLIST).is_file():
-        listed |= _read_checklist(folder / CHECKLIST, found)
+        listed |= _read_checklist(folder / CHECKLIST, found, {"params.json", *(path.name for path in shards)})
     else:
         found.notes.append(f"checksums were not compared: there is no {CHECKLIST} in {folder}")
     if tokenizer is not None and (tokenizer.parent / TOKENIZER_CHECKLIST).is_file():
-        listed |= _read_checklist(tokenizer.parent / TOKENIZER_CHECKLIST, found)
+        listed |= _read_checklist(tokenizer.parent / TOKENIZER_CHECKLIST, found, {tokenizer.name})
     n_bytes = sum(path.stat().st_size for path in [*listed, *shards])
     with Progress("verify", n_bytes, quiet=quiet) as progress:
         for path, checksum in listed.items():
@@ -69,13 +75,21 @@ def verify(ckpt_dir: str | Path, *, tokenizer_path: str | Path | None = None, qu
     return found
 
 
-def _read_checklist(path: Path, found: Findings) -> dict[Path, str]:
-    """The files that a list of checksums names, all of them there, with their MD5 sums."""
+def _read_checklist(path: Path, found: Findings, required: set[str]) -> dict[Path, str]:
+    """The files that a list of checksums names, all of them there, with their MD5 sums.
+
+    Args:
+        required: names of files that it must list.
+    """
     listed: dict[Path, str] = {}
+    unlisted = set(required)
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         matched = _LINE.fullmatch(line.strip())
+        if swapped := _MAC_LINE.fullmatch(line.strip()):
+            matched = _LINE.fullmatch(f"{swapped[2]}  {swapped[1]}")
+        unlisted -= {matched[2]} if matched else set()
         if matched is None:
             found.problems.append(f"{path}: line {number} must be an MD5 sum and a file name")
         elif matched[2] == ".." or Path(matched[2]).name != matched[2]:
@@ -84,19 +98,16 @@ def _read_checklist(path: Path, found: Findings) -> dict[Path, str]:
             found.problems.append(f"{path.parent / printable(matched[2])} is missing, which {path.name} lists")
         else:
             listed[path.parent / matched[2]] = matched[1].lower()
+    if unlisted:
+        found.problems.append(
+            f"{path} must list every file, but lacks {first_few(sorted(unlisted), _SHOWN)}; download it again"
+        )
     return listed
 
 
 def _check_sum(path: Path, expected: str, found: Findings, progress: Progress) -> None:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            progress.add(len(chunk))
-    if digest.hexdigest() != expected:
-        found.problems.append(
-            f"{path} must have the listed MD5 sum {expected}, got {digest.hexdigest()}; download it again"
-        )
+    if (got := md5_of(path, progress.add)) != expected:
+        found.problems.append(f"{path} must have the listed MD5 sum {expected}, got {got}; download it again")
 
 
 def _find_tokenizer(folder: Path, tokenizer_path: str | Path | None) -> Path | None:
@@ -123,6 +134,10 @@ def _check_shards(folder: Path, shards: list[Path], n_words: int | None, found: 
     if [path.name for path in shards] != (names := [f"consolidated.{rank:02d}.pth" for rank in range(len(shards))]):
         there = [path.name for path in shards]
         found.problems.append(f"{folder} must hold {first_few(names, _SHOWN)}, got {first_few(there, _SHOWN)}")
+    try:
+        check_distinct(shards)
+    except ValueError as error:
+        found.problems.append(str(error))
     shapes: dict[str, tuple[int, ...]] | None = None
     first: dict[str, Tensor] = {}
     for path in shards:
@@ -161,9 +176,9 @@ def _expected_shapes(
         found.notes.append(
             f"{name} was published in {published.model_parallel_size} files; this one is split over {parts}"
         )
-    if n_words is not None and args.vocab_size != n_words:
+    if n_words is not None and args.vocab_size < n_words:
         found.problems.append(
-            f"{folder}: the vocabulary must be tokenizer.model's {n_words} pieces, got {args.vocab_size}"
+            f"{folder}: the vocabulary must be at least the tokenizer's {n_words} tokens, got {args.vocab_size}"
         )
     return tensor_shapes(args, parts, stored_quantize(folder))
 
@@ -190,7 +205,7 @@ def _faults(
                 release(tensor)
             else:
                 faults[fault[0]].append(fault[1])
-        elif name != KNOWN_EXTRA:
+        elif not is_known_extra(name):
             faults["not in the network"].append(printable(name))
         progress.add(tensor.numel() * tensor.element_size())
     return {kind: names for kind, names in faults.items() if names}
@@ -204,7 +219,7 @@ def _fault(
         return "wrong shape", f"{name} must be {shape} by params.json, got {quote(tuple(tensor.shape))}"
     if tensor.dtype not in dtypes or tensor.layout != torch.strided or tensor.is_meta:
         return f"not a dense tensor of {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}", name
-    if n_bad := _count_not_finite(tensor):
+    if n_bad := count_not_finite(tensor):
         return "NaN or infinite values", f"{name} has {n_bad}"
     known = first.setdefault(name, tensor.clone() if is_repeated(name) else tensor.to("meta"))
     if known.dtype != tensor.dtype:
@@ -212,14 +227,6 @@ def _fault(
     if not known.is_meta and not same_bits(known, tensor):
         return "not the values of the first file, which every file must repeat", name
     return None
-
-
-def _count_not_finite(tensor: Tensor) -> int:
-    low, high = torch.aminmax(tensor)  # reads at the memory's speed, and NaN anywhere gives NaN
-    if torch.isfinite(low) and torch.isfinite(high):
-        return 0
-    rows = max(1, _BLOCK // tensor[0].numel())
-    return sum(int((~torch.isfinite(part)).sum()) for part in torch.split(tensor, rows))
 
 
 def main(ckpt_dir: str, *, tokenizer_path: str | None = None, quiet: bool = False) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ def args(params: dict[str, Any]) -> ModelArgs:
 
 
 @pytest.fixture
-def one_file(tmp_path: Path, state: dict[str, Tensor]) -> Callable[..., Path]:
+def one_file(tmp_path: Path, params: dict[str, Any], state: dict[str, Tensor]) -> Callable[..., Path]:
     """Writes the random checkpoint's only file with some tensors changed; None leaves one out."""
 
     def write(changes: dict[str, Any] | None = None, **options: Any) -> Path:
         path = tmp_path / "consolidated.00.pth"
+        (tmp_path / "params.json").write_text(json.dumps(params))
         changed = state | (changes or {})
         torch.save({name: value for name, value in changed.items() if value is not None}, path, **options)
         return path

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llama import Llama, ModelArgs
 from llama.checkpoint.format import read_params, tensor_shapes
@@ -44,13 +45,40 @@ def test_the_vocabulary_may_be_left_to_the_tokenizer(tmp_path: Path) -> None:
     assert model_args(tmp_path, 123, max_batch_size=1, max_seq_len=1).vocab_size == 123
 
 
-def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_with_both_sizes(tmp_path: Path) -> None:
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_with_both_sizes(tmp_path: Path) -> None:
     write_params(tmp_path, {"vocab_size": 32000})
     with pytest.raises(
-        ValueError, match=r"params\.json: vocab_size must be .*, got 32000 where the tokenizer has 32016 pieces;"
+        ValueError, match=r"params\.json: vocab_size must be .*, got 32000 where the tokenizer has 32016 pieces"
     ):
         model_args(tmp_path, 32016, max_batch_size=1, max_seq_len=1)
     assert model_args(tmp_path, 32000, max_batch_size=1, max_seq_len=1).vocab_size == 32000
+
+
+def test_rows_beyond_the_tokenizers_pieces_are_taken(tmp_path: Path) -> None:
+    """Fine-tunes add tokens, and pad their number to a multiple of 64."""
+    write_params(tmp_path, {"vocab_size": 32064})
+    assert model_args(tmp_path, 32001, max_batch_size=1, max_seq_len=1).vocab_size == 32064
+    write_params(tmp_path, {"dim": 64, "n_heads": 8, "n_layers": 1})
+    torch.save({"tok_embeddings.weight": torch.zeros(40, 64)}, tmp_path / "consolidated.00.pth")
+    assert model_args(tmp_path, 37, max_batch_size=1, max_seq_len=1).vocab_size == 40
+
+
+def test_a_byte_order_mark_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text(json.dumps({"dim": 64}), encoding="utf-8-sig")
+    assert read_params(tmp_path) == {"dim": 64}
+
+
+def test_keys_of_another_architecture_are_not_advised_to_be_removed(tmp_path: Path) -> None:
+    write_params(tmp_path, {"dim": 64, "use_scaled_rope": True})
+    with pytest.raises(ValueError, match=r"got 'use_scaled_rope'; this library runs .* belong to another one") as error:
+        read_params(tmp_path)
+    assert "remove" not in str(error.value)
+
+
+def test_params_that_are_a_link_to_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "params.json").symlink_to(tmp_path / "blobs" / "gone")
+    with pytest.raises(FileNotFoundError, match=r"params\.json must be a file, got a link to .*gone, which does not"):
+        read_params(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from llama import ModelArgs
+from llama import Llama, ModelArgs
 from llama.checkpoint import loading
 from llama.checkpoint.format import tensor_shapes
 from llama.checkpoint.loading import load_to_device
@@ -114,3 +116,26 @@ def test_staging_copies_every_byte(monkeypatch: pytest.MonkeyPatch, shape: tuple
         copied = copy(source)
         assert torch.equal(copied, source) and copied.dtype == dtype and copied.data_ptr() != source.data_ptr()
         assert FakeEvent.recorded == -(-tensor.nbytes // 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_weight_beyond_float16_is_refused_at_load(
+    one_file: Callable[..., Path], tokenizer_path: Path, dtype: Any
+) -> None:
+    """It became infinite, and every answer NaN, without a word."""
+    weight = torch.zeros(64)
+    weight[3] = -1e5
+    path = one_file({"layers.1.ffn_norm.weight": weight.to(dtype)})
+    build = partial(Llama.build, path.parent, tokenizer_path, max_seq_len=8, max_batch_size=1, device="cpu")
+    message = r"layers\.1\.ffn_norm\.weight must have values within float16's range, got 99\d+|got 100000"
+    with pytest.raises(ValueError, match=message):
+        build(dtype="float16")
+    build(dtype="bfloat16")
+
+
+def test_the_largest_values_of_float16_are_taken(one_file: Callable[..., Path]) -> None:
+    largest = torch.full((64,), torch.finfo(torch.float16).max)
+    path = one_file({"norm.weight": largest})
+    shard = {"norm.weight": torch.load(path)["norm.weight"], "inf": torch.tensor([torch.inf, 1.0])}
+    load_to_device(shard, path, device=CPU, dtype=torch.float16)
+    assert torch.equal(shard["norm.weight"].float(), largest)

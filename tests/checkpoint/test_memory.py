@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +23,7 @@ from llama.checkpoint import memory
 from llama.checkpoint.format import tensor_shapes
 from llama.checkpoint.memory import GIB, MemoryPlan, available_memory, check_memory, plan_memory
 from llama.engine.sampling import Sampler
+from tests.conftest import ROOT
 from tests.support import oracle
 from tests.test_model_args import RELEASED
 
@@ -339,3 +342,22 @@ def test_a_cuda_device_gives_what_earlier_tensors_left(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * GIB)
     assert available_memory(torch.device("cuda", 0)) == 22 * GIB
+
+
+def test_a_limit_on_the_address_space_counts(checkpoint: Path, tokenizer_path: Path) -> None:
+    """`ulimit -v` used to end the load in the middle, with "is it cut short?"."""
+    program = (
+        "import resource, sys, torch; from llama import Llama; from llama.checkpoint.memory import free_address_space\n"
+        "assert free_address_space() == sys.maxsize\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, -1))\n"
+        "assert 0.9 * 2**30 < free_address_space() <= 2**30\n"
+        "sizes = dict(max_seq_len=64, device='cpu', dtype='float32')\n"
+        "Llama.build(sys.argv[1], sys.argv[2], max_batch_size=1, **sizes)\n"
+        "try: Llama.build(sys.argv[1], sys.argv[2], max_batch_size=2**17, **sizes)\n"
+        "except MemoryError as error: assert 'lower max_batch_size' in str(error), error\n"
+        "else: sys.exit('it was built')\n"
+    )
+    command = [sys.executable, "-c", program, checkpoint, tokenizer_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

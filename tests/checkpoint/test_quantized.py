@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,32 @@ def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(
     with pytest.raises(FileExistsError, match="output_dir must be a new or an empty folder"):
         quantize(originals[1], tmp_path / "full", quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_quantize_names_a_tensor_that_is_not_finite(
+    write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    for value in (torch.nan, -torch.inf):
+        weight = state["layers.1.feed_forward.w2.weight"].clone()
+        weight[3, 5] = value
+        folder = write_checkpoint(params, state | {"layers.1.feed_forward.w2.weight": weight})
+        with pytest.raises(ValueError, match=r"layers\.1\.feed_forward\.w2\.weight must be finite, got 1 values"):
+            quantize(folder, tmp_path / "new", quiet=True)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_describes_tokens_and_chats_is_copied_and_the_sums_are_listed(
+    originals: dict[int, Path], tmp_path: Path
+) -> None:
+    """The file that keeps chats from the wrong template used to be left behind."""
+    shutil.copytree(originals[1], tmp_path / "original")
+    for name in ("chat_format.json", "added_tokens.json", "generation_config.json"):
+        (tmp_path / "original" / name).write_text("{}")
+    quantize(tmp_path / "original", tmp_path / "new", quiet=True)
+    for name in ("chat_format.json", "added_tokens.json", "generation_config.json"):
+        assert (tmp_path / "new" / name).read_text() == "{}"
+    assert len((tmp_path / "new" / "checklist.chk").read_text().splitlines()) == 2
+    assert not any("checksums" in note for note in verify(tmp_path / "new", quiet=True).notes)
 
 
 def test_tools_for_plain_weights_refuse_a_quantized_checkpoint(

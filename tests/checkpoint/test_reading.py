@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from llama import Llama, ModelArgs
 from llama.checkpoint.format import shard_dim, tensor_shapes
 from llama.checkpoint.loading import load_to_device
 from llama.checkpoint.reading import find_shards, list_shards, load_shard, model_args, read_shard
+from llama.checkpoint.sharded import ShardedCheckpoint
 from tests.checkpoint.conftest import MAPS, mapped_file
 from tests.conftest import ROOT
 
@@ -56,6 +58,68 @@ def test_a_number_of_files_that_is_not_the_world_size_word_for_word(tmp_path: Pa
     first, hint = str(caught.value).splitlines()
     assert first == f"Loading a checkpoint for MP={files} but world size is {ranks}"
     assert f"--nproc_per_node {files}" in hint
+
+
+def test_files_that_do_not_belong_to_the_checkpoint_are_named(tmp_path: Path) -> None:
+    """Two files where one belongs were met with the advice to start two processes."""
+    for name in ("consolidated.00.pth", "consolidated.00 (1).pth", "optimizer.pth"):
+        (tmp_path / name).touch()
+    with pytest.raises(AssertionError) as caught:
+        find_shards(tmp_path, 1)
+    first, hint = str(caught.value).splitlines()
+    assert first == "Loading a checkpoint for MP=3 but world size is 1"
+    assert "nproc_per_node" not in hint
+    assert "'consolidated.00 (1).pth', 'optimizer.pth' are not named consolidated.NN.pth" in hint
+
+
+def test_a_hugging_face_folder_is_met_with_the_command_that_converts_it(tmp_path: Path) -> None:
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).touch()
+    with pytest.raises(AssertionError, match=f"got a Hugging Face folder; convert it .*from_hf --hf_dir '{folder}' "):
+        list_shards(folder)
+    (folder / "original").mkdir()
+    (folder / "original" / "consolidated.00.pth").touch()
+    with pytest.raises(AssertionError, match=f"consolidated.00.pth, which is {folder}/original"):
+        list_shards(folder)
+
+
+def test_what_stands_for_a_file_that_was_not_downloaded(
+    write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, Tensor], tokenizer_path: Path
+) -> None:
+    folder = write_checkpoint(params, state)
+    build = partial(Llama.build, folder, tokenizer_path, max_seq_len=8, max_batch_size=1, device="cpu")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
+    for name in ("consolidated.00.pth", "params.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_text(pointer)
+        with pytest.raises(ValueError, match=f"{name} must be the file itself, got a Git LFS pointer .*; run git lfs"):
+            build()
+        (folder / name).unlink()
+        (folder / name).symlink_to(folder / "gone")
+        with pytest.raises(FileNotFoundError, match=f"{name} must be a file, got a link to .*gone, which does not exi"):
+            build()
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.write_text(pointer)
+    with pytest.raises(ValueError, match=r"tokenizer\.model must be the file itself, got a Git LFS pointer"):
+        Llama.build(folder, tokenizer, max_seq_len=8, max_batch_size=1, device="cpu")
+
+
+def test_a_file_copied_over_another_is_refused(
+    write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, Tensor]
+) -> None:
+    """Two ranks with the same part of the weights gave text without sense, and no error."""
+    folder = write_checkpoint(params, state, 2)
+    sizes = {"max_batch_size": 1, "max_seq_len": 8}
+    model_args(folder, params["vocab_size"], **sizes)
+    (folder / "consolidated.01.pth").write_bytes((folder / "consolidated.00.pth").read_bytes())
+    with pytest.raises(ValueError, match=r"consolidated\.01\.pth must hold .*, got a copy of consolidated\.00\.pth"):
+        model_args(folder, params["vocab_size"], **sizes)
+    with pytest.raises(ValueError, match=r"got a copy of consolidated\.00\.pth"):
+        ShardedCheckpoint(folder)
 
 
 @pytest.mark.parametrize("n_layers", [2_000_000, 2**62])
@@ -103,6 +167,16 @@ def test_split_files_are_accepted_and_joined_are_the_whole(
             assert all(torch.equal(part, whole) for part in parts)
         else:
             assert torch.equal(torch.cat(parts, axis), whole)
+
+
+def test_llama_1s_frequencies_are_taken_like_rope_freqs(one_file: Callable[..., Path], args: ModelArgs) -> None:
+    names = [f"layers.{i}.attention.inner_attention.rope.freqs" for i in range(args.n_layers)]
+    path = one_file(dict.fromkeys(names, torch.zeros(args.head_dim // 2)))
+    assert load_shard(path, args, 1).keys() == tensor_shapes(args, 1).keys()
+    checkpoint = ShardedCheckpoint(path.parent)
+    assert checkpoint.names[-args.n_layers :] == names
+    with pytest.raises(ValueError, match=r"but has layers\.0\.attention\.rope\.freqs$"):
+        load_shard(one_file({"layers.0.attention.rope.freqs": torch.zeros(4)}), args, 1)
 
 
 def test_rope_freqs_is_the_one_known_extra(one_file: Callable[..., Path], args: ModelArgs) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from llama.tools import convert
 from llama.tools.commandline import run
 from llama.tools.convert import from_hf, to_hf
 from llama.tools.reshard import reshard
+from llama.tools.verify import verify
 from tests.support import oracle
 
 transformers = pytest.importorskip("transformers", reason="needs the [test] extra")
@@ -459,7 +461,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(
     hf_dir: Path, checkpoint: Path, tokenizer_path: Path, params: dict[str, Any], tmp_path: Path
 ) -> None:
     (hf_dir / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
-    message = f"must be tokenizer.model's {params['vocab_size']} pieces, got 320"
+    message = f"must be at least the tokenizer's {params['vocab_size']} pieces and added tokens, got 320"
     assert_refused(ValueError, message, from_hf, hf_dir, tmp_path / "out")
     (tmp_path / "broken.model").write_bytes(b"broken")
     assert_refused(
@@ -505,3 +507,87 @@ def test_the_commands(
     taken = f"error: output_dir must be a new or an empty folder, got {tmp_path / '7'}, which exists already"
     assert command("to_hf", *there) == taken
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "hf", "out"]
+
+
+def widen(hf_dir: Path, n_rows: int, tokenizer_path: Path, files: Mapping[str, Any]) -> State:
+    """Gives the folder a tokenizer, files beside it, and an embedding of as many rows; returns its tensors."""
+    tensors = load_file(hf_dir / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.randn(n_rows, 64)
+    save_file(tensors, hf_dir / "model.safetensors")
+    shutil.copyfile(tokenizer_path, hf_dir / "tokenizer.model")
+    for name, content in ({"config.json": CONFIG | {"vocab_size": n_rows}} | dict(files)).items():
+        (hf_dir / name).write_text(json.dumps(content))
+    return tensors
+
+
+CHATML = {
+    "added_tokens.json": {"<|im_start|>": 512, "<|im_end|>": 513},
+    "special_tokens_map.json": {"eos_token": {"content": "<|im_end|>"}, "pad_token": "</s>"},
+    "tokenizer_config.json": {
+        "legacy": False,
+        "chat_template": "{{ messages }}",
+        "added_tokens_decoder": {
+            "512": {"content": "<|im_start|>", "special": False},
+            "513": {"content": "<|im_end|>", "special": True},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("n_rows", [514, 515, 576])
+@pytest.mark.parametrize("n_files", [1, 2, 4])
+def test_added_tokens_go_there_and_back_at_any_number_of_files(
+    hf_dir: Path, tokenizer_path: Path, tmp_path: Path, n_rows: int, n_files: int
+) -> None:
+    tensors = widen(hf_dir, n_rows, tokenizer_path, CHATML)
+    from_hf(hf_dir, tmp_path / "out", n_files, quiet=True)
+    assert params_of(tmp_path / "out")["vocab_size"] == -(-n_rows // n_files) * n_files
+    there = Tokenizer(tmp_path / "out" / "tokenizer.model")
+    assert there.added_tokens == CHATML["added_tokens.json"]
+    assert verify(tmp_path / "out", quiet=True).problems == []
+    to_hf(tmp_path / "out", tmp_path / "out" / "tokenizer.model", tmp_path / "back", quiet=True)
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    for name, tensor in tensors.items():
+        assert torch.equal(back[name][: len(tensor)], tensor)
+        assert not back[name][len(tensor) :].any()
+    for name in ("added_tokens.json", "special_tokens_map.json"):
+        assert json.loads((tmp_path / "back" / name).read_text()) == CHATML[name]
+    settings = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    expected: Any = CHATML["tokenizer_config.json"]
+    assert {name: settings[name] for name in expected} == expected
+    assert Tokenizer(tmp_path / "back" / "tokenizer.model").n_words == 514
+
+
+def test_transformers_encodes_added_tokens_alike(hf_dir: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model by protobuf")
+    widen(hf_dir, 514, tokenizer_path, CHATML)
+    from_hf(hf_dir, tmp_path / "out", quiet=True)
+    to_hf(tmp_path / "out", tmp_path / "out" / "tokenizer.model", tmp_path / "back", quiet=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    ours = Tokenizer(tmp_path / "out" / "tokenizer.model")
+    for text in ("<|im_start|>user the fox<|im_end|>\n<|im_start|>x", "the<|im_end|> fox", "the quick"):
+        assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text, bos=False, eos=False)
+
+
+def test_a_padding_token_without_a_row_is_left_out(hf_dir: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    """Published folders name one that only training used; another token without a row is an error."""
+    files = {"added_tokens.json": {"<pad>": 512}, "special_tokens_map.json": {"pad_token": "<pad>"}}
+    widen(hf_dir, 512, tokenizer_path, files)
+    from_hf(hf_dir, tmp_path / "out", quiet=True)
+    assert Tokenizer(tmp_path / "out" / "tokenizer.model").n_words == 512
+    files["special_tokens_map.json"] = {}
+    widen(hf_dir, 512, tokenizer_path, files)
+    assert_refused(
+        ValueError, "at least the tokenizer's 513 pieces and ad.*, got 512", from_hf, hf_dir, tmp_path / "no"
+    )
+
+
+def test_llama_1s_frequencies_are_left_out(
+    write_checkpoint: Write, params: dict[str, Any], state: State, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    extra = {f"layers.{i}.attention.inner_attention.rope.freqs": torch.zeros(4) for i in range(params["n_layers"])}
+    folder = write_checkpoint(params, state)
+    torch.save(state | extra, folder / "consolidated.00.pth")
+    to_hf(folder, tokenizer_path, tmp_path / "hf", quiet=True)
+    assert len(load_file(tmp_path / "hf" / "model.safetensors")) == len(state)

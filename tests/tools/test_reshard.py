@@ -19,10 +19,12 @@ import pytest
 import torch
 
 from llama.checkpoint import writing
+from llama.checkpoint.sharded import ShardedCheckpoint
 from llama.checkpoint.writing import TensorFile
 from llama.tools import progress
 from llama.tools.commandline import run
 from llama.tools.reshard import reshard
+from llama.tools.verify import verify
 from tests.conftest import PARAMS, ROOT
 from tests.support import oracle
 
@@ -134,9 +136,9 @@ def test_params_and_tokenizer_are_copied_as_they_are(source: Path, tmp_path: Pat
     (source / "tokenizer.model").write_bytes(b"a tokenizer")
     (source / "checklist.chk").write_text("would not fit the new files")
     reshard(source, tmp_path / "out", 1)
-    names = ["consolidated.00.pth", "params.json", "tokenizer.model"]
+    names = ["checklist.chk", "consolidated.00.pth", "params.json", "tokenizer.model"]
     assert sorted(os.listdir(tmp_path / "out")) == names
-    for name in names[1:]:
+    for name in names[2:]:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
@@ -474,3 +476,48 @@ def test_progress_tells_bytes_and_speed_with_tqdm_and_nothing_without(
     assert shown(quiet=True) == ""
     monkeypatch.setattr(progress, "tqdm", None)
     assert shown() == ""
+
+
+@pytest.mark.parametrize("n_rows", [-1, 513])
+def test_a_vocabulary_that_files_cannot_share_is_padded(
+    write_checkpoint: Write, params: dict[str, Any], state: State, tokenizer_path: Path, tmp_path: Path, n_rows: int
+) -> None:
+    """Fine-tunes with one added token, such as Vicuna's <pad>, have 32001 rows."""
+    longer = {name: torch.cat([state[name], state[name][:1]]) for name in ("tok_embeddings.weight", "output.weight")}
+    folder = write_checkpoint(params | {"vocab_size": n_rows}, state | longer)
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 512}))
+    reshard(folder, tmp_path / "two", 2, quiet=True)
+    assert json.loads((tmp_path / "two" / "params.json").read_text())["vocab_size"] == 514
+    assert (tmp_path / "two" / "added_tokens.json").read_bytes() == (folder / "added_tokens.json").read_bytes()
+    whole = ShardedCheckpoint(tmp_path / "two")
+    for name, tensor in (state | longer).items():
+        rows = whole.whole(name)
+        assert torch.equal(rows[: len(tensor)], tensor)
+        assert not rows[len(tensor) :].any()
+
+
+def test_the_result_can_be_verified(source: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    shutil.copyfile(tokenizer_path, source / "tokenizer.model")
+    reshard(source, tmp_path / "out", 2, quiet=True)
+    found = verify(tmp_path / "out", quiet=True)
+    assert found.notes == []
+    assert all("NaN or infinite" in problem for problem in found.problems)  # the source has some
+    path = tmp_path / "out" / "consolidated.01.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert any("must have the listed MD5 sum" in problem for problem in verify(tmp_path / "out", quiet=True).problems)
+
+
+def test_a_folder_whose_name_is_no_utf8(source: Path, tmp_path: Path) -> None:
+    """Every tool takes such folders, and prints their names escaped."""
+    taken, out = tmp_path / os.fsdecode(b"in-\xff"), tmp_path / os.fsdecode(b"out-\xfe")
+    shutil.copytree(source, taken)
+    command = [sys.executable, "-m", "llama.tools.reshard", "--ckpt_dir", taken, "--output_dir", out]
+    done = subprocess.run([*command, "--model_parallel_size", "2"], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    done = subprocess.run([*command, "--model_parallel_size", "2"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 1 and rb"out-\udcfe, which exists already" in done.stderr
+    command = [sys.executable, "-m", "llama.tools.verify", "--ckpt_dir", out, "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert rb"out-\udcfe/consolidated.01.pth: NaN or infinite values" in done.stdout  # the source has some

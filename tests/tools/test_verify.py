@@ -84,12 +84,46 @@ def test_lines_of_a_checklist(folder: Path) -> None:
     (folder / "checklist.chk").write_text(sums + "nonsense\n")
     assert_one(problems(folder), "line 4 must be an MD5 sum")
     for name in ("../params.json", "/etc/passwd", "sub/file", ".."):
-        (folder / "checklist.chk").write_text(f"{'0' * 32}  {name}\n")
-        assert_one(problems(folder), "line 1 must name a file beside it", name)
+        (folder / "checklist.chk").write_text(f"{sums}{'0' * 32}  {name}\n")
+        assert_one(problems(folder), "line 4 must name a file beside it", name)
     (folder / "checklist.chk").write_text(f"{sums}{'0' * 32}  consolidated.02.pth\n")
     assert_one(problems(folder), "consolidated.02.pth is missing, which checklist.chk lists")
-    (folder / "checklist.chk").write_bytes(b"\xff\xfe\x00")
-    assert_one(problems(folder), "line 1 must be an MD5 sum")
+    (folder / "checklist.chk").write_bytes(sums.encode() + b"\xff\xfe\x00")
+    assert_one(problems(folder), "line 4 must be an MD5 sum")
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "{sum}  params.json\n", "<html>403 Forbidden</html>\n"])
+def test_a_checklist_that_does_not_list_every_file_is_a_problem(folder: Path, content: str) -> None:
+    """An empty list, as a failed download leaves, used to end with "ok" over damaged weights."""
+    md5 = hashlib.md5((folder / "params.json").read_bytes()).hexdigest()
+    (folder / "checklist.chk").write_text(content.format(sum=md5))
+    found = [line for line in problems(folder) if "must list every file, but lacks" in line]
+    assert_one(found, "consolidated.00.pth, consolidated.01.pth")
+
+
+def test_a_tokenizers_checklist_must_list_it(folder: Path) -> None:
+    (folder / "tokenizer_checklist.chk").touch()
+    assert_one(problems(folder), "tokenizer_checklist.chk must list every file, but lacks tokenizer.model")
+
+
+def test_lines_as_macos_writes_them_are_read(folder: Path) -> None:
+    pairs = [line.split() for line in (folder / "checklist.chk").read_text().splitlines()]
+    (folder / "checklist.chk").write_text("".join(f"MD5 ({name}) = {md5}\n" for md5, name in pairs))
+    assert problems(folder) == []
+    (folder / "params.json").write_text((folder / "params.json").read_text() + " ")
+    assert_one(problems(folder), "params.json must have the listed MD5 sum")
+
+
+def test_a_file_copied_over_another_is_a_problem(folder: Path) -> None:
+    (folder / "consolidated.01.pth").write_bytes((folder / "consolidated.00.pth").read_bytes())
+    write_checklist(folder)
+    assert_one(problems(folder), "consolidated.01.pth must hold its own rank's part", "a copy of consolidated.00.pth")
+
+
+def test_llama_1s_frequencies_are_no_problem(folder: Path) -> None:
+    for path in folder.glob("*.pth"):
+        change(path, {"layers.0.attention.inner_attention.rope.freqs": torch.zeros(4), "rope.freqs": torch.zeros(4)})
+    assert problems(folder) == []
 
 
 def test_the_tokenizer_beside_or_above_or_named(folder: Path, tmp_path: Path) -> None:
@@ -116,7 +150,7 @@ def test_a_tokenizer_of_another_size(
     folder = write_checkpoint(params | {"vocab_size": -1}, smaller, 1)
     n_words = params["vocab_size"]
     found = problems(folder, tokenizer_path=tokenizer_path)
-    assert_one(found, f"tokenizer.model's {n_words} pieces, got {n_words - 8}")
+    assert_one(found, f"the tokenizer's {n_words} tokens, got {n_words - 8}")
 
 
 @pytest.mark.parametrize(
