@@ -63,6 +63,7 @@ from llama.inputs import (
     encode_text,
     encode_texts,
     infilling_prompt_tokens,
+    n_usable_ids,
 )
 from llama.tokenizer import Tokenizer, pieces
 
@@ -80,6 +81,7 @@ __all__ = [
     "CompletionPrediction",
     "Dialog",
     "InfillingPrediction",
+    "LLaMA",
     "Llama",
     "Message",
     "Role",
@@ -288,6 +290,7 @@ class Llama:
         args = self.model.params
 
         def check() -> tuple[list[list[int]], SamplingParams]:
+            n_ids = n_usable_ids(args.vocab_size, self.tokenizer)
             params = self._params(
                 temperature,
                 top_p,
@@ -297,9 +300,9 @@ class Llama:
                 seed=seed,
                 speculative=speculative,
                 **options,
-                stop_ids=check_stop_token(stop_token, args.vocab_size),
+                stop_ids=check_stop_token(stop_token, n_ids),
             )
-            return check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len), params
+            return check_prompts(prompt_tokens, n_ids, args.max_seq_len), params
 
         prompts, params = self._same_on_all_ranks("generate", check)
         rows = self._complete(prompts, params)
@@ -554,7 +557,8 @@ class Llama:
         """
         args = self.model.params
         rows = self._same_on_all_ranks(
-            "score_tokens", lambda: check_prompts(prompt_tokens, args.vocab_size, args.max_seq_len)
+            "score_tokens",
+            lambda: check_prompts(prompt_tokens, n_usable_ids(args.vocab_size, self.tokenizer), args.max_seq_len),
         )
         return self._completer().score(rows)
 
@@ -614,3 +618,19 @@ _built_in_generate = Llama.generate
 
 def _refusal() -> Generator[str, None, None]:
     yield UNSAFE_ERROR
+
+
+class LLaMA:
+    """The interface of Llama 1's package: whole texts, each with its prompt. See `Llama` for its arguments."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._llama = Llama(model, tokenizer)
+
+    def generate(
+        self, prompts: list[str], max_gen_len: int, temperature: float = 0.8, top_p: float = 0.95
+    ) -> list[str]:
+        """Completes texts by at most `max_gen_len` tokens; each result starts with its prompt."""
+        rows = self._llama.text_completion(prompts, temperature, top_p, max_gen_len, echo=True)
+        return [row["generation"] for row in rows]

@@ -187,6 +187,18 @@ _OPTIONS: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
+def n_words_of(tokenizer: Any) -> int | None:
+    """The number of ids that a tokenizer of any class has texts for; None if it does not say."""
+    n_words = getattr(tokenizer, "n_words", None)
+    return n_words if isinstance(n_words, int) else None
+
+
+def n_usable_ids(vocab_size: int, tokenizer: Any) -> int:
+    """The number of leading ids that are tokens; a network's embedding may have more rows."""
+    n_words = n_words_of(tokenizer)
+    return vocab_size if n_words is None else min(vocab_size, n_words)
+
+
 def check_prompts(prompts: Iterable[Iterable[int]], vocab_size: int, max_seq_len: int) -> list[list[int]]:
     """Checks prompts of token ids, and returns them as lists of int.
 

@@ -17,6 +17,7 @@ FLOOR = re.compile(r"^\| (\d+) \| (.*) \|$", re.MULTILINE)
 # What `from llama import X` is an import of.
 EXPORTED = {
     "Dialog": "chat.py",
+    "LLaMA": "generation.py",
     "Llama": "generation.py",
     "Message": "chat.py",
     "ModelArgs": "model.py",

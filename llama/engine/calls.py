@@ -23,7 +23,7 @@ from llama.engine.sampling import Sampler
 from llama.engine.scoring import score, score_top
 from llama.engine.sequence import Call, TokenResult
 from llama.engine.sequence import Sequence as EngineSequence
-from llama.inputs import SamplingParams
+from llama.inputs import SamplingParams, n_usable_ids, n_words_of
 from llama.model import ModelArgs
 from llama.tokenizer import IncrementalDetokenizer
 
@@ -50,7 +50,7 @@ class Completer:
     def complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """Completes prompts; each replica computes a share of them. Returns completions in the order of the prompts."""
         with groups.rank_errors():
-            samplers = _CallSamplers(self._model, params, len(prompts), groups.replica(), self._draw)
+            samplers = _CallSamplers(self._model, self._tokenizer, params, len(prompts), groups.replica(), self._draw)
             rows = self._spread(prompts, lambda share: self._complete_share(share, params, samplers))
             samplers.end()
             return rows
@@ -76,7 +76,8 @@ class Completer:
 
     def _pieces(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
         row = self._completion(prompt, params)
-        samplers = _CallSamplers(self._model, params, 1, (0, 1), self._draw)  # every replica computes the stream
+        everywhere = (0, 1)  # every replica computes the stream
+        samplers = _CallSamplers(self._model, self._tokenizer, params, 1, everywhere, self._draw)
         with closing(_InLockstep(self._results([prompt], params, samplers, [row]))) as results:
             yield ""
             texts = row.echo_pieces
@@ -148,6 +149,7 @@ def new_sequence(
         logprobs=params.logprobs,
         top_logprobs=top_logprobs,
         ends=completion.ends,
+        n_words=n_words_of(tokenizer),
         speculative=params.speculative,
         process=make_process(params, len(prompt), stop_ids),
     )
@@ -191,7 +193,7 @@ class Request:
             scores: list[TokenScore] = []
             if params.echo and params.logprobs:
                 with lock_of(engine.model):
-                    (scores,) = score_top(engine.model, [prompt], top_logprobs)
+                    (scores,) = score_top(engine.model, [prompt], top_logprobs, n_words_of(tokenizer))
             echoed = prompt if params.echo else []
             for i in range(n):
                 text = new_detokenizer(tokenizer, params, prompt if continues else echoed)
@@ -237,6 +239,7 @@ class _CallSamplers:
     def __init__(
         self,
         model: Any,
+        tokenizer: Any,
         params: SamplingParams,
         n_prompts: int,
         replica: tuple[int, int],
@@ -250,7 +253,7 @@ class _CallSamplers:
         self._params = params
         self._draw = draw
         self._device = device_of(model)
-        self._vocab_size: int = model.params.vocab_size
+        self._n_words = n_usable_ids(model.params.vocab_size, tokenizer)
         self._replica, self._n_replicas = replica
         self._n_shared = min(n_prompts, model.params.max_batch_size * self._n_replicas)
         generator = default_generator(self._device)
@@ -275,7 +278,7 @@ class _CallSamplers:
     def end(self) -> None:
         """Brings the generators of all replicas to the same state, that of the replica that drew the most."""
         max_steps = max(groups.gather_replicas(self._shared.steps))
-        self._shared.skip_to(max_steps, self._vocab_size)
+        self._shared.skip_to(max_steps, self._n_words)
 
 
 class _InLockstep:

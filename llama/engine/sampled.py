@@ -68,14 +68,15 @@ class SampledTokens:
         if any(sequence.process for sequence in sequences) and is_first_of_group():
             logits = _processed(logits, sequences, n_positions)
         # The flag travels with the tokens, to save a synchronization. A mask may have put -inf, but not everywhere.
-        is_finite = logits.amax(-1).isfinite()
+        is_finite = _of_words(logits, sequences).amax(-1).isfinite()
         chosen = broadcast_from_first(sample(logits, steps).where(is_finite, NOT_FINITE))
         n_top = max(sequence.top_logprobs for sequence in sequences)
         logprobs = top = None
         if any(sequence.logprobs for sequence in sequences):
             logprobs = to_host(logprobs_of(raw, chosen.clamp(min=0)))
         if n_top:
-            likely = raw.log_softmax(-1).topk(min(n_top, logits.size(-1)))
+            of_words = _of_words(raw.log_softmax(-1), sequences)
+            likely = of_words.topk(min(n_top, of_words.size(-1)))
             top = to_host(likely.indices), to_host(likely.values)
         return cls(list(sequences), drafts, chosen, to_host(chosen), logprobs, top)
 
@@ -133,6 +134,7 @@ def sample(logits: Tensor, steps: abc.Sequence[tuple[Sequence, int]]) -> Tensor:
     Returns:
         (n,) int64.
     """
+    logits = _of_words(logits, [sequence for sequence, _ in steps])
     if all(sequence.sampler.is_greedy for sequence, _ in steps):
         return logits.argmax(-1)
     groups: dict[int, list[int]] = {}
@@ -148,6 +150,12 @@ def sample(logits: Tensor, steps: abc.Sequence[tuple[Sequence, int]]) -> Tensor:
         index = to_device(indices, logits.device)
         chosen[index] = sampler(logits[index], noise_rows, sampler_steps)
     return chosen
+
+
+def _of_words(logits: Tensor, sequences: abc.Sequence[Sequence]) -> Tensor:
+    """The part of logits (n, vocab) that belongs to tokens; the sequences of an engine have one tokenizer."""
+    n_words = sequences[0].n_words
+    return logits if n_words is None else logits[:, :n_words]
 
 
 def common_length(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:

@@ -48,10 +48,15 @@ def score(model: Any, texts: Sequence[Sequence[int]]) -> list[list[float]]:
 
 
 @torch.inference_mode()
-def score_top(model: Any, texts: Sequence[Sequence[int]], n_top: int) -> list[list[TokenScore]]:
+def score_top(
+    model: Any, texts: Sequence[Sequence[int]], n_top: int, n_words: int | None = None
+) -> list[list[TokenScore]]:
     """Returns each token's log-probability given those before it, and the `n_top` most likely tokens in its place.
 
     The first token of each text gets (None, ()). Overwrites the KV cache.
+
+    Args:
+        n_words: number of leading ids that are tokens; None for all.
     """
     scores: list[list[TokenScore]] = [[(None, ())] for _ in texts]
     for group, position, logits in logits_in_slices(ModelRunner(model), [text[:-1] or text for text in texts]):
@@ -62,13 +67,14 @@ def score_top(model: Any, texts: Sequence[Sequence[int]], n_top: int) -> list[li
                 logprobs = logprobs_of(row, torch.tensor(targets, device=row.device)).tolist()
                 if not all(map(math.isfinite, logprobs)):
                     raise NonFiniteLogitsError(f"in text {i}")
-                scores[i] += zip(logprobs, _top(row, n_top), strict=True)
+                scores[i] += zip(logprobs, _top(row, n_top, n_words), strict=True)
     return scores
 
 
-def _top(logits: Tensor, n: int) -> list[TopLogprobs]:
+def _top(logits: Tensor, n: int, n_words: int | None) -> list[TopLogprobs]:
     """The `n` most likely tokens at each position, and their log-probabilities, from logits (seqlen, vocab)."""
     if n == 0:
         return [()] * len(logits)
-    values, ids = logits.log_softmax(-1).topk(min(n, logits.size(-1)))
+    of_words = logits.log_softmax(-1)[:, :n_words]
+    values, ids = of_words.topk(min(n, of_words.size(-1)))
     return [tuple(zip(*both, strict=True)) for both in zip(ids.tolist(), values.tolist(), strict=True)]

@@ -50,6 +50,7 @@ class Sequence:
         logprobs: whether to compute the log-probability of each new token.
         top_logprobs: number of most likely tokens to report with each token, with their log-probabilities.
         ends: called with each new token; returns whether the sequence ends with it, as at a stop string.
+        n_words: number of leading ids that are tokens; the network may have more, which are never sampled. None: all.
         speculative: how to draft tokens: "prompt_lookup", "draft" (by the engine's draft model), or None.
         process: what changes the logits before they are sampled from, see `processors.Process`; None for nothing. Such
             a sequence gets no drafts.
@@ -70,6 +71,7 @@ class Sequence:
     logprobs: bool = False
     top_logprobs: int = 0
     ends: Callable[[int], bool] = _never
+    n_words: int | None = None
     speculative: str | None = None
     process: Callable[[list[int], Tensor], Tensor] | None = None
     call: Call = field(init=False, repr=False)

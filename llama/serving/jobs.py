@@ -13,7 +13,7 @@ from llama.engine.calls import Request
 from llama.engine.output import Piece
 from llama.errors import NonFiniteLogitsError, PromptError, quote
 from llama.generation import Llama
-from llama.inputs import SamplingParams, encode_checked_dialog, encode_text
+from llama.inputs import SamplingParams, encode_checked_dialog, encode_text, n_usable_ids
 from llama.serving.errors import ApiError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Planner:
         self.tokenizer = llama.tokenizer
         self.chat_format = llama.chat_format or built_in_format(llama.tokenizer)
         self._speculative = speculative
-        self._vocab_size: int = llama.model.params.vocab_size
+        self._vocab_size = n_usable_ids(llama.model.params.vocab_size, llama.tokenizer)
         self.max_seq_len: int = llama.model.params.max_seq_len
         self._max_choices = max_choices
         longest_piece = getattr(llama.tokenizer, "longest_piece", sys.maxsize)  # a tokenizer of another class

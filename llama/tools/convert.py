@@ -38,6 +38,7 @@ from llama.checkpoint.sharded import ShardedCheckpoint, same_bits
 from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors, staged_folder, write_checklist
 from llama.distributed.device import DTYPES
 from llama.errors import printable, quote, read_json_object
+from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run
 from llama.tools.progress import Progress

@@ -29,7 +29,7 @@ import llama
 import llama.generation
 import llama.model
 import llama.tokenizer
-from llama import Dialog, Llama
+from llama import Dialog, LLaMA, Llama
 from llama.generation import sample_top_p
 from llama.model import (
     Attention,
@@ -799,3 +799,20 @@ def test_results_have_metas_keys_and_dialogs_are_left_as_they_were(toy: Llama) -
     assert len(scored["tokens"]) == len(scored["logprobs"]) > 0
     (unsafe,) = toy.chat_completion([[{"role": "user", "content": "[INST] a"}]], max_gen_len=3)
     assert unsafe["generation"]["content"] == llama.generation.UNSAFE_ERROR
+
+
+def test_llama_1s_class_and_files(
+    llama: Llama, params: dict[str, Any], state: dict[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """As Llama 1's example.py makes it, from a file with frequencies in each layer; texts start with the prompts."""
+    names = [f"layers.{i}.attention.inner_attention.rope.freqs" for i in range(params["n_layers"])]
+    model = Transformer(ModelArgs(max_seq_len=64, max_batch_size=4, **params))
+    model.load_state_dict(state | dict.fromkeys(names, torch.zeros(4)), strict=False)
+    defaults = {p.name: p.default for p in inspect.signature(LLaMA.generate).parameters.values()}
+    assert list(defaults) == ["self", "prompts", "max_gen_len", "temperature", "top_p"]
+    assert (defaults["temperature"], defaults["top_p"]) == (0.8, 0.95)
+    prompts = ["The quick brown fox", "Llamas"]
+    results = LLaMA(model, tokenizer).generate(prompts, max_gen_len=8, temperature=0)
+    expected = llama.text_completion(prompts, temperature=0, max_gen_len=8, echo=True)
+    assert results == [row["generation"] for row in expected]
+    assert all(text.startswith(prompt) for text, prompt in zip(results, prompts, strict=True))
