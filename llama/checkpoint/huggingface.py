@@ -24,9 +24,8 @@ from llama.tokenizer import ADDED_TOKENS_FILES, Tokenizer
 
 try:
     import safetensors
-except ImportError as error:
+except ImportError:
     safetensors = None  # type: ignore[assignment]
-    _missing = error  # "error" itself is unbound after the handler
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER_NAMES = {
@@ -281,7 +280,7 @@ class _SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         if safetensors is None:
-            raise missing_extra("convert", _missing)
+            raise missing_extra("convert", ImportError("no module safetensors"))
         self._path = path
         try:
             with safetensors.safe_open(path, "pt") as file:

@@ -57,7 +57,7 @@ def _elsewhere(folder: Path, argument: str) -> str:
     if (folder / "config.json").is_file():
         return (
             f"{must}, got a Hugging Face folder; convert it with "
-            f"python -m llama.tools.convert from_hf --hf_dir {shlex.quote(str(folder))} --output_dir NEW_FOLDER"
+            f"llama convert from_hf --hf_dir {shlex.quote(str(folder))} --output_dir NEW_FOLDER"
         )
     return must
 

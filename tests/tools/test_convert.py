@@ -473,7 +473,7 @@ def test_without_safetensors_the_error_names_the_extra(
     hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface, "safetensors", None)
-    assert_refused(ImportError, r"of the extra \[convert\]", from_hf, hf_dir, tmp_path / "out")
+    assert_refused(ImportError, r"the extra \[convert\] must be installed", from_hf, hf_dir, tmp_path / "out")
 
 
 def test_transformers_reads_the_tokenizer(checkpoint: Path, tokenizer_path: Path, tmp_path: Path) -> None:
@@ -504,8 +504,9 @@ def test_the_commands(
     assert command("to_hf", *there) == 0
     assert command("from_hf", *back) == 0
     assert capsys.readouterr().err == ""  # a short run shows no bar
-    taken = f"error: output_dir must be a new or an empty folder, got {tmp_path / '7'}, which exists already"
-    assert command("to_hf", *there) == taken
+    assert command("to_hf", *there) == 1
+    taken = f"error: output_dir must be a new or an empty folder, got {tmp_path / '7'}, which exists already\n"
+    assert capsys.readouterr().err == taken
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "hf", "out"]
 
 
