@@ -119,10 +119,10 @@ def test_a_foreign_chat_template_goes_with_the_checkpoint(
     template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     (hf_dir / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     from_hf(hf_dir, tmp_path / "one")
-    assert "chats will be refused" in capsys.readouterr().err
+    assert "chat_format.json has it" in capsys.readouterr().err
     reshard(tmp_path / "one", tmp_path / "two", 2, quiet=True)
     for name in ("one", "two"):
-        assert json.loads((tmp_path / name / "chat_format.json").read_text()) == {"chat_template": template}
+        assert json.loads((tmp_path / name / "chat_format.json").read_text())["chat_template"] == template
 
 
 @pytest.mark.parametrize("n_files", [1, 2, 4])
