@@ -101,7 +101,7 @@ class Planner:
     def _params(
         self, body: ChatBody | CompletionBody, max_gen_len: int, *, logprobs: bool, echo: bool
     ) -> SamplingParams:
-        return SamplingParams(
+        params = SamplingParams(
             body.temperature,
             body.top_p,
             max_gen_len,
@@ -110,7 +110,13 @@ class Planner:
             stop=body.stop,
             seed=body.seed,
             speculative=self._speculative,
+            **body.options(),
         )
+        try:
+            params.check_ids(self._vocab_size)
+        except PromptError as error:
+            raise ApiError.of(error) from error
+        return params
 
     def _check_count(self, n_choices: int, param: str) -> None:
         if n_choices > self._max_choices:

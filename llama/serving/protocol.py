@@ -32,17 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "top_k": (-1, 0),
-    "min_p": (0,),
-    "typical_p": (1,),
-    "min_tokens": (0,),
-    "ignore_eos": (False,),
-    "stop_token_ids": ([],),
     "bad_words": ([],),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
@@ -137,6 +127,20 @@ class Unknown:
             )
 
 
+SAMPLING_FIELDS = (
+    "top_k",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "min_tokens",
+    "ignore_eos",
+    "stop_token_ids",
+)
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -156,6 +160,16 @@ class Body(BaseModel):
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: list[str] = []
+    top_k: int = Field(default=0, ge=-1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    typical_p: float = Field(default=1.0, gt=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = Field(default=0, ge=0)
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -168,6 +182,18 @@ class Body(BaseModel):
                 f"must be a string or a list of at most {MAX_STOPS}, none of them empty, got {quote(stop)}"
             )
         return stops
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _check_logit_bias(cls, bias: Any) -> Any:
+        """JSON has ids as strings."""
+        if not isinstance(bias, dict) or not all(str(token).isdecimal() for token in bias):
+            raise ValueError(f"must be an object of numbers by token id, got {quote(bias)}")
+        return {int(token): amount for token, amount in bias.items()}
+
+    def options(self) -> dict[str, Any]:
+        """The sampling parameters that have the names of the library's: see `SamplingOptions`."""
+        return {name: getattr(self, name) for name in SAMPLING_FIELDS}
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Body:

@@ -100,3 +100,21 @@ def test_too_many_items_are_refused_before_each_is_looked_at(planner: Planner) -
     for body in ({"prompt": Items(["x"] * 9)}, {"prompt": Items([1] * 65)}, {"messages": Items([{}] * 65)}):
         with pytest.raises(ApiError, match=r"at most 8, got 9|maximum context length"):
             job(planner, **body)
+
+
+def test_sampling_parameters_have_the_librarys_names(planner: Planner) -> None:
+    given: dict[str, Any] = {
+        **{"top_k": 5, "min_p": 0.1, "typical_p": 0.5, "repetition_penalty": 1.5, "presence_penalty": 1},
+        **{"frequency_penalty": -1, "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [7]},
+    }
+    for body in ({"prompt": "a"}, {"messages": say("user: hi")}):
+        params = job(planner, **body, **given, logit_bias={"5": 2}).params
+        assert params.options() == given | {"logit_bias": {5: 2.0}, "stop_token_ids": (7,)}
+        assert job(planner, **body).params.options() == {}
+
+
+@pytest.mark.parametrize("wrong", [{"logit_bias": {"99999": 1}}, {"stop_token_ids": [99999]}, {"logit_bias": {"a": 1}}])
+def test_ids_of_sampling_parameters_are_in_the_vocabulary(planner: Planner, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as raised:
+        job(planner, prompt="a", **wrong)
+    assert raised.value.param == next(iter(wrong))

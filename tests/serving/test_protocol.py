@@ -75,9 +75,9 @@ def test_best_of_must_be_n() -> None:
 
 
 def test_all_refused_fields_are_named_with_tools_before_tool_choice() -> None:
-    wrong = {"zzz": 1, "top_k": 5, "tool_choice": "required", "tools": [{}], "aaa": 2}
+    wrong = {"zzz": 1, "best_of": 5, "tool_choice": "required", "tools": [{}], "aaa": 2}
     with pytest.raises(
-        ApiError, match=r"^tools, tool_choice, top_k, zzz, aaa are not supported; leave them out"
+        ApiError, match=r"^tools, tool_choice, best_of, zzz, aaa are not supported; leave them out"
     ) as raised:
         check_body({"messages": [QUESTION], **wrong}, ChatBody)
     assert raised.value.param == "tools"

@@ -269,8 +269,8 @@ CHAT, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
-    (CHAT, {"frequency_penalty": 0.5}, "frequency_penalty"),
-    (CHAT, {"top_k": 5}, "top_k"),
+    (CHAT, {"frequency_penalty": 2.5}, "frequency_penalty"),
+    (CHAT, {"top_k": -5}, "top_k"),
     (CHAT, {"temperature": 2.5}, "temperature"),
     (CHAT, {"top_p": -0.1}, "top_p"),
     (CHAT, {"n": 0}, "n"),
