@@ -289,18 +289,23 @@ def infilling_prompt_tokens(tokenizer: Any, pre: str, suf: str, suffix_first: bo
     Raises:
         PromptError: the tokenizer has no infilling pieces.
     """
-    names = ("prefix_id", "middle_id", "suffix_id")
-    prefix_id, middle_id, suffix_id = (getattr(tokenizer, name, None) for name in names)
-    if prefix_id is None or middle_id is None or suffix_id is None:
-        raise PromptError(
-            "tokenizer must have Code Llama's infilling pieces, <PRE>, <MID> and <SUF>, got one without; infill with "
-            "Code Llama 7B or 13B, base or Instruct"
-        )
+    prefix_id, middle_id, suffix_id = _infilling_ids(tokenizer)
     before = list(tokenizer.encode(pre, bos=False, eos=False))
     after = list(tokenizer.encode_infilling(suf))
     if suffix_first:
         return [tokenizer.bos_id, prefix_id, suffix_id, *after, middle_id, *before]
     return [tokenizer.bos_id, prefix_id, *before, suffix_id, *after, middle_id]
+
+
+def _infilling_ids(tokenizer: Any) -> list[int]:
+    ids = [getattr(tokenizer, name, None) for name in ("prefix_id", "middle_id", "suffix_id")]
+    known = [token for token in ids if token is not None]
+    if len(known) < len(ids):
+        raise PromptError(
+            "tokenizer must have Code Llama's infilling pieces, <PRE>, <MID> and <SUF>, got one without; infill with "
+            "Code Llama 7B or 13B, base or Instruct"
+        )
+    return known
 
 
 def encode_infilling(
@@ -310,6 +315,7 @@ def encode_infilling(
     for text, name in zip((prefix, suffix), names, strict=True):
         if not isinstance(text, str):
             raise PromptError(f"{name} must be a str, got {type(text).__name__}")
+    _infilling_ids(tokenizer)
     name = " + ".join(names)
     try:
         ids = infilling_prompt_tokens(tokenizer, prefix, suffix, suffix_first=suffix_first)

@@ -19,12 +19,13 @@ import pytest
 import torch
 
 import example_chat_completion
+import example_infilling
 import example_text_completion
 from llama import Llama, Tokenizer
 from llama.checkpoint.format import read_params
 from tests.conftest import ROOT
 
-CHAT, TEXT = "example_chat_completion.py", "example_text_completion.py"
+CHAT, TEXT, INFILLING = "example_chat_completion.py", "example_text_completion.py", "example_infilling.py"
 TINY_LLAMA = ROOT / "tiny-llama"
 SAFE_DIALOGS = 5
 
@@ -137,7 +138,7 @@ def test_an_error_stands_in_torchruns_report_once(cut_in_two: tuple[str, ...]) -
     assert "Loading a checkpoint" not in before and f'File "{ROOT / CHAT}"' not in err
 
 
-@pytest.mark.parametrize("script", [CHAT, TEXT])
+@pytest.mark.parametrize("script", [CHAT, TEXT, INFILLING])
 def test_an_unknown_flag_is_refused_before_anything_runs(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,12 +156,13 @@ def test_an_unknown_flag_is_refused_before_anything_runs(
     [
         (example_chat_completion, ["temperature", "top_p", "max_seq_len", "max_batch_size", "max_gen_len"]),
         (example_text_completion, ["temperature", "top_p", "max_seq_len", "max_gen_len", "max_batch_size"]),
+        (example_infilling, ["temperature", "top_p", "max_seq_len", "max_gen_len", "max_batch_size"]),
     ],
 )
 def test_flags_come_in_the_order_of_metas_scripts_and_ours_after_them(script: Any, names: list[str]) -> None:
     metas = ["ckpt_dir", "tokenizer_path", *names]
     of_build = [name for name in inspect.signature(Llama.build).parameters if name not in metas]
-    ours = ["speculative", *of_build]
+    ours = ["suffix_first"] * (script is example_infilling) + ["speculative", *of_build]
     assert {"seed", "dtype", "device", "model_parallel_size", "quantize"} <= set(ours)
     assert list(inspect.signature(script.main).parameters) == metas + ours
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import example_infilling
 from llama import Llama, Tokenizer
 from llama.errors import PromptError
 from llama.generation import infilling_prompt_tokens
@@ -68,10 +71,16 @@ def train(tokenizer: Tokenizer, params: dict[str, Any]) -> dict[str, torch.Tenso
 
 
 @pytest.fixture(scope="module")
-def code_llama(code_tokenizer: Tokenizer, code_tokenizer_path: Path, write_checkpoint: Callable[..., Path]) -> Llama:
+def folder(code_tokenizer: Tokenizer, code_tokenizer_path: Path, write_checkpoint: Callable[..., Path]) -> Path:
     params = NETWORK | {"vocab_size": code_tokenizer.n_words}
-    folder = write_checkpoint(params, train(code_tokenizer, params))
-    return Llama.build(folder, code_tokenizer_path, 128, 4, device="cpu", dtype="float32")
+    written = write_checkpoint(params, train(code_tokenizer, params))
+    shutil.copyfile(code_tokenizer_path, written / "tokenizer.model")
+    return written
+
+
+@pytest.fixture(scope="module")
+def code_llama(folder: Path) -> Llama:
+    return Llama.build(folder, folder / "tokenizer.model", 128, 4, device="cpu", dtype="float32")
 
 
 def as_lists() -> tuple[list[str], list[str]]:
@@ -166,5 +175,14 @@ def test_what_cannot_be_infilled_is_refused(code_llama: Llama, prefixes: Any, su
 
 def test_a_tokenizer_without_infilling_pieces_is_refused(llama: Llama) -> None:
     for model in (llama, Llama(llama.model, Foreign(llama.tokenizer))):  # type: ignore[arg-type]
-        with pytest.raises(AssertionError, match="must have Code Llama's infilling pieces"):
+        with pytest.raises(AssertionError, match="^tokenizer must have Code Llama's infilling pieces"):
             model.text_infilling(["a"], ["b"])
+
+
+def test_the_example_fills_its_gaps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example_infilling.main(str(folder), max_gen_len=4, max_seq_len=512, device="cpu")
+    printed = capsys.readouterr().out
+    assert printed.count("> filled:") == printed.count("\n==================================\n") == 4
+    for text in example_infilling.TEXTS:
+        prefix, suffix = text.split(example_infilling.GAP)
+        assert re.search(re.escape(prefix) + "(?s:.*?)" + re.escape(suffix), printed.split("> filled:", 1)[1])
