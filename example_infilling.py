@@ -15,7 +15,7 @@ GAP = "<FILL>"
 TEXTS = [
     f'def strip_accents(text: str) -> str:\n    """{GAP}\n    return plain\n',
     f"# How to run it\n\n```bash\n{GAP}\n```\n\nThe server then listens on port 8000.\n",
-    f"class Stack:\n    def __init__(self):\n        {GAP}\n\n    def push(self, item):\n        self.items.append(item)\n",
+    f"class Stack:\n    def __init__(self):\n        {GAP}\n\n    def push(self, x):\n        self.items.append(x)\n",
     f"SELECT country, {GAP}\nFROM customers\nGROUP BY country\nORDER BY n_customers DESC;\n",
 ]
 

@@ -175,7 +175,7 @@ def test_what_cannot_be_infilled_is_refused(code_llama: Llama, prefixes: Any, su
 
 def test_a_tokenizer_without_infilling_pieces_is_refused(llama: Llama) -> None:
     for model in (llama, Llama(llama.model, Foreign(llama.tokenizer))):  # type: ignore[arg-type]
-        with pytest.raises(AssertionError, match="^tokenizer must have Code Llama's infilling pieces"):
+        with pytest.raises(AssertionError, match=r"^tokenizer must have Code Llama's infilling pieces"):
             model.text_infilling(["a"], ["b"])
 
 
