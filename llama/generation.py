@@ -63,6 +63,7 @@ from llama.inputs import (
     encode_text,
     encode_texts,
     infilling_prompt_tokens,
+    infilling_stop_ids,
     n_usable_ids,
 )
 from llama.tokenizer import Tokenizer, pieces
@@ -601,8 +602,7 @@ class Llama:
     def _infilling_params(
         self, temperature: float, top_p: float, max_gen_len: int | None, *args: Any, **kwargs: Any
     ) -> SamplingParams:
-        eot_id = getattr(self.tokenizer, "eot_id", None)
-        stop_ids = None if eot_id is None else frozenset({eot_id})
+        stop_ids = infilling_stop_ids(self.tokenizer)
         max_gen_len = self._max_gen_len(max_gen_len)
         return self._params(temperature, top_p, max_gen_len, *args, stop_ids=stop_ids, keep_space=True, **kwargs)
 

@@ -308,6 +308,12 @@ def _infilling_ids(tokenizer: Any) -> list[int]:
     return known
 
 
+def infilling_stop_ids(tokenizer: Any) -> frozenset[int] | None:
+    """The ids that end what fills a gap; None for the tokenizer's own."""
+    eot_id = getattr(tokenizer, "eot_id", None)
+    return None if eot_id is None else frozenset({eot_id})
+
+
 def encode_infilling(
     prefix: str, suffix: str, names: tuple[str, str], tokenizer: Any, max_seq_len: int, *, suffix_first: bool
 ) -> list[int]:

@@ -6,17 +6,21 @@ import itertools
 import random
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 import example_infilling
 from llama import Llama, Tokenizer
 from llama.errors import PromptError
 from llama.generation import infilling_prompt_tokens
+from llama.serving.app import Server, make_app
+from llama.serving.service import Service
 from tests.support import oracle
 from tests.support.tokenizers import Foreign
 
@@ -186,3 +190,30 @@ def test_the_example_fills_its_gaps(folder: Path, capsys: pytest.CaptureFixture[
     for text in example_infilling.TEXTS:
         prefix, suffix = text.split(example_infilling.GAP)
         assert re.search(re.escape(prefix) + "(?s:.*?)" + re.escape(suffix), printed.split("> filled:", 1)[1])
+
+
+def test_a_server_infills_before_a_suffix(code_llama: Llama) -> None:
+    service = Service(code_llama)
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    state = Server("llama")
+    state.ready(service)
+    web = TestClient(make_app(state))
+
+    def post(**body: Any) -> Any:
+        return web.post("/v1/completions", json={"temperature": 0, "max_tokens": 40} | body)
+
+    for (prefix, suffix), middle in PAIRS.items():
+        if suffix:
+            (choice,) = post(prompt=prefix, suffix=suffix, logprobs=1).json()["choices"]
+            assert (choice["text"], choice["finish_reason"]) == (middle, "stop")
+    both = post(prompt=PREFIXES[:2], suffix=SUFFIXES[1]).json()["choices"]
+    assert [choice["text"] for choice in both] == [PAIRS[prefix, SUFFIXES[1]] for prefix in PREFIXES[:2]]
+    plain = post(prompt=PREFIXES[0]).json()
+    assert post(prompt=PREFIXES[0], suffix="").json()["choices"] == plain["choices"]
+    wrong = [post(prompt=[[1]], suffix="a"), post(prompt="a", suffix="b", echo=True), post(prompt="a", suffix=5)]
+    service.stop()
+    thread.join()
+    assert [(answer.status_code, "suffix" in answer.json()["error"]["message"]) for answer in wrong] == [
+        (400, True)
+    ] * 3

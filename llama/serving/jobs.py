@@ -13,7 +13,14 @@ from llama.engine.calls import Request
 from llama.engine.output import Piece
 from llama.errors import NonFiniteLogitsError, PromptError, quote
 from llama.generation import Llama
-from llama.inputs import SamplingParams, encode_checked_dialog, encode_text, n_usable_ids
+from llama.inputs import (
+    SamplingParams,
+    encode_checked_dialog,
+    encode_infilling,
+    encode_text,
+    infilling_stop_ids,
+    n_usable_ids,
+)
 from llama.serving.errors import ApiError
 
 if TYPE_CHECKING:
@@ -76,7 +83,10 @@ class Planner:
         """The job of a completion; raises ApiError if a prompt is wrong or too long."""
         self._check_count(len(body.prompt) * body.n, "prompt" if len(body.prompt) > 1 else "n")
         one = len(body.prompt) == 1
-        prompts = [self._prompt(prompt, "prompt" if one else f"prompt[{i}]") for i, prompt in enumerate(body.prompt)]
+        names = ["prompt" if one else f"prompt[{i}]" for i in range(len(body.prompt))]
+        if body.suffix:
+            return self._infilling(body, names)
+        prompts = [self._prompt(prompt, name) for prompt, name in zip(body.prompt, names, strict=True)]
         max_gen_len = self._fitting(body.max_tokens, max(map(len, prompts)), "prompt", DEFAULT_MAX_TOKENS)
         scores_prompt = body.prompt_logprobs is not None
         params = self._params(
@@ -86,6 +96,23 @@ class Planner:
             echo=body.echo or scores_prompt,
         )
         return Job(prompts, params, body.n, max(body.logprobs or 0, body.prompt_logprobs or 0), continues=True)
+
+    def _infilling(self, body: CompletionBody, names: Sequence[str]) -> Job:
+        """The job of a completion with a suffix: the text between each prompt and it, as Code Llama infills."""
+        suffix, prompts = body.suffix or "", []
+        for prompt, name in zip(body.prompt, names, strict=True):
+            assert isinstance(prompt, str)  # the protocol's part
+            self._check_chars(len(prompt) + len(suffix), name)
+            pair = (name, "suffix")
+            try:
+                ids = encode_infilling(prompt, suffix, pair, self.tokenizer, sys.maxsize, suffix_first=False)
+            except PromptError as error:
+                raise ApiError.of(error) from error
+            prompts.append(ids)
+        max_gen_len = self._fitting(body.max_tokens, max(map(len, prompts)), "prompt", DEFAULT_MAX_TOKENS)
+        params = self._params(body, max_gen_len, logprobs=body.logprobs is not None, echo=False)
+        params = replace(params, stop_ids=infilling_stop_ids(self.tokenizer), keep_space=True)
+        return Job(prompts, params, body.n, body.logprobs or 0, continues=False)
 
     def chat(self, body: ChatBody) -> Job:
         """The job of a chat; raises ApiError if the messages are not a dialog of the template's, or too long."""

@@ -210,6 +210,7 @@ class CompletionBody(Body):
     logprobs: int | None = Field(default=None, ge=0, le=5)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool = False
+    suffix: str | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -231,6 +232,14 @@ class CompletionBody(Body):
     def _check_prompt_logprobs(self) -> CompletionBody:
         if self.prompt_logprobs is not None and self.stream:
             raise ApiError("prompt_logprobs must only be given without stream", param="prompt_logprobs")
+        return self
+
+    @model_validator(mode="after")
+    def _check_suffix(self) -> CompletionBody:
+        if self.suffix and (self.echo or self.prompt_logprobs is not None):
+            raise ApiError("suffix must only be given without echo and prompt_logprobs", param="suffix")
+        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompt):
+            raise ApiError("suffix must only be given with prompts that are strings", param="suffix")
         return self
 
 
