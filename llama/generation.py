@@ -47,7 +47,7 @@ from llama.engine.output import (
 )
 from llama.engine.runner import ModelRunner
 from llama.engine.sampling import sample_top_p
-from llama.errors import PromptError
+from llama.errors import PromptError, quote
 from llama.inputs import (
     SamplingOptions,
     SamplingParams,
@@ -165,7 +165,7 @@ class Llama:
         cuda_graphs: bool = True,
         quantize: str | None = None,
         draft_ckpt_dir: str | Path | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         reuse_prefixes: bool = False,
         threads: int | None = None,
     ) -> Llama:
@@ -189,9 +189,10 @@ class Llama:
                 None for no such rounding, or for the form of a checkpoint that `llama.tools.quantize` wrote.
             draft_ckpt_dir: folder of a smaller checkpoint with the same vocabulary and as many files, which drafts
                 tokens for calls with `speculative="draft"`; it gets a KV cache of the same sizes.
-            compile: whether steps of one token per row run through blocks that `torch.compile`'s compiler, inductor,
-                made; on a CPU with a C++ compiler or on CUDA, in one process. The first steps of one row and of
-                several wait for it; later processes find what it made on disk. Rounds differently outside of float32.
+            compile: whether steps of one token per row run through blocks that torch's compiler, inductor, made; on a
+                CPU with a C++ compiler or on CUDA, in one process. The first steps wait for it; later processes find
+                what it made on disk. "background", on a CPU: no step waits, steps run uncompiled until the compiler,
+                another process of low priority, is done. Rounds differently outside of float32.
             reuse_prefixes: whether a prompt takes the keys and values of a prefix of 16 tokens or more that the KV
                 cache holds already, instead of computing them again: of the earlier turns of a chat, or a system prompt
                 that requests have in common. Only while the network has no hooks and is unchanged.
@@ -206,6 +207,8 @@ class Llama:
         """
         if seed is not None:
             check_seed(seed)
+        if compile not in (False, True, "background"):
+            raise ValueError(f"compile must be False, True or 'background', got {quote(compile)}")
         tokenizer, models, seconds = load_networks(
             ckpt_dir,
             tokenizer_path,
@@ -229,7 +232,9 @@ class Llama:
         )
         generator.chat_format = read_chat_format(ckpt_dir)
         if compile:
-            generator.stepper = compiled_stepper(models[0], cuda_graphs=cuda_graphs) or generator.stepper
+            background = compile == "background"
+            compiled = compiled_stepper(models[0], cuda_graphs=cuda_graphs, background=background)
+            generator.stepper = compiled or generator.stepper
         pause_workers()
         if groups.is_first_rank():
             parts = ", ".join(f"{name} {part:.2f}" for name, part in seconds.items())

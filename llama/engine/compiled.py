@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from llama import model as network
 from llama.distributed import groups
 from llama.distributed.device import to_device
-from llama.engine.compiler import Compiled, CompileError, Compiler, Job, export_job
+from llama.engine.compiler import Compiled, CompileError, Compiler, Job, export_job, has_cpp_compiler
 from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper
 from llama.engine.network_state import has_hooks, same_objects
 from llama.errors import printable
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 _OPTIONS = {"cpp.min_chunk_size": 16384, "cpp.dynamic_threads": True, "aot_inductor.compile_wrapper_opt_level": "O0"}
 _CUDA_OPTIONS: dict[str, Any] = {"size_asserts": False, "nan_asserts": False, "coordinate_descent_tuning": True}
 _CACHES = (".keys", ".values")  # names of a block's buffers end with these
+_LEAST_PARAMETERS = 1 << 25  # smaller networks have answered before a compiler in the background is done
 _NOT_TRACED = ("layer_id", "training")  # attributes that no graph depends on
 
 
@@ -63,6 +64,7 @@ class CompiledStepper:
         self._plain = PlainStepper(model)
         self._signature = _signature(model.layers[0])
         self._most_rows = _most_rows(model.layers[0])
+        self._n_positions = _cache_of(model.layers[0]).size(2)
         self._graphs: dict[bool, Compiled] = {}
         self._compiler: Compiler | None = None
         self._works = True
@@ -79,7 +81,7 @@ class CompiledStepper:
             self._compiled = self._with_compiled_blocks()
         elif not self._has_warned:
             self._has_warned = True
-            logger.warning("compile=True has no effect, which makes each token slower: %s", change)
+            logger.warning("steps run uncompiled, which makes each token slower: %s", change)
         return change is None
 
     def _change(self) -> str | None:
@@ -102,8 +104,8 @@ class CompiledStepper:
     def run(self, tokens: Tensor, positions: CachePositions) -> Tensor:
         """The logits (bsz, 1, vocab_size) of a step, tokens (bsz, 1); the network's own without a graph for it."""
         # A graph is traced with fewer positions than the cache has, and may not hold for all of them.
-        in_full = positions.kv_len == _cache_of(self._model.layers[0]).size(2)
-        model = self._compiled if not in_full and self._has_graph(len(tokens)) else self._model
+        has_graph = positions.kv_len < self._n_positions and self._has_graph(len(tokens))
+        model = self._compiled if has_graph else self._model
         logits: Tensor = model.forward(tokens, positions)
         return logits
 
@@ -135,7 +137,7 @@ class CompiledStepper:
         except Exception as error:
             self._works = False
             reason = str(error) if isinstance(error, CompileError) else f"{type(error).__name__}: {error}"
-            logger.warning("compile=True has no effect, which makes each token slower: %s", printable(reason, 500))
+            logger.warning("steps run uncompiled, which makes each token slower: %s", printable(reason, 500))
             return False
         if graph is None:
             return False
@@ -166,13 +168,19 @@ class CompiledStepper:
 def compiled_stepper(model: Transformer, *, cuda_graphs: bool = True, background: bool = False) -> Stepper | None:
     """A stepper with compiled steps, on a CPU or CUDA and without other ranks. None, with a warning, elsewhere.
 
-    With `background`, no step waits for the compiler; None, without a warning, where that cannot be had.
+    Args:
+        background: whether no step waits for the compiler. None, without a warning, where that is not to be had (on
+            CUDA, without a C++ compiler) or not worth it (for a small network).
     """
-    device = model.norm.weight.device.type
-    if device in (("cpu",) if background else ("cpu", "cuda")) and not groups.has_several_ranks():
-        compiled = CompiledStepper(model, background=background)
+    device, alone = model.norm.weight.device.type, not groups.has_several_ranks()
+    if background:
+        worth_it = sum(parameter.numel() for parameter in model.parameters()) >= _LEAST_PARAMETERS
+        can = device == "cpu" and alone and has_cpp_compiler()
+        return CompiledStepper(model, background=True) if can and worth_it else None
+    if device in ("cpu", "cuda") and alone:
+        compiled = CompiledStepper(model)
         return compiled if device == "cpu" else StaticStepper(model, graphs=cuda_graphs, compiled=compiled)
-    if groups.is_first_rank() and not background:
+    if groups.is_first_rank():
         where = "one process" if device in ("cpu", "cuda") else "a CPU or CUDA"
         logger.warning("compile=True has no effect: it is for %s", where)
     return None

@@ -67,7 +67,7 @@ def _first_rank_does(work: Callable[[], T]) -> T | None:
     return done
 
 
-@partial(commandline.with_build_flags, reuse_prefixes=True)
+@partial(commandline.with_build_flags, reuse_prefixes=True, compile="background")
 def main(
     input: str,
     output: str,

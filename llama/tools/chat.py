@@ -198,7 +198,7 @@ def _follow(llama: Llama, settings: Mapping[str, Any]) -> None:
                 pass
 
 
-@partial(commandline.with_build_flags, reuse_prefixes=True)
+@partial(commandline.with_build_flags, reuse_prefixes=True, compile="background")
 def main(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,

@@ -176,7 +176,7 @@ def _is_loopback(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
-@partial(commandline.with_build_flags, reuse_prefixes=True)
+@partial(commandline.with_build_flags, reuse_prefixes=True, compile="background")
 @commandline.with_flags_of(ServerSettings)
 def main(
     ckpt_dir: str | None = None,

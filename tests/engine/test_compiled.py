@@ -268,7 +268,7 @@ def test_what_is_changed_counts(change: str, caplog: pytest.LogCaptureFixture) -
         after = run(model, stepper)
         assert_same_steps(after, run(model, PlainStepper(model)))
         assert [[s.logprob for s in steps] for steps in after] != [[s.logprob for s in steps] for steps in before]
-    assert [message.count("compile=True has no effect") for message in warnings_of(caplog)] == [1] * (not still_serves)
+    assert [message.count("steps run uncompiled") for message in warnings_of(caplog)] == [1] * (not still_serves)
 
 
 @pytest.mark.usefixtures("_uncompiled")
@@ -302,7 +302,7 @@ def test_hooks_run_and_the_graphs_are_back_without_them(caplog: pytest.LogCaptur
     handle = model.layers[1].attention.wo.register_forward_hook(lambda *_: called.append(None))
     assert_same_steps(run(model, stepper, PROMPTS[:1]), expected)
     assert len(called) == 12
-    assert warnings_of(caplog) == ["compile=True has no effect, which makes each token slower: the network has hooks"]
+    assert warnings_of(caplog) == ["steps run uncompiled, which makes each token slower: the network has hooks"]
     handle.remove()
     assert stepper.serves(model)
     assert_same_steps(run(model, stepper, PROMPTS[:1]), expected)
@@ -378,7 +378,7 @@ def test_what_cannot_be_compiled_is_said_once_and_makes_no_difference(
     for prompts in (PROMPTS, PROMPTS[:1]):
         assert run(model, stepper, prompts) == run(model, PlainStepper(model), prompts)
     (message,) = warnings_of(caplog)
-    assert "compile=True has no effect" in message and "NotImplementedError: no such operation" in message
+    assert "steps run uncompiled" in message and "NotImplementedError: no such operation" in message
     assert not stepper.serves(model)
 
 
@@ -395,7 +395,7 @@ def test_a_compiler_that_fails_is_said_once(
     for _ in range(2):
         assert run(model, stepper) == run(model, PlainStepper(model))
     (message,) = warnings_of(caplog)
-    assert message.startswith("compile=True has no effect, which makes each token slower: the folder of compiled code")
+    assert message.startswith("steps run uncompiled, which makes each token slower: the folder of compiled code")
 
 
 def test_several_ranks_are_not_compiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -404,6 +404,41 @@ def test_several_ranks_are_not_compiled(monkeypatch: pytest.MonkeyPatch, caplog:
     monkeypatch.setattr(groups, "has_several_ranks", lambda: True)
     assert compiled_stepper(model) is None
     assert warnings_of(caplog) == ["compile=True has no effect: it is for one process"]
+
+
+def test_in_the_background_only_what_is_worth_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "Compiler", Traced)
+    monkeypatch.setattr(compiling, "has_cpp_compiler", lambda: True)
+    model = make()
+    assert compiled_stepper(model, background=True) is None
+    monkeypatch.setattr(compiling, "_LEAST_PARAMETERS", 1)
+    assert isinstance(compiled_stepper(model, background=True), CompiledStepper)
+    monkeypatch.setattr(compiling, "has_cpp_compiler", lambda: False)
+    assert compiled_stepper(model, background=True) is None
+
+
+def test_steps_run_uncompiled_until_the_compiler_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the compiled ones go on where these stopped, within one answer."""
+
+    class Late(Traced):
+        n_asked = 0
+
+        def result(self, name: str, *, wait: bool) -> Compiled | None:
+            assert not wait
+            Late.n_asked += 1
+            return super().result(name, wait=wait) if Late.n_asked > 5 else None
+
+    monkeypatch.setattr(compiling, "Compiler", Late)
+    model = make()
+    stepper = CompiledStepper(model, background=True)
+    assert_same_steps(run(model, stepper), run(model, PlainStepper(model)))
+    assert Late.n_asked > 5 and True in stepper._graphs
+
+
+@pytest.mark.parametrize("value", ["yes", 2, "Background", None])
+def test_another_way_to_compile_is_refused_before_loading(value: Any, checkpoint: Path, tokenizer_path: Path) -> None:
+    with pytest.raises(ValueError, match="compile must be False, True or 'background', got"):
+        Llama.build(checkpoint, tokenizer_path, 64, 4, device="cpu", compile=value)
 
 
 @pytest.mark.usefixtures("_uncompiled")
