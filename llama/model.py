@@ -198,14 +198,21 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
 
     Args:
         xq, xk: (bsz, seqlen, number of heads, head_dim).
-        freqs_cis: (seqlen, head_dim / 2) or (bsz, seqlen, head_dim / 2) complex64, the rotation for each position.
+        freqs_cis: (seqlen, head_dim / 2) or (bsz, seqlen, head_dim / 2) complex64, the rotation for each position; or
+            (bsz, seqlen, head_dim / 2, 2) float32, its cosines and sines, which compilers fuse.
 
     Returns:
         The rotated `xq` and `xk`, in their dtype.
     """
     heads = torch.cat((xq, xk), dim=2)
-    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
-    rotated = torch.view_as_real(pairs * reshape_for_broadcast(freqs_cis, pairs)).flatten(3).type_as(heads)
+    pairs = heads.float().unflatten(-1, (-1, 2))
+    if freqs_cis.is_complex():
+        numbers = torch.view_as_complex(pairs)
+        pairs = torch.view_as_real(numbers * reshape_for_broadcast(freqs_cis, numbers))
+    else:
+        (x, y), (cos, sin) = pairs.unbind(-1), freqs_cis.unsqueeze(2).unbind(-1)
+        pairs = torch.stack((x * cos - y * sin, x * sin + y * cos), -1)
+    rotated = pairs.flatten(3).type_as(heads)
     return rotated[:, :, : xq.size(2)], rotated[:, :, xq.size(2) :]
 
 

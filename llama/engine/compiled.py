@@ -242,9 +242,8 @@ class _BlockStep(nn.Module):
         tensors = dict(zip(self._names, inputs, strict=True))
         tensors |= {name: cache.view(self._cache_shape) for name, cache in tensors.items() if name.endswith(_CACHES)}
         positions = CachePositions(slots, kv_len=mask.size(-1), slots=slots)
-        args = (x, positions, torch.view_as_complex(rotations), mask)
         with _AttentionAsOperator() if x.is_cuda else nullcontext():
-            out: Tensor = torch.func.functional_call(self._block[0], tensors, args)
+            out: Tensor = torch.func.functional_call(self._block[0], tensors, (x, positions, rotations, mask))
         return out
 
 
