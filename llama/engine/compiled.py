@@ -61,10 +61,9 @@ class CompiledStepper:
 
     def __init__(self, model: Transformer, *, background: bool = False) -> None:
         self._model, self._background = model, background
-        self._plain = PlainStepper(model)
+        self._plain = PlainStepper(model, model.params.max_seq_len)
         self._signature = _signature(model.layers[0])
         self._most_rows = _most_rows(model.layers[0])
-        self._n_positions = _cache_of(model.layers[0]).size(2)
         self._graphs: dict[bool, Compiled] = {}
         self._compiler: Compiler | None = None
         self._works = True
@@ -103,9 +102,7 @@ class CompiledStepper:
 
     def run(self, tokens: Tensor, positions: CachePositions) -> Tensor:
         """The logits (bsz, 1, vocab_size) of a step, tokens (bsz, 1); the network's own without a graph for it."""
-        # A graph is traced with fewer positions than the cache has, and may not hold for all of them.
-        has_graph = positions.kv_len < self._n_positions and self._has_graph(len(tokens))
-        model = self._compiled if has_graph else self._model
+        model = self._compiled if self._has_graph(len(tokens)) else self._model
         logits: Tensor = model.forward(tokens, positions)
         return logits
 
@@ -336,7 +333,7 @@ def _job(block: TransformerBlock, *, several_rows: bool) -> Job:
 
 def _compile_here(job: Job, device: torch.device) -> Compiled:
     """Compiles for CUDA, in this process, at the first call."""
-    module = torch.compile(export_job(job, device).module(), dynamic=True, options=_CUDA_OPTIONS)
+    module = torch.compile(export_job(job, device).module(check_guards=False), dynamic=True, options=_CUDA_OPTIONS)
     return lambda inputs: [module(*inputs)]
 
 
