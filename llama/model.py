@@ -250,7 +250,10 @@ class KVCache(nn.Module):
     """The keys and values of one layer: stores those of each pass, and returns those to attend to.
 
     Attributes:
-        keys, values: (max_batch_size, n_local_kv_heads, max_seq_len + SPARE_POSITIONS, head_dim).
+        keys, values: (max_batch_size, n_local_kv_heads, max_seq_len + SPARE_POSITIONS, head_dim); None where the memory
+            was freed, until the next pass.
+        shape: the shape of each.
+        lacks_graph: whether a pass with gradients stored what the cache holds, without its graph.
     """
 
     keys: Tensor
@@ -258,14 +261,15 @@ class KVCache(nn.Module):
 
     def __init__(self, max_batch_size: int, n_local_kv_heads: int, max_seq_len: int, head_dim: int) -> None:
         super().__init__()
-        shape = (max_batch_size, n_local_kv_heads, max_seq_len + SPARE_POSITIONS, head_dim)
-        self.register_buffer("keys", torch.zeros(shape), persistent=False)
-        self.register_buffer("values", torch.zeros(shape), persistent=False)
+        self.shape = (max_batch_size, n_local_kv_heads, max_seq_len + SPARE_POSITIONS, head_dim)
+        self.lacks_graph = False
+        self.register_buffer("keys", torch.zeros(self.shape), persistent=False)
+        self.register_buffer("values", torch.zeros(self.shape), persistent=False)
 
-    def forward(self, xk: Tensor, xv: Tensor, start_pos: int | CachePositions) -> tuple[Tensor, Tensor]:
+    def forward(self, xk: Tensor, xv: Tensor, start_pos: int | CachePositions | None) -> tuple[Tensor, Tensor]:
         """Stores keys and values, and returns all those up to the last stored position.
 
-        The cache is detached: gradients flow through the returned tensors.
+        The cache is detached: gradients flow through the returned tensors, and what earlier passes stored is constant.
 
         Args:
             xk, xv: (bsz, n_local_kv_heads, seqlen, head_dim).
@@ -273,22 +277,44 @@ class KVCache(nn.Module):
 
         Returns:
             Keys and values, each (bsz, n_local_kv_heads, kv_len, head_dim).
+
+        Raises:
+            RuntimeError: gradients would have to flow through what an earlier pass stored.
         """
-        keys, values = self.keys, self.values
-        if keys.dtype != xk.dtype or keys.device != xk.device:
-            with torch.inference_mode(False):  # inference tensors could not be written to outside of inference mode
-                keys, values = self.keys, self.values = keys.to(xk), values.to(xk)
+        if start_pos is None:
+            return xk, xv
+        keys, values = self._buffers_like(xk)
         if isinstance(start_pos, CachePositions):
             return self._update_rows(xk, xv, start_pos)
         bsz, end = xk.size(0), start_pos + xk.size(2)
+        requires_grad = xk.requires_grad or xv.requires_grad
+        if start_pos > 0 and requires_grad and self.lacks_graph:
+            raise RuntimeError(
+                f"gradients cannot flow through the KV cache, got start_pos={start_pos} after a pass with gradients; "
+                "pass all tokens from start_pos=0, or compute the earlier ones under torch.no_grad(), as constants"
+            )
+        self.lacks_graph = requires_grad or (start_pos > 0 and self.lacks_graph)
         keys[:bsz, :, start_pos:end] = xk.detach()
         values[:bsz, :, start_pos:end] = xv.detach()
         if start_pos == 0:
             return xk, xv
-        if xk.requires_grad or xv.requires_grad:
+        if requires_grad:
             cached = (keys[:bsz, :, :start_pos], values[:bsz, :, :start_pos])
             return torch.cat((cached[0], xk), dim=2), torch.cat((cached[1], xv), dim=2)
         return keys[:bsz, :, :end], values[:bsz, :, :end]
+
+    def _buffers_like(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers, in the dtype and on the device of x; zeros in place of those that were freed."""
+        keys, values = self.keys, self.values
+        if keys is None or values is None:
+            with torch.inference_mode(False):
+                self.keys = keys = x.new_zeros(self.shape) if keys is None else keys
+                self.values = values = x.new_zeros(self.shape) if values is None else values
+        is_frozen = keys.is_inference() or values.is_inference()  # cannot be written to outside of inference mode
+        if keys.dtype != x.dtype or keys.device != x.device or is_frozen:
+            with torch.inference_mode(False):
+                self.keys, self.values = (t.to(x, copy=True) for t in (keys, values))
+        return self.keys, self.values
 
     def _update_rows(self, xk: Tensor, xv: Tensor, positions: CachePositions) -> tuple[Tensor, Tensor]:
         if not positions.from_zero and (xk.requires_grad or xv.requires_grad):
@@ -307,20 +333,26 @@ class KVCache(nn.Module):
 
     def slots(self, positions: Tensor, rows: Tensor | None) -> Tensor:
         """Computes `CachePositions.slots` for the positions (bsz, seqlen) of the tokens, and the cache row of each."""
-        _, n_kv_heads, n_positions, _ = self.keys.shape
+        _, n_kv_heads, n_positions, _ = self.shape
         rows = torch.arange(positions.size(0), device=positions.device) if rows is None else rows
         heads = (n_kv_heads * rows).view(-1, 1, 1) + torch.arange(n_kv_heads, device=positions.device)
         return (heads * n_positions + positions.unsqueeze(-1)).flatten()
 
-    def assign(self, name: str, cache: Tensor) -> None:
-        """Copies `cache`, which has Meta's axes, into the buffer `name`: "keys" or "values".
+    def assign(self, name: str, cache: Tensor | None) -> None:
+        """Copies `cache`, which has Meta's axes, into the buffer `name`: "keys" or "values". None frees it.
 
         The buffer is replaced by a new one if the number of rows, the dtype or the device differ.
 
         Raises:
             ValueError: another axis has the wrong size.
         """
+        if cache is None:
+            setattr(self, name, None)
+            return
         buffer = getattr(self, name)
+        if buffer is None:
+            with torch.inference_mode(False):
+                buffer = torch.zeros(self.shape, dtype=cache.dtype, device=cache.device)
         current = _with_metas_axes(buffer)
         if cache.dim() != 4 or cache.shape[1:] != current.shape[1:]:
             sizes = ", ".join(map(str, current.shape[1:]))
@@ -328,18 +360,22 @@ class KVCache(nn.Module):
         if cache.data_ptr() == current.data_ptr() and cache.stride() == current.stride():
             return  # `self.cache_k = self.cache_k.to(x)`, as in Meta's code, with nothing to convert
         if (len(cache), cache.dtype, cache.device) != (len(current), current.dtype, current.device):
+            self.shape = (len(cache), *self.shape[1:])
             with torch.inference_mode(False):
-                buffer = torch.zeros((len(cache), *buffer.shape[1:]), dtype=cache.dtype, device=cache.device)
+                buffer = torch.zeros(self.shape, dtype=cache.dtype, device=cache.device)
+        if buffer is not getattr(self, name):
             setattr(self, name, buffer)
         _with_metas_axes(buffer).copy_(cache.detach())
 
     def extra_repr(self) -> str:
-        max_batch_size, n_kv_heads, n_positions, head_dim = self.keys.shape
+        max_batch_size, n_kv_heads, n_positions, head_dim = self.shape
         return f"{max_batch_size}, {n_kv_heads}, {n_positions - SPARE_POSITIONS}, {head_dim}"
 
 
 def _with_metas_axes(cache: Tensor) -> Tensor:
     """A view (max_batch_size, max_seq_len, n_local_kv_heads, head_dim) of a buffer, without the spare positions."""
+    if cache is None:  # freed
+        return cache
     return cache[:, :, :-SPARE_POSITIONS].transpose(1, 2)
 
 
@@ -349,7 +385,7 @@ class Attention(nn.Module):
     Attributes:
         cache: the KV cache.
         cache_k, cache_v: views of the KV cache with Meta's axes, (max_batch_size, max_seq_len, n_local_kv_heads,
-            head_dim). An assigned tensor is copied.
+            head_dim). An assigned tensor is copied; None, or `del`, frees the memory until the next pass.
     """
 
     def __init__(self, args: ModelArgs) -> None:
@@ -368,12 +404,15 @@ class Attention(nn.Module):
         self.wo = row_parallel(self.n_heads * self.head_dim, sizes.dim)
         self.cache = KVCache(sizes.max_batch_size, self.n_local_kv_heads, sizes.max_seq_len, self.head_dim)
 
-    def forward(self, x: Tensor, start_pos: int | CachePositions, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, start_pos: int | CachePositions | None, freqs_cis: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Stores the keys and values of `x` in the cache, and attends to all cached positions.
 
         Args:
             x: (bsz, seqlen, dim).
-            start_pos: position of the first token in the cache's first bsz rows, or each row's own row and position.
+            start_pos: position of the first token in the cache's first bsz rows, or each row's own row and position;
+                None for position 0 without the cache.
             freqs_cis: (seqlen, head_dim / 2) or (bsz, seqlen, head_dim / 2) complex64.
             mask: added to the attention scores (..., seqlen, kv_len); None for no mask.
 
@@ -395,16 +434,24 @@ class Attention(nn.Module):
         return _with_metas_axes(self.cache.keys)
 
     @cache_k.setter
-    def cache_k(self, cache: Tensor) -> None:
+    def cache_k(self, cache: Tensor | None) -> None:
         self.cache.assign("keys", cache)
+
+    @cache_k.deleter
+    def cache_k(self) -> None:
+        self.cache.assign("keys", None)
 
     @property
     def cache_v(self) -> Tensor:
         return _with_metas_axes(self.cache.values)
 
     @cache_v.setter
-    def cache_v(self, cache: Tensor) -> None:
+    def cache_v(self, cache: Tensor | None) -> None:
         self.cache.assign("values", cache)
+
+    @cache_v.deleter
+    def cache_v(self) -> None:
+        self.cache.assign("values", None)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
@@ -474,8 +521,11 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(sizes.dim, 4 * sizes.dim, sizes.multiple_of, sizes.ffn_dim_multiplier)
         self.attention_norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.ffn_norm = RMSNorm(sizes.dim, sizes.norm_eps)
+        self.requires_grad_(False)  # a pass keeps no graph unless gradients are asked for
 
-    def forward(self, x: Tensor, start_pos: int | CachePositions, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, start_pos: int | CachePositions | None, freqs_cis: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Arguments and result are those of `Attention.forward`."""
         h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         out: Tensor = h + self.feed_forward(self.ffn_norm(h))
@@ -484,6 +534,8 @@ class TransformerBlock(nn.Module):
 
 class Transformer(nn.Module):
     """The decoder. Requires an initialized model-parallel group. Weights are uninitialized until a shard is loaded.
+
+    Parameters do not require gradients; call `model.requires_grad_()` for training.
 
     Args:
         params: a `ModelArgs`, or another object with the same field names.
@@ -494,6 +546,7 @@ class Transformer(nn.Module):
             than max_seq_len + `SPARE_POSITIONS`.
     """
 
+    @torch.inference_mode(False)  # inference tensors could not be used outside of inference mode
     def __init__(self, params: ModelArgs) -> None:
         super().__init__()
         sizes = ModelArgs.of(params)
@@ -511,9 +564,15 @@ class Transformer(nn.Module):
         # `module.to(dtype)` would discard the imaginary parts.
         end = sizes.max_seq_len + max(sizes.max_seq_len, SPARE_POSITIONS)
         self.freqs_cis = precompute_freqs_cis(sizes.head_dim, end, sizes.rope_theta)
+        self.requires_grad_(False)
 
     def forward(
-        self, tokens: Tensor, start_pos: int | Tensor | CachePositions, *, last: Tensor | None = None
+        self,
+        tokens: Tensor,
+        start_pos: int | Tensor | CachePositions,
+        *,
+        last: Tensor | None = None,
+        use_cache: bool = True,
     ) -> Tensor:
         """Computes the logits after each token, and stores the tokens' keys and values in the cache.
 
@@ -522,6 +581,8 @@ class Transformer(nn.Module):
             start_pos: position of the first token in the cache's first bsz rows: an int, or a tensor (bsz,) int64 with
                 one per row; or a `CachePositions`. All earlier positions must be in the cache.
             last: (bsz,) int64, the index in `tokens` of the one token per row whose logits are returned; None for all.
+            use_cache: False leaves the KV cache alone: any number of rows, from `start_pos` 0. Blocks then get None as
+                their `start_pos`.
 
         Returns:
             (bsz, seqlen, vocab_size) float32; (bsz, 1, vocab_size) if `last` is given.
@@ -530,23 +591,32 @@ class Transformer(nn.Module):
             ValueError: the batch or the last position exceeds the cache.
         """
         seqlen = tokens.size(1)
-        start_pos = self._checked(start_pos, tokens)
+        start = self._checked(start_pos, tokens) if use_cache else None
+        if not use_cache:
+            self._check_uncached(start_pos, seqlen)
         h = self.tok_embeddings(tokens)
         if self.freqs_cis.device != h.device:
             with torch.inference_mode(False):  # an inference tensor could not be used in training later
                 self.freqs_cis = self.freqs_cis.to(h.device)
-        if isinstance(start_pos, CachePositions):
-            start_pos, freqs_cis, mask = self._prepare(start_pos, seqlen, h)
+        if isinstance(start, CachePositions):
+            start, freqs_cis, mask = self._prepare(start, seqlen, h)
         else:
-            freqs_cis = self.freqs_cis[start_pos : start_pos + seqlen]
-            mask = _causal_mask(seqlen, start_pos, h) if seqlen > 1 else None
+            first = start or 0
+            freqs_cis = self.freqs_cis[first : first + seqlen]
+            mask = _causal_mask(seqlen, first, h) if seqlen > 1 else None
         for layer in self.layers:
-            h = layer(h, start_pos, freqs_cis, mask)
+            h = layer(h, start, freqs_cis, mask)
         h = self.norm(h)
         if last is not None:
             h = h[torch.arange(h.size(0), device=h.device), last].unsqueeze(1)
         logits: Tensor = self.output(h)
         return logits.float()
+
+    def _check_uncached(self, start_pos: object, seqlen: int) -> None:
+        if not isinstance(start_pos, int) or start_pos != 0:
+            raise ValueError(f"start_pos must be 0 with use_cache=False, got {start_pos}")
+        if seqlen > self.params.max_seq_len:
+            raise ValueError(f"rows must have at most max_seq_len={self.params.max_seq_len} tokens, got {seqlen}")
 
     def _checked(self, start_pos: int | Tensor | CachePositions, tokens: Tensor) -> int | CachePositions:
         """Converts `start_pos` to an int or a `CachePositions`, and checks that the tokens fit in the cache."""
@@ -586,8 +656,6 @@ class Transformer(nn.Module):
     ) -> Transformer:
         """Creates the network with the tensors of `state` as its parameters, without copying or allocating weights.
 
-        The parameters do not require gradients; call `model.requires_grad_()` for training.
-
         Args:
             cache_dtype: dtype of the KV cache; None for the tensors' dtype. Its device is the tensors' device.
         """
@@ -599,7 +667,7 @@ class Transformer(nn.Module):
                 model = cls(params)
         finally:
             torch.set_default_dtype(default_dtype)
-        model.requires_grad_(False).load_state_dict(state, assign=True)
+        model.load_state_dict(state, assign=True)
         model.freqs_cis = model.freqs_cis.to(weight.device)
         return model.eval()
 

@@ -309,6 +309,71 @@ def test_a_cache_of_another_shape_is_refused(model: Transformer, shape: tuple[in
     assert torch.equal(attentions(model)[0].cache_v, before)
 
 
+@pytest.mark.parametrize("free", ["None", "del"])
+def test_a_freed_cache_is_there_again_at_the_next_pass(model: Transformer, state: oracle.State, free: str) -> None:
+    tokens = random_tokens(2, 8)
+    for attention in attentions(model):
+        if free == "del":
+            del attention.cache_k, attention.cache_v
+        else:
+            attention.cache_k = attention.cache_v = None
+        assert attention.cache_k is None and not list(attention.cache.buffers())
+    with torch.inference_mode():
+        close(model(tokens[:, :7], torch.tensor([0, 0])), oracle.logits(state, GROUPED, tokens)[:, :7])
+    close(model(tokens[:, 7:], 7), oracle.logits(state, GROUPED, tokens)[:, 7:])
+    attentions(model)[0].cache_k = None
+    attentions(model)[0].cache_k = torch.ones(4, MAX_SEQ_LEN, 2, 8)
+    assert attentions(model)[0].cache_k.eq(1.0).all()
+
+
+def test_gradients_through_what_an_earlier_pass_stored_are_refused(model: Transformer) -> None:
+    """They would lack the part of the earlier tokens, which a pass under `no_grad` holds constant on purpose."""
+    tokens = random_tokens(2, 8)
+    model.requires_grad_()
+    model(tokens[:, :4], 0)
+    with pytest.raises(RuntimeError, match="gradients cannot flow through the KV cache, got start_pos=4 after a pass"):
+        model(tokens[:, 4:], 4)
+    with torch.no_grad():
+        model(tokens[:, 4:], 4)
+        model(tokens[:, :4], 0)
+    assert model(tokens[:, 4:6], 4).requires_grad
+    with pytest.raises(RuntimeError, match="got start_pos=6 after a pass with gradients"):
+        model(tokens[:, 6:], 6)
+
+
+def test_a_pass_without_the_cache_takes_any_number_of_rows(model: Transformer, state: oracle.State) -> None:
+    tokens = random_tokens(3 * MAX_BATCH_SIZE, 10, seed=8)
+    before = [a.cache.keys.clone() for a in attentions(model)]
+    close(model(tokens, 0, use_cache=False), oracle.logits(state, GROUPED, tokens))
+    last = torch.full((len(tokens),), 9)
+    close(model(tokens, 0, last=last, use_cache=False), oracle.logits(state, GROUPED, tokens)[:, 9:])
+    close(model(tokens[:, :1], 0, use_cache=False), oracle.logits(state, GROUPED, tokens[:, :1]))
+    assert all(torch.equal(a.cache.keys, old) for a, old in zip(attentions(model), before, strict=True))
+    with pytest.raises(ValueError, match="start_pos must be 0 with use_cache=False, got 3"):
+        model(tokens, 3, use_cache=False)
+    with pytest.raises(ValueError, match="at most max_seq_len=24 tokens, got 25"):
+        model(random_tokens(1, 25), 0, use_cache=False)
+
+
+def test_what_is_made_in_inference_mode_works_outside_of_it(state: oracle.State) -> None:
+    args = ModelArgs(**GROUPED, max_batch_size=MAX_BATCH_SIZE, max_seq_len=MAX_SEQ_LEN)
+    tokens = random_tokens(2, 8)
+    with torch.inference_mode():
+        by_hand = Transformer(args)
+        copied = copy.deepcopy(make(GROUPED, state))
+    by_hand.load_state_dict(state)
+    for model in (by_hand, copied):
+        close(model(tokens[:, :7], 0), oracle.logits(state, GROUPED, tokens)[:, :7])
+        close(model(tokens[:, 7:], 7), oracle.logits(state, GROUPED, tokens)[:, 7:])
+
+
+def test_a_network_made_by_hand_keeps_no_graph_until_it_is_asked_to(state: oracle.State) -> None:
+    model = Transformer(ModelArgs(**GROUPED, max_batch_size=1, max_seq_len=8))
+    model.load_state_dict(state)
+    assert not model(random_tokens(1, 3), 0).requires_grad
+    assert model.requires_grad_()(random_tokens(1, 3), 0).requires_grad
+
+
 def test_the_cache_is_called_in_every_pass(model: Transformer, state: oracle.State) -> None:
     calls: list[Any] = []
     for attention in attentions(model):

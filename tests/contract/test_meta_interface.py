@@ -659,7 +659,7 @@ def test_lora_training_moves_the_answers(toy: Llama) -> None:
 
 
 def test_blocks_can_be_checkpointed_in_training() -> None:
-    model = fill(Transformer(small_args()))
+    model = fill(Transformer(small_args())).requires_grad_()
     tokens, freqs_cis = torch.tensor([[1, 2, 3, 4]]), model.freqs_cis[:4]
     F.cross_entropy(model(tokens, 0)[0, :-1], tokens[0, 1:]).backward()
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
