@@ -173,10 +173,11 @@ class ModelRunner:
         """A value that changes whenever the KV cache is written to or replaced."""
         if self.one_position:  # may be any network: look for caches in all of its modules
             return [(k.data_ptr(), None if k.is_inference() else k._version) for k in _caches(self.model)]
-        caches: list[Tensor] = []
+        caches: list[Tensor | None] = []
         for layer in self.model.layers:
-            caches += (layer.attention.cache.keys, layer.attention.cache.values)
-        return [(id(cache), None if cache.is_inference() else cache._version) for cache in caches]
+            cache = getattr(getattr(layer, "attention", None), "cache", None)  # None in a module of another's
+            caches += (getattr(cache, "keys", None), getattr(cache, "values", None))  # None where they were freed
+        return [(id(cache), None if cache is None or cache.is_inference() else cache._version) for cache in caches]
 
 
 def prefill_groups(lengths: Sequence[int], max_positions: int, pass_cost: int) -> list[list[int]]:
