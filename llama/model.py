@@ -643,7 +643,7 @@ class Transformer(nn.Module):
         """Computes what all layers share in a pass with a position per row: cache slots, rotations and mask."""
         cache = next(module for module in self.modules() if isinstance(module, KVCache))
         pos = positions.start.unsqueeze(1) + torch.arange(seqlen, device=h.device)  # (bsz, seqlen)
-        pos = pos.clamp(max=cache.keys.size(2) - 1)  # padding may go past the last position
+        pos = pos.clamp(max=cache.shape[2] - 1)  # padding may go past the last position
         mask = None
         if not positions.from_zero:
             hidden = torch.arange(positions.kv_len, device=h.device) > pos.unsqueeze(-1)
