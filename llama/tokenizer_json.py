@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llama.errors import printable, quote
+from llama.errors import printable, quote, read_json_object
 from llama.tokenizer import Tokenizer, checked_text
 
-_NAMES_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the later one goes before the earlier
+_NAMES_FILES = ("special_tokens_map.json", "tokenizer_config.json", "chat_format.json")  # the last one counts
 
 
 class JsonTokenizer(Tokenizer):
@@ -131,7 +131,7 @@ def _names(folder: Path) -> dict[str, str]:
     """The texts of BOS, EOS and padding by the files beside the tokenizer."""
     names: dict[str, str] = {}
     for name in _NAMES_FILES:
-        content = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+        content = read_json_object(folder / name) if (folder / name).is_file() else {}
         for key, value in content.items():
             text = value.get("content") if isinstance(value, dict) else value
             if key in ("bos_token", "eos_token", "pad_token") and isinstance(text, str):

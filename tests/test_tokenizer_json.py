@@ -21,6 +21,7 @@ from llama.checkpoint.reading import find_tokenizer
 from llama.checkpoint.tokenizer_files import load_tokenizer
 from llama.tokenizer import StreamDecoder
 from llama.tokenizer_json import JsonTokenizer
+from llama.tools.convert import from_hf
 from tests.support.templates import CHATML, IM
 from tests.support.tokenizers import TEXT
 from tests.test_chat_template import random_dialog
@@ -135,6 +136,31 @@ def test_a_checkpoint_with_it_runs(
     assert "".join(llama.stream_chat_completion(QUESTION, 0, max_gen_len=30)) == text
     (completed,) = llama.text_completion(["The fox"], temperature=0, max_gen_len=8, echo=True)
     assert completed["generation"].startswith("The fox")
+
+
+def test_a_converted_folder_answers_as_transformers_does(path: Path, bpe: JsonTokenizer, tmp_path: Path) -> None:
+    """With the template, and an end of turn that generation_config.json names alone."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=bpe.n_words, **sizes)).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 30
+    model.save_pretrained(tmp_path / "hf")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "hf" / name).write_bytes((path.parent / name).read_bytes())
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    prompt = theirs.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    free = model.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0)[0].tolist()
+    end = free[prompt.size(1) + 9]
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    answer = free[prompt.size(1) :][: free[prompt.size(1) :].index(end)]
+
+    from_hf(tmp_path / "hf", tmp_path / "out", quiet=True)
+    llama = Llama.build(tmp_path / "out", find_tokenizer(tmp_path / "out"), 128, 1, device="cpu", dtype="float32")
+    (result,) = llama.chat_completion([QUESTION], temperature=0, max_gen_len=20)
+    assert result["generation"]["content"] == theirs.decode(answer, skip_special_tokens=True)
+    assert result["finish_reason"] == "stop"
 
 
 def test_the_file_is_told_by_its_content(path: Path, tokenizer_path: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The chat format and the end-of-turn tokens that a checkpoint's folder names, in the files of Hugging Face's folders.
 
-`from_hf` records what it finds of these in one file, `chat_format.json`. It has the fields of `tokenizer_config.json`,
-and goes before it.
+`from_hf` records a template in `chat_format.json`, which has the fields of `tokenizer_config.json` and goes before it.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from llama.errors import PromptError, read_json_object
 from llama.sandbox import Template
 
 CHAT_FORMAT_FILE = "chat_format.json"
+_GENERATION = "generation_config.json"
 _BOS, _EOS = "<s>", "</s>"
 _SYSTEM, _USER, _ANSWER = "Be brief.", "Where do llamas live?", "In the Andes."
 # Dialogs, and their texts in the Llama 2 chat template.
@@ -54,27 +54,28 @@ def read_stop_ids(folders: Iterable[str | Path], special_tokens: Mapping[str, in
     """
     ids: set[int] = set()
     for folder in folders:
-        settings = _read(Path(folder) / "generation_config.json") | read_settings(folder)
-        listed = settings.get("eos_token_id")
+        listed = _read(Path(folder) / _GENERATION).get("eos_token_id")
         ids |= {i for i in (listed if isinstance(listed, list) else [listed]) if isinstance(i, int)}
-        named = special_tokens.get(_text(settings.get("eos_token")) or "")
+        named = special_tokens.get(_text(read_settings(folder).get("eos_token")) or "")
         ids |= set() if named is None else {named}
     return frozenset(ids)
 
 
 def copy_chat_format(hf_dir: Path, folder: Path) -> bool:
-    """Records a Hugging Face folder's chat template and what belongs to it, unless the template is Llama 2's.
+    """Records a Hugging Face folder's end-of-turn tokens, and its chat template unless that is Llama 2's.
 
     Returns:
-        Whether it was recorded.
+        Whether the template was recorded.
     """
+    eos = _read(hf_dir / _GENERATION).get("eos_token_id")
+    if eos is not None:
+        (folder / _GENERATION).write_text(json.dumps({"eos_token_id": eos}) + "\n", encoding="utf-8")
     settings = read_settings(hf_dir)
     template = _template(settings)
     if template is None or _is_llama2(template):
         return False
     kept = {name: text for name, value in settings.items() if name.endswith("_token") and (text := _text(value))}
-    eos = _read(hf_dir / "generation_config.json").get("eos_token_id")
-    content = {"chat_template": template, **kept, "legacy": settings.get("legacy") is True, "eos_token_id": eos}
+    content = {"chat_template": template, **kept, "legacy": settings.get("legacy") is True}
     (folder / CHAT_FORMAT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return True
 

@@ -35,6 +35,7 @@ from llama.checkpoint.huggingface import (
 from llama.checkpoint.reading import check_range, magnitude, narrows
 from llama.checkpoint.releases import TRAINED_SEQ_LEN
 from llama.checkpoint.sharded import ShardedCheckpoint, same_bits
+from llama.checkpoint.tokenizer_files import load_tokenizer
 from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors, staged_folder, write_checklist
 from llama.distributed.device import DTYPES
 from llama.errors import printable, quote, read_json_object
@@ -196,10 +197,10 @@ def _described_network(hf_dir: Path, source: HuggingFaceFolder) -> ModelArgs:
 
 
 def _described_tokens(folder: Path, n_rows: int) -> dict[str, dict[str, Any]]:
-    """See `carried_tokens`; nothing where there is no tokenizer.model."""
-    if not (folder / "tokenizer.model").exists():
-        return {}
-    return carried_tokens(folder, Tokenizer(folder / "tokenizer.model"), n_rows)
+    """See `carried_tokens`; nothing where there is no tokenizer."""
+    places = [folder / name for name in ("tokenizer.model", "tokenizer.json")]
+    path = next((path for path in places if path.exists()), None)
+    return {} if path is None else carried_tokens(folder, load_tokenizer(path, folder), n_rows)
 
 
 def _source_names(hf_dir: Path, source: HuggingFaceFolder, args: ModelArgs) -> dict[str, str]:
