@@ -30,7 +30,7 @@ from llama.checkpoint.chat_format import read_chat_format
 from llama.checkpoint.loading import load_networks
 from llama.distributed import groups
 from llama.distributed.device import pause_workers
-from llama.engine.calls import Completer, complete_by_generate
+from llama.engine.calls import Completer, check_form, complete_by_generate
 from llama.engine.compiled import compiled_stepper
 from llama.engine.cuda_graphs import Stepper, choose_stepper
 from llama.engine.engine import Engine, engine_of
@@ -283,8 +283,8 @@ class Llama:
                 time: "prompt_lookup" drafts what followed earlier text that ended alike, "draft" has the model of
                 `draft_ckpt_dir` draft. None for one token per pass.
             options: further sampling parameters: top_k, min_p, typical_p, repetition_penalty, presence_penalty,
-                frequency_penalty, logit_bias, min_tokens, ignore_eos, stop_token_ids and logits_processors, defined in
-                `docs/sampling.md`.
+                frequency_penalty, logit_bias, min_tokens, ignore_eos, stop_token_ids, logits_processors,
+                response_format and structured_outputs, defined in `docs/sampling.md`.
 
         Returns:
             The ids of each row, up to its first generated EOS or `stop_token`, and their log-probabilities or None.
@@ -595,6 +595,7 @@ class Llama:
     def _params(self, *args: Any, **kwargs: Any) -> SamplingParams:
         params = SamplingParams(*args, **kwargs)
         params.check_ids(self.model.params.vocab_size)
+        check_form(self.tokenizer, self.model.params.vocab_size, params)
         if params.speculative == "draft" and self._draft is None:
             raise PromptError(
                 "speculative='draft' must have a draft model, got none; give draft_ckpt_dir to Llama.build"

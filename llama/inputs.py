@@ -5,6 +5,7 @@ Errors name a prompt by its argument and index, such as `prompts[3]`.
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,19 @@ from llama.errors import PromptError, quote
 from llama.tokenizer import stop_ids
 
 SPECULATIVE = ("prompt_lookup", "draft")  # ways to draft tokens: see `speculative.py`
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """What every answer must be.
+
+    Attributes:
+        kind: "json_schema", "regex", "choice" (a JSON list of texts) or "grammar" (Lark).
+        text: its definition.
+    """
+
+    kind: str
+    text: str
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -33,6 +47,8 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool  # whether the completion goes on after EOS
     stop_token_ids: Iterable[int]  # further ids before which the completion ends
     logits_processors: Iterable[Callable[..., Any]]  # f(input_ids (1, n), scores (1, vocab)) -> scores
+    response_format: Mapping[str, Any] | None  # {"type": "json_object"}, or "json_schema" in OpenAI's form
+    structured_outputs: Mapping[str, Any] | None  # one of "json", "regex", "choice" and "grammar", as in vLLM
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,8 @@ class SamplingParams:
         stop_ids: ids before which a completion ends; None for the tokenizer's (see `tokenizer.stop_ids`).
         keep_space: whether the leading space of the first piece is kept, as in text that continues another.
         top_k, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_tokens,
-            ignore_eos, stop_token_ids, logits_processors: see `SamplingOptions`.
+            ignore_eos, stop_token_ids, logits_processors, response_format, structured_outputs: see `SamplingOptions`.
+        form: what the answer must be, by `response_format` or `structured_outputs`; None for any text.
 
     Raises:
         PromptError: a value has the wrong type or is out of range.
@@ -78,6 +95,9 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: Sequence[int] = ()
     logits_processors: Sequence[Callable[..., Any]] = field(default=(), repr=False)  # differs between ranks
+    response_format: Mapping[str, Any] | None = None
+    structured_outputs: Mapping[str, Any] | None = None
+    form: AnswerForm | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         temperature, top_p = _number(self.temperature), _number(self.top_p)
@@ -99,6 +119,12 @@ class SamplingParams:
         options = {name: check(getattr(self, name), name) for name, check in _OPTIONS.items()}
         for name, value in (checked | flags | options | {"stop": _check_stop(self.stop)}).items():
             object.__setattr__(self, name, value)
+        forms = [_form_of_response(self.response_format), _form_of_outputs(self.structured_outputs)]
+        if None not in forms:
+            raise PromptError("response_format and structured_outputs must not both be given")
+        object.__setattr__(self, "form", forms[0] or forms[1])
+        if self.form is not None and self.ignore_eos:
+            raise PromptError("ignore_eos must be False with response_format or structured_outputs, whose answers end")
 
     def options(self) -> dict[str, Any]:
         """The `SamplingOptions` that are not neutral."""
@@ -117,6 +143,55 @@ class SamplingParams:
         if self.ignore_eos:
             return frozenset(self.stop_token_ids)
         return (stop_ids(tokenizer) if self.stop_ids is None else self.stop_ids).union(self.stop_token_ids)
+
+
+def _form_of_response(value: Any) -> AnswerForm | None:
+    """The form that a `response_format` of OpenAI's API asks for."""
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if value is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return AnswerForm("json_schema", '{"type": "object"}')
+    inner = value.get("json_schema") if kind == "json_schema" else None
+    schema = inner.get("schema") if isinstance(inner, Mapping) else None
+    if not isinstance(schema, (Mapping, bool)):
+        expected = '{"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}'
+        raise PromptError(f"response_format must be {expected}, got {quote(value)}")
+    return AnswerForm("json_schema", _as_json(schema, "response_format"))
+
+
+def _form_of_outputs(value: Any) -> AnswerForm | None:
+    """The form that vLLM's `structured_outputs` asks for."""
+    if value is None:
+        return None
+    given = {name: inner for name, inner in value.items() if inner is not None} if isinstance(value, Mapping) else {}
+    if len(given) != 1 or not given.keys() <= {"json", "regex", "choice", "grammar"}:
+        raise PromptError(f"structured_outputs must have one of json, regex, choice and grammar, got {quote(value)}")
+    ((kind, content),) = given.items()
+    if kind == "json":
+        if isinstance(content, str):
+            try:
+                content = json.loads(content)
+            except ValueError as error:
+                raise PromptError(f"structured_outputs.json must be a JSON schema, got {quote(content)}") from error
+        if not isinstance(content, (Mapping, bool)):
+            raise PromptError(f"structured_outputs.json must be a JSON schema, got {quote(content)}")
+        return AnswerForm("json_schema", _as_json(content, "structured_outputs.json"))
+    if kind == "choice":
+        choices = list(content) if isinstance(content, Iterable) and not isinstance(content, str) else []
+        if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+            raise PromptError(f"structured_outputs.choice must be a list of texts, none empty, got {quote(content)}")
+        return AnswerForm(kind, json.dumps(choices))
+    if not isinstance(content, str) or not content:
+        raise PromptError(f"structured_outputs.{kind} must be a str, not empty, got {quote(content)}")
+    return AnswerForm(kind, content)
+
+
+def _as_json(schema: Any, name: str) -> str:
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(f"{name} must be a JSON schema, got {quote(schema)} ({error})") from error
 
 
 def _number_from(low: float, high: float, *, above: bool = False) -> Callable[[Any, str], float]:
@@ -184,6 +259,8 @@ _OPTIONS: dict[str, Callable[[Any, str], Any]] = {
     "ignore_eos": lambda value, name: check_flag(value, name),
     "stop_token_ids": _check_token_ids,
     "logits_processors": _check_processors,
+    "response_format": lambda value, name: value,
+    "structured_outputs": lambda value, name: value,
 }
 
 

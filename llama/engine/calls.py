@@ -14,6 +14,7 @@ from torch import Tensor
 from llama.checkpoint.memory import out_of_memory_explained
 from llama.distributed import groups
 from llama.distributed.device import default_generator
+from llama.engine.constraints import Constraint, vocabulary_of
 from llama.engine.engine import Engine
 from llama.engine.lock import lock_of
 from llama.engine.output import Completion, Piece, TokenScore
@@ -111,7 +112,14 @@ class Completer:
         if params.max_gen_len == 0:
             return
         call = Call(
-            new_sequence(self._tokenizer, prompt, params, row, *samplers.sampler_and_noise_row(i))
+            new_sequence(
+                self._tokenizer,
+                prompt,
+                params,
+                row,
+                *samplers.sampler_and_noise_row(i),
+                vocab_size=self._model.params.vocab_size,
+            )
             for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
         )
         with self._out_of_memory_explained():
@@ -136,10 +144,23 @@ def new_sequence(
     sampler: Sampler,
     noise_row: int = 0,
     *,
+    vocab_size: int,
     top_logprobs: int = 0,
+    continues: bool = False,
 ) -> EngineSequence:
-    """Returns the engine's sequence for a prompt and its completion."""
+    """Returns the engine's sequence for a prompt and its completion.
+
+    Args:
+        continues: whether the completion continues the prompt's text, and keeps its leading space.
+    """
     stop_ids = params.ends(tokenizer)
+    constraint = None
+    if params.form is not None:
+        leading_space = not (continues or params.echo or params.keep_space)
+        matcher = vocabulary_of(tokenizer, vocab_size).matcher(
+            params.form, leading_space=leading_space, stop_ids=stop_ids
+        )
+        constraint = Constraint(matcher, len(prompt))
     return EngineSequence(
         list(prompt),
         sampler,
@@ -151,13 +172,19 @@ def new_sequence(
         ends=completion.ends,
         n_words=n_words_of(tokenizer),
         speculative=params.speculative,
-        process=make_process(params, len(prompt), stop_ids),
+        process=make_process(params, len(prompt), stop_ids, constraint),
     )
 
 
 def new_detokenizer(tokenizer: Any, params: SamplingParams, prefix: Sequence[int]) -> IncrementalDetokenizer:
     """The detokenizer of a completion; `prefix` are the ids whose text it continues."""
     return IncrementalDetokenizer(tokenizer, params.stop, prefix, at_start=not params.keep_space)
+
+
+def check_form(tokenizer: Any, vocab_size: int, params: SamplingParams) -> None:
+    """Raises PromptError if the form of the answer is not supported; compiles and keeps it otherwise."""
+    if params.form is not None:
+        vocabulary_of(tokenizer, vocab_size).matcher(params.form, leading_space=True, stop_ids=params.ends(tokenizer))
 
 
 class Request:
@@ -204,7 +231,16 @@ class Request:
                 sampler = _own_sampler(engine.model, params, i)
                 self.completions.append(completion)
                 sequences.append(
-                    new_sequence(tokenizer, prompt, params, completion, sampler, top_logprobs=top_logprobs)
+                    new_sequence(
+                        tokenizer,
+                        prompt,
+                        params,
+                        completion,
+                        sampler,
+                        vocab_size=engine.model.params.vocab_size,
+                        top_logprobs=top_logprobs,
+                        continues=continues,
+                    )
                 )
         self.call = Call(sequences)
         engine.add(self.call)

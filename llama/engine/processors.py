@@ -14,9 +14,15 @@ Process = Callable[[list[int], Tensor], Tensor]
 """Called with a sequence's tokens so far and its logits (vocab,) float32; returns the logits to sample from."""
 
 
-def make_process(params: SamplingParams, n_prompt: int, stop_ids: Collection[int]) -> Process | None:
-    """Returns what the parameters do to the logits of one sequence, in order; None if that is nothing."""
-    steps: list[Process] = []
+def make_process(
+    params: SamplingParams, n_prompt: int, stop_ids: Collection[int], constraint: Process | None = None
+) -> Process | None:
+    """Returns what the parameters do to the logits of one sequence, in order; None if that is nothing.
+
+    Args:
+        constraint: comes first.
+    """
+    steps: list[Process] = [] if constraint is None else [constraint]
     if params.logit_bias:
         steps.append(_bias(dict(params.logit_bias)))
     if params.repetition_penalty != 1:
