@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from llama.chat import Message, built_in_format
-from llama.engine.calls import Request
+from llama.engine.calls import Request, check_form
 from llama.engine.output import Piece
 from llama.errors import NonFiniteLogitsError, PromptError, quote
 from llama.generation import Llama
@@ -128,21 +128,24 @@ class Planner:
     def _params(
         self, body: ChatBody | CompletionBody, max_gen_len: int, *, logprobs: bool, echo: bool
     ) -> SamplingParams:
-        params = SamplingParams(
-            body.temperature,
-            body.top_p,
-            max_gen_len,
-            logprobs=logprobs,
-            echo=echo,
-            stop=body.stop,
-            seed=body.seed,
-            speculative=self._speculative,
-            **body.options(),
-        )
         try:
+            params = SamplingParams(
+                body.temperature,
+                body.top_p,
+                max_gen_len,
+                logprobs=logprobs,
+                echo=echo,
+                stop=body.stop,
+                seed=body.seed,
+                speculative=self._speculative,
+                **body.options(),
+            )
             params.check_ids(self._vocab_size)
+            check_form(self.tokenizer, self._vocab_size, params)
         except PromptError as error:
             raise ApiError.of(error) from error
+        except ImportError as error:
+            raise ApiError(str(error), status=501, code="unsupported_parameter") from error
         return params
 
     def _check_count(self, n_choices: int, param: str) -> None:

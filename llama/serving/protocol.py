@@ -30,7 +30,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "length_penalty": (1,),
     "bad_words": ([],),
@@ -138,6 +137,8 @@ SAMPLING_FIELDS = (
     "min_tokens",
     "ignore_eos",
     "stop_token_ids",
+    "response_format",
+    "structured_outputs",
 )
 
 
@@ -170,6 +171,8 @@ class Body(BaseModel):
     min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
     stop_token_ids: list[int] = []
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 

@@ -211,7 +211,7 @@ def test_several_choices_and_prompts_and_log_probabilities_are_the_servers(
         (CHAT, {"messages": DIALOG, "n": True}, "n"),
         (CHAT, {"messages": DIALOG, "top_logprobs": 2}, "top_logprobs"),
         (CHAT, {"messages": DIALOG, "stream": True}, "stream"),
-        (CHAT, {"messages": DIALOG, "response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, {"messages": DIALOG, "response_format": {"type": "xml"}}, "response_format"),
         (CHAT, {"messages": DIALOG, "frequency_penalty": 5}, "frequency_penalty"),
         (CHAT, {"messages": DIALOG, "prompt": "Hi"}, "prompt"),
         (CHAT, {"messages": DIALOG, "no_such_field": 1}, "no_such_field"),

@@ -118,3 +118,11 @@ def test_ids_of_sampling_parameters_are_in_the_vocabulary(planner: Planner, wron
     with pytest.raises(ApiError) as raised:
         job(planner, prompt="a", **wrong)
     assert raised.value.param == next(iter(wrong))
+
+
+def test_forms_of_answers_are_checked_before_they_run(planner: Planner) -> None:
+    pytest.importorskip("llguidance", reason="needs the package llguidance, of the extra [structured]")
+    form = job(planner, messages=say("user: hi"), response_format={"type": "json_object"}).params.form
+    assert form is not None and form.kind == "json_schema"
+    with pytest.raises(ApiError, match="regex must be one that llguidance supports"):
+        job(planner, prompt="a", structured_outputs={"regex": "(["})

@@ -268,7 +268,7 @@ def test_a_client_that_does_not_read_slows_nobody(server: ServerProcesses, clien
 CHAT, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"response_format": {"type": "xml"}}, "response_format"),
     (CHAT, {"frequency_penalty": 2.5}, "frequency_penalty"),
     (CHAT, {"top_k": -5}, "top_k"),
     (CHAT, {"temperature": 2.5}, "temperature"),
