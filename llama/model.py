@@ -30,6 +30,7 @@ from llama.layers.linear import (
 )
 
 PREFILL_TOKENS = 1024  # enough to be compute-bound; more would only take more memory
+LONGEST_PREFILL = 8192  # longer prompts are prefilled in parts, since masks grow with the square of the length
 SPARE_POSITIONS = 16  # of each cache row, after max_seq_len: room for the padding of a row that is nearly full
 _FEW_POSITIONS = 16  # with more, copying keys for each query head of a group costs little beside the matrix products
 
@@ -110,7 +111,7 @@ class ModelArgs:
     @property
     def prefill_tokens(self) -> int:
         """Maximum number of positions, over all rows, in one prefill pass; it bounds the memory of activations."""
-        return min(self.max_batch_size * self.max_seq_len, max(self.max_seq_len, PREFILL_TOKENS))
+        return min(self.max_batch_size * self.max_seq_len, max(min(self.max_seq_len, LONGEST_PREFILL), PREFILL_TOKENS))
 
     def check_shards(self, model_parallel_size: int) -> None:
         """Raises ValueError unless the network can be sharded evenly over `model_parallel_size` ranks."""

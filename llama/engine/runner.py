@@ -121,7 +121,7 @@ class ModelRunner:
             limit = min(limit, _CHUNK_IN_PASS_COSTS * pass_cost)
         group = next(group for group in prefill_groups(lengths, limit, pass_cost) if group[0] == 0)
         longest = max(lengths[i] for i in group)
-        return group, min(longest, limit) if in_chunks else longest
+        return group, min(longest, limit)
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Groups rows, given by their number of tokens, into passes: see `prefill_groups`."""

@@ -311,3 +311,13 @@ def test_nothing_is_reused_unless_asked_for(positions: list[int]) -> None:
     run(engine, STEMS[0])
     assert run(engine, STEMS[0]).n_reused == 0
     assert positions == [len(STEMS[0])] * 2
+
+
+def test_a_prompt_longer_than_a_pass_is_computed_in_parts(
+    positions: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(Engine(network(1)), STEMS[0]).tokens
+    monkeypatch.setattr(ModelArgs, "prefill_tokens", property(lambda self: 16))
+    positions.clear()
+    assert run(Engine(network(1)), STEMS[0]).tokens == expected
+    assert positions == [16, 16, 8]
