@@ -30,6 +30,7 @@ def main(
     output: str | None = None,
     log_samples: bool = False,
     use_cache: str | None = None,
+    add_bos_token: bool = True,
     **build: Any,
 ) -> None:
     """Prints the harness's table of results.
@@ -49,6 +50,7 @@ def main(
         output: path of a JSON file for the results.
         log_samples: whether that file also has the results of each document.
         use_cache: path of a cache of results; an interrupted evaluation continues from it. One per checkpoint.
+        add_bos_token: whether texts begin with BOS, as the checkpoints expect.
     """
     from llama.tools.harness import LlamaLM  # the extra [eval]; its error names it
 
@@ -58,7 +60,8 @@ def main(
     if output and not Path(output).resolve().parent.is_dir():
         raise ValueError(f"--output must be a path in a folder that exists, got {output}")
     manager = _task_manager(names, include_path)
-    lm = LlamaLM(*commandline.checkpoint_paths(ckpt_dir, tokenizer_path), max_seq_len, max_batch_size, **build)
+    paths = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
+    lm = LlamaLM(*paths, max_seq_len, max_batch_size, add_bos_token=add_bos_token, **build)
     import lm_eval
 
     results = lm_eval.simple_evaluate(

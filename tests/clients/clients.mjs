@@ -38,7 +38,7 @@ async function raises(kind, run) {
 
 const { chat, completions, responses, models } = client;
 const ask = { model, messages, max_tokens: 8 };
-const complete = { model, prompt: "A llama", max_tokens: 8 };
+const complete = { model, prompt: "A llama", max_tokens: 8, temperature: 0 };
 const respond = { model, input: "hi", max_output_tokens: 8 };
 await check("openai: chat", async () => (await chat.completions.create(ask)).choices[0].message.content);
 await check("openai: streamed chat", () =>
@@ -74,7 +74,7 @@ const ways = {
   "openai completion": openai.completion(model),
 };
 for (const [name, way] of Object.entries(ways)) {
-  const settings = { model: way, maxOutputTokens: 8, maxRetries: 0 };
+  const settings = { model: way, maxOutputTokens: 8, maxRetries: 0, temperature: 0 };
   await check(`ai: ${name}, generateText`, async () => (await generateText({ ...settings, prompt: "hi" })).text);
   await check(`ai: ${name}, streamText`, async () => {
     const streamed = streamText({ ...settings, prompt: "hi", onError: ({ error }) => { throw error; } });
@@ -86,7 +86,7 @@ for (const [name, way] of Object.entries(ways)) {
     { role: "assistant", content: "hello" },
     { role: "user", content: [{ type: "text", text: "more" }] },
   ];
-  const options = { temperature: 0.5, topP: 0.9, seed: 3, presencePenalty: 0, frequencyPenalty: 0 };
+  const options = { topP: 0.9, seed: 3, presencePenalty: 0, frequencyPenalty: 0 };
   await check(`ai: ${name}, a dialog`, async () =>
     (await generateText({ ...settings, ...options, system: "Be brief.", messages: dialog })).finishReason);
 }

@@ -41,7 +41,12 @@ def test_litellm_answers_and_streams(litellm: Any, url: str) -> None:
 
 def test_litellm_completes_texts_and_responds(litellm: Any, url: str) -> None:
     text = litellm.text_completion(
-        model=f"text-completion-openai/{MODEL}", prompt="A llama", max_tokens=8, api_base=url, api_key=NO_KEY
+        model=f"text-completion-openai/{MODEL}",
+        prompt="A llama",
+        max_tokens=8,
+        temperature=0,
+        api_base=url,
+        api_key=NO_KEY,
     )
     assert text.choices[0].text
     response = litellm.responses(model=f"openai/{MODEL}", input="hi", max_output_tokens=8, api_base=url, api_key=NO_KEY)
@@ -132,7 +137,9 @@ def test_langchain_uses_the_responses_api(chat_openai: Any) -> None:
 
 
 def test_langchain_completes_texts(url: str) -> None:
-    llm = pytest.importorskip("langchain_openai").OpenAI(model=MODEL, base_url=url, api_key=NO_KEY, max_tokens=8)
+    llm = pytest.importorskip("langchain_openai").OpenAI(
+        model=MODEL, base_url=url, api_key=NO_KEY, max_tokens=8, temperature=0
+    )
     assert llm.invoke("A llama")
     assert "".join(llm.stream("A llama"))
 
@@ -215,7 +222,9 @@ def llama_index(url: str) -> Any:
     module = pytest.importorskip("llama_index.llms.openai_like")
 
     def make(*, is_chat: bool = True) -> Any:
-        return module.OpenAILike(model=MODEL, api_base=url, api_key=NO_KEY, is_chat_model=is_chat, max_tokens=8)
+        return module.OpenAILike(
+            model=MODEL, api_base=url, api_key=NO_KEY, is_chat_model=is_chat, max_tokens=8, temperature=0
+        )
 
     return make
 
