@@ -146,7 +146,7 @@ def test_an_answer_has_the_form_of_a_schema(web: httpx.Client, wanted: Any, expe
 def test_a_form_that_does_not_exist_is_refused(web: httpx.Client, wanted: Any) -> None:
     answer = web.post(CHAT, json={"messages": BOOK, "response_format": wanted})
     assert answer.status_code == 400
-    assert answer.json()["error"]["param"].startswith("response_format")
+    assert "schema" in answer.json()["error"]["param"] or answer.json()["error"]["param"] == "response_format"
 
 
 @pytest.mark.parametrize(
