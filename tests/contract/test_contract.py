@@ -24,8 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 import llama.generation
 from llama import Llama, Transformer
@@ -35,6 +33,7 @@ from llama.layers.kernels import Kernels, can_pack, can_quantize
 from llama.layers.linear import packable_layers
 from llama.model import Attention, FeedForward, RMSNorm, TransformerBlock
 from tests.support import oracle
+from tests.support.cuda_graph import RecordedStepper
 from tests.support.ranks import run_ranks
 
 SMALL: dict[str, Any] = {
@@ -51,50 +50,6 @@ PROMPTS = [[5, 17, 9], [300, 44, 21, 8, 77, 5, 123], [60, 2], [9, 8, 7, 6, 5, 4,
 N_NEW = 3
 # Of log-probabilities, against the oracle in float32 with the same weights.
 TOLERANCES = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.15}
-
-
-class Recorded(StaticStepper):
-    """Records the operations of a step when it first comes up, and runs the record from then on, as a CUDA graph does:
-    the same operations on the same memory, whatever Python would do by now."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__(model, graphs=False)
-        self._graphs = True
-        self.n_captured = self.n_replayed = 0
-
-    def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        self.n_captured += 1
-        with _Record() as record:
-            logits = step()
-
-        def replay() -> Tensor:
-            self.n_replayed += 1
-            return logits.copy_(record.replay()[id(logits)])
-
-        return replay
-
-
-class _Record(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, list[Any]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, tree_flatten(out)[0]))
-        return out
-
-    def replay(self) -> dict[int, Tensor]:
-        """The new values of each recorded tensor, by its id."""
-        new: dict[int, Tensor] = {}
-
-        def current(tensor: Tensor) -> Tensor:
-            return new.get(id(tensor), tensor)
-
-        for func, args, kwargs, outs in self.calls:
-            args, kwargs = tree_map_only(Tensor, current, (args, kwargs))
-            new |= {id(old): out for old, out in zip(outs, tree_flatten(func(*args, **kwargs))[0], strict=True)}
-        return new
 
 
 @cache
@@ -126,7 +81,7 @@ BUILDS = {
     "bfloat16 from a float16 file": Build("bfloat16", file_dtype=torch.float16),
     "float32": Build("float32"),
     "static steps": Build("float32", stepper=lambda model: StaticStepper(model, graphs=False)),
-    "captured steps": Build("float32", stepper=Recorded),
+    "captured steps": Build("float32", stepper=RecordedStepper),
     "int8": Build("float32", quantize="int8"),
 }
 
@@ -1076,7 +1031,7 @@ def test_generation_after_training_and_training_after_generation(built: Built) -
 def replayed(built: Built) -> int:
     """How many steps of a call were replayed."""
     stepper = built.llama.stepper
-    assert isinstance(stepper, Recorded)
+    assert isinstance(stepper, RecordedStepper)
     before = stepper.n_replayed
     built.llama.generate([[1, 2, 3]], N_NEW, temperature=0)
     return stepper.n_replayed - before
@@ -1086,10 +1041,10 @@ def test_captured_steps_are_replayed_where_nothing_changed(make: Callable[[str],
     """Without this the tests of what is captured would show nothing."""
     built = make("captured steps")
     assert replayed(built) >= N_NEW - 1
-    captured = built.llama.stepper.n_captured
+    captured = len(built.llama.stepper.captured)
     built.model.output.weight.neg_()  # the same memory: the graph reads it
     assert replayed(built) >= N_NEW - 1
-    assert built.llama.stepper.n_captured == captured
+    assert len(built.llama.stepper.captured) == captured
 
 
 def test_a_hook_makes_captured_steps_eager_while_it_is_there(make: Callable[[str], Built]) -> None:
@@ -1104,7 +1059,7 @@ def test_a_hook_makes_captured_steps_eager_while_it_is_there(make: Callable[[str
 def test_a_moved_weight_or_another_module_is_captured_anew(make: Callable[[str], Built]) -> None:
     built = make("captured steps")
     stepper = built.llama.stepper
-    assert isinstance(stepper, Recorded)
+    assert isinstance(stepper, RecordedStepper)
     for change in (
         lambda: _assign_data(built.model.output),
         lambda: _assign_parameter(built.model.output),
@@ -1115,10 +1070,10 @@ def test_a_moved_weight_or_another_module_is_captured_anew(make: Callable[[str],
         ),
     ):
         replayed(built)
-        captured = stepper.n_captured
+        captured = len(stepper.captured)
         change()
         replayed(built)
-        assert stepper.n_captured > captured
+        assert len(stepper.captured) > captured
 
 
 # ---- threads, and streams beside other calls

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama import Llama, ModelArgs, Transformer
+from llama import Llama, Transformer
 from llama import model as network
 from llama.distributed import groups
 from llama.engine import compiled as compiling
@@ -27,28 +27,17 @@ from llama.layers.int4 import can_quantize_int4, suits_int4
 from llama.layers.kernels import Kernels, can_pack, can_quantize
 from llama.layers.linear import packable_layers
 from llama.model import TransformerBlock
-from tests.support import oracle
+from tests.support import networks
 from tests.support.steps import decode
 
 CPU = torch.device("cpu")
-PARAMS: dict[str, Any] = {
-    "dim": 64,
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "vocab_size": 60,
-    "multiple_of": 64,
-    "norm_eps": 1e-5,
-}
+PARAMS = networks.PARAMS | {"dim": 64, "multiple_of": 64}
 MAX_SEQ_LEN = 20
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11], [12]]
 
 
 def make(dtype: torch.dtype = torch.float32) -> Transformer:
-    groups.init_process_groups(1, CPU)
-    args = ModelArgs(**PARAMS, max_batch_size=4, max_seq_len=MAX_SEQ_LEN)
-    state = {name: tensor.to(dtype) for name, tensor in oracle.random_state(PARAMS, seed=3).items()}
-    return Transformer.from_state(args, state, cache_dtype=dtype)
+    return networks.make_network(4, MAX_SEQ_LEN, params=PARAMS, dtype=dtype)
 
 
 def plain(model: Transformer) -> PlainStepper:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama import Llama, ModelArgs, Transformer
 from llama.distributed.groups import init_process_groups
@@ -19,20 +18,10 @@ from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper, choos
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import TokenResult
 from llama.model import SPARE_POSITIONS, CachePositions
-from tests.support import oracle
+from tests.support.cuda_graph import RecordedStepper
+from tests.support.networks import MAX_SEQ_LEN, PARAMS, make_network
 from tests.support.ranks import run_ranks
 from tests.support.steps import decode
-
-PARAMS: dict[str, Any] = {
-    "dim": 32,
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "vocab_size": 60,
-    "multiple_of": 16,
-    "norm_eps": 1e-5,
-}
-MAX_SEQ_LEN = 20
 
 
 @pytest.fixture(autouse=True)
@@ -40,45 +29,9 @@ def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stepping, "KV_BUCKET", 8)
 
 
-def make(max_batch_size: int, seed: int = 3) -> Transformer:
-    """A network whose cache is full of what an earlier call left."""
-    init_process_groups(1, torch.device("cpu"))
-    args = ModelArgs(**PARAMS, max_batch_size=max_batch_size, max_seq_len=MAX_SEQ_LEN)
-    model = Transformer.from_state(args, oracle.random_state(PARAMS, seed=seed), cache_dtype=torch.float32)
-    for layer in model.layers:
-        layer.attention.cache.keys.fill_(100.0)
-        layer.attention.cache.values.fill_(100.0)
-    return model
-
-
-class Replaying(StaticStepper):
-    """Records the step's operations when they first come up and runs the record from then on, as a CUDA graph would:
-    the same operations, on the same memory, whatever Python would do now."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__(model, graphs=False)
-        self._graphs = True
-        self.captured: list[tuple[int, int, int]] = []
-
-    def _make_step(self, bsz: int, width: int, kv_len: int) -> Callable[[], Tensor]:
-        self.captured.append((bsz, width, kv_len))
-        return super()._make_step(bsz, width, kv_len)
-
-    def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        step()
-        with torch.inference_mode(False), torch.no_grad():
-            recorded = make_fx(step)()
-        logits = recorded()
-
-        def replay() -> Tensor:
-            return logits.copy_(recorded())
-
-        return replay
-
-
 STEPPERS: dict[str, Callable[[Transformer], Stepper]] = {
     "static": lambda model: StaticStepper(model, graphs=False),
-    "replayed": Replaying,
+    "replayed": RecordedStepper,
 }
 
 
@@ -99,15 +52,24 @@ def run(
 def test_tokens_are_those_of_the_plain_step(kind: str, seed: int) -> None:
     """Any lengths, rows that end at any moment, more prompts than rows; and the stream is left at the same place."""
     rng = random.Random(seed)
-    model = make(rng.randint(1, 5))
+    model = make_network(rng.randint(1, 5))
     stepper = STEPPERS[kind](model)
     for temperature in (0.0, 0.9):
         prompts = [[rng.randrange(60) for _ in range(rng.randint(1, MAX_SEQ_LEN))] for _ in range(rng.randint(1, 9))]
         max_gen_len, logprobs = rng.randint(1, MAX_SEQ_LEN), rng.random() < 0.5
-        free_run, _ = run(model, PlainStepper(model), prompts, max_gen_len, temperature=temperature, eos_id=-1)
+        free_run, _ = run(
+            model,
+            PlainStepper(model, model.params.max_seq_len),
+            prompts,
+            max_gen_len,
+            temperature=temperature,
+            eos_id=-1,
+        )
         tokens = [step.token for steps in free_run for step in steps if step.token is not None] or [0]
         options: dict[str, Any] = {"temperature": temperature, "eos_id": rng.choice(tokens), "logprobs": logprobs}
-        expected, plain_stream = run(model, PlainStepper(model), prompts, max_gen_len, **options)
+        expected, plain_stream = run(
+            model, PlainStepper(model, model.params.max_seq_len), prompts, max_gen_len, **options
+        )
         got, stream = run(model, stepper, prompts, max_gen_len, **options)
         for mine, theirs in zip(got, expected, strict=True):
             assert [(s.token, s.finish_reason) for s in mine] == [(s.token, s.finish_reason) for s in theirs]
@@ -117,18 +79,18 @@ def test_tokens_are_those_of_the_plain_step(kind: str, seed: int) -> None:
 
 
 def test_sizes_are_padded_so_that_few_graphs_serve() -> None:
-    """Rows to powers of two, as far as the cache goes; the prefix to buckets, likewise."""
-    model = make(6)
-    stepper = Replaying(model)
+    """Rows to powers of two, as far as the cache goes; the prefix to buckets, into the spare positions at its end."""
+    model = make_network(6)
+    stepper = RecordedStepper(model)
     run(model, stepper, [[1]] * 6, 19, temperature=0.0, eos_id=-1)
     run(model, stepper, [[1]] * 5, 12, temperature=0.0, eos_id=-1)
     run(model, stepper, [[1, 2], [3]], 5, temperature=0.0, eos_id=-1)
-    assert stepper.captured == [(6, 1, 8), (6, 1, 16), (6, 1, 20), (2, 1, 8)]
+    assert stepper.captured == [(6, 1, 8), (6, 1, 16), (6, 1, 24), (2, 1, 8)]
 
 
 def test_padding_leaves_the_running_rows_alone() -> None:
     """Three rows run as four: the fourth's padding is stored in its spare positions."""
-    model = make(4)
+    model = make_network(4)
     stepper = StaticStepper(model, graphs=False)
     prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     expected = model.forward(prompts, 0)
@@ -143,12 +105,12 @@ def test_padding_leaves_the_running_rows_alone() -> None:
 
 
 def test_a_capture_that_fails_is_said_once_and_makes_no_difference(caplog: pytest.LogCaptureFixture) -> None:
-    class Failing(Replaying):
+    class Failing(RecordedStepper):
         def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    model, prompts = make(2), [[1, 2, 3], [4]]
-    expected, _ = run(model, PlainStepper(model), prompts, 15, temperature=0.0, eos_id=-1)
+    model, prompts = make_network(2), [[1, 2, 3], [4]]
+    expected, _ = run(model, PlainStepper(model, model.params.max_seq_len), prompts, 15, temperature=0.0, eos_id=-1)
     with caplog.at_level(logging.WARNING):
         got, _ = run(model, Failing(model), prompts, 15, temperature=0.0, eos_id=-1)
     assert got == expected
@@ -158,7 +120,7 @@ def test_a_capture_that_fails_is_said_once_and_makes_no_difference(caplog: pytes
 
 def test_a_step_is_under_way_while_the_one_before_is_booked() -> None:
     """That is what keeps a GPU busy. The first token comes from the prefill, the last has no step behind it."""
-    model = make(2)
+    model = make_network(2)
     taken: list[int] = []
 
     class Counting(StaticStepper):
@@ -173,7 +135,7 @@ def test_a_step_is_under_way_while_the_one_before_is_booked() -> None:
 
 
 def test_leaving_early_gives_back_what_the_step_ahead_drew() -> None:
-    model = make(1)
+    model = make_network(1)
 
     def stream_after(stepper: Stepper) -> Tensor:
         sampler = Sampler(1.0, 1.0, 1, torch.Generator().manual_seed(5))
@@ -183,7 +145,9 @@ def test_leaving_early_gives_back_what_the_step_ahead_drew() -> None:
         steps.close()  # type: ignore[attr-defined]
         return sampler.generator.get_state()
 
-    assert torch.equal(stream_after(StaticStepper(model, graphs=False)), stream_after(PlainStepper(model)))
+    assert torch.equal(
+        stream_after(StaticStepper(model, graphs=False)), stream_after(PlainStepper(model, model.params.max_seq_len))
+    )
 
 
 def test_texts_and_streams_are_the_same_one_step_ahead(llama: Llama) -> None:
@@ -211,7 +175,7 @@ def _two_ranks(rank: int) -> list[tuple[list[list[TokenResult]], Tensor]]:
     state = {name: torch.randn(shape, generator=stream) for name, shape in shapes.items()}
     state |= {name: torch.ones(shape) for name, shape in shapes.items() if "norm" in name}  # the same on both ranks
     model = Transformer.from_state(args, state, cache_dtype=torch.float32)
-    steppers = (PlainStepper(model), StaticStepper(model, graphs=False))
+    steppers = (PlainStepper(model, model.params.max_seq_len), StaticStepper(model, graphs=False))
     return [run(model, s, [[1, 2], [3], [4, 5, 6]], 9, temperature=0.8, eos_id=7) for s in steppers]
 
 
@@ -267,8 +231,8 @@ CHANGES: dict[str, tuple[Callable[[Transformer], object], bool]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_graphs_are_dropped_where_they_would_no_longer_be_true(change: str) -> None:
     edit, stays = CHANGES[change]
-    model = make(1)
-    stepper = Replaying(model)
+    model = make_network(1)
+    stepper = RecordedStepper(model)
     for _ in range(2):
         assert stepper.serves(model)
         run(model, stepper, [[1, 2]], 4, temperature=0.0, eos_id=-1)
@@ -280,8 +244,8 @@ def test_graphs_are_dropped_where_they_would_no_longer_be_true(change: str) -> N
 
 @pytest.mark.parametrize("where", ["model", "module", "process"])
 def test_hooks_rule_graphs_out_as_long_as_they_are_there(where: str) -> None:
-    model = make(1)
-    graphs, eager = Replaying(model), StaticStepper(model, graphs=False)
+    model = make_network(1)
+    graphs, eager = RecordedStepper(model), StaticStepper(model, graphs=False)
 
     def hook(*_: Any) -> None:
         return None
@@ -298,15 +262,15 @@ def test_hooks_rule_graphs_out_as_long_as_they_are_there(where: str) -> None:
 
 
 def test_a_stepper_serves_its_own_network_alone() -> None:
-    model, other = make(1), make(1)
-    for stepper in (Replaying(model), StaticStepper(model, graphs=False)):
+    model, other = make_network(1), make_network(1)
+    for stepper in (RecordedStepper(model), StaticStepper(model, graphs=False)):
         assert stepper.serves(model) and not stepper.serves(other)
 
 
 def test_logits_of_rows_with_one_position_and_with_several_are_the_same() -> None:
     """An int start_pos, or each row's own."""
-    model = make(3)
-    step = PlainStepper(model)
+    model = make_network(3)
+    step = PlainStepper(model, model.params.max_seq_len)
     prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     expected = model(prompts, 0)
     seen: list[type] = []

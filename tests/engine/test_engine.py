@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from llama import ModelArgs, Transformer
-from llama.distributed.groups import init_process_groups
 from llama.engine.calls import _InLockstep
 from llama.engine.cuda_graphs import MAX_WIDTH, StaticStepper
 from llama.engine.engine import Engine
@@ -23,18 +22,9 @@ from llama.engine.sampling import Sampler
 from llama.engine.scoring import score
 from llama.engine.sequence import Call, Sequence, TokenResult
 from tests.support import oracle
+from tests.support.networks import MAX_SEQ_LEN, PARAMS, make_network
 from tests.support.steps import decode
 
-PARAMS: dict[str, Any] = {
-    "dim": 32,
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "vocab_size": 60,
-    "multiple_of": 16,
-    "norm_eps": 1e-5,
-}
-MAX_SEQ_LEN = 20
 NO_EOS = -1
 
 
@@ -44,19 +34,8 @@ def state() -> oracle.State:
 
 
 @pytest.fixture(scope="module")
-def make(state: oracle.State) -> Callable[..., Transformer]:
-    """A network whose cache has that many rows, full of what an earlier call left."""
-    init_process_groups(1, torch.device("cpu"))
-
-    def make(max_batch_size: int, max_seq_len: int = MAX_SEQ_LEN) -> Transformer:
-        args = ModelArgs(**PARAMS, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
-        model = Transformer.from_state(args, state, cache_dtype=torch.float32)
-        for layer in model.layers:
-            layer.attention.cache.keys.fill_(100.0)
-            layer.attention.cache.values.fill_(100.0)
-        return model
-
-    return make
+def make() -> Callable[..., Transformer]:
+    return make_network
 
 
 def sampler(temperature: float, n_rows: int, seed: int = 0) -> Sampler:

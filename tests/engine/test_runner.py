@@ -21,18 +21,9 @@ from llama.engine.lock import lock_of
 from llama.engine.runner import ModelRunner, device_of, dtype_of, prefill_groups
 from llama.model import CachePositions
 from tests.support import oracle
+from tests.support.networks import MAX_SEQ_LEN, PARAMS, make_network
 
-PARAMS: dict[str, Any] = {
-    "dim": 32,
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "vocab_size": 60,
-    "multiple_of": 16,
-    "norm_eps": 1e-5,
-}
 MAX_BATCH_SIZE = 4
-MAX_SEQ_LEN = 20
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +32,8 @@ def state() -> oracle.State:
 
 
 @pytest.fixture
-def model(state: oracle.State) -> Transformer:
-    """A network whose cache is full of what an earlier call left."""
-    init_process_groups(1, torch.device("cpu"))
-    args = ModelArgs(**PARAMS, max_batch_size=MAX_BATCH_SIZE, max_seq_len=MAX_SEQ_LEN)
-    model = Transformer.from_state(args, dict(state))
-    for layer in model.layers:
-        layer.attention.cache.keys.fill_(100.0)
-        layer.attention.cache.values.fill_(100.0)
-    return model
+def model() -> Transformer:
+    return make_network(MAX_BATCH_SIZE)
 
 
 class ForwardOnly:

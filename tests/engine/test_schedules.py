@@ -13,23 +13,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor, nn
 
 from llama import ModelArgs, Transformer
-from llama.distributed.groups import init_process_groups
 from llama.engine.cuda_graphs import StaticStepper
 from llama.engine.engine import Engine
 from llama.engine.runner import ModelRunner
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import Call, Sequence
 from tests.support import oracle
+from tests.support.networks import PARAMS, make_network
 
-PARAMS: dict[str, Any] = {
-    "dim": 32,
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "vocab_size": 60,
-    "multiple_of": 16,
-    "norm_eps": 1e-5,
-}
 MAX_SEQ_LEN = 64
 STATE = oracle.random_state(PARAMS, seed=3)
 # Prompts begin with one of these, so that they have prefixes in common.
@@ -37,9 +28,7 @@ STEMS = [[random.Random(i).randrange(60) for _ in range(40)] for i in range(3)]
 
 
 def network(max_batch_size: int) -> Transformer:
-    init_process_groups(1, torch.device("cpu"))
-    args = ModelArgs(**PARAMS, max_batch_size=max_batch_size, max_seq_len=MAX_SEQ_LEN)
-    return Transformer.from_state(args, dict(STATE), cache_dtype=torch.float32)
+    return make_network(max_batch_size, MAX_SEQ_LEN)
 
 
 def rotate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
