@@ -44,7 +44,7 @@ def main(
         include_path: folder of further tasks, as YAML files.
         num_fewshot: number of examples in the context; by default the task's.
         limit: number of documents per task, or their share if it is below 1; for trying a task out.
-        apply_chat_template: puts contexts into the Llama 2 chat template.
+        apply_chat_template: puts contexts into the checkpoint's chat template, by default Llama 2's.
         system_instruction: text in front of the context, or system message of the template.
         gen_kwargs: overrides of the tasks' generation arguments, such as temperature=0,max_gen_toks=64.
         output: path of a JSON file for the results.
