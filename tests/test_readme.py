@@ -33,6 +33,7 @@ from llama.checkpoint.memory import GIB, plan_memory
 from llama.checkpoint.releases import RELEASES
 from llama.distributed.device import DTYPES
 from llama.tools.cli import COMMANDS as COMMANDS_OF_LLAMA
+from llama.serving.settings import ServerSettings
 from tests.conftest import ROOT
 from tests.support.serving import ServerProcesses
 from tests.test_examples import clean_environment, free_port
@@ -130,6 +131,17 @@ def check_pip(words: list[str]) -> None:
         assert re.search(rf"^\s*\"?{extra}\"? ?[:=] ", setup, flags=re.MULTILINE), f"no extra {extra}"
 
 
+def check_ray(words: list[str]) -> None:
+    """An application and its arguments."""
+    action, target, *arguments = words
+    module, _, function = target.partition(":")
+    source = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    assert action == "run" and any(isinstance(node, ast.FunctionDef) and node.name == function for node in source.body)
+    own = {"num_replicas", "num_cpus", "num_gpus"}
+    takers = (Llama.build, ServerSettings)
+    assert {word.partition("=")[0] for word in arguments} <= own.union(*(inspect.signature(t).parameters for t in takers))
+
+
 def check_command(words: list[str]) -> None:
     variables = [word.partition("=")[0] for word in words if re.match(r"[A-Z_]+=", word)]
     program, *rest = words[len(variables) :]
@@ -144,6 +156,8 @@ def check_command(words: list[str]) -> None:
         check_python(rest)
     elif program == "llama":
         check_python(tool_of(rest))
+    elif program == "serve":  # Ray Serve's
+        check_ray(rest)
     elif program == "curl":
         assert rest[0].startswith(SERVER) and json.loads(rest[rest.index("-d") + 1])
     else:
@@ -180,7 +194,7 @@ def test_a_command_that_is_wrong_is_not_understood(command: str) -> None:
 
 def test_what_is_not_run_says_why() -> None:
     assert {block.needs for block in BLOCKS} <= {None, *NEEDS}
-    assert {block.language for block in BLOCKS} == {"sh", "python", "text", "nginx", "ini", "dockerfile"}
+    assert {block.language for block in BLOCKS} == {"sh", "python", "text", "nginx", "ini", "dockerfile", "yaml"}
     for block in BLOCKS:
         if block.language != "sh":
             assert block.needs in (None, "a running server"), "other snippets in Python run on the toy"
