@@ -32,8 +32,8 @@ from llama import Llama
 from llama.checkpoint.memory import GIB, plan_memory
 from llama.checkpoint.releases import RELEASES
 from llama.distributed.device import DTYPES
-from llama.tools.cli import COMMANDS as COMMANDS_OF_LLAMA
 from llama.serving.settings import ServerSettings
+from llama.tools.cli import COMMANDS as COMMANDS_OF_LLAMA
 from tests.conftest import ROOT
 from tests.support.serving import ServerProcesses
 from tests.test_examples import clean_environment, free_port
@@ -137,9 +137,8 @@ def check_ray(words: list[str]) -> None:
     module, _, function = target.partition(":")
     source = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     assert action == "run" and any(isinstance(node, ast.FunctionDef) and node.name == function for node in source.body)
-    own = {"num_replicas", "num_cpus", "num_gpus"}
-    takers = (Llama.build, ServerSettings)
-    assert {word.partition("=")[0] for word in arguments} <= own.union(*(inspect.signature(t).parameters for t in takers))
+    known = {*inspect.signature(Llama.build).parameters, *inspect.signature(ServerSettings).parameters}
+    assert {word.partition("=")[0] for word in arguments} <= known | {"num_replicas", "num_cpus", "num_gpus"}
 
 
 def check_command(words: list[str]) -> None:
