@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -166,20 +166,7 @@ def _processor() -> str:
 def _compile_in_process(folder: Path, jobs: dict[str, Job], done: Callable[[Path], bool]) -> None:
     """Compile jobs in a process of its own; calls `done` with each result's path as soon as it is there."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch, tempfile.TemporaryFile() as errors:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # with what it has learned of the C++ compiler
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        }
-        process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for this process
-        )
+        process = _start_process(folder, errors)
         assert process.stdin and process.stdout
         stop = threading.Timer(_LONGEST_S, _kill, [process])
         stop.daemon = True
@@ -206,6 +193,22 @@ def _compile_in_process(folder: Path, jobs: dict[str, Job], done: Callable[[Path
             errors.seek(0)
             lines = errors.read().decode(errors="replace").strip().splitlines()
             raise CompileError(lines[-1] if lines else f"the compiler ended with status {status}")
+
+
+def _start_process(folder: Path, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _CHILD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # with what it has learned of the C++ compiler
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        },
+        start_new_session=True,  # Ctrl-C is for this process
+    )
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
