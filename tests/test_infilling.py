@@ -22,7 +22,8 @@ from llama.generation import infilling_prompt_tokens
 from llama.serving.app import Server, make_app
 from llama.serving.service import Service
 from tests.support import oracle
-from tests.support.tokenizers import Foreign
+from tests.support.ranks import run_ranks
+from tests.support.tokenizers import INFILLING_PIECES, Foreign
 
 PREFIXES = ["def fox(", "    jumps over ", "The lazy dog"]
 SUFFIXES = ["):\n    return 1\n", " and eat grass\n", ""]
@@ -75,11 +76,24 @@ def train(tokenizer: Tokenizer, params: dict[str, Any]) -> dict[str, torch.Tenso
 
 
 @pytest.fixture(scope="module")
-def folder(code_tokenizer: Tokenizer, code_tokenizer_path: Path, write_checkpoint: Callable[..., Path]) -> Path:
+def split(
+    code_tokenizer: Tokenizer, code_tokenizer_path: Path, write_checkpoint: Callable[..., Path]
+) -> Callable[[int], Path]:
+    """Writes the trained network in as many files as asked for, with its tokenizer."""
     params = NETWORK | {"vocab_size": code_tokenizer.n_words}
-    written = write_checkpoint(params, train(code_tokenizer, params))
-    shutil.copyfile(code_tokenizer_path, written / "tokenizer.model")
-    return written
+    state = train(code_tokenizer, params)
+
+    def write(n_files: int) -> Path:
+        written = write_checkpoint(params, state, n_files)
+        shutil.copyfile(code_tokenizer_path, written / "tokenizer.model")
+        return written
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def folder(split: Callable[[int], Path]) -> Path:
+    return split(1)
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +231,16 @@ def test_a_server_infills_before_a_suffix(code_llama: Llama) -> None:
     assert [(answer.status_code, "suffix" in answer.json()["error"]["message"]) for answer in wrong] == [
         (400, True)
     ] * 3
+
+
+def infill_on_a_rank(rank: int, folder: Path) -> list[str]:
+    llama = Llama.build(folder, folder / "tokenizer.model", 128, 4, device="cpu", dtype="float32")
+    results = llama.text_infilling(*as_lists(), temperature=0, speculative="prompt_lookup")
+    streamed = ["".join(llama.stream_text_infilling(*pair, 0)) for pair in PAIRS]
+    return [*(result["generation"] for result in results), *streamed]
+
+
+def test_two_ranks_infill_alike(split: Callable[[int], Path], code_tokenizer: Tokenizer) -> None:
+    if INFILLING_PIECES[0] not in code_tokenizer.special_tokens:
+        pytest.skip("run with the other kind of pieces")
+    assert run_ranks(2, infill_on_a_rank, split(2)) == [MIDDLES * 2] * 2
