@@ -29,7 +29,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt": (),
     "background": (False,),
     "include": ([], ["reasoning.encrypted_content"]),  # there is no reasoning
-    "text": ({}, {"format": {"type": "text"}}),
     "truncation": ("disabled",),
     "top_logprobs": (0,),
 }
@@ -46,6 +45,7 @@ class ResponsesBody(BaseModel):
     model: str | None = None
     input: str | list[dict[str, Any]]
     instructions: str | None = None
+    text: dict[str, Any] = {}
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
@@ -68,8 +68,6 @@ def read_response(values: Any, planner: Planner, model_name: str, unknown: Unkno
     unknown = unknown or Unknown()
     if isinstance(values, dict):
         planner.check_size({"messages": values.get("input")})
-        if isinstance(text := values.get("text"), dict):  # its verbosity is a hint
-            values = values | {"text": {name: value for name, value in text.items() if name != "verbosity"}}
     body = check_body(values, ResponsesBody, unknown, neutral=NEUTRAL, labels=LABELS)
     check_model(body.model, model_name)
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
@@ -78,14 +76,23 @@ def read_response(values: Any, planner: Planner, model_name: str, unknown: Unkno
     )
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
+    form = unknown.select(body.text, ("format",), {}, ("verbosity",), prefix="text.").get("format")
     unknown.check()
-    chat = ChatBody(
-        messages=messages,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        max_completion_tokens=body.max_output_tokens,
-    )
-    return ResponsesRequest(body, planner.chat(chat))
+    values = {
+        "messages": messages,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "max_completion_tokens": body.max_output_tokens,
+        "response_format": _response_format(form),
+    }
+    return ResponsesRequest(body, planner.chat(check_body(values, ChatBody)))
+
+
+def _response_format(form: Any) -> Any:
+    """The format of an answer's text as a chat's body has it, in which a schema stands one level deeper."""
+    if not isinstance(form, dict) or form.get("type") != "json_schema":
+        return form
+    return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
 
 
 def _message(item: dict[str, Any], name: str, unknown: Unknown) -> dict[str, Any]:
@@ -119,7 +126,7 @@ class ResponseAnswer:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": {"type": "text"}} | body.text,
             "tool_choice": "auto",
             "tools": [],
             "top_p": body.top_p,

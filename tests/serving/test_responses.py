@@ -92,12 +92,23 @@ def test_neutral_values_and_labels_are_taken() -> None:
         assert check(name, {"effort": "low"}) == plain
 
 
+def test_an_answers_text_has_the_form_of_a_schema(serve: Serve) -> None:
+    pytest.importorskip("llguidance")
+    form = {"type": "json_schema", "name": "animal", "strict": True, "schema": {"enum": ["yes", "no"]}}
+    text: Any = {"format": form, "verbosity": "low"}
+    answer = client_of(serve()).responses.create(model="llama", input="hi", text=text, temperature=0)
+    assert answer.output_text in ('"yes"', '"no"')
+    plain: Any = {"format": {"type": "text"}}
+    assert client_of(serve()).responses.create(model="llama", input="hi", text=plain, max_output_tokens=2).output_text
+
+
 @pytest.mark.parametrize(
     ("wrong", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"text": {"format": {"type": "sound"}}}, "response_format"),
+        ({"text": {"frobnicate": 1}}, "text.frobnicate"),
         ({"background": True}, "background"),
         ({"input": []}, "input"),
         ({"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]}, "input[0].type"),
