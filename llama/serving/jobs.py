@@ -107,7 +107,8 @@ class Planner:
             try:
                 ids = encode_infilling(prompt, suffix, pair, self.tokenizer, sys.maxsize, suffix_first=False)
             except PromptError as error:
-                raise ApiError.of(error) from error
+                text = str(error)
+                raise ApiError.of(PromptError(f"suffix: {text}") if text.startswith("tokenizer") else error) from error
             prompts.append(ids)
         max_gen_len = self._fitting(body.max_tokens, max(map(len, prompts)), "prompt", DEFAULT_MAX_TOKENS)
         params = self._params(body, max_gen_len, logprobs=body.logprobs is not None, echo=False)
