@@ -330,6 +330,21 @@ def test_two_tabs_keep_both_their_chats_and_see_each_other(page: Page, server: S
     assert len(shown(page, "#chats li")) == 2
 
 
+def test_an_answer_whose_tab_is_closed_is_interrupted_in_the_other_tab(page: Page) -> None:
+    page.js("window.other = window.open('/'); null")
+    other = "window.other.document"
+    page.wait(f"{other}.title === 'tiny-llama'")
+    page.js("window.other.fetch = async () => new window.other.Response(new window.other.ReadableStream({}))")
+    page.js(f"{other}.getElementById('input').value = 'To be closed'")
+    page.js(f"{other}.getElementById('form').onsubmit(new Event('submit'))")
+    page.wait("document.querySelector('#chats .dot')")
+    click(page, "#chats .open", "To be closed")
+    page.wait("document.querySelector('.answer.busy')")
+    page.js("window.other.close()")
+    page.wait(f"{SETTLED.format(n=1)} && document.querySelector('.count').textContent.includes('interrupted')")
+    assert shown(page, "#send") == ["Send"]
+
+
 def test_another_chat_can_be_opened_while_one_answers(page: Page) -> None:
     page.js(FED)
     ask(page, "The slow one")

@@ -11,6 +11,7 @@ const DRAW_MS = 60, KEEP_MS = 300, ALIVE_MS = 400, UNDO_MS = 10000;
 const chats = new Map();  // by id
 const running = new Map();  // the answers that this tab receives, by turn id: { control, chatId, turn }
 const saving = new Map();  // timers of chats that will be kept soon, by id
+const claims = new Map();  // when another tab said that it receives an answer, by turn id
 const settings = { temperature: 0.6, top_p: 0.9, longest: "", system: "", theme: "auto" };
 let current = null, editing = null, renaming = null;  // ids
 let context = null;  // tokens that the server has room for
@@ -187,7 +188,9 @@ function stop() {
   const turn = chatOf(current).turns.find((one) => one.busy);
   if (!turn) return;
   const mine = running.get(turn.id);
-  mine ? mine.control.abort() : store.tell({ stop: turn.id });
+  if (mine) return mine.control.abort();
+  store.tell({ stop: turn.id });
+  findInterrupted();
 }
 
 function regenerate(options) {
@@ -373,7 +376,9 @@ async function watchServer() {
 
 async function hear(message) {
   if (message.ask) store.tell({ alive: [...running.keys()] });
+  message.alive?.forEach((id) => claims.set(id, Date.now()));
   if (message.stop) running.get(message.stop)?.control.abort();
+  if (message.closing) findInterrupted();
   if (!message.changed) return;
   const kept = await store.get(message.changed);
   if (!kept) return;
@@ -383,17 +388,19 @@ async function hear(message) {
   else if (!renaming) showList();
 }
 
-/** Marks the answers that were coming when this page opened, and that no tab receives: their page was closed. */
+/** Marks the answers that no tab receives any more: their page was closed, or loaded anew. */
 async function findInterrupted() {
-  const open = (chat) => chat.turns.filter((turn) => turn.busy).map(({ id }) => id);
-  const lost = new Set([...chats.values()].flatMap(open));
-  store.listen((message) => { message.alive?.forEach((id) => lost.delete(id)); hear(message); });
+  const isElsewhere = (turn) => turn.busy && !running.has(turn.id);
+  const elsewhere = new Set([...chats.values()].flatMap((chat) => chat.turns.filter(isElsewhere)).map(({ id }) => id));
+  if (!elsewhere.size) return;
+  const asked = Date.now();
   store.tell({ ask: true });
   await new Promise((resolve) => setTimeout(resolve, ALIVE_MS));
+  const isLost = (turn) => isElsewhere(turn) && elsewhere.has(turn.id) && !(claims.get(turn.id) >= asked);
   for (const chat of chats.values()) {
-    const turns = chat.turns.filter((turn) => turn.busy && lost.has(turn.id));
-    for (const turn of turns) Object.assign(turn, { busy: false, note: "interrupted: the page was closed", changed: Date.now() });
-    if (turns.length) keep(chat.id);
+    const lost = chat.turns.filter(isLost);
+    for (const turn of lost) Object.assign(turn, { busy: false, note: "interrupted: the page was closed", changed: Date.now() });
+    if (lost.length) keep(chat.id);
   }
   show();
 }
@@ -411,6 +418,7 @@ function connectControls() {
   $("menu").onclick = () => $("menu").setAttribute("aria-expanded", document.body.classList.toggle("menu"));
   $("scrim").onclick = closeMenu;
   window.onpopstate = () => { if (chatOf(location.hash.slice(1))) openChat(location.hash.slice(1), { isBack: true }); };
+  window.onpagehide = () => store.tell({ closing: true });
   window.onstorage = (event) => { if (event.key === SETTINGS) readSettings(); };
   document.onkeydown = (event) => {
     if (event.key === "Escape" && !document.querySelector("dialog[open]")) { stop(); closeMenu(); }
@@ -468,6 +476,7 @@ async function start() {
   connectSettings();
   const asked = location.hash.slice(1);
   chats.has(asked) ? openChat(asked, { isBack: true }) : openNewest();
+  store.listen(hear);
   findInterrupted();
   await watchServer();
   if (!kept.keeps) $("status").textContent = "chats are not kept: this browser forbids it";
