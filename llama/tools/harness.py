@@ -306,6 +306,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
             top_p=given.get("top_p", 1.0) if samples else 1.0,
             max_gen_len=max_gen_toks,
             stop=[text for text in [*stop, self._eos] if text],
+            stop_ids=self._format.stop_ids(self.llama.tokenizer) if self._is_rendered else None,
             seed=int.from_bytes(digest[:7], "big"),
         )
         return Job([self.tok_encode(context)[-room:]], params, 1, 0, continues=False)

@@ -23,6 +23,7 @@ from llama.tools import evaluate
 from llama.tools.convert import to_hf
 from tests.conftest import ROOT, TEXT
 from tests.support.ranks import run_ranks
+from tests.support.templates import VICUNA
 from tests.test_examples import TINY_LLAMA, clean_environment
 
 pytest.importorskip("lm_eval", reason="evaluation needs the extra [eval]")
@@ -227,14 +228,19 @@ def test_the_chat_template_gives_the_ids_that_chat_completion_runs(llama: Llama,
     assert continued == lm.apply_chat_template(dialog) + " It is"
 
 
-def test_a_checkpoint_of_another_chat_format_gets_no_chats(
+def test_a_checkpoint_of_another_chat_format_gets_chats_in_it(
     checkpoint: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    (folder / CHAT_FORMAT_FILE).write_text('{"chat_template": "..."}')
+    (folder / CHAT_FORMAT_FILE).write_text(json.dumps({"chat_template": VICUNA}))
     lm = LlamaLM(str(folder), str(tokenizer_path), 64, 1, device="cpu", dtype="float32")
-    with pytest.raises(ValueError, match="not the Llama 2 chat template"):
-        lm.apply_chat_template([{"role": "user", "content": "Hi"}])
+    dialog: list[Message] = [{"role": "user", "content": "Hi"}]
+    rendered = lm.apply_chat_template(dialog)
+    assert (lm.chat_template(True), rendered) == (VICUNA, "<s>A chat. USER: Hi ASSISTANT:")
+    assert lm.tok_encode(rendered) == lm.llama.chat_format.encode(dialog, lm.llama.tokenizer)
+    (answer,) = lm.llama.chat_completion([dialog], temperature=0, max_gen_len=8)
+    request = instance("generate_until", rendered, {"until": [], "max_gen_toks": 8})
+    assert lm.generate_until([request], disable_tqdm=True) == [answer["generation"]["content"]]
 
 
 def test_chats_are_answered_as_by_chat_completion(llama: Llama) -> None:
