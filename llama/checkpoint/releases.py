@@ -1,14 +1,15 @@
-"""The published sizes of Llama 2."""
+"""The published sizes of Llama 2 and Code Llama."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama.model import ModelArgs
 
 TRAINED_SEQ_LEN = 4096  # positions that Llama 2 was trained for
 _CODE_LLAMA_SEQ_LEN, _CODE_LLAMA_THETA = 16384, 1e6
 _VOCAB_SIZE = 32000
+_CODE_VOCAB_SIZE = 32016  # with the pieces of infilling
 
 
 @dataclass(frozen=True)
@@ -19,21 +20,24 @@ class Release:
     model_parallel_size: int
 
 
+_7B = ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=_VOCAB_SIZE)
+_13B = ModelArgs(dim=5120, n_layers=40, n_heads=40, vocab_size=_VOCAB_SIZE)
+_34B = ModelArgs(dim=8192, n_layers=48, n_heads=64, n_kv_heads=8, vocab_size=_VOCAB_SIZE, ffn_dim_multiplier=1.0)
+_70B = replace(_34B, n_layers=80, multiple_of=4096, ffn_dim_multiplier=1.3)
+
+
+def _code(args: ModelArgs, model_parallel_size: int, vocab_size: int = _CODE_VOCAB_SIZE) -> Release:
+    return Release(replace(args, vocab_size=vocab_size, rope_theta=_CODE_LLAMA_THETA), model_parallel_size)
+
+
 RELEASES = {
-    "7B": Release(ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=_VOCAB_SIZE), 1),
-    "13B": Release(ModelArgs(dim=5120, n_layers=40, n_heads=40, vocab_size=_VOCAB_SIZE), 2),
-    "70B": Release(
-        ModelArgs(
-            dim=8192,
-            n_layers=80,
-            n_heads=64,
-            n_kv_heads=8,
-            vocab_size=_VOCAB_SIZE,
-            multiple_of=4096,
-            ffn_dim_multiplier=1.3,
-        ),
-        8,
-    ),
+    "7B": Release(_7B, 1),
+    "13B": Release(_13B, 2),
+    "70B": Release(_70B, 8),
+    "CodeLlama-7b": _code(_7B, 1),
+    "CodeLlama-13b": _code(_13B, 2),
+    "CodeLlama-34b": _code(_34B, 4, _VOCAB_SIZE),
+    "CodeLlama-70b": _code(_70B, 8),
 }
 
 
@@ -45,8 +49,8 @@ def trained_seq_len(args: ModelArgs) -> int:
 def find_release(args: ModelArgs) -> tuple[str, Release] | None:
     """The published network whose sizes these are, and its name."""
 
-    def sizes(args: ModelArgs) -> tuple[int, ...]:
-        return args.dim, args.n_layers, args.n_heads, args.kv_heads, args.hidden_dim
+    def sizes(args: ModelArgs) -> tuple[float, ...]:
+        return args.dim, args.n_layers, args.n_heads, args.kv_heads, args.hidden_dim, args.rope_theta
 
     found = ((name, release) for name, release in RELEASES.items() if sizes(release.args) == sizes(args))
     return next(found, None)

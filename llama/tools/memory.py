@@ -13,7 +13,7 @@ from pathlib import Path
 from llama.checkpoint.format import stored_quantize
 from llama.checkpoint.memory import GIB, MemoryPlan, largest, plan_memory
 from llama.checkpoint.reading import list_shards, network_args, read_shard
-from llama.checkpoint.releases import RELEASES, TRAINED_SEQ_LEN
+from llama.checkpoint.releases import RELEASES, TRAINED_SEQ_LEN, trained_seq_len
 from llama.checkpoint.sharded import ShardedCheckpoint
 from llama.distributed.device import DTYPES
 from llama.errors import quote
@@ -40,7 +40,7 @@ def memory_table(
 
     Args:
         ckpt_dir: folder of params.json and consolidated.NN.pth.
-        model: one of the published sizes, 7B, 13B or 70B.
+        model: one of the published sizes: 7B, 13B, 70B, or CodeLlama-7b, -13b, -34b, -70b.
         max_seq_len: as for `Llama.build`.
         max_batch_size: as for `Llama.build`.
         model_parallel_size: number of processes that share the model; by default that of the checkpoint's files.
@@ -133,7 +133,9 @@ def _fit(args: ModelArgs, plan: Callable[[ModelArgs], MemoryPlan], available: in
             return plan(replace(args, **{field: n})).total <= available
 
         n = largest(_MOST, fits)
-        beyond = f" (Llama 2 was trained for {TRAINED_SEQ_LEN})" * (field == "max_seq_len" and n > TRAINED_SEQ_LEN)
+        trained = trained_seq_len(args)
+        family = "Llama 2" if trained == TRAINED_SEQ_LEN else "Code Llama"
+        beyond = f" ({family} was trained for {trained})" * (field == "max_seq_len" and n > trained)
         lines.append(f"largest {field} with {other}={getattr(args, other)}: {n or 'none fits'}{beyond}")
     return lines
 

@@ -29,7 +29,15 @@ def amounts(table: str, name: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("model", "parameters", "files"),
-    [("7B", 6_738_415_616, 1), ("13B", 13_015_864_320, 2), ("70B", 68_976_648_192, 8)],
+    [
+        ("7B", 6_738_415_616, 1),
+        ("13B", 13_015_864_320, 2),
+        ("70B", 68_976_648_192, 8),
+        ("CodeLlama-7b", 6_738_546_688, 1),
+        ("CodeLlama-13b", 13_016_028_160, 2),
+        ("CodeLlama-34b", 33_743_970_304, 4),
+        ("CodeLlama-70b", 68_976_910_336, 8),
+    ],
 )
 def test_the_published_sizes(model: str, parameters: int, files: int) -> None:
     """The parameter counts are those of Hugging Face's model cards; norms count once a rank."""
@@ -114,7 +122,7 @@ def test_amounts_without_a_number_and_a_unit_are_refused(text: str) -> None:
     [
         ({}, "ckpt_dir, a folder, or model .* must be given"),
         ({"ckpt_dir": "x", "model": "7B"}, "and not both"),
-        ({"model": "8B"}, "model must be 7B, 13B, 70B, got '8B'"),
+        ({"model": "8B"}, "model must be 7B, 13B, 70B, CodeLlama-7b, .*, got '8B'"),
         ({"model": "7B", "dtype": "int4"}, "dtype must be .*, got 'int4'"),
         ({"model": "7B", "max_seq_len": 0}, "max_seq_len must be above 0 .*, got 0"),
         ({"model": "7B", "max_batch_size": "many"}, "max_batch_size must be an integer, got 'many'"),
