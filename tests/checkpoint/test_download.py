@@ -967,3 +967,57 @@ def test_progress_is_shown_at_a_terminal_only(download: Download) -> None:
 
 def test_shellcheck() -> None:
     subprocess.run([real_tool("shellcheck"), str(SCRIPT)], check=True)
+
+
+CODE = {
+    "CodeLlama-7b": ["consolidated.00.pth"],
+    "CodeLlama-34b-Instruct": [f"consolidated.{i:02d}.pth" for i in range(4)],
+}
+
+
+def code_tree(model: str, *, tokenizer_is_listed: bool = True) -> dict[str, bytes]:
+    """Each of Code Llama's folders has a tokenizer."""
+    rng = random.Random(model)
+    listed = {name: rng.randbytes(SHARD_SIZE) for name in CODE[model]} | {"params.json": b"{}"}
+    tokenizer = {"tokenizer.model": rng.randbytes(3000)}
+    checklist = checklist_of(listed | tokenizer if tokenizer_is_listed else listed)
+    files = listed | tokenizer | {"checklist.chk": checklist}
+    return {f"{model}/{name}": body for name, body in files.items()}
+
+
+@pytest.mark.parametrize("answer", ["CodeLlama-7b,CodeLlama-34b-Instruct", "codellama-34B-instruct CODELLAMA-7B"])
+@pytest.mark.parametrize("tokenizer_is_listed", [True, False])
+def test_code_llama(any_download: Download, answer: str, tokenizer_is_listed: bool) -> None:
+    any_download.start_empty()
+    tree = {path: TREE[path] for path in ("LICENSE", "USE_POLICY.md")}
+    for model in CODE:
+        tree |= code_tree(model, tokenizer_is_listed=tokenizer_is_listed)
+    any_download.server.tree = dict(tree)
+    any_download.run(MODEL_SIZE=answer).expect(0)
+    assert any_download.files() == tree
+
+
+def test_code_llama_needs_as_much_space_as_it_has(any_download: Download) -> None:
+    install_df(any_download, 63 * GIB - 1)
+    outcome = any_download.run(MODEL_SIZE="CodeLlama-34b")
+    outcome.expect(1, "about 63 GB are still to come")
+
+
+@pytest.mark.parametrize("target", ["~/models", "~"])
+def test_a_tilde_is_the_home_folder(any_download: Download, target: str) -> None:
+    """In quotes the shell leaves it as it is, and a folder of that name was made."""
+    any_download.target = any_download.home / target[2:]
+    any_download.run(TARGET_FOLDER=target).expect(0)
+    assert tree_of("7b").items() <= any_download.files().items()
+
+
+def test_another_shell_hands_over_to_bash(any_download: Download) -> None:
+    """As `sh download.sh` where sh is dash."""
+    dash = real_tool("dash")
+    assert any_download.bash
+    bash = any_download.bash
+    any_download.bash = dash
+    any_download.run().expect(127, "bash is not installed")
+    (any_download.bin / "bash").symlink_to(bash)
+    any_download.run().expect(0)
+    assert any_download.files() == tree_of("7b")
