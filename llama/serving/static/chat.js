@@ -1,18 +1,18 @@
 // The chat page: what is open, what is being answered, and what the controls do.
 
 import * as server from "./server.js";
+import { applyTheme, key, readSettings, set, setKey, settings, SETTINGS } from "./settings.js";
 import * as store from "./store.js";
 import { chatItem, drawAnswer, element, turnNode } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
-const SETTINGS = "llama-settings", KEY = "llama-key", FULL = "context_length_exceeded";
+const FULL = "context_length_exceeded";
 const TAGS = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"];
 const DRAW_MS = 60, KEEP_MS = 300, ALIVE_MS = 400, UNDO_MS = 10000;
 const chats = new Map();  // by id
 const running = new Map();  // the answers that this tab receives, by turn id: { control, chatId, turn }
 const saving = new Map();  // timers of chats that will be kept soon, by id
 const claims = new Map();  // when another tab said that it receives an answer, by turn id
-const settings = { temperature: 0.6, top_p: 0.9, longest: "", system: "", theme: "auto" };
 let current = null, editing = null, renaming = null;  // ids
 let context = null;  // tokens that the server has room for
 let drawing = null, toastTimer = null, toastExpired = () => {};
@@ -317,29 +317,6 @@ function showSettings() {
   $("key").value = key();
 }
 
-function set(name, value) {
-  settings[name] = value;
-  try { localStorage.setItem(SETTINGS, JSON.stringify(settings)); } catch { /* forbidden */ }
-  applyTheme();
-}
-
-function readSettings() {
-  try { Object.assign(settings, JSON.parse(localStorage.getItem(SETTINGS)) || {}); } catch { /* damaged or forbidden */ }
-  applyTheme();
-}
-
-function applyTheme() {
-  const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
-  document.documentElement.dataset.theme = settings.theme === "auto" ? (isDark ? "dark" : "light") : settings.theme;
-}
-
-function key() { try { return sessionStorage.getItem(KEY) || ""; } catch { return $("key").value; } }
-
-function setKey(value) {
-  $("key").value = value;
-  try { sessionStorage.setItem(KEY, value); } catch { /* forbidden: the field keeps it */ }
-}
-
 function askForKey(then) {
   $("asked-key").value = key();
   $("key-form").onsubmit = (event) => {
@@ -419,6 +396,7 @@ function connectControls() {
   $("scrim").onclick = closeMenu;
   window.onpopstate = () => { if (chatOf(location.hash.slice(1))) openChat(location.hash.slice(1), { isBack: true }); };
   window.onpagehide = () => store.tell({ closing: true });
+  window.onresize = showSend;
   window.onstorage = (event) => { if (event.key === SETTINGS) readSettings(); };
   document.onkeydown = (event) => {
     if (event.key === "Escape" && !document.querySelector("dialog[open]")) { stop(); closeMenu(); }
