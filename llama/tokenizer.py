@@ -375,6 +375,7 @@ class IncrementalDetokenizer:
                 space of the completion's first piece is kept.
             at_start: False to keep that space without a prefix, as in infilling.
         """
+        self._given = tokenizer, tuple(stop), prefix, at_start
         self._decoder = stream_decoder(tokenizer, at_start=at_start)
         self._stop = tuple(stop)
         self._held = ""
@@ -390,6 +391,11 @@ class IncrementalDetokenizer:
     def at_start(self) -> bool:
         """Whether no token so far has text, so that the next one begins the text."""
         return self._decoder.at_start
+
+    def restarted(self) -> IncrementalDetokenizer:
+        """Returns another one, as it was before the first `push`."""
+        tokenizer, stop, prefix, at_start = self._given
+        return IncrementalDetokenizer(tokenizer, stop, prefix, at_start=at_start)
 
     def push(self, token: int) -> str:
         """Adds an id; returns the text that is now final, which may be empty."""

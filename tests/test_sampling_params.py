@@ -120,7 +120,7 @@ class Letters:
 def completed(reason: Any) -> Completion:
     row = Completion(IncrementalDetokenizer(Letters()))
     for token, logprob in ((97, -1.0), (98, -2.0)):
-        row.ends(token)
+        row.ends(token, len(row.tokens))
         row.add(TokenResult(0, token, logprob, reason if token == 98 else None))
     return row
 

@@ -21,7 +21,6 @@ from llama.distributed.groups import local_rank, local_world_size, world_size
 from llama.errors import quote
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_PROCESS = os.getpid()
 _OWN_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _LARGE_WEIGHT = 2**20  # elements; products with so many gain from threads
 _WORTHWHILE = 0.7  # of one thread's time is what several may take
@@ -256,11 +255,9 @@ def _cpu_quota() -> float | None:
 def pause_workers() -> None:
     """Ends the calling thread's workers. Its next operation of torch starts new ones, in some 0.1 ms.
 
-    Without effect where torch runs on another library than GNU OpenMP, and in forked processes, where the parent's
-    workers are not there to be ended.
+    Without effect where torch runs on another library than GNU OpenMP. Also called before a fork, as the child's first
+    operation would wait for workers that it does not have.
     """
-    if os.getpid() != _PROCESS:
-        return
     if (pause := _omp_pause_resource_all()) is not None:
         pause(_SOFT_PAUSE)
 
@@ -277,3 +274,6 @@ def _omp_pause_resource_all() -> Callable[[int], int] | None:
             continue
         return function
     return None
+
+
+os.register_at_fork(before=pause_workers)

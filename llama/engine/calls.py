@@ -377,7 +377,7 @@ def complete_by_generate(
         limit = min(params.max_gen_len, max_seq_len - len(prompt))
         row.finish_reason = "stop" if len(ids) - n_echoed < limit else "length"
         for token, logprob in itertools.zip_longest(ids[n_echoed:], scores[n_echoed:]):
-            stopped = row.ends(token)
+            stopped = row.ends(token, len(row.tokens) - n_echoed)
             row.add(TokenResult(i, token, logprob, "stop" if stopped else None))
             if stopped:
                 break

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,8 +30,6 @@ from llama.engine.sampled import NOT_FINITE, SampledTokens
 from llama.engine.sequence import Call, Sequence, TokenResult
 from llama.engine.speculative import Counts, Speculator
 from llama.errors import NonFiniteLogitsError
-
-_engines_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,11 @@ class Engine:
         self.draft = draft
         self.reuse_prefixes = reuse_prefixes
         self.n_reused = 0
-        self._arrived: deque[Sequence] = deque()  # from any thread; its methods are atomic
+        self._waiting: deque[Sequence] = deque()  # any thread appends, which is atomic
         weights = model.parameters() if hasattr(model, "parameters") else ()
         self._threads = AdaptiveThreads(weights) if device_of(model).type == "cpu" else nullcontext()
         self._lock = lock_of(model)  # guards all attributes below
-        self._waiting: deque[Sequence] = deque()
+        self._is_in_step = False  # stays True after a step that was interrupted
         self._rows = Rows(0)
         self._runner: ModelRunner | None = None
         self._state: NetworkState | None = None  # of the network, with `reuse_prefixes`
@@ -120,18 +118,20 @@ class Engine:
     @property
     def n_waiting(self) -> int:
         """Number of sequences that wait for a row."""
-        return len(self._arrived) + len(self._waiting)
+        return len(self._waiting)
 
     @property
     def is_idle(self) -> bool:
         """Whether no sequence is running or waiting."""
-        return not (self._rows.running or self._waiting or self._arrived)
+        return not (self._rows.running or self._waiting)
 
     def add(self, call: Call) -> None:
         """Appends the call's sequences to the waiting queue."""
-        self._arrived.extend(call.sequences)
+        for sequence in call.sequences:
+            sequence.max_gen_len = min(sequence.max_gen_len, self.model.params.max_seq_len - sequence.n_prompt)
+        self._waiting.extend(call.sequences)
 
-    def run(self, call: Call, *, whole: bool = False) -> Iterator[TokenResult]:
+    def run(self, call: Call, *, whole: bool = False) -> Generator[TokenResult, None, None]:
         """Adds a call, and yields its results. Those of different sequences are interleaved.
 
         Closing the iterator early aborts the call.
@@ -140,8 +140,13 @@ class Engine:
             whole: yields the first result when the call has ended. Then several threads' calls take less time: a thread
                 runs passes for all of them until its own call has ended, in place of a thread per pass.
         """
-        self.add(call)
+        results = self._run(call, whole=whole)
+        call.reader = weakref.ref(results)
+        return results
+
+    def _run(self, call: Call, *, whole: bool) -> Generator[TokenResult, None, None]:
         try:
+            self.add(call)
             if whole:
                 self._finish(call)
             while (result := self.next_result(call)) is not None:
@@ -156,6 +161,7 @@ class Engine:
         Raises:
             Exception: the error of a pass whose batch had one of the call's sequences.
         """
+        call.thread = threading.get_ident()
         while not call.results:
             if call.error is not None:
                 raise call.error
@@ -165,13 +171,12 @@ class Engine:
                 try:
                     self.step()
                 finally:
-                    if any(sequence.call is not call for sequence in self._rows.running):
-                        pause_workers()  # the next pass may be another thread's
                     self._lock.release()
         return call.results.popleft()
 
     def _finish(self, call: Call) -> None:
         """Runs passes until the call has ended, in this thread or in another one that does so for its own call."""
+        call.thread = threading.get_ident()
         while self._lock.acquire(unless=lambda: call.is_finished):
             try:
                 self.step()
@@ -187,8 +192,7 @@ class Engine:
         self._lock.wake()
         if self._lock.try_acquire():  # otherwise the thread that holds the lock removes the sequences
             try:
-                with torch.inference_mode():
-                    self._apply_changes()
+                self.step(with_pass=False)
             finally:
                 self._lock.release()
 
@@ -198,30 +202,39 @@ class Engine:
             self.step()
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Admits waiting sequences, runs one pass, and records its tokens.
+    def step(self, *, with_pass: bool = True) -> None:
+        """Removes sequences that have ended, admits waiting ones, runs one pass, and records its tokens.
 
         The caller must hold the network's lock. An error in a pass ends the calls in its batch, and is raised to their
-        callers.
+        callers. After an interruption, such as Ctrl-C, the next step computes the cache again.
+
+        Args:
+            with_pass: False to remove sequences only.
         """
         self._batch = []
+        if self._is_in_step:
+            self._lose_cache()
+        self._is_in_step = True
         try:
             self._apply_changes()
-            if self._runner is not None and self._runner.has_lost_cache():
-                self._rows.lose()
-                self._in_flight = None
-            self._admit()
-            with self._threads:
-                self._advance()
+            if with_pass:
+                if self._runner is not None and self._runner.has_lost_cache():
+                    self._rows.lose()
+                    self._in_flight = None
+                self._admit()
+                with self._threads:
+                    self._advance()
         except Exception as error:
             self._fail(error)
-        except BaseException:  # such as Ctrl-C: sequences of other callers continue, and the cache is computed again
-            self._lock.last_writer = None
-            self._in_flight = None
-            self._waiting = deque(s for s in self._waiting if s not in self._rows.running)
-            raise
-        finally:
-            self._lock.wake()
+        self._is_in_step = False
+        self._lock.wake()
+
+    def _lose_cache(self) -> None:
+        """Has the caches computed again, and the pass in flight."""
+        self._in_flight = None
+        self._lock.last_writer = None
+        if self.draft is not None:
+            lock_of(self.draft.model).last_writer = None
 
     def _advance(self) -> None:
         """Runs a pass, or waits for the one in flight, and records its tokens."""
@@ -269,7 +282,7 @@ class Engine:
                 if result.token == NOT_FINITE and not sequence.is_finished:
                     self._fail_sequence(sequence)
                 if not sequence.is_finished:
-                    sequence.call.append(sequence.record(result))
+                    sequence.record(result)
             if sequence.call.error is not None:
                 continue
             # Accepted drafts are cached too, as the newest token is.
@@ -277,11 +290,11 @@ class Engine:
 
     def _fail_sequence(self, sequence: Sequence) -> None:
         """Ends the call of a sequence whose logits are not finite. The other calls go on."""
-        sequence.call.abort(NonFiniteLogitsError(f"after token {len(sequence.tokens)} of sequence {sequence.index}"))
         # Masked attention to NaN gives NaN: nothing of it may stay in the row.
         assert self._runner is not None
         self._runner.clear_row(self._rows.running.index(sequence))
         sequence.n_cached = 0
+        sequence.call.abort(NonFiniteLogitsError(f"after token {len(sequence.tokens)} of sequence {sequence.index}"))
 
     def _next_pass(self) -> _Pass | None:
         """Runs the next pass: the sequences in front that lack their newest token alone, or some that lack more."""
@@ -379,7 +392,8 @@ class Engine:
             sequence = self._waiting[0]
             if reuse and rows.must_wait(sequence.tokens):
                 return
-            rows.add(sequence, self._caches(), reuse=reuse)
+            if sequence not in rows.running:  # it is where an interruption came before the next line
+                rows.add(sequence, self._caches(), reuse=reuse)
             self._waiting.popleft()
             self.n_reused += sequence.n_reused
 
@@ -415,10 +429,11 @@ class Engine:
     def _admit_of_one_length(self, n_rows: int) -> None:
         """Gives rows to waiting sequences of one call and length, for a network that needs equal positions."""
         first = self._waiting[0]
-        admitted = [s for s in self._waiting if s.call is first.call and len(s.tokens) == len(first.tokens)][:n_rows]
-        for sequence in admitted:
-            self._rows.add(sequence, self._caches(), reuse=False)
-        self._waiting = deque(sequence for sequence in self._waiting if sequence not in admitted)
+        alike = [s for s in list(self._waiting) if s.call is first.call and len(s.tokens) == len(first.tokens)]
+        for sequence in alike[:n_rows]:
+            if sequence not in self._rows.running:
+                self._rows.add(sequence, self._caches(), reuse=False)
+            self._waiting.remove(sequence)
 
     def _caches(self) -> list[Cache]:
         """The caches whose rows belong together: the network's, and the draft model's."""
@@ -426,15 +441,15 @@ class Engine:
         return [self._runner, *(self._speculator.caches if self._speculator else [])]
 
     def _apply_changes(self) -> None:
-        """Moves sequences that have arrived to the waiting queue, and removes aborted ones."""
-        while self._arrived:
-            sequence = self._arrived[0]
-            sequence.max_gen_len = min(sequence.max_gen_len, self.model.params.max_seq_len - sequence.n_prompt)
-            self._waiting.append(sequence)
-            self._arrived.popleft()
-        for sequence in [sequence for sequence in self._waiting if sequence.is_finished]:
-            self._waiting.remove(sequence)
-            sequence.sampler.end_row(sequence.noise_row)
+        """Removes sequences that have ended, were aborted, or have nobody to receive their tokens."""
+        waiting = list(self._waiting)
+        for call in {sequence.call for sequence in (*waiting, *self._rows.running)}:
+            if call.is_abandoned:
+                call.abort()
+        for sequence in waiting:
+            if sequence.is_finished:
+                sequence.sampler.end_row(sequence.noise_row)
+                self._waiting.remove(sequence)
         if self._in_flight and not all(sequence.is_finished for sequence in self._rows.running):
             return  # rows must not change while a pass is in flight
         self._in_flight = None
@@ -448,19 +463,16 @@ class Engine:
         if runner.one_position and not all(sequence.is_finished for sequence in running):
             return
         keep = self._state is not None and self._state.is_same(thorough=True)
-        for sequence in self._rows.remove_finished(self._caches(), keep=keep):
-            sequence.sampler.end_row(sequence.noise_row)
+        self._rows.remove_finished(self._caches(), keep=keep)
 
     def _fail(self, error: Exception) -> None:
         """Ends the calls in the pass that failed; or of all running sequences, or of the first one that waits."""
         for sequence in self._batch or self._rows.running or list(self._waiting)[:1]:
             if not sequence.is_finished:
                 sequence.call.abort(error)
-        self._lock.last_writer = None
-        self._in_flight = None
+        self._lose_cache()
         self._rows.lose()
-        for sequence in self._rows.drop_finished():
-            sequence.sampler.end_row(sequence.noise_row)
+        self._rows.drop_finished()
 
 
 def engine_of(
@@ -470,11 +482,16 @@ def engine_of(
 
     The engine exists as long as one of its users refers to it.
     """
-    lock = lock_of(model)
+    engines = lock_of(model).engines
     wanted = stepper, draft, reuse_prefixes
-    with _engines_lock:
-        engine: Engine | None = lock.engine() if lock.engine else None
-        if engine is None or (engine.stepper, engine.draft, engine.reuse_prefixes) != wanted:
-            engine = Engine(model, stepper, draft, reuse_prefixes=reuse_prefixes)
-            lock.engine = weakref.ref(engine)
-        return engine
+
+    def find() -> Engine | None:
+        alive: list[Engine] = [engine for reference in list(engines) if (engine := reference()) is not None]
+        return next((e for e in alive if (e.stepper, e.draft, e.reuse_prefixes) == wanted), None)
+
+    if (engine := find()) is None:
+        new = Engine(model, stepper, draft, reuse_prefixes=reuse_prefixes)
+        engines.append(weakref.ref(new, engines.remove))
+        engine = find()  # another thread may have been faster
+        assert engine is not None
+    return engine

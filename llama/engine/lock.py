@@ -1,53 +1,78 @@
-"""The lock that all users of a network share, and what they need to know of each other."""
+"""The lock that all users of a network share, and what they need to know of each other.
+
+Ctrl-C can come between any two lines, also between the end of a pass and the release of the lock. So no state here
+depends on a line that has to run: there is a queue, which built-in operations alone change, and whoever stands first in
+it holds the lock for as long as the function that acquired it runs. No mutex guards the queue, so that the garbage
+collector may close an abandoned stream at any point.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import queue
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary
 
 from llama.distributed.device import pause_workers
 
+_PATIENCE_S = 0.1  # how long to wait before asking whether the holder still runs
+_FORK_PATIENCE_S = 10.0  # how long a fork waits for the end of another thread's pass
 
-class _Waiter:
-    """A thread that waits for the lock, or until `unless` holds."""
 
-    __slots__ = ("has_lock", "signal", "unless")
+class _Ticket:
+    """A thread's place in the queue for the lock."""
 
-    def __init__(self, unless: Callable[[], bool] | None) -> None:
+    __slots__ = ("frame", "signal", "thread", "unless")
+
+    def __init__(self, frame: FrameType, unless: Callable[[], bool] | None = None) -> None:
+        self.thread = threading.get_ident()
+        self.frame = frame
         self.unless = unless
-        self.has_lock = False
-        self.signal = threading.Lock()
-        self.signal.acquire()
+        self.signal: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     @property
     def is_done(self) -> bool:
         return self.unless is not None and self.unless()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the function that acquired the lock, or waits for it, is still running."""
+        if self.thread not in sys._current_frames():
+            return False
+        try:
+            self.frame.clear()  # refused for a running function; one that has ended loses its local variables
+        except RuntimeError:
+            return True
+        return False
 
 
 class ModelLock:
     """A lock that is handed over in order of arrival. A context manager: entering acquires it.
 
     A thread may wait for it *unless* something happens first, such as that the holder computes what the thread wants.
-    Only threads that have a reason to run are woken.
+    Only threads that have a reason to run are woken. The function that acquires the lock must release it; if it ends
+    without, as it can when it is interrupted, the lock is free.
 
     Attributes:
-        holder: identifier of the thread that holds the lock; None if it is free.
-        engine: weak reference to the network's shared engine; None before there is one.
+        engines: weak references to the network's engines.
         last_writer: the mark of the `ModelRunner` that last wrote to the KV cache (not the runner itself, which would
             keep the network alive).
     """
 
     def __init__(self) -> None:
-        self.holder: int | None = None
-        self.engine: ReferenceType[Any] | None = None
+        self.engines: deque[ReferenceType[Any]] = deque()
         self.last_writer: object = None
         self._first_thread: int | None = None
-        self._mutex = threading.Lock()  # guards what follows
-        self._is_held = False
-        self._waiters: deque[_Waiter] = deque()
+        self._queue: deque[_Ticket] = deque()  # the first one's thread holds the lock, the others wait
+        self._last_thread: int | None = None  # that held the lock
+        self._changes_hands = False  # whether it came from another thread
 
     def check_thread(self, *, several_ranks: bool) -> None:
         """Raises RuntimeError in a second thread if there are several ranks, which must make calls in one order."""
@@ -59,101 +84,128 @@ class ModelLock:
             )
 
     @property
-    def is_held(self) -> bool:
-        """Whether a thread holds the lock."""
-        return self._is_held
+    def holder(self) -> int | None:
+        """Identifier of the thread that holds the lock; None if it is free."""
+        first = list(self._queue)[:1]
+        return first[0].thread if first and first[0].is_alive else None
+
+    @property
+    def n_waiting(self) -> int:
+        """Number of threads that wait for the lock."""
+        return max(0, len(self._queue) - 1)
 
     @property
     def is_wanted(self) -> bool:
         """Whether a thread waits for the lock unconditionally."""
-        with self._mutex:
-            return any(waiter.unless is None for waiter in self._waiters)
+        return any(ticket.unless is None for ticket in list(self._queue)[1:])
 
     def acquire(self, unless: Callable[[], bool] | None = None) -> bool:
         """Waits for the lock, or until `unless()` is true; returns whether this thread holds it.
 
         Args:
-            unless: called by any thread, quickly; asked again at each `wake` and when the lock would be handed over.
+            unless: called by any thread, quickly; asked again at each `wake` and when the lock is handed over.
         """
-        if self.holder == threading.get_ident():
+        return self._acquire(_Ticket(sys._getframe(1), unless))
+
+    def _acquire(self, ticket: _Ticket) -> bool:
+        if self.holder == ticket.thread:
             raise RuntimeError(
                 "a call must not be made from inside another call on the same network, such as in a hook; wait until "
                 "that call has ended"
             )
-        waiter = _Waiter(unless)
-        with self._mutex:
-            if waiter.is_done:
-                return False
-            if self._is_held:
-                self._waiters.append(waiter)
-            else:
-                self._is_held = waiter.has_lock = True
-        if not waiter.has_lock:
-            self._wait(waiter)
-        if waiter.has_lock:
-            self.holder = threading.get_ident()
-        return waiter.has_lock
-
-    def _wait(self, waiter: _Waiter) -> None:
+        self._drop_ended()
         try:
-            waiter.signal.acquire()
+            if not ticket.is_done:
+                self._queue.append(ticket)
+            while not ticket.is_done:
+                if self._queue[0] is ticket:
+                    self._changes_hands = self._last_thread not in (None, ticket.thread)
+                    self._last_thread = ticket.thread
+                    return True
+                try:
+                    ticket.signal.get(timeout=_PATIENCE_S)
+                except queue.Empty:
+                    self._drop_ended()
         except BaseException:  # Ctrl-C
-            with self._mutex:
-                if waiter in self._waiters:
-                    self._waiters.remove(waiter)
-                elif waiter.has_lock:
-                    self._hand_over()
+            self._remove(ticket)
             raise
+        self._remove(ticket)
+        return False
 
     def try_acquire(self) -> bool:
         """Acquires the lock without waiting; returns False if this or another thread holds it."""
-        with self._mutex:
-            if self._is_held:
-                return False
-            self._is_held = True
-        self.holder = threading.get_ident()
-        return True
+        self._drop_ended()
+        if self._queue:
+            return False
+        ticket = _Ticket(sys._getframe(1))
+        self._queue.append(ticket)
+        if self._queue[0] is ticket:
+            return True
+        self._remove(ticket)
+        return False
 
     def release(self) -> None:
-        """Hands the lock over to the first thread that waits for it."""
-        self.holder = None
-        if self._waiters:
-            pause_workers()
-        with self._mutex:
-            self._hand_over()
-
-    def _hand_over(self) -> None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            waiter.has_lock = not waiter.is_done
-            waiter.signal.release()
-            if waiter.has_lock:
-                return
-        self._is_held = False
+        """Hands the lock over to the first thread that waits for it. Without effect if this thread does not hold it."""
+        if self.n_waiting or self._changes_hands:
+            pause_workers()  # the next pass may be another thread's
+        for ticket in list(self._queue)[:1]:
+            if ticket.thread == threading.get_ident():
+                self._remove(ticket)
 
     def wake(self) -> None:
         """Wakes the threads whose `unless()` has become true."""
-        with self._mutex:
-            for waiter in [waiter for waiter in self._waiters if waiter.is_done]:
-                self._waiters.remove(waiter)
-                waiter.signal.release()
+        for ticket in list(self._queue)[1:]:
+            if ticket.is_done:
+                ticket.signal.put(None)
 
     def __enter__(self) -> None:
-        self.acquire()
+        self._acquire(_Ticket(sys._getframe(1)))
 
     def __exit__(self, *exc_info: object) -> None:
         self.release()
 
+    def _remove(self, ticket: _Ticket) -> None:
+        """Removes a thread from the queue, if it is there, and tells the first one that it holds the lock."""
+        with contextlib.suppress(ValueError):
+            self._queue.remove(ticket)
+        for first in list(self._queue)[:1]:
+            first.signal.put(None)
+
+    def _drop_ended(self) -> None:
+        """Removes those in front whose functions have ended without a release."""
+        for ticket in list(self._queue):
+            if ticket.is_alive:
+                return
+            self._remove(ticket)
+
 
 _locks: WeakKeyDictionary[Any, ModelLock] = WeakKeyDictionary()
-_locks_lock = threading.Lock()
 
 
 def lock_of(model: Any) -> ModelLock:
     """Returns the network's `ModelLock`, always the same one."""
-    with _locks_lock:
-        try:
-            return _locks.setdefault(model, ModelLock())
-        except TypeError:  # an object that cannot be a dictionary key, such as one that compares by value
-            lock: ModelLock = vars(model).setdefault("_model_lock", ModelLock())
-            return lock
+    try:
+        return _locks.setdefault(model, ModelLock())
+    except TypeError:  # an object that cannot be a dictionary key, such as one that compares by value
+        lock: ModelLock = vars(model).setdefault("_model_lock", ModelLock())
+        return lock
+
+
+_held_for_fork: list[ModelLock] = []
+
+
+def _before_fork() -> None:
+    """Waits for other threads' passes: the child has what such a thread has locked, but not the thread."""
+    end = time.monotonic() + _FORK_PATIENCE_S
+    for lock in list(_locks.values()):
+        ticket = _Ticket(sys._getframe(1), lambda: time.monotonic() > end)  # for the function that forks
+        if lock.holder != ticket.thread and lock._acquire(ticket):
+            _held_for_fork.append(lock)
+
+
+def _after_fork() -> None:
+    while _held_for_fork:
+        _held_for_fork.pop().release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -110,7 +110,8 @@ class Completion:
         self._n_echoed = len(self.tokens)
         self._with_tokens = with_tokens
         self._logprobs: list[float] = []
-        self._final_texts: deque[tuple[str, bool]] = deque()  # of each new token, what it made final; `at_start`
+        self._pushed: list[tuple[int, str, bool]] = []  # each new token, what it made final, whether it was `at_start`
+        self._is_pushing = False  # stays True after a push that was interrupted
         self._n_chars_final = 0
         self._held: deque[tuple[TokenResult, bool]] = deque()  # of tokens that may still be cut off at a stop string
         self._n_released = 0  # number of tokens in pieces so far
@@ -130,10 +131,21 @@ class Completion:
     def logprobs(self) -> list[float]:
         return self._logprobs[: len(self.pieces)]
 
-    def ends(self, token: int) -> bool:
-        """Adds a token to the text; returns whether the completion ends with it, at a stop string."""
+    def ends(self, token: int, position: int) -> bool:
+        """Adds a token to the text; returns whether the completion ends with it, at a stop string.
+
+        Args:
+            position: the number of new tokens before it. A later one that was added, before Ctrl-C, is forgotten.
+        """
+        if self._is_pushing or len(self._pushed) != position:
+            text, pushed = self._text.restarted(), self._pushed[:position]
+            for earlier, _, _ in pushed:
+                text.push(earlier)
+            self._text, self._pushed = text, pushed
+        self._is_pushing = True
         at_start = self._text.at_start
-        self._final_texts.append((self._text.push(token), at_start))
+        self._pushed.append((token, self._text.push(token), at_start))
+        self._is_pushing = False
         return self._text.stopped
 
     def echo(self, scores: Sequence[TokenScore] = ()) -> Piece:
@@ -152,8 +164,8 @@ class Completion:
         """Adds a result, after `ends` had its token; returns the piece that it makes final."""
         text = ""
         if result.token is not None:
+            _, text, at_start = self._pushed[len(self.tokens) - self._n_echoed]
             self.tokens.append(result.token)
-            text, at_start = self._final_texts.popleft()
             if result.logprob is not None:
                 self._logprobs.append(result.logprob)
             if self._with_tokens:

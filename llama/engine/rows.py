@@ -50,6 +50,7 @@ class Rows:
     def lose(self) -> None:
         """Notes that the cache was overwritten: all running sequences are computed again."""
         self._kept = [[] for _ in self._kept]
+        self._shared.intersection_update(map(id, self.running))
         for sequence in self.running:
             sequence.n_cached = 0
 
@@ -92,20 +93,19 @@ class Rows:
             self._shared.add(id(sequence))
         self.running.append(sequence)
 
-    def remove_finished(self, caches: abc.Sequence[Cache], *, keep: bool) -> list[Sequence]:
-        """Removes sequences that have ended, and closes the gaps; returns the removed ones.
+    def remove_finished(self, caches: abc.Sequence[Cache], *, keep: bool) -> None:
+        """Removes sequences that have ended, and closes the gaps.
 
         A gap is filled with the last one of the level sequences in front, and that one's row with the last sequence.
 
         Args:
             keep: whether later sequences may take what the removed ones leave.
         """
-        removed = []
         for row in reversed(range(len(self.running))):
             sequence = self.running[row]
             if not sequence.is_finished:
                 continue
-            removed.append(sequence)
+            sequence.sampler.end_row(sequence.noise_row)
             if keep and id(sequence) in self._shared:
                 self._kept[row] = sequence.tokens[: sequence.n_cached]
                 self._used[row] = next(self._clock)
@@ -116,14 +116,14 @@ class Rows:
                     row = source
             assert row == len(self.running) - 1
             self.running.pop()
-        return removed
 
-    def drop_finished(self) -> list[Sequence]:
-        """Removes sequences that have ended from a lost cache, of which nothing has to move; returns them."""
+    def drop_finished(self) -> None:
+        """Removes sequences that have ended from a lost cache, of which nothing has to move."""
         finished = [sequence for sequence in self.running if sequence.is_finished]
-        self.running = [sequence for sequence in self.running if not sequence.is_finished]
+        for sequence in finished:
+            sequence.sampler.end_row(sequence.noise_row)
         self._shared.difference_update(map(id, finished))
-        return finished
+        self.running = [sequence for sequence in self.running if sequence not in finished]
 
     def _match(self, tokens: abc.Sequence[int]) -> tuple[int, int]:
         """The row that holds the longest prefix of a prompt, without its last token, and the prefix's length or 0."""

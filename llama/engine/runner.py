@@ -60,6 +60,7 @@ class ModelRunner:
             last: the index in `tokens` of the one token per row whose logits are returned; None for all. For networks
                 that accept `CachePositions`.
         """
+        self._lock.last_writer = None  # if it is interrupted, nobody's keys are there
         if last is None or tokens.size(1) == 1:
             logits: Tensor = self._call(tokens, start_pos)
         else:

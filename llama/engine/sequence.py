@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import methodcaller
 from typing import Any, Literal
+from weakref import ReferenceType
 
 from torch import Tensor
 
@@ -33,8 +39,13 @@ class TokenResult:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-def _never(token: int) -> bool:
+def _never(token: int, position: int) -> bool:
     return False
+
+
+def _do_together(actions: Iterable[Callable[[], object]]) -> None:
+    """Calls built-in functions, all or none of them: Ctrl-C cannot come between, as no line of Python runs there."""
+    deque(map(methodcaller("__call__"), actions), maxlen=0)
 
 
 @dataclass(eq=False)
@@ -49,7 +60,8 @@ class Sequence:
         stop_ids: the tokens that end the sequence, such as EOS.
         logprobs: whether to compute the log-probability of each new token.
         top_logprobs: number of most likely tokens to report with each token, with their log-probabilities.
-        ends: called with each new token; returns whether the sequence ends with it, as at a stop string.
+        ends: called with each new token and its position among them, from 0; returns whether the sequence ends with
+            it, as at a stop string. Called again for a position whose token was not recorded, after Ctrl-C.
         n_words: number of leading ids that are tokens; the network may have more, which are never sampled. None: all.
         speculative: how to draft tokens: "prompt_lookup", "draft" (by the engine's draft model), or None.
         process: what changes the logits before they are sampled from, see `processors.Process`; None for nothing. Such
@@ -59,7 +71,7 @@ class Sequence:
         n_cached: number of leading tokens whose keys and values are in the sequence's row of the cache.
         n_reused: number of these that were computed for another sequence.
         draft_state: what `speculative.Speculator` remembers about the sequence.
-        is_finished: whether the sequence has ended.
+        finish_reason: why the sequence has ended; None if it has not, or was aborted.
         n_prompt: number of tokens in the prompt.
     """
 
@@ -70,7 +82,7 @@ class Sequence:
     stop_ids: frozenset[int]
     logprobs: bool = False
     top_logprobs: int = 0
-    ends: Callable[[int], bool] = _never
+    ends: Callable[[int, int], bool] = _never
     n_words: int | None = None
     speculative: str | None = None
     process: Callable[[list[int], Tensor], Tensor] | None = None
@@ -79,12 +91,17 @@ class Sequence:
     n_cached: int = field(default=0, init=False)
     n_reused: int = field(default=0, init=False)
     draft_state: Any = field(default=None, init=False, repr=False)
-    is_finished: bool = field(default=False, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
     n_prompt: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
         self.sampler.add_row(self.noise_row)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the sequence has ended or was aborted."""
+        return self.finish_reason is not None or self.call.is_aborted
 
     @property
     def n_generated(self) -> int:
@@ -106,24 +123,29 @@ class Sequence:
         """Whether a decode pass, which feeds the newest token, is all that the next token needs."""
         return self.n_behind <= 1 and self.n_cached > 0
 
-    def record(self, result: TokenResult) -> TokenResult:
-        """Adds the token of a result; returns the result, with its finish reason set if the sequence ends."""
-        token = result.token
+    def record(self, result: TokenResult) -> None:
+        """Adds the token of a result, and has the call's reader receive the result, with its finish reason."""
+        token, position = result.token, self.n_generated
         assert token is not None
-        has_room = self.n_remaining > 0
-        self.sampler.mark_used(self.noise_row, self.n_generated + 1)
-        if not has_room or token in self.stop_ids:
-            result = TokenResult(self.index, None, None, "stop" if has_room else "length")
+        reason: FinishReason | None = None
+        actions: list[Callable[[], object]] = []
+        if self.n_remaining <= 0 or token in self.stop_ids:
+            reason = "length" if self.n_remaining <= 0 else "stop"
+            result = TokenResult(self.index, None, None, reason)
         else:
-            self.tokens.append(token)
-            if self.ends(token):
-                result = replace(result, finish_reason="stop")
-            elif self.n_remaining == 0:
-                result = replace(result, finish_reason="length")
-        self.is_finished = result.finish_reason is not None
-        if self.is_finished:
+            if self.ends(token, position):
+                reason = "stop"
+            elif self.n_remaining == 1:
+                reason = "length"
+            if reason:
+                result = replace(result, finish_reason=reason)
+            actions.append(partial(self.tokens.append, token))
+        if reason:
+            actions += [partial(setattr, self, "finish_reason", reason), partial(self.call.ended.append, self)]
+        _do_together([*actions, partial(self.call.results.append, result)])
+        self.sampler.mark_used(self.noise_row, position + 1)
+        if reason:
             self.sampler.end_row(self.noise_row)
-        return result
 
 
 class Call:
@@ -131,31 +153,49 @@ class Call:
 
     Attributes:
         sequences: the call's sequences.
+        ended: those that have ended.
         results: results that the caller has not received yet, oldest first.
         error: the error that ended the sequences, to be raised in the caller's thread; None if there is none.
+        reader: the iterator over the results, as a weak reference; None if they are taken from `results` directly.
+        thread: identifier of the thread that waits for the results; None before one does.
     """
 
     def __init__(self, sequences: Iterable[Sequence]) -> None:
         self.sequences = list(sequences)
+        self.ended: list[Sequence] = []
         self.results: deque[TokenResult] = deque()
         self.error: BaseException | None = None
-        self._n_running = len(self.sequences)
+        self.reader: ReferenceType[Generator[TokenResult, None, None]] | None = None
+        self.thread: int | None = None
+        self._process = os.getpid()
+        self._is_aborted = False
         for index, sequence in enumerate(self.sequences):
             sequence.call, sequence.index = self, index
 
     @property
+    def is_aborted(self) -> bool:
+        return self._is_aborted or self.error is not None
+
+    @property
     def is_finished(self) -> bool:
         """Whether there will be no more results."""
-        return self._n_running == 0 or self.error is not None
+        return len(self.ended) == len(self.sequences) or self.is_aborted
 
-    def append(self, result: TokenResult) -> None:
-        """Adds a result for the caller to receive."""
-        self._n_running -= result.finish_reason is not None
-        self.results.append(result)
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether nobody can receive results any more, as the iterator over them has ended or is gone.
+
+        That is so even if Ctrl-C kept it from aborting the call, and in a forked process if another thread ran it.
+        """
+        if self.reader is None:
+            return False
+        reader = self.reader()
+        state = inspect.getgeneratorstate(reader) if reader is not None else inspect.GEN_CLOSED
+        if state == inspect.GEN_RUNNING:
+            return self._process != os.getpid() and self.thread not in sys._current_frames()
+        return state == inspect.GEN_CLOSED
 
     def abort(self, error: BaseException | None = None) -> None:
         """Ends all sequences of the call; the engine removes them before its next pass."""
         self.error = self.error or error
-        self._n_running = 0
-        for sequence in self.sequences:
-            sequence.is_finished = True
+        self._is_aborted = True

@@ -7,13 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 from torch import nn
 
-from llama.engine import lock as model_lock
-from llama.engine.lock import ModelLock, lock_of
+from llama.engine.lock import _PATIENCE_S, ModelLock, lock_of
 
 
 def test_users_of_one_network_share_a_lock_and_those_of_others_do_not() -> None:
@@ -43,7 +41,7 @@ def test_one_thread_at_a_time_holds_the_lock() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     assert len(most) == 400 and set(most) == {1}
-    assert lock.holder is None and not lock.is_held
+    assert lock.holder is None
 
 
 def test_a_call_from_inside_of_another_is_an_error_and_not_a_deadlock() -> None:
@@ -54,13 +52,13 @@ def test_a_call_from_inside_of_another_is_an_error_and_not_a_deadlock() -> None:
             with pytest.raises(RuntimeError, match="must not be made from inside another call") as info, lock:
                 pass
             errors.append(info.value)
-            assert lock.is_held
+            assert lock.holder == threading.get_ident()
 
     thread = threading.Thread(target=call_inside, daemon=True)
     thread.start()
     thread.join(timeout=60)
     assert not thread.is_alive() and len(errors) == 1
-    assert not lock.is_held
+    assert lock.holder is None
 
 
 def test_try_acquire_does_not_wait() -> None:
@@ -72,7 +70,7 @@ def test_try_acquire_does_not_wait() -> None:
         assert lock.holder == threading.get_ident()
     assert lock.try_acquire() and lock.holder == threading.get_ident()
     lock.__exit__()
-    assert lock.holder is None and not lock.is_held
+    assert lock.holder is None
 
 
 def test_a_call_that_fails_releases_the_lock() -> None:
@@ -80,8 +78,7 @@ def test_a_call_that_fails_releases_the_lock() -> None:
     with pytest.raises(ZeroDivisionError), lock:
         1 / 0  # noqa: B018
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(lock.__enter__).result(timeout=60)
-    assert lock.is_held
+        assert pool.submit(take_and_release, lock).result(timeout=60) is True
 
 
 def test_several_ranks_are_called_from_one_thread_only() -> None:
@@ -107,9 +104,9 @@ class Waiters:
 
     def start(self, work: Callable[[], object]) -> Future[object]:
         """Starts a thread that will wait for the lock; returns when it does."""
-        n_waiting = len(self.lock._waiters)
+        n_waiting = self.lock.n_waiting
         future = self._pool.submit(work)
-        until(lambda: len(self.lock._waiters) > n_waiting)
+        until(lambda: self.lock.n_waiting > n_waiting)
         return future
 
 
@@ -118,6 +115,13 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def take_and_release(lock: ModelLock, unless: Callable[[], bool] | None = None) -> bool:
+    if not lock.acquire(unless):
+        return False
+    lock.release()
+    return True
 
 
 @pytest.fixture
@@ -144,7 +148,7 @@ def test_the_lock_is_handed_over_in_order_of_arrival(lock: ModelLock, waiters: W
         assert order == []
     for future in futures:
         future.result(timeout=60)
-    assert order == list(range(6)) and not lock.is_held and not lock.is_wanted
+    assert order == list(range(6)) and lock.holder is None and not lock.is_wanted
 
 
 def test_a_thread_that_waits_unless_is_woken_without_the_lock_when_that_holds(
@@ -152,10 +156,10 @@ def test_a_thread_that_waits_unless_is_woken_without_the_lock_when_that_holds(
 ) -> None:
     happened: set[int] = set()
     with lock:
-        futures = [waiters.start(partial(lock.acquire, lambda i=i: i in happened)) for i in range(3)]
+        futures = [waiters.start(partial(take_and_release, lock, lambda i=i: i in happened)) for i in range(3)]
         assert not lock.is_wanted
         lock.wake()
-        assert len(lock._waiters) == 3
+        assert lock.n_waiting == 3
         happened.add(1)
         lock.wake()
         assert futures[1].result(timeout=60) is False
@@ -164,48 +168,84 @@ def test_a_thread_that_waits_unless_is_woken_without_the_lock_when_that_holds(
     # When the lock is released, the first thread has no use for it any more: the third one gets it.
     assert futures[0].result(timeout=60) is False
     assert futures[2].result(timeout=60) is True
-    assert lock.is_held
-    lock.release()
-    assert not lock.is_held
+    assert lock.holder is None
 
 
 def test_a_free_lock_is_not_acquired_where_unless_holds(lock: ModelLock) -> None:
-    assert lock.acquire(lambda: True) is False and not lock.is_held
+    assert lock.acquire(lambda: True) is False and lock.holder is None
     assert lock.acquire(lambda: False) is True and lock.holder == threading.get_ident()
     lock.release()
 
 
-def test_an_interrupted_wait_leaves_the_lock_to_the_others(
-    lock: ModelLock, waiters: Waiters, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Interrupted:
-        """Raises as Ctrl-C does: either while it waits, or when the lock has just been handed over to it."""
+@pytest.mark.parametrize("is_late", [False, True])
+def test_an_interrupted_wait_leaves_the_lock_to_the_others(lock: ModelLock, waiters: Waiters, is_late: bool) -> None:
+    """Interrupted while another thread holds it, or when it has been handed over."""
+    interrupted = threading.Event()
 
-        def __init__(self) -> None:
-            self._lock, self._n = threading.Lock(), 0
-            self.release = self._lock.release
+    def unless() -> bool:
+        if interrupted.is_set() and (lock.n_waiting == 1 or not is_late):
+            raise KeyboardInterrupt
+        return False
 
-        def acquire(self) -> None:
-            self._n += 1
-            if self._n > 1:
-                if is_late:
-                    until(lambda: not self._lock.locked())
-                raise KeyboardInterrupt
-            self._lock.acquire()
-
-    for is_late in (False, True):
-        with lock:
-            with monkeypatch.context() as patch:
-                patch.setattr(model_lock, "threading", SimpleNamespace(Lock=Interrupted, get_ident=threading.get_ident))
-                if is_late:
-                    interrupted = waiters.start(lock.acquire)
-                else:
-                    with pytest.raises(KeyboardInterrupt):
-                        waiters._pool.submit(lock.acquire).result(timeout=60)
-            other = waiters.start(lock.acquire)
-        assert other.result(timeout=60) is True
-        if is_late:
+    with lock:
+        first = waiters.start(partial(take_and_release, lock, unless))
+        other = waiters.start(partial(take_and_release, lock))
+        interrupted.set()
+        if not is_late:
             with pytest.raises(KeyboardInterrupt):
-                interrupted.result(timeout=60)
-        lock.release()
-        assert not lock.is_held and not lock._waiters
+                first.result(timeout=60)
+            assert lock.n_waiting == 1
+    with pytest.raises(KeyboardInterrupt):
+        first.result(timeout=60)
+    assert other.result(timeout=60) is True
+    assert lock.holder is None
+
+
+# Released by nobody
+
+
+def take_and_end(lock: ModelLock) -> bool:
+    return lock.acquire()  # as where Ctrl-C comes before the caller's `try`
+
+
+def test_a_function_that_ends_holds_nothing(lock: ModelLock, waiters: Waiters) -> None:
+    assert take_and_end(lock)
+    assert lock.holder is None
+    assert take_and_end(lock), "not a call from inside another"
+    assert waiters._pool.submit(take_and_release, lock).result(timeout=60) is True
+    assert lock.try_acquire()
+    lock.release()
+
+
+def test_a_thread_that_ends_holds_nothing(lock: ModelLock) -> None:
+    thread = threading.Thread(target=take_and_end, args=(lock,))
+    thread.start()
+    thread.join()
+    with lock:
+        assert lock.holder == threading.get_ident()
+
+
+def test_those_who_wait_notice_that_the_holder_has_ended(lock: ModelLock, waiters: Waiters) -> None:
+    def hold() -> None:
+        lock.acquire()
+        until(lambda: lock.n_waiting == 1)
+
+    holder = waiters._pool.submit(hold)
+    until(lambda: lock.holder is not None)
+    assert waiters._pool.submit(take_and_release, lock).result(timeout=60) is True
+    holder.result(timeout=60)
+
+
+def test_a_release_by_another_thread_has_no_effect(lock: ModelLock, waiters: Waiters) -> None:
+    with lock:
+        waiters._pool.submit(lock.release).result(timeout=60)
+        assert lock.holder == threading.get_ident()
+
+
+def test_the_holder_may_run_for_long(lock: ModelLock, waiters: Waiters) -> None:
+    """Longer than those who wait are patient, and deep inside other functions."""
+    with lock:
+        future = waiters.start(partial(take_and_release, lock))
+        (lambda: time.sleep(3 * _PATIENCE_S))()
+        assert not future.done() and lock.holder == threading.get_ident()
+    assert future.result(timeout=60) is True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +38,13 @@ def decode(
             generator = torch.Generator(sampler.generator.device).manual_seed(1000 + place)
             mine, row = Sampler(sampler.temperature, sampler.top_p, 1, generator), 0
         return EngineSequence(
-            list(prompt), mine, row, max_gen_len, frozenset({eos_id}), logprobs, ends=partial(ends, place)
+            list(prompt),
+            mine,
+            row,
+            max_gen_len,
+            frozenset({eos_id}),
+            logprobs,
+            ends=lambda token, _: ends(place, token),
         )
 
     engine = engine_of(model, stepper)

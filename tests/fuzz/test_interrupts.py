@@ -1,0 +1,324 @@
+"""Ctrl-C, the garbage collector and forks at any point of a call: the network stays usable, and tokens stay right.
+
+Something happens at an event of a call: at a call, line or return in the library's Python code. `pytest -m fuzz` tries
+every line's first event of each kind and its last one, every run of the tests a few of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import llama as library
+from llama import Llama
+from llama.engine.lock import lock_of
+from tests.support import oracle
+
+FOLDER = str(Path(library.__file__).parent)
+ROOT = Path(__file__).parents[2]
+PROMPTS = [[1, 9, 4, 30, 22], [1, 77]]
+TIMEOUT_S = 60
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def llama(
+    request: pytest.FixtureRequest,
+    write_checkpoint: Callable[..., Path],
+    tokenizer_path: Path,
+    params: dict[str, Any],
+) -> Llama:
+    """So small that a call takes a few milliseconds. Prefixes are reused, which moves rows of the cache."""
+    small = params | {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
+    return Llama.build(
+        write_checkpoint(small, oracle.random_state(small, seed=2)),
+        tokenizer_path,
+        max_seq_len=96,
+        max_batch_size=2,
+        device="cpu",
+        dtype=request.param,
+        reuse_prefixes=request.param == "float32",  # rounds differently elsewhere
+    )
+
+
+class AtEvent:
+    """Does something once, at the n-th event of this thread in the library's code within a `with` block.
+
+    Attributes:
+        places: where the events up to then were.
+    """
+
+    def __init__(self, n: int, action: Callable[[], object]) -> None:
+        self.n, self.action = n, action
+        self.places: list[str] = []
+
+    def _trace(self, frame: FrameType, event: str, arg: object) -> Any:
+        if not frame.f_code.co_filename.startswith(FOLDER):
+            return None
+        self.places.append(f"{event} at {frame.f_code.co_filename}:{frame.f_lineno}")
+        if len(self.places) > self.n:
+            sys.settrace(None)
+            self.action()
+        return self._trace
+
+    @property
+    def place(self) -> str:
+        return self.places[-1] if self.places else ""
+
+    def __enter__(self) -> AtEvent:
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        sys.settrace(None)
+
+
+def some_events(work: Callable[[], Any], n_tried: int | None) -> list[int]:
+    """The indices of each place's first and last event, or of evenly spaced ones of these."""
+    at = AtEvent(sys.maxsize, lambda: None)
+    with at:
+        work()
+    first = {place: i for i, place in reversed([*enumerate(at.places)])}
+    last = {place: i for i, place in enumerate(at.places)}
+    indices = sorted({*first.values(), *last.values()})
+    return indices if n_tried is None else indices[len(indices) // n_tried // 2 :: len(indices) // n_tried]
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def closed_stream(llama: Llama) -> None:
+    stream = llama.stream_text_completion("The", 0, max_gen_len=6)
+    next(stream)
+    stream.close()
+
+
+CALLS: dict[str, Callable[[Llama], Any]] = {
+    "greedy": lambda llama: llama.generate(PROMPTS, 4, temperature=0),
+    "sampled": lambda llama: llama.text_completion(["The", "A", "tiny"], 1.0, max_gen_len=3, seed=5, stop=["zz"]),
+    "stream": closed_stream,
+    "score": lambda llama: llama.score_tokens(PROMPTS),
+    "speculative": lambda llama: llama.generate([[1, 9, 4] * 4], 6, temperature=0, speculative="prompt_lookup"),
+}
+
+
+def answers(llama: Llama) -> list[Any]:
+    return [
+        llama.generate(PROMPTS, 5, temperature=0),
+        llama.text_completion(["The"], 1.0, max_gen_len=3, seed=6, stop=["zz"]),
+    ]
+
+
+def in_a_thread(work: Callable[[], Any]) -> Any:
+    """A daemon, so that one that hangs fails the test alone."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    assert found, "it hangs or failed"
+    return found[0]
+
+
+def check_usable(llama: Llama, expected: list[Any], place: str) -> None:
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled(), place
+    assert answers(llama) == expected, place
+    assert in_a_thread(lambda: answers(llama)) == expected, place
+    assert llama.engine.is_idle and lock_of(llama.model).holder is None, place
+
+
+def interrupted(llama: Llama, call: Callable[[Llama], Any], n_tried: int | None) -> int:
+    """Interrupts the call; returns how often."""
+    call(llama)
+    expected = answers(llama)
+    events = some_events(lambda: call(llama), n_tried)
+    for n in events:
+        at = AtEvent(n, interrupt)
+        with contextlib.suppress(KeyboardInterrupt), at:
+            call(llama)
+        check_usable(llama, expected, at.place)
+    return len(events)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_interrupted_call_leaves_the_network_usable(llama: Llama, name: str) -> None:
+    assert interrupted(llama, CALLS[name], 8) >= 8
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_interrupted_at_any_event_leaves_the_network_usable(llama: Llama, name: str) -> None:
+    print(f"{name}: interrupted {interrupted(llama, CALLS[name], None)} times")
+
+
+def beside_others(llama: Llama, call: Callable[[Llama], Any], n_tried: int | None) -> int:
+    """The same, while a call and a stream of other threads share the batch: they get what they get alone."""
+
+    def streamed() -> str:
+        return "".join(llama.stream_text_completion("The fox", 1.2, max_gen_len=20, seed=4))
+
+    def generated() -> Any:
+        return llama.generate([[1, 30, 5]], 20, temperature=0, logprobs=True)
+
+    call(llama)
+    expected = [streamed(), generated()[0]]
+    events = some_events(lambda: call(llama), n_tried)
+    with ThreadPoolExecutor(2) as pool:
+        for n in events:
+            at = AtEvent(n, interrupt)
+            futures = [pool.submit(streamed), pool.submit(generated)]
+            while llama.engine.is_idle and not futures[0].done():
+                time.sleep(0.0005)
+            with contextlib.suppress(KeyboardInterrupt), at:
+                call(llama)
+            text, (tokens, logprobs) = [future.result(timeout=TIMEOUT_S) for future in futures]
+            assert [text, tokens] == expected, at.place
+            assert len(logprobs[0]) == len(tokens[0]), at.place
+            assert llama.engine.is_idle, at.place
+    return len(events)
+
+
+@pytest.mark.parametrize("name", ["greedy", "stream"])
+def test_others_get_every_token_once_beside_an_interrupted_call(llama: Llama, name: str) -> None:
+    if llama.model.norm.weight.dtype == torch.float32:  # elsewhere tokens depend on the batch
+        assert beside_others(llama, CALLS[name], 8) >= 8
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", ["greedy", "sampled", "stream", "speculative"])
+def test_others_get_every_token_once_wherever_a_call_is_interrupted(llama: Llama, name: str) -> None:
+    if llama.model.norm.weight.dtype == torch.float32:
+        print(f"{name}: interrupted {beside_others(llama, CALLS[name], None)} times")
+
+
+class Abandoned:
+    """An open stream that only the garbage collector can close."""
+
+    def __init__(self, llama: Llama) -> None:
+        self.itself = self
+        self.stream = llama.stream_text_completion("The", 0, max_gen_len=30)
+        next(self.stream)
+
+
+def collected(llama: Llama, call: Callable[[Llama], Any], n_tried: int | None) -> int:
+    """Has the garbage collector close a stream during a call; returns how often."""
+    expected = call(llama)
+    events = some_events(lambda: call(llama), n_tried)
+    gc.disable()
+    try:
+        for n in events:
+            Abandoned(llama)
+            at = AtEvent(n, gc.collect)
+
+            def work(at: AtEvent = at) -> Any:
+                with at:
+                    return call(llama)
+
+            assert in_a_thread(work) == expected, at.place
+            gc.collect()
+            assert llama.engine.is_idle, at.place
+    finally:
+        gc.enable()
+    return len(events)
+
+
+@pytest.mark.parametrize("name", ["greedy", "stream"])
+def test_the_garbage_collector_may_close_a_stream_during_a_call(llama: Llama, name: str) -> None:
+    assert collected(llama, CALLS[name], 8) >= 8
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", CALLS)
+def test_the_garbage_collector_may_close_a_stream_at_any_event(llama: Llama, name: str) -> None:
+    print(f"{name}: a stream closed {collected(llama, CALLS[name], None)} times")
+
+
+# Forks: an operation large enough for torch's second thread runs in each pass.
+FORKS = """
+import os, random, sys, threading, time
+import torch
+from llama import Llama
+
+torch.set_num_threads(2)
+llama = Llama.build(sys.argv[1], sys.argv[2], 256, 2, device="cpu", dtype="float32", reuse_prefixes=True)
+def work_in_parallel(*args):
+    torch.ones(1 << 17).exp_()
+
+llama.model.norm.register_forward_pre_hook(work_in_parallel)
+rng = random.Random(0)
+
+def answer():
+    return llama.generate([[1, 9, 4]], 6, temperature=0)[0], llama.generate([[1, 5]], 4, 1.0, seed=2)[0]
+
+def fork(use):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if use() else 1)
+    end = time.monotonic() + 30
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(child, 9)
+            raise SystemExit("a child hangs")
+        time.sleep(0.002)
+    assert done[1] == 0, "a child's answer is wrong"
+
+expected = answer()
+whole = "".join(llama.stream_text_completion("The", 0, max_gen_len=8))
+stop = threading.Event()
+
+def generate():
+    while not stop.is_set():
+        assert llama.generate([[1, 9, 4], [1, 5]], 40, temperature=0)[0][0][:6] == expected[0][0]
+        "".join(llama.stream_text_completion("The", 0, max_gen_len=20))
+
+def with_thread():
+    time.sleep(rng.random() * 0.02)
+    fork(lambda: answer() == expected and answer() == expected)
+
+def with_stream():
+    stream = llama.stream_text_completion("The", 0, max_gen_len=8)
+    start = "".join(next(stream) for _ in range(rng.randint(1, 3)))
+    fork(lambda: answer() == expected)
+    fork(lambda: start + "".join(stream) == whole)
+    assert start + "".join(stream) == whole
+
+for _ in range(int(sys.argv[3])):
+    with_stream()
+threads = [threading.Thread(target=generate, daemon=True) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(int(sys.argv[3])):
+    with_thread()
+    with_stream()
+assert all(thread.is_alive() for thread in threads)
+stop.set()
+for thread in threads:
+    thread.join(30)
+"""
+
+
+def forks(n: int, checkpoint: Path, tokenizer_path: Path) -> None:
+    command = [sys.executable, "-c", FORKS, str(checkpoint), str(tokenizer_path), str(n)]
+    subprocess.run(command, check=True, timeout=60 + 30 * n, cwd=ROOT)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has threads")
+def test_a_forked_process_generates(checkpoint: Path, tokenizer_path: Path) -> None:
+    forks(1, checkpoint, tokenizer_path)
+
+
+@pytest.mark.fuzz
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has threads")
+def test_processes_forked_at_any_time_generate(checkpoint: Path, tokenizer_path: Path) -> None:
+    forks(30, checkpoint, tokenizer_path)
