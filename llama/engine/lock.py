@@ -58,7 +58,7 @@ class ModelLock:
 
     A thread may wait for it *unless* something happens first, such as that the holder computes what the thread wants.
     Only threads that have a reason to run are woken. The function that acquires the lock must release it; if it ends
-    without, as it can when it is interrupted, the lock is free.
+    without, as it can when it is interrupted, the lock is free. So a generator must not yield while it holds the lock.
 
     Attributes:
         engines: weak references to the network's engines.
@@ -86,8 +86,8 @@ class ModelLock:
     @property
     def holder(self) -> int | None:
         """Identifier of the thread that holds the lock; None if it is free."""
-        first = list(self._queue)[:1]
-        return first[0].thread if first and first[0].is_alive else None
+        first = self._first()
+        return first.thread if first and first.is_alive else None
 
     @property
     def n_waiting(self) -> int:
@@ -108,15 +108,17 @@ class ModelLock:
         return self._acquire(_Ticket(sys._getframe(1), unless))
 
     def _acquire(self, ticket: _Ticket) -> bool:
-        if self.holder == ticket.thread:
-            raise RuntimeError(
-                "a call must not be made from inside another call on the same network, such as in a hook; wait until "
-                "that call has ended"
-            )
-        self._drop_ended()
+        if (first := self._first()) and first.thread == ticket.thread:
+            if first.is_alive:
+                raise RuntimeError(
+                    "a call must not be made from inside another call on the same network, such as in a hook; wait "
+                    "until that call has ended"
+                )
+            self._remove(first)
+        if ticket.is_done:
+            return False
         try:
-            if not ticket.is_done:
-                self._queue.append(ticket)
+            self._queue.append(ticket)
             while not ticket.is_done:
                 if self._queue[0] is ticket:
                     self._changes_hands = self._last_thread not in (None, ticket.thread)
@@ -148,9 +150,8 @@ class ModelLock:
         """Hands the lock over to the first thread that waits for it. Without effect if this thread does not hold it."""
         if self.n_waiting or self._changes_hands:
             pause_workers()  # the next pass may be another thread's
-        for ticket in list(self._queue)[:1]:
-            if ticket.thread == threading.get_ident():
-                self._remove(ticket)
+        if (first := self._first()) and first.thread == threading.get_ident():
+            self._remove(first)
 
     def wake(self) -> None:
         """Wakes the threads whose `unless()` has become true."""
@@ -164,19 +165,20 @@ class ModelLock:
     def __exit__(self, *exc_info: object) -> None:
         self.release()
 
+    def _first(self) -> _Ticket | None:
+        return next(iter(list(self._queue)), None)
+
     def _remove(self, ticket: _Ticket) -> None:
         """Removes a thread from the queue, if it is there, and tells the first one that it holds the lock."""
         with contextlib.suppress(ValueError):
             self._queue.remove(ticket)
-        for first in list(self._queue)[:1]:
+        if first := self._first():
             first.signal.put(None)
 
     def _drop_ended(self) -> None:
         """Removes those in front whose functions have ended without a release."""
-        for ticket in list(self._queue):
-            if ticket.is_alive:
-                return
-            self._remove(ticket)
+        while (first := self._first()) and not first.is_alive:
+            self._remove(first)
 
 
 _locks: WeakKeyDictionary[Any, ModelLock] = WeakKeyDictionary()
