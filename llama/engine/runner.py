@@ -148,11 +148,11 @@ class ModelRunner:
 
     def clear_row(self, row: int) -> None:
         """Fills a row of the cache with zeros, in every layer."""
-        if self.has_lost_cache():
-            return
+        is_lost = self.has_lost_cache()
         for cache in _caches(self.model):
             cache[row].zero_()
-        self._note_cache()
+        if not is_lost:
+            self._note_cache()
 
     def swap_rows(self, a: int, b: int, length: int) -> None:
         """Exchanges the first `length` positions of two rows of the cache, in every layer."""
