@@ -184,6 +184,7 @@ class AdaptiveThreads:
     def __init__(self, weights: Iterable[Tensor]) -> None:
         largest = max((weight for weight in weights if weight.dim() == 2), key=Tensor.numel, default=None)
         self._before = torch.get_num_threads()  # outside of the pass
+        self._is_lowered = False  # stays True after a pass whose end was interrupted
         may_be_small = not _threads_are_fixed and self._before > 1
         self._one_until = math.inf if may_be_small and not _gains_from_threads(largest) else 0.0
         self._pause_s = _FIRST_PAUSE_S
@@ -191,18 +192,22 @@ class AdaptiveThreads:
         self._wall_s = self._cpu_s = 0.0  # of passes on several threads, since the last decision
 
     def __enter__(self) -> None:
+        if self._is_lowered:
+            torch.set_num_threads(self._before)
         self._before = 1 if _threads_are_fixed else torch.get_num_threads()
         if self._before > 1:
             self._started = time.perf_counter(), time.process_time()
-            if self._started[0] < self._one_until:
+            self._is_lowered = self._started[0] < self._one_until
+            if self._is_lowered:
                 torch.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
         if self._before == 1:
             return
         wall, cpu = self._started
-        if wall < self._one_until:
+        if self._is_lowered:
             torch.set_num_threads(self._before)
+            self._is_lowered = False
             return
         now = time.perf_counter()
         self._wall_s += now - wall
