@@ -151,7 +151,8 @@ class Constraint:
 
     def __init__(self, matcher: Any, n_prompt: int) -> None:
         self._matcher = matcher
-        self._n_consumed = n_prompt
+        self._n_prompt = self._n_consumed = n_prompt
+        self._is_consuming = False  # stays True where Ctrl-C came between
 
     def __call__(self, tokens: list[int], logits: Tensor) -> Tensor:
         """Returns the logits (vocab,), with -inf for each token that cannot follow.
@@ -159,9 +160,14 @@ class Constraint:
         Raises:
             ValueError: the grammar is too complex.
         """
+        if self._is_consuming:
+            self._matcher.reset()
+            self._n_consumed = self._n_prompt
+        self._is_consuming = True
         for token in tokens[self._n_consumed :]:
             self._matcher.consume_token(token)
         self._n_consumed = len(tokens)
+        self._is_consuming = False
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         if self._matcher.is_error():  # it would allow EOS alone, which looks like an end
             raise ValueError(f"the answer's grammar failed: {printable(self._matcher.get_error(), 300)}")

@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 from llama import Llama
-from llama.engine.constraints import Vocabulary, vocabulary_of
+from llama.engine.constraints import Constraint, Vocabulary, vocabulary_of
 from llama.errors import PromptError
 from llama.inputs import SamplingParams
 from llama.serving.service import Service
@@ -110,6 +111,27 @@ def test_rows_of_a_batch_have_their_own_state_and_others_none(llama: Llama) -> N
     assert llama.text_completion(prompts, **options) == expected
     free = llama.text_completion(prompts, temperature=0)
     assert llama.text_completion(prompts, temperature=0) == free
+
+
+def test_an_interrupted_constraint_consumes_each_token_once(llama: Llama) -> None:
+    n_words = llama.tokenizer.n_words
+    form = SamplingParams(0.0, 1.0, 9, False, False, structured_outputs={"regex": "(ab)*"}).form
+    assert form is not None
+    matcher = vocabulary_of(llama.tokenizer, n_words).matcher(form, leading_space=False, stop_ids=frozenset({2}))
+    constraint = Constraint(matcher, 1)
+    a, b = (vocabulary_of(llama.tokenizer, n_words).encode(letter)[0] for letter in "ab")
+
+    class Interrupted:
+        def consume_token(self, token: int) -> None:
+            matcher.consume_token(token)
+            raise KeyboardInterrupt
+
+    constraint._matcher = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        constraint([1, a], torch.zeros(n_words))
+    constraint._matcher = matcher
+    logits = constraint([1, a], torch.zeros(n_words))
+    assert logits[a] < 0 and logits[b] == 0
 
 
 def test_an_answer_cut_by_length_says_so(llama: Llama) -> None:
