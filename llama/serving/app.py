@@ -36,6 +36,7 @@ from llama.serving.errors import ApiError
 from llama.serving.formats import Answer
 from llama.serving.jobs import Job, Planner
 from llama.serving.metrics import CONTENT_TYPE, Metrics
+from llama.serving.openapi import describe
 from llama.serving.protocol import Unknown, parse_json
 from llama.serving.responses import RESPONSES_URL, read_response
 from llama.serving.run import RETRY_AFTER_S, ClientLeftError, Run, while_connected
@@ -156,6 +157,10 @@ def _open_routes(server: Server) -> APIRouter:
     @routes.api_route("/version", methods=_READ)
     async def version() -> Response:
         return JSONResponse({"version": __version__})
+
+    @routes.api_route("/openapi.json", methods=_READ)
+    async def openapi() -> Response:
+        return JSONResponse(describe(ignores_unknown=server.ignore_unknown))
 
     return routes
 
