@@ -205,7 +205,9 @@ def animal() -> Any:
     """An object that the toy cannot miss within a few tokens."""
     pytest.importorskip("llguidance")
     pydantic = pytest.importorskip("pydantic")
-    return pydantic.create_model("Animal", name=(Literal["llama", "alpaca"], ...), legs=(Literal[2, 4], ...))
+    config = pydantic.ConfigDict(extra="forbid")  # else the toy goes on with properties of its own
+    fields: Any = {"name": (Literal["llama", "alpaca"], ...), "legs": (Literal[2, 4], ...)}
+    return pydantic.create_model("Animal", __config__=config, **fields)
 
 
 @pytest.mark.parametrize("mode", ["JSON_SCHEMA", "JSON"])
