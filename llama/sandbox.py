@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, NoReturn
 
-from llama.errors import PromptError, printable
+from llama.errors import PromptError, missing_extra, printable
 
 MAX_TEMPLATE_CHARS = 200_000
 _MAX_STEPS = 500_000  # of one rendering: about a second
@@ -175,10 +175,7 @@ def _environment() -> Any:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
         from jinja2.visitor import NodeTransformer
     except ImportError as error:
-        raise ImportError(
-            "the chat template of this checkpoint needs jinja2, of the extra [chat]; install it with: "
-            'pip install -e ".[chat]"'
-        ) from error
+        raise missing_extra("chat", error) from error
 
     class Budgeted(NodeTransformer):
         """Passes the values of loops and of the operator ~ through filters that count."""

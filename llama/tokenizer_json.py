@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llama.errors import printable, quote, read_json_object
+from llama.errors import missing_extra, printable, quote, read_json_object
 from llama.tokenizer import Tokenizer, checked_text
 
 _NAMES_FILES = ("special_tokens_map.json", "tokenizer_config.json", "chat_format.json")  # the last one counts
@@ -116,9 +116,7 @@ def _load(path: Path, whole: Mapping[str, Any]) -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError(
-            f'{path} needs the package tokenizers, of the extra [chat]; install it with: pip install -e ".[chat]"'
-        ) from error
+        raise missing_extra("chat", error) from error
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(whole))
     except Exception as error:  # the package raises no kind of its own

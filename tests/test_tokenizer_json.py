@@ -198,5 +198,5 @@ def test_an_eos_that_no_file_names_is_asked_for(path: Path, tmp_path: Path) -> N
 
 def test_a_missing_package_names_the_extra(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"of the extra \[chat\]"):
+    with pytest.raises(ImportError, match=r"the extra \[chat\] must be installed"):
         JsonTokenizer(path)

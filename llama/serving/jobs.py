@@ -209,6 +209,8 @@ class Planner:
             ids = encode_checked_dialog(merged, "messages", self.tokenizer, sys.maxsize, self.chat_format)
             assert ids is not None  # it has none of the template's tags
             return ids + (self.chat_format.encode_beginning(answer, self.tokenizer) if answer else [])
+        except ImportError as error:  # jinja2, for a template of the checkpoint's own
+            raise ApiError(str(error), status=501, param="messages") from error
         except ValueError as error:
             raise ApiError.of(_numbered(error, numbers)) from error
 

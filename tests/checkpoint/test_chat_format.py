@@ -163,5 +163,5 @@ def test_a_missing_jinja2_names_the_extra_where_a_template_is_used_alone(
     monkeypatch.setitem(sys.modules, "jinja2", None)
     llama = build(foreign)
     assert llama.text_completion(["Hi"], max_gen_len=2)
-    with pytest.raises(ImportError, match=r"of the extra \[chat\]"):
+    with pytest.raises(ImportError, match=r"the extra \[chat\] must be installed"):
         llama.chat_completion([QUESTION])
