@@ -29,7 +29,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import destroy_model_parallel
 
 from llama import Llama
-from llama.engine.speculative import PassCosts
+from llama.engine.speculative import PassCosts, Speculator
 from tests.conftest import ROOT
 from tests.support import oracle
 from tests.support.ranks import FAULT, run_faulty_ranks, run_ranks
@@ -194,9 +194,11 @@ def stream_beside_calls(llama: Llama) -> list[Any]:
 
 def speculative_calls(llama: Llama) -> tuple[list[Any], list[Any], int]:
     """Calls without and with drafts, which always seem to pay; and how many drafted tokens were accepted."""
-    costs = {id(llama.model): PassCosts([1.0] * 8), id(llama.draft_model): PassCosts([0.01] * 8)}
+    costs, draft_costs = PassCosts({1: 1.0, 128: 1.0}), PassCosts({1: 0.01, 128: 0.01})
+    drafts = Speculator(torch.device("cpu"), llama._draft, costs=costs, draft_costs=draft_costs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PassCosts, "measure", lambda model: costs[id(model)])
+        patch.setattr(PassCosts, "observe", lambda *args: None)
+        patch.setattr(llama.engine, "_speculator", drafts)
         prompts = [[7, 8, 9] * 8, [11] * 5, [20, 21, 22, 23] * 3, [30], [7, 8] * 9]
         calls: list[Callable[..., Any]] = [
             lambda **way: llama.generate(prompts, 20, temperature=0, **way)[0],
@@ -205,7 +207,7 @@ def speculative_calls(llama: Llama) -> tuple[list[Any], list[Any], int]:
         ]
         plain = [call() for call in calls]
         found = [call(speculative=way) for way in ("prompt_lookup", "draft") for call in calls]
-    return plain * 2, found, llama.engine.draft_counts.accepted
+    return plain * 2, found, drafts.counts.accepted
 
 
 def two_ranks(rank: int, halves: Checkpoint, whole: Checkpoint) -> Result:
