@@ -140,8 +140,10 @@ def _choose_context(ckpt_dir: str, tokenizer_path: str, max_batch_size: int, bui
     if groups.world_size() > 1:
         chosen = groups.broadcast_object(chosen)
     if groups.is_first_rank():
-        why = "for which the checkpoint was trained" if chosen == trained else f"of {trained}: the memory has no room"
-        print(f"--max_seq_len {chosen}, {why}", file=sys.stderr, flush=True)
+        why = (
+            ", for which the checkpoint was trained" if chosen == trained else f" of {trained}: the memory has no room"
+        )
+        print(f"--max_seq_len {chosen}{why}", file=sys.stderr, flush=True)
     return chosen
 
 

@@ -1,0 +1,44 @@
+"""The server's context where none is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama.serving import settings
+
+BUILD = {"device": "cpu", "dtype": "float32"}
+
+
+@pytest.mark.parametrize(("theta", "expected"), [({}, 4096), ({"rope_theta": 1e6}, 16384), ({"rope_theta": 1e4}, 4096)])
+def test_it_is_what_the_checkpoint_was_trained_for(
+    write_checkpoint: Callable[..., Path],
+    params: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    tokenizer_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    theta: dict[str, float],
+    expected: int,
+) -> None:
+    folder = write_checkpoint(params | theta, state)
+    assert settings._choose_context(str(folder), str(tokenizer_path), 4, BUILD) == expected
+    assert f"--max_seq_len {expected}, for which the checkpoint was trained" in capsys.readouterr().err
+
+
+def test_it_is_less_where_the_memory_has_no_room(
+    checkpoint: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for mib in (24, 28):
+        monkeypatch.setattr(settings, "available_memory", lambda device, mib=mib: mib * 2**20)
+        found[mib] = settings._choose_context(str(checkpoint), str(tokenizer_path), 16, BUILD)
+        assert f"--max_seq_len {found[mib]} of 4096: the memory has no room" in capsys.readouterr().err
+    assert 1 < found[24] < found[28] < 4096
+    monkeypatch.setattr(settings, "available_memory", lambda device: 1)
+    assert (
+        settings._choose_context(str(checkpoint), str(tokenizer_path), 16, BUILD) == 4096
+    )  # `build` says what is missing
