@@ -10,23 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from operator import index
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
-from fairscale.nn.model_parallel.layers import ParallelEmbedding
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from torch import Tensor, nn
 
 from llama.errors import quote
 from llama.layers.linear import (
     EmptyOnMeta,
     column_parallel,
-    leave_undefined,
     pack_layers,
     packable_layers,
+    parallel_embedding,
     row_parallel,
+    without_autograd_functions,
 )
 
 PREFILL_TOKENS = 1024  # enough to be compute-bound; more would only take more memory
@@ -81,7 +83,11 @@ class ModelArgs:
             ValueError: a check failed; the message names the field and its value.
         """
         for field in fields(ModelArgs):
-            _check_field(field.name, field.type, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if isinstance(value, Real) and not isinstance(value, (int, float)):  # of numpy
+                value = int(value) if isinstance(value, Integral) else float(value)
+                setattr(self, field.name, value)
+            _check_field(field.name, field.type, value)
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(
                 f"dim={self.dim} divided by n_heads={self.n_heads} must be a whole, even head size, "
@@ -165,8 +171,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x) * self.weight
+
+    def _norm(self, x: Tensor) -> Tensor:
         # Without the weight: x / rms(x) is rounded to the dtype of x before the multiplication, as in Meta's code.
-        return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
+        return F.rms_norm(x, (x.size(-1),), eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.size(0)}, eps={self.eps}"
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
@@ -187,11 +199,12 @@ def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
 
 
 def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
-    """Views `freqs_cis`, (seqlen, d) or (bsz, seqlen, d), so that it broadcasts over x (bsz, seqlen, heads, d)."""
+    """Views `freqs_cis`, (seqlen, d) or (bsz, seqlen, d), as (1 or bsz, seqlen, 1, d) for x (bsz, seqlen, heads, d)."""
     expected = (x.size(0), x.size(1), x.size(-1))[-freqs_cis.ndim :]
     if tuple(freqs_cis.shape) != expected:
         raise AssertionError(f"freqs_cis must have shape {expected}, got {tuple(freqs_cis.shape)}")
-    return freqs_cis.unsqueeze(-2)
+    bsz = freqs_cis.size(0) if freqs_cis.ndim == 3 else 1
+    return freqs_cis.view(bsz, x.size(1), *[1] * (x.ndim - 3), x.size(-1))
 
 
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,18 +216,17 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
             (bsz, seqlen, head_dim / 2, 2) float32, its cosines and sines, which compilers fuse.
 
     Returns:
-        The rotated `xq` and `xk`, in their dtype.
+        The rotated `xq` and `xk`, contiguous, in their dtypes.
     """
-    heads = torch.cat((xq, xk), dim=2)
-    pairs = heads.float().unflatten(-1, (-1, 2))
+    pairs = torch.cat((xq, xk), dim=2).float().unflatten(-1, (-1, 2))
     if freqs_cis.is_complex():
         numbers = torch.view_as_complex(pairs)
         pairs = torch.view_as_real(numbers * reshape_for_broadcast(freqs_cis, numbers))
     else:
         (x, y), (cos, sin) = pairs.unbind(-1), freqs_cis.unsqueeze(2).unbind(-1)
         pairs = torch.stack((x * cos - y * sin, x * sin + y * cos), -1)
-    rotated = pairs.flatten(3).type_as(heads)
-    return rotated[:, :, : xq.size(2)], rotated[:, :, xq.size(2) :]
+    rotated_xq, rotated_xk = pairs.flatten(3).split((xq.size(2), xk.size(2)), dim=2)
+    return rotated_xq.type_as(xq).contiguous(), rotated_xk.type_as(xk).contiguous()
 
 
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
@@ -399,10 +411,10 @@ class Attention(nn.Module):
         self.n_local_kv_heads = self.n_kv_heads // model_parallel_size
         self.n_rep = self.n_local_heads // self.n_local_kv_heads
         self.head_dim = sizes.head_dim
-        self.wq = column_parallel(sizes.dim, self.n_heads * self.head_dim)
-        self.wk = column_parallel(sizes.dim, self.n_kv_heads * self.head_dim)
-        self.wv = column_parallel(sizes.dim, self.n_kv_heads * self.head_dim)
-        self.wo = row_parallel(self.n_heads * self.head_dim, sizes.dim)
+        self.wq = column_parallel(ColumnParallelLinear, sizes.dim, self.n_heads * self.head_dim)
+        self.wk = column_parallel(ColumnParallelLinear, sizes.dim, self.n_kv_heads * self.head_dim)
+        self.wv = column_parallel(ColumnParallelLinear, sizes.dim, self.n_kv_heads * self.head_dim)
+        self.wo = row_parallel(RowParallelLinear, self.n_heads * self.head_dim, sizes.dim)
         self.cache = KVCache(sizes.max_batch_size, self.n_local_kv_heads, sizes.max_seq_len, self.head_dim)
 
     def forward(
@@ -472,12 +484,13 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *
     n_rep = n_heads // n_kv_heads
     if mask is not None and mask.is_floating_point():
         mask = mask.to(queries.dtype)
-    if seqlen == n_rep == 1 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
+    if n_rep == 1 and seqlen == 1 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
         # A second copy of the query halves the time: torch's kernel uses blocked matrix products for several
         # rows, and none for a single one.
         return F.scaled_dot_product_attention(queries.expand(-1, -1, 2, -1), keys, values, mask)[:, :, :1]
     per_head = mask is not None and mask.dim() == 4 and mask.size(1) > 1
-    if n_rep == 1 or seqlen > _FEW_POSITIONS or is_causal or per_head:
+    is_short = isinstance(seqlen, int) and seqlen <= _FEW_POSITIONS  # not of a symbolic length, in an export
+    if n_rep == 1 or not is_short or is_causal or per_head:
         return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal, enable_gqa=n_rep > 1)
     # The query heads of a group are treated as further positions of one head, so that keys need not be copied.
     grouped = queries.reshape(bsz, n_kv_heads, n_rep * seqlen, head_dim)
@@ -499,9 +512,9 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> None:
         super().__init__()
         width = feed_forward_width(hidden_dim, multiple_of, ffn_dim_multiplier)
-        self.w1 = column_parallel(dim, width)
-        self.w2 = row_parallel(width, dim)
-        self.w3 = column_parallel(dim, width)
+        self.w1 = column_parallel(ColumnParallelLinear, dim, width)
+        self.w2 = row_parallel(RowParallelLinear, width, dim)
+        self.w3 = column_parallel(ColumnParallelLinear, dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -557,10 +570,10 @@ class Transformer(nn.Module):
         self.params = params
         self.vocab_size = sizes.vocab_size
         self.n_layers = sizes.n_layers
-        self.tok_embeddings = ParallelEmbedding(sizes.vocab_size, sizes.dim, init_method=leave_undefined)
+        self.tok_embeddings = parallel_embedding(ParallelEmbedding, sizes.vocab_size, sizes.dim)
         self.layers = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(sizes.n_layers))
         self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
-        self.output = column_parallel(sizes.dim, sizes.vocab_size, gather_output=True)
+        self.output = column_parallel(ColumnParallelLinear, sizes.dim, sizes.vocab_size, gather_output=True)
         # Twice max_seq_len, as in Meta's code; positions reach half of it, and padding a little further. Not a buffer:
         # `module.to(dtype)` would discard the imaginary parts.
         end = sizes.max_seq_len + max(sizes.max_seq_len, SPARE_POSITIONS)
@@ -591,10 +604,18 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the batch or the last position exceeds the cache.
         """
+        if use_cache:
+            return self._logits(tokens, self._checked(start_pos, tokens), last)
+        if isinstance(start_pos, CachePositions) or start_pos != 0:
+            raise ValueError(f"start_pos must be 0 with use_cache=False, got {start_pos}")
+        if tokens.size(1) > self.params.max_seq_len:
+            got = tokens.size(1)
+            raise ValueError(f"rows must have at most max_seq_len={self.params.max_seq_len} tokens, got {got}")
+        with without_autograd_functions(self):
+            return self._logits(tokens, None, last)
+
+    def _logits(self, tokens: Tensor, start: int | CachePositions | None, last: Tensor | None) -> Tensor:
         seqlen = tokens.size(1)
-        start = self._checked(start_pos, tokens) if use_cache else None
-        if not use_cache:
-            self._check_uncached(start_pos, seqlen)
         h = self.tok_embeddings(tokens)
         if self.freqs_cis.device != h.device:
             with torch.inference_mode(False):  # an inference tensor could not be used in training later
@@ -612,12 +633,6 @@ class Transformer(nn.Module):
             h = h[torch.arange(h.size(0), device=h.device), last].unsqueeze(1)
         logits: Tensor = self.output(h)
         return logits.float()
-
-    def _check_uncached(self, start_pos: object, seqlen: int) -> None:
-        if not isinstance(start_pos, int) or start_pos != 0:
-            raise ValueError(f"start_pos must be 0 with use_cache=False, got {start_pos}")
-        if seqlen > self.params.max_seq_len:
-            raise ValueError(f"rows must have at most max_seq_len={self.params.max_seq_len} tokens, got {seqlen}")
 
     def _checked(self, start_pos: int | Tensor | CachePositions, tokens: Tensor) -> int | CachePositions:
         """Converts `start_pos` to an int or a `CachePositions`, and checks that the tokens fit in the cache."""

@@ -791,7 +791,7 @@ def test_rotations_of_each_rows_own_positions_are_those_of_the_positions() -> No
 
 def test_rotations_are_reshaped_to_broadcast_over_the_heads() -> None:
     x = torch.zeros(2, 5, 3, 4)
-    for shape, expected in (((5, 4), (5, 1, 4)), ((2, 5, 4), (2, 5, 1, 4))):
+    for shape, expected in (((5, 4), (1, 5, 1, 4)), ((2, 5, 4), (2, 5, 1, 4))):
         assert reshape_for_broadcast(torch.zeros(shape), x).shape == expected
     with pytest.raises(AssertionError, match=r"freqs_cis must have shape \(5, 4\), got \(6, 4\)"):
         reshape_for_broadcast(torch.zeros(6, 4), x)

@@ -216,12 +216,12 @@ def _load_model(
         load_to_device(state, path, device=device, dtype=dtype)
     model = Transformer.from_state(args, state, cache_dtype=dtype)
     timings("weights")
-    layers = packable_layers(model)
+    layers = packable_layers(model) if packs else []
     for layer in layers:
         layer.kernels = kernels
         layer.quantize = quantize
     if quantize == "int4":
-        model.output.quantize = "int8"  # its errors are the logits' own
+        layers[-1].quantize = "int8"  # the output's errors are the logits' own
     if packs:
         model.pack(dtype, release=page_release(path))
         timings("packing" if quantize is None else "quantizing")

@@ -274,8 +274,8 @@ def _is_compiled_ahead(block: nn.Module) -> bool:
 
 def _most_rows(block: nn.Module) -> int:
     """How many rows a graph is for: from some number on, products with int4 weights have these dequantized."""
-    layers = [layer for layer in linear.packable_layers(block) if isinstance(layer.packed_form, Int4Weight)]
-    limits = [layer.kernels.dequantized_rows - 1 for layer in layers if layer.kernels.dequantized_rows is not None]
+    layers: list[Any] = [m for m in block.modules() if isinstance(getattr(m, "packed_form", None), Int4Weight)]
+    limits: list[int] = [n - 1 for layer in layers if (n := layer.kernels.dequantized_rows) is not None]
     return min([_cache_of(block).size(0), *limits])
 
 

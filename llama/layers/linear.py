@@ -1,4 +1,7 @@
-"""The sharded linear layers: fairscale's, each the owner of a faster form of its weight.
+"""What fairscale's sharded linear layers become when they own a faster form of their weight.
+
+A network is made of fairscale's own classes, which other code looks for; `packable_layers` turns them into the
+subclasses of this module.
 
 On a CPU, a weight in a blocked layout (packed), as bfloat16 or quantized to int8 or int4, is read faster than a plain
 one. The packed form is derived from the layer's own parameter and stands aside for good when that parameter changes,
@@ -11,8 +14,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -212,22 +217,6 @@ class _OwnsPackedForm(nn.Module):
         else:
             self._packed = _Packed(weight, None, _packed_values(weight.detach(), dtype, scratch))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """nn.Module's, which has a layer quantized if its part of `state_dict` is."""
-        local_metadata, _, _, _, errors = args
-        values, scales = (state_dict.get(prefix + name) for name in ("weight", "scales"))
-        if values is not None and (values.dtype == torch.int8) != (self.weight.dtype == torch.int8):
-            if not local_metadata.get("assign_to_params_buffers", False):
-                errors.append(
-                    f"{prefix}weight must have dtype {self.weight.dtype}, as it has here, got {values.dtype}; "
-                    "numbers with scales and plain weights take each other's place with assign=True only"
-                )
-                return
-            self.scales = None
-        if scales is not None and self.scales is None:
-            self.scales = nn.Parameter(torch.empty_like(scales), requires_grad=False)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles go without: the packed form is tied to this very parameter, and nothing can copy it.
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
@@ -254,16 +243,105 @@ class RowParallelLinear(_OwnsPackedForm, fairscale_layers.RowParallelLinear):  #
         return out if self.bias is None else out + self.bias
 
 
-def column_parallel(in_features: int, out_features: int, *, gather_output: bool = False) -> ColumnParallelLinear:
-    """A layer without bias whose outputs stay split unless gathered; its weight is undefined until it is loaded."""
-    return ColumnParallelLinear(
-        in_features, out_features, bias=False, gather_output=gather_output, init_method=leave_undefined
+class _ParallelEmbedding(fairscale_layers.ParallelEmbedding):  # type: ignore[misc]
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(
+            tokens,
+            self.weight,
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )
+
+
+_OWNERS: dict[type[nn.Module], type[nn.Module]] = {
+    fairscale_layers.ColumnParallelLinear: ColumnParallelLinear,
+    fairscale_layers.RowParallelLinear: RowParallelLinear,
+}
+
+
+def _own(layer: nn.Module) -> None:
+    """Makes a layer of fairscale's own class one that can own a form of its weight."""
+    owner = _OWNERS.get(type(layer))
+    if owner is not None:
+        layer.model_parallel_size = get_model_parallel_world_size()
+        layer.register_parameter("scales", None)
+        layer.__class__ = owner
+
+
+@contextmanager
+def without_autograd_functions(module: nn.Module) -> Iterator[None]:
+    """On one rank, lets fairscale's layers in a module's tree compute without autograd functions for the duration.
+
+    These are identities there, but `torch.func` and `torch.export` do not take them.
+    """
+    classes = {**_OWNERS, fairscale_layers.ParallelEmbedding: _ParallelEmbedding}
+    alone = get_model_parallel_world_size() == 1 and not torch.compiler.is_dynamo_compiling()
+    layers = [(layer, type(layer)) for layer in module.modules() if alone and type(layer) in classes]
+    try:
+        for layer, kind in layers:
+            if kind in _OWNERS:
+                _own(layer)
+            else:
+                layer.__class__ = classes[kind]
+        yield
+    finally:
+        for layer, kind in layers:
+            layer.__class__ = kind
+            layer._parameters.pop("scales", None)
+
+
+def column_parallel(cls: Any, in_features: int, out_features: int, *, gather_output: bool = False) -> Any:
+    """A layer without bias whose outputs stay split unless gathered; its weight is undefined until it is loaded.
+
+    Args:
+        cls: the class, with the constructor of fairscale's.
+    """
+    layer = cls(in_features, out_features, bias=False, gather_output=gather_output, init_method=leave_undefined)
+    return _prepared(layer, f"{in_features}, {out_features}, gather_output={gather_output}")
+
+
+def row_parallel(cls: Any, in_features: int, out_features: int) -> Any:
+    """A layer without bias whose inputs come split already; its weight is undefined until it is loaded."""
+    layer = cls(in_features, out_features, bias=False, input_is_parallel=True, init_method=leave_undefined)
+    return _prepared(layer, f"{in_features}, {out_features}")
+
+
+def parallel_embedding(cls: Any, num_embeddings: int, embedding_dim: int) -> Any:
+    """An embedding of undefined weight, split along `embedding_dim`."""
+    return _prepared(
+        cls(num_embeddings, embedding_dim, init_method=leave_undefined), f"{num_embeddings}, {embedding_dim}"
     )
 
 
-def row_parallel(in_features: int, out_features: int) -> RowParallelLinear:
-    """A layer without bias whose inputs come split already; its weight is undefined until it is loaded."""
-    return RowParallelLinear(in_features, out_features, bias=False, input_is_parallel=True, init_method=leave_undefined)
+def _prepared(layer: nn.Module, sizes: str) -> nn.Module:
+    """The layer, which can then load a quantized weight; its repr has the sizes, which fairscale's lacks."""
+    layer.register_load_state_dict_pre_hook(_prepare_load)
+    layer.extra_repr = partial(str, sizes)  # type: ignore[method-assign]  # can be pickled
+    return layer
+
+
+def _prepare_load(
+    layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
+) -> None:
+    """Has a layer quantized if its part of `state_dict` is."""
+    values, scales = (state_dict.get(prefix + name) for name in ("weight", "scales"))
+    weight = layer._parameters.get("weight")
+    if values is not None and weight is not None and (values.dtype == torch.int8) != (weight.dtype == torch.int8):
+        if not local_metadata.get("assign_to_params_buffers", False):
+            raise RuntimeError(
+                f"{prefix}weight must have dtype {weight.dtype}, as it has here, got {values.dtype}; "
+                "numbers with scales and plain weights take each other's place with assign=True only"
+            )
+        if scales is None:
+            layer._parameters.pop("scales", None)
+            layer.register_parameter("scales", None)
+    if scales is not None:
+        _own(layer)
+        if layer._parameters.get("scales") is None:
+            layer._parameters["scales"] = nn.Parameter(torch.empty_like(scales), requires_grad=False)
 
 
 def leave_undefined(weight: Tensor) -> Tensor:
@@ -272,7 +350,9 @@ def leave_undefined(weight: Tensor) -> Tensor:
 
 
 def packable_layers(module: nn.Module) -> list[_OwnsPackedForm]:
-    """The layers in a module's tree that can own a packed form."""
+    """The layers in a module's tree that can own a packed form, as instances of this module's classes."""
+    for layer in module.modules():
+        _own(layer)
     return [layer for layer in module.modules() if isinstance(layer, _OwnsPackedForm)]
 
 

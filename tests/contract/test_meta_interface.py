@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import inspect
 import json
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +153,8 @@ def test_signatures_are_metas_with_more_by_keyword_only(name: str) -> None:
     for key, default in SIGNATURES[name].items():
         assert positional[key].default == (inspect.Parameter.empty if default is REQUIRED else default), key
     for key, p in parameters.items():
-        assert key in positional or (p.kind is p.KEYWORD_ONLY and p.default is not inspect.Parameter.empty), key
+        optional = p.kind is p.VAR_KEYWORD or (p.kind is p.KEYWORD_ONLY and p.default is not inspect.Parameter.empty)
+        assert key in positional or optional, key
 
 
 def test_the_hyperparameters_and_their_defaults_are_metas() -> None:
@@ -816,3 +819,111 @@ def test_llama_1s_class_and_files(
     expected = llama.text_completion(prompts, temperature=0, max_gen_len=8, echo=True)
     assert results == [row["generation"] for row in expected]
     assert all(text.startswith(prompt) for text, prompt in zip(results, prompts, strict=True))
+
+
+# What other people's tools look for, and do to the network
+
+
+def test_sharded_layers_are_of_fairscales_exact_classes() -> None:
+    """DeepSpeed's loader and quantizers compare types. On a CPU, layers with a packed weight are of subclasses."""
+    model = fill(Transformer(small_args()))
+
+    def exact() -> list[int]:
+        classes = (ColumnParallelLinear, RowParallelLinear, ParallelEmbedding)
+        return [sum(type(m) is cls for m in model.modules()) for cls in classes]
+
+    assert exact() == [5 * model.n_layers + 1, 2 * model.n_layers, 1]
+    model(torch.tensor([[1, 2, 3]]), 0, use_cache=False)
+    assert exact() == [5 * model.n_layers + 1, 2 * model.n_layers, 1]
+    for name in ("ColumnParallelLinear", "RowParallelLinear", "ParallelEmbedding"):
+        assert getattr(llama.model, name) is globals()[name]
+
+
+def test_layer_classes_replaced_in_the_module_are_constructed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Column(ColumnParallelLinear):
+        pass
+
+    class Row(RowParallelLinear):
+        pass
+
+    class Embedding(ParallelEmbedding):
+        pass
+
+    for name, cls in (("ColumnParallelLinear", Column), ("RowParallelLinear", Row), ("ParallelEmbedding", Embedding)):
+        monkeypatch.setattr(llama.model, name, cls)
+    model = fill(Transformer(small_args()))
+    kinds = [type(module) for module in model.modules()]
+    found = [kinds.count(cls) for cls in (Column, Row, Embedding)]
+    assert found == [5 * model.n_layers + 1, 2 * model.n_layers, 1]
+    assert model(torch.tensor([[1, 2]]), 0).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reprs_have_the_sizes(dtype: str) -> None:
+    model = toy_of(dtype=dtype).model
+    dim, vocab_size = model.params.dim, model.params.vocab_size
+    for part in (
+        f"(tok_embeddings): ParallelEmbedding({vocab_size}, {dim})",
+        f"(wo): RowParallelLinear({dim}, {dim})",
+        f"(output): ColumnParallelLinear({dim}, {vocab_size}, gather_output=True)",
+        f"(norm): RMSNorm({dim}, eps={model.params.norm_eps})",
+    ):
+        assert part in repr(model)
+        assert part in repr(copy.deepcopy(model)) and part in repr(pickle.loads(pickle.dumps(model)))
+
+
+def test_a_norm_of_ones_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 8)
+    norm = RMSNorm(8)
+    expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps)
+    torch.testing.assert_close(norm._norm(x), expected)
+    monkeypatch.setattr(RMSNorm, "_norm", lambda self, x: 2 * x)
+    assert norm(x).equal(2 * x)
+
+
+def test_rotations_are_contiguous_and_in_the_dtype_of_each_input() -> None:
+    xq, xk = torch.randn(2, 5, 4, 8).bfloat16(), torch.randn(2, 5, 2, 8)
+    rotated = apply_rotary_emb(xq, xk, precompute_freqs_cis(8, 5))
+    for x, out in zip((xq, xk), rotated, strict=True):
+        assert out.dtype == x.dtype and out.shape == x.shape and out.is_contiguous()
+    complex_x = torch.zeros(2, 5, 4, 4, dtype=torch.complex64)
+    assert reshape_for_broadcast(precompute_freqs_cis(8, 5), complex_x).shape == (1, 5, 1, 4)
+
+
+def test_sizes_may_be_numpys() -> None:
+    sizes = {"dim": np.int64(16), "n_layers": np.int32(1), "n_heads": np.int64(2), "vocab_size": np.int64(11)}
+    args = ModelArgs(**sizes, norm_eps=np.float32(1e-5), max_batch_size=np.int64(2), max_seq_len=np.int64(8))
+    args.validate()
+    assert type(args.dim) is int and type(args.norm_eps) is float
+    with pytest.raises(ValueError, match="dim must be an integer"):
+        ModelArgs(**{**sizes, "dim": np.float64(16.0)}).validate()
+
+
+def test_per_sample_gradients_by_torch_func() -> None:
+    """As many rows as there are samples, whatever the cache's; no autograd function is in the way."""
+    model = fill(Transformer(small_args()))
+    tokens = torch.randint(1, model.vocab_size, (5, 6), generator=torch.Generator().manual_seed(0))
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, weights, (row[None, :-1], 0), {"use_cache": False})
+        return F.cross_entropy(logits[0], row[1:])
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, tokens)
+    model.requires_grad_()
+    for row in range(len(tokens)):
+        model.zero_grad()
+        F.cross_entropy(model(tokens[row : row + 1, :-1], 0)[0], tokens[row, 1:]).backward()
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(found[name][row], weight.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_a_pass_without_the_cache_is_exported_for_any_length() -> None:
+    model = fill(Transformer(small_args()))
+    tokens = torch.randint(1, model.vocab_size, (3, 7), generator=torch.Generator().manual_seed(0))
+    rows, length = torch.export.Dim("rows", min=2, max=64), torch.export.Dim("length", min=2, max=16)
+    shapes = {"tokens": {0: rows, 1: length}, "start_pos": None, "use_cache": None}
+    program = torch.export.export(model, (tokens, 0), {"use_cache": False}, dynamic_shapes=shapes).module()
+    for n_rows, seqlen in ((2, 16), (6, 2)):
+        tokens = torch.randint(1, model.vocab_size, (n_rows, seqlen), generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(program(tokens, 0, use_cache=False), model(tokens, 0, use_cache=False))

@@ -177,7 +177,7 @@ def groups() -> None:
 
 
 def make(dtype: torch.dtype = torch.bfloat16, dequantized_rows: int | None = 8) -> ColumnParallelLinear:
-    layer = column_parallel(IN, OUT)
+    layer = column_parallel(ColumnParallelLinear, IN, OUT)
     layer.weight = nn.Parameter(normal(OUT, IN).to(dtype), False)
     layer.kernels = Kernels(dequantized_rows=dequantized_rows)
     layer.quantize = "int4"

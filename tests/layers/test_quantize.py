@@ -49,7 +49,7 @@ def groups() -> None:
 
 
 def make(dtype: torch.dtype = torch.float32, *, requires_grad: bool = False) -> ColumnParallelLinear:
-    layer = column_parallel(IN, OUT)
+    layer = column_parallel(ColumnParallelLinear, IN, OUT)
     layer.weight = nn.Parameter(normal(OUT, IN).to(dtype), requires_grad)
     layer.quantize = "int8"
     layer.pack(dtype)
@@ -138,7 +138,7 @@ def test_the_default_device_and_dtype_make_no_difference() -> None:
     expected = make()(normal(3, IN))
     device, dtype = torch.get_default_device(), torch.get_default_dtype()
     x, weight = normal(3, IN), normal(OUT, IN)
-    layer = column_parallel(IN, OUT)
+    layer = column_parallel(ColumnParallelLinear, IN, OUT)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.quantize = "int8"
     torch.set_default_device("meta")
