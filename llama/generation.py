@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Sequence
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -65,7 +66,9 @@ from llama.inputs import (
     infilling_prompt_tokens,
     infilling_stop_ids,
     n_usable_ids,
+    vocab_size_of,
 )
+from llama.model import Transformer
 from llama.tokenizer import Tokenizer, pieces
 
 if TYPE_CHECKING:
@@ -122,7 +125,7 @@ class Llama:
         chat_format: how dialogs become ids; None for the tokenizer's built-in one, such as Llama 2's.
     """
 
-    model: Any
+    model: Transformer
     tokenizer: Tokenizer
     stepper: Stepper | None = None  # this and what follows: here for subclasses that do not call `__init__`
     draft_model: Any = None
@@ -152,6 +155,7 @@ class Llama:
             self._draft = ModelRunner(draft_model, choose_stepper(draft_model, cuda_graphs=cuda_graphs))
 
     @staticmethod
+    @torch.inference_mode(False)  # what is made in inference mode could not be used outside of it
     def build(
         ckpt_dir: str | Path,
         tokenizer_path: str | Path,
@@ -220,6 +224,8 @@ class Llama:
             dtype=dtype,
             quantize=quantize,
             threads=threads,
+            tokenizer_class=Tokenizer,
+            network_class=Transformer,
         )
         draft_model = models[1] if len(models) > 1 else None
         generator = Llama(
@@ -296,7 +302,7 @@ class Llama:
         args = self.model.params
 
         def check() -> tuple[list[list[int]], SamplingParams]:
-            n_ids = n_usable_ids(args.vocab_size, self.tokenizer)
+            n_ids = n_usable_ids(vocab_size_of(self.model, self.tokenizer), self.tokenizer)
             params = self._params(
                 temperature,
                 top_p,
@@ -564,7 +570,9 @@ class Llama:
         args = self.model.params
         rows = self._same_on_all_ranks(
             "score_tokens",
-            lambda: check_prompts(prompt_tokens, n_usable_ids(args.vocab_size, self.tokenizer), args.max_seq_len),
+            lambda: check_prompts(
+                prompt_tokens, n_usable_ids(vocab_size_of(self.model, self.tokenizer), self.tokenizer), args.max_seq_len
+            ),
         )
         return self._completer().score(rows)
 
@@ -575,7 +583,7 @@ class Llama:
         return self._complete(prompts, params)
 
     def _complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
-        return self._completer().complete(prompts, params)
+        return self._completer().complete(prompts, params) if prompts else []  # dialogs that are all unsafe
 
     def _completer(self) -> Completer:
         draw = None if sample_top_p is _built_in_sample_top_p else sample_top_p
@@ -594,8 +602,9 @@ class Llama:
 
     def _params(self, *args: Any, **kwargs: Any) -> SamplingParams:
         params = SamplingParams(*args, **kwargs)
-        params.check_ids(self.model.params.vocab_size)
-        check_form(self.tokenizer, self.model.params.vocab_size, params)
+        vocab_size = vocab_size_of(self.model, self.tokenizer)
+        params.check_ids(vocab_size)
+        check_form(self.tokenizer, vocab_size, params)
         if params.speculative == "draft" and self._draft is None:
             raise PromptError(
                 "speculative='draft' must have a draft model, got none; give draft_ckpt_dir to Llama.build"
@@ -616,7 +625,7 @@ class Llama:
         return encode_texts(texts, name, self.tokenizer, self.model.params.max_seq_len)
 
     def _max_gen_len(self, requested: int | None) -> int:
-        return max(1, self.model.params.max_seq_len - 1) if requested is None else requested
+        return max(1, index(self.model.params.max_seq_len) - 1) if requested is None else requested
 
 
 _built_in_generate = Llama.generate

@@ -270,6 +270,12 @@ def n_words_of(tokenizer: Any) -> int | None:
     return n_words if isinstance(n_words, int) else None
 
 
+def vocab_size_of(model: Any, tokenizer: Any) -> int:
+    """The number of ids that a model has logits for; the tokenizer's if the model's `params` lacks it."""
+    size: Any = getattr(model.params, "vocab_size", None)
+    return index(size) if size is not None else index(tokenizer.n_words)
+
+
 def n_usable_ids(vocab_size: int, tokenizer: Any) -> int:
     """The number of leading ids that are tokens; a network's embedding may have more rows."""
     n_words = n_words_of(tokenizer)

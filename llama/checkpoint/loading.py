@@ -124,6 +124,8 @@ def load_networks(
     dtype: str | torch.dtype | None,
     quantize: str | None,
     threads: int | None = None,
+    tokenizer_class: type[Tokenizer] = Tokenizer,
+    network_class: type[Transformer] = Transformer,
 ) -> tuple[Tokenizer, list[Transformer], dict[str, float]]:
     """Sets up the processes and loads this rank's shards; arguments and errors as in `Llama.build`.
 
@@ -139,7 +141,7 @@ def load_networks(
     shards = [find_shards(ckpt_dir, mp)]
     if draft_ckpt_dir is not None:
         shards.append(_find_draft_shards(draft_ckpt_dir, mp))
-    tokenizer = load_tokenizer(tokenizer_path, ckpt_dir)
+    tokenizer = load_tokenizer(tokenizer_path, ckpt_dir, tokenizer_class)
     sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
     args = [model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path) for folder in folders]
     for of_network in args:
@@ -159,7 +161,7 @@ def load_networks(
     same = ("build", args, mp, dtype, device.type, forms)
     try:
         with groups.loading_together(same), out_of_memory_explained(args[0], mp, dtype, str(device)):
-            models = [_load_model(source, mp, device, dtype, timings) for source in sources]
+            models = [_load_model(source, mp, device, dtype, timings, network_class) for source in sources]
     except VocabularyError as error:
         raise ValueError(
             f"{error}; the tokenizer {tokenizer_path} has {tokenizer.n_words} pieces: "
@@ -190,7 +192,12 @@ def _find_draft_shards(draft_ckpt_dir: str | Path, model_parallel_size: int) -> 
 
 
 def _load_model(
-    source: _Source, model_parallel_size: int, device: torch.device, dtype: torch.dtype, timings: Timings
+    source: _Source,
+    model_parallel_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    timings: Timings,
+    network_class: type[Transformer],
 ) -> Transformer:
     """The network with the weights of this rank's file.
 
@@ -214,7 +221,7 @@ def _load_model(
         check_range({name: magnitude(t) for name, t in state.items() if narrows(t, dtype)}, dtype)
     else:
         load_to_device(state, path, device=device, dtype=dtype)
-    model = Transformer.from_state(args, state, cache_dtype=dtype)
+    model = network_class.from_state(args, state, cache_dtype=dtype)
     timings("weights")
     layers = packable_layers(model) if packs else []
     for layer in layers:

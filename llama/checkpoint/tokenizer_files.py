@@ -9,10 +9,12 @@ from llama.tokenizer import Tokenizer
 from llama.tokenizer_json import JsonTokenizer
 
 
-def load_tokenizer(tokenizer_path: str | Path, ckpt_dir: str | Path) -> Tokenizer:
+def load_tokenizer(
+    tokenizer_path: str | Path, ckpt_dir: str | Path, tokenizer_class: type[Tokenizer] = Tokenizer
+) -> Tokenizer:
     """The tokenizer, with the tokens that end an answer; errors as in `Tokenizer` and `JsonTokenizer`."""
     path = Path(tokenizer_path)
-    tokenizer = JsonTokenizer(path) if _is_json(path) else Tokenizer(path)
+    tokenizer = JsonTokenizer(path) if _is_json(path) else tokenizer_class(path)
     folders = [path.parent, ckpt_dir]
     tokenizer.more_stop_ids = read_stop_ids(folders, tokenizer.special_tokens)
     return tokenizer

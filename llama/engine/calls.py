@@ -24,7 +24,7 @@ from llama.engine.sampling import Sampler
 from llama.engine.scoring import score, score_top
 from llama.engine.sequence import Call, TokenResult
 from llama.engine.sequence import Sequence as EngineSequence
-from llama.inputs import SamplingParams, n_usable_ids, n_words_of
+from llama.inputs import SamplingParams, n_usable_ids, n_words_of, vocab_size_of
 from llama.model import ModelArgs
 from llama.tokenizer import IncrementalDetokenizer
 
@@ -118,7 +118,7 @@ class Completer:
                 params,
                 row,
                 *samplers.sampler_and_noise_row(i),
-                vocab_size=self._model.params.vocab_size,
+                vocab_size=vocab_size_of(self._model, self._tokenizer),
             )
             for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
         )
@@ -237,7 +237,7 @@ class Request:
                         params,
                         completion,
                         sampler,
-                        vocab_size=engine.model.params.vocab_size,
+                        vocab_size=vocab_size_of(engine.model, tokenizer),
                         top_logprobs=top_logprobs,
                         continues=continues,
                     )
@@ -289,7 +289,7 @@ class _CallSamplers:
         self._params = params
         self._draw = draw
         self._device = device_of(model)
-        self._n_words = n_usable_ids(model.params.vocab_size, tokenizer)
+        self._n_words = n_usable_ids(vocab_size_of(model, tokenizer), tokenizer)
         self._replica, self._n_replicas = replica
         self._n_shared = min(n_prompts, model.params.max_batch_size * self._n_replicas)
         generator = default_generator(self._device)

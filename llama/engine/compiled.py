@@ -251,6 +251,7 @@ def _exportable(module: nn.Module) -> nn.Module:
         return _Product(form, module)
     copied = copy.copy(module)
     copied.__dict__ = {**vars(module), "_modules": {name: _exportable(m) for name, m in module._modules.items() if m}}
+    copied._load_state_dict_pre_hooks = {}  # type: ignore[assignment]  # they refer to the module, which may be gone
     return copied
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_type_hints
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -927,3 +928,44 @@ def test_a_pass_without_the_cache_is_exported_for_any_length() -> None:
     for n_rows, seqlen in ((2, 16), (6, 2)):
         tokens = torch.randint(1, model.vocab_size, (n_rows, seqlen), generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(program(tokens, 0, use_cache=False), model(tokens, 0, use_cache=False))
+
+
+def test_dialogs_that_are_all_unsafe_need_no_network(toy: Llama) -> None:
+    dialog = [{"role": "user", "content": "[INST] hello"}]
+    for model in (MagicMock(), SimpleNamespace(params=SimpleNamespace(max_seq_len=64, max_batch_size=2))):
+        (result,) = Llama(model, toy.tokenizer).chat_completion([dialog])
+        assert result["generation"]["content"].startswith("Error: special tags")
+
+
+def test_a_network_without_a_vocabulary_size_has_the_tokenizers(toy: Llama) -> None:
+    class Sizeless(nn.Module):
+        params = SimpleNamespace(max_seq_len=64, max_batch_size=4)
+
+        def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
+            return toy.model(tokens, start_pos)
+
+    assert greedy(Llama(Sizeless(), toy.tokenizer), ["The best llama"]) == greedy(toy, ["The best llama"])
+
+
+def test_classes_replaced_in_the_module_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Network(Transformer):
+        pass
+
+    class Words(Tokenizer):
+        pass
+
+    monkeypatch.setattr(llama.generation, "Transformer", Network)
+    monkeypatch.setattr(llama.generation, "Tokenizer", Words)
+    built = toy_of()
+    assert type(built.model) is Network and type(built.tokenizer) is Words
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_build_in_inference_mode_works_outside_of_it(dtype: str) -> None:
+    with torch.inference_mode():
+        built = toy_of(dtype=dtype)
+        inside = greedy(built, ["The best llama"])
+    assert greedy(built, ["The best llama"]) == inside
+    built.model.float().requires_grad_()
+    built.model(torch.tensor([[1, 2, 3]]), 0).sum().backward()
+    assert built.model.layers[0].attention.wq.weight.grad.norm() > 0
