@@ -250,8 +250,13 @@ def _exportable(module: nn.Module) -> nn.Module:
     if form is not None:
         return _Product(form, module)
     copied = copy.copy(module)
-    copied.__dict__ = {**vars(module), "_modules": {name: _exportable(m) for name, m in module._modules.items() if m}}
-    copied._load_state_dict_pre_hooks = {}  # type: ignore[assignment]  # they refer to the module, which may be gone
+    copied.__dict__ = {
+        **vars(module),
+        "_parameters": dict(module._parameters),
+        "_modules": {name: _exportable(m) for name, m in module._modules.items() if m},
+        "_load_state_dict_pre_hooks": {},  # they refer to the module, which may be gone
+    }
+    linear.own(copied)  # the process that compiles has no model-parallel group, which fairscale's own classes ask for
     return copied
 
 

@@ -262,7 +262,7 @@ _OWNERS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _own(layer: nn.Module) -> None:
+def own(layer: nn.Module) -> None:
     """Makes a layer of fairscale's own class one that can own a form of its weight."""
     owner = _OWNERS.get(type(layer))
     if owner is not None:
@@ -283,7 +283,7 @@ def without_autograd_functions(module: nn.Module) -> Iterator[None]:
     try:
         for layer, kind in layers:
             if kind in _OWNERS:
-                _own(layer)
+                own(layer)
             else:
                 layer.__class__ = classes[kind]
         yield
@@ -339,7 +339,7 @@ def _prepare_load(
             layer._parameters.pop("scales", None)
             layer.register_parameter("scales", None)
     if scales is not None:
-        _own(layer)
+        own(layer)
         if layer._parameters.get("scales") is None:
             layer._parameters["scales"] = nn.Parameter(torch.empty_like(scales), requires_grad=False)
 
@@ -352,7 +352,7 @@ def leave_undefined(weight: Tensor) -> Tensor:
 def packable_layers(module: nn.Module) -> list[_OwnsPackedForm]:
     """The layers in a module's tree that can own a packed form, as instances of this module's classes."""
     for layer in module.modules():
-        _own(layer)
+        own(layer)
     return [layer for layer in module.modules() if isinstance(layer, _OwnsPackedForm)]
 
 
