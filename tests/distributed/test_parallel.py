@@ -664,10 +664,10 @@ def test_ranks_that_build_different_networks_are_refused(split: Callable[..., Ch
         assert outcome.told[1].startswith("RankError: all ranks must make the same calls with the same arguments, got")
 
 
-def test_under_torchrun_the_error_of_a_shard_is_one_line_ahead_of_the_report(
+def test_under_torchrun_the_error_of_a_shard_stands_once_in_its_report(
     write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State, tokenizer_path: Path
 ) -> None:
-    """The other rank says in a line of its own why it stopped; neither prints a traceback."""
+    """Without a traceback of ours; the entry of the other rank says why that one stopped."""
     folder = write_checkpoint(params, state, 2)
     shard = torch.load(folder / "consolidated.01.pth", weights_only=True)
     torch.save(shard | {"norm.weight": torch.ones(3)}, folder / "consolidated.01.pth")
@@ -685,9 +685,7 @@ def test_under_torchrun_the_error_of_a_shard_is_one_line_ahead_of_the_report(
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
-    lines = done.stderr.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert done.returncode != 0 and len(errors) == 1, done.stderr
-    assert "norm.weight" in errors[0]
-    assert lines.index(errors[0]) < min(i for i, line in enumerate(lines) if "Traceback" in line or "failed (" in line)
+    assert done.returncode != 0
+    assert done.stderr.count("norm.weight must have shape") <= 2, done.stderr  # once per rank
+    assert "norm.weight must have shape" in done.stderr
     assert 'llama/generation.py"' not in done.stderr

@@ -264,9 +264,9 @@ def test_wrong_ways_are_refused(llama: Llama, checkpoint: Path, tokenizer_path: 
 def test_a_draft_of_another_vocabulary_is_refused(
     checkpoint: Path, write_checkpoint: Callable[..., Path], params: dict[str, Any], tokenizer_path: Path
 ) -> None:
-    other = params | {"vocab_size": params["vocab_size"] + 1}
+    other = params | {"vocab_size": params["vocab_size"] - 1}
     folder = write_checkpoint(other, oracle.random_state(other, seed=1))
-    with pytest.raises(ValueError, match="vocab_size must be the tokenizer's number of pieces"):
+    with pytest.raises(ValueError, match="vocab_size"):
         Llama.build(checkpoint, tokenizer_path, 16, 1, draft_ckpt_dir=folder)
 
 
