@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Generator, Iterable, Sequence
 from operator import index
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -252,6 +253,9 @@ class Llama:
         """What runs the network. Calls from all threads, on every `Llama` of the network, share its batch."""
         self._engine = engine_of(self.model, self.stepper, self._draft, reuse_prefixes=self.reuse_prefixes)
         return self._engine
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(\n{indent(f'model={self.model!r},', '  ')}\n  tokenizer={self.tokenizer!r},\n)"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_engine"}

@@ -389,7 +389,28 @@ def _with_metas_axes(cache: Tensor) -> Tensor:
     """A view (max_batch_size, max_seq_len, n_local_kv_heads, head_dim) of a buffer, without the spare positions."""
     if cache is None:  # freed
         return cache
-    return cache[:, :, :-SPARE_POSITIONS].transpose(1, 2)
+    return cache[:, :, :-SPARE_POSITIONS].transpose(1, 2).as_subclass(_CacheView)
+
+
+class _CacheView(Tensor):
+    """A view of the KV cache, a plain tensor for every operation; what is assigned to `data` is copied into it."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        return self.as_subclass(Tensor).data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.copy_(value.view(self.shape))  # of this very shape: not broadcast
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.detach().as_subclass(Tensor).clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 class Attention(nn.Module):

@@ -969,3 +969,65 @@ def test_a_build_in_inference_mode_works_outside_of_it(dtype: str) -> None:
     built.model.float().requires_grad_()
     built.model(torch.tensor([[1, 2, 3]]), 0).sum().backward()
     assert built.model.layers[0].attention.wq.weight.grad.norm() > 0
+
+
+def test_data_assigned_to_a_cache_counts_and_its_views_are_plain_tensors_elsewhere(tmp_path: Path) -> None:
+    model, tokens = fill(Transformer(small_args())), torch.tensor([[1, 2, 3]])
+    model(tokens, 0)
+    attention, expected = model.layers[0].attention, model(torch.tensor([[4]]), 3)
+    saved = attention.cache_k.clone()
+    assert type(saved) is Tensor and type(attention.cache_k + 1) is Tensor
+    assert type(copy.deepcopy(attention.cache_k)) is Tensor
+    torch.save(attention.cache_k, tmp_path / "k.pt")
+    assert torch.load(tmp_path / "k.pt", weights_only=True).equal(saved)
+    attention.cache_k.data = torch.zeros_like(saved)
+    assert not attention.cache_k.any() and not model(torch.tensor([[4]]), 3).equal(expected)
+    attention.cache_k.data = saved
+    torch.testing.assert_close(model(torch.tensor([[4]]), 3), expected)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        attention.cache_k.data = saved[:1]
+
+
+@pytest.mark.parametrize("prompts", [["The best llama"], ["The best llama"] * 3])
+def test_hooks_compute_with_the_position_where_rows_share_one(toy: Llama, prompts: list[str]) -> None:
+    """They slice the cache by it, and compare it with 0, as in Meta's package."""
+    seen = []
+
+    def watch(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        x, start_pos = args[:2]
+        bsz, n = x.shape[:2]
+        first = 0
+        if start_pos == 0:
+            first = 1
+        seen.append((first, start_pos, n, module.cache_k[:bsz, : start_pos + n].shape[1]))
+
+    expected = greedy(toy, prompts, n=4)
+    handle = toy.model.layers[0].attention.register_forward_hook(watch)
+    try:
+        assert greedy(toy, prompts, n=4) == expected
+    finally:
+        handle.remove()
+    assert [first for first, *_ in seen] == [1] + [0] * (len(seen) - 1) and len(seen) >= 3
+    end = 0
+    for _, start_pos, n, length in seen:
+        assert type(start_pos) is int and start_pos == end
+        end += n
+        assert length == end
+
+
+def test_blocks_can_be_checkpointed_in_a_pass_without_the_cache() -> None:
+    model = fill(Transformer(small_args())).requires_grad_()
+    tokens = torch.randint(1, model.vocab_size, (5, 6), generator=torch.Generator().manual_seed(0))
+    model(tokens, 0, use_cache=False).square().sum().backward()
+    expected = [weight.grad for weight in model.parameters()]
+    model.zero_grad()
+    for block in model.layers:
+        forward = block.forward
+        block.forward = lambda *args, forward=forward: checkpointed(forward, *args, use_reentrant=False)
+    model(tokens, 0, use_cache=False).square().sum().backward()
+    for weight, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient)
+
+
+def test_the_repr_of_a_llama_is_its_networks_and_tokenizers(toy: Llama) -> None:
+    assert repr(toy).startswith("Llama(\n  model=Transformer(\n") and "KVCache(4, 4, 64, 32)" in repr(toy)
