@@ -56,18 +56,17 @@ class Scripted:
     def __init__(self, network: nn.Module, agreement: float = 1.0) -> None:
         self.tokens: list[int] = []
         self._agreement = agreement
-        self._handle = network.register_forward_hook(self._force)
+        self._handle = network.register_forward_hook(self._force, with_kwargs=True)
 
     def start(self, script: Script) -> None:
         """Begins a text."""
         draw = random.Random(sum(script.prompt))  # other positions in each text
         self.tokens = [t if draw.random() < self._agreement else t - 1 for t in script.prompt + script.output]
 
-    def _force(self, _: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
-        start_pos = args[1]
-        first, n_positions = start_pos, logits.size(1)
-        if isinstance(start_pos, CachePositions):
-            first = int(start_pos.start[0]) + (0 if start_pos.last is None else int(start_pos.last[0]))
+    def _force(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Tensor) -> None:
+        start_pos, last = args[1], kwargs.get("last")
+        first = int(start_pos.start[0]) if isinstance(start_pos, CachePositions) else start_pos
+        first, n_positions = first + (0 if last is None else int(last[0])), logits.size(1)
         wanted = self.tokens[first + 1 : first + 1 + n_positions]
         for place, token in enumerate(wanted):
             logits[:, place, token] = 1e4

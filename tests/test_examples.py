@@ -203,18 +203,22 @@ def test_a_missing_tokenizer_is_named(checkpoint: Path) -> None:
         example_chat_completion.main(ckpt_dir=str(checkpoint))
 
 
-@pytest.mark.parametrize("vocab_size", [-1, 1536], ids=["by the tensors", "by params.json"])
-def test_a_tokenizer_of_another_vocabulary_is_named_with_both_sizes(
-    vocab_size: int, tmp_path: Path, tokenizer_path: Path
+@pytest.mark.parametrize("says_size", [False, True], ids=["by the tensors", "by params.json"])
+def test_a_tokenizer_of_a_larger_vocabulary_is_named_with_both_sizes(
+    says_size: bool, tmp_path: Path, checkpoint: Path
 ) -> None:
     """As when one checkpoint's folder is given and another one's tokenizer. Released files say -1."""
-    folder = shutil.copytree(TINY_LLAMA, tmp_path / "checkpoint")
-    (folder / "params.json").write_text(json.dumps(read_params(TINY_LLAMA) | {"vocab_size": vocab_size}))
+    tokenizer_path = TINY_LLAMA / "tokenizer.model"
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    n_rows = len(torch.load(folder / "consolidated.00.pth", weights_only=True)["tok_embeddings.weight"])
+    (folder / "params.json").write_text(
+        json.dumps(read_params(checkpoint) | {"vocab_size": n_rows if says_size else -1})
+    )
     with pytest.raises(ValueError, match=r"give the tokenizer\.model that") as error:
         example_text_completion.main(ckpt_dir=str(folder), tokenizer_path=str(tokenizer_path))
     assert f"the tokenizer {tokenizer_path}" in str(error.value)
     sizes = {int(number) for number in re.findall(r"\b\d+\b", str(error.value).replace(str(tokenizer_path), ""))}
-    assert {1536, Tokenizer(tokenizer_path).n_words} <= sizes
+    assert {n_rows, Tokenizer(tokenizer_path).n_words} <= sizes
 
 
 def test_a_seed_decides_what_is_sampled(capsys: pytest.CaptureFixture[str]) -> None:

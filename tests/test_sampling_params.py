@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from llama.chat import built_in_format
 from llama.engine.output import Completion, chat_prediction, completion_prediction
 from llama.engine.sequence import TokenResult
 from llama.errors import PromptError, quote
@@ -110,6 +111,9 @@ def test_stop_strings_may_be_read_only_once() -> None:
     assert SamplingParams(**(GOOD | {"stop": iter(["a", "b"])})).stop == ("a", "b")
 
 
+FORMAT = built_in_format(None)
+
+
 class Letters:
     """A tokenizer of the letters: "a" is 97."""
 
@@ -139,8 +143,8 @@ def test_a_text_completion_has_logprobs_only_if_asked_for() -> None:
 def test_a_chat_answer_is_the_assistants() -> None:
     row = completed("length")
     answer = {"generation": {"role": "assistant", "content": "ab"}, "finish_reason": "length"}
-    assert chat_prediction(row, SamplingParams(**GOOD)) == answer
-    assert chat_prediction(row, SamplingParams(**GOOD, logprobs=True)) == answer | {
+    assert chat_prediction(row, SamplingParams(**GOOD), FORMAT) == answer
+    assert chat_prediction(row, SamplingParams(**GOOD, logprobs=True), FORMAT) == answer | {
         "tokens": ["a", "b"],
         "logprobs": [-1.0, -2.0],
     }
@@ -148,7 +152,7 @@ def test_a_chat_answer_is_the_assistants() -> None:
 
 def test_a_dialog_that_was_not_run_has_no_tokens() -> None:
     answer = {"role": "assistant", "content": UNSAFE}
-    assert chat_prediction(None, SamplingParams(**GOOD))["generation"] == answer
-    assert "tokens" not in chat_prediction(None, SamplingParams(**GOOD))
-    result = chat_prediction(None, SamplingParams(**GOOD, logprobs=True))
+    assert chat_prediction(None, SamplingParams(**GOOD), FORMAT)["generation"] == answer
+    assert "tokens" not in chat_prediction(None, SamplingParams(**GOOD), FORMAT)
+    result = chat_prediction(None, SamplingParams(**GOOD, logprobs=True), FORMAT)
     assert (result["generation"], result["tokens"], result["logprobs"]) == (answer, [], [])
