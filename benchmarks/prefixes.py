@@ -22,7 +22,7 @@ from llama.tools.commandline import run
 
 _TURNS = 5
 _CHAT_TOKENS = 1000  # of the last turn's prompt
-_ANSWER_TOKENS = 20
+_ANSWER_TOKENS = 100  # and as many of each question
 _SYSTEM_TOKENS = 500
 _CLIENTS = 16
 _OUTPUT_TOKENS = 16
