@@ -42,7 +42,9 @@ def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:
     """Returns the tokenizer's `Vocabulary`, always the same one."""
     with _lock:
         by_size = _vocabularies.setdefault(tokenizer, {})
-        return by_size.setdefault(vocab_size, Vocabulary(tokenizer, vocab_size))
+        if vocab_size not in by_size:
+            by_size[vocab_size] = Vocabulary(tokenizer, vocab_size)
+        return by_size[vocab_size]
 
 
 class Vocabulary:

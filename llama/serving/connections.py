@@ -59,7 +59,7 @@ class Troubles:
         """asyncio's exception handler: it reports every connection that it cannot accept, thousands of times."""
         if isinstance(context.get("exception"), OSError) and "socket" in context:
             self.log(f"connections cannot be accepted: {context['exception']}")
-        else:
+        elif "_start_serving" not in context.get("message", ""):  # it tries to listen again, also after the end
             loop.default_exception_handler(context)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from llama import Llama
 from llama.engine.processors import make_process
 from llama.errors import PromptError
 from llama.inputs import SamplingParams
+from tests.support.ranks import run_ranks
 
 transformers = pytest.importorskip("transformers", reason="needs the package transformers, of the extra [test]")
 from transformers.generation import logits_process as hf  # noqa: E402
@@ -205,3 +208,30 @@ def test_random_rows_keep_what_top_k_and_min_p_allow(llama: Llama) -> None:
             logits = llama.model(torch.tensor([prompt]), 0)[0, -1]
             (row,), _ = llama.generate([prompt], 1, 2.0, 1.0, top_k=3)
             assert not row or row[0] in logits.topk(3).indices
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"temperature": 0.0, "repetition_penalty": 1.7, "frequency_penalty": 0.5},
+    {"temperature": 0.3, "seed": 2, "top_k": 4, "min_p": 0.05, "min_tokens": 3},
+    {"temperature": 0.0, "logits_processors": [hf.NoRepeatNGramLogitsProcessor(2)]},
+    {"temperature": 0.0, "structured_outputs": {"choice": ["yes", "no", "perhaps"]}},
+]
+
+
+def on_two_ranks(rank: int, folder: str, tokenizer_path: str) -> list[Any]:
+    llama = Llama.build(folder, tokenizer_path, 64, 4, 2, device="cpu", dtype="float32")
+    return [rows(llama, PROMPTS, **options) for options in OPTIONS]
+
+
+def test_two_ranks_sample_what_one_does(
+    llama: Llama,
+    write_checkpoint: Callable[..., Path],
+    params: dict[str, Any],
+    state: dict[str, Tensor],
+    tokenizer_path: Path,
+) -> None:
+    """Processors run on the first rank, whose tokens all ranks get."""
+    pytest.importorskip("llguidance", reason="needs the package llguidance, of the extra [structured]")
+    first, second = run_ranks(2, on_two_ranks, str(write_checkpoint(params, state, 2)), str(tokenizer_path))
+    assert first == second
+    assert first == [rows(llama, PROMPTS, **options) for options in OPTIONS]
