@@ -69,6 +69,7 @@ class Vocabulary:
         for token in by_length:
             if self._bytes[token] and self._id_of.setdefault(self._bytes[token], token) != token:
                 self._bytes[token] = b""
+        self._ll_tokenizers: dict[frozenset[int], Any] = {}  # some 19 MB each, by the ids that end an answer
         self._grammars: OrderedDict[tuple[AnswerForm, bool, frozenset[int]], Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -122,20 +123,24 @@ class Vocabulary:
         key = form, leading_space, stop_ids
         with self._lock:
             if key not in self._grammars:
-                self._grammars[key] = self._compile(form, leading_space, sorted(stop_ids))
+                self._grammars[key] = self._compile(form, leading_space, stop_ids)
                 if len(self._grammars) > _KEPT_GRAMMARS:
                     self._grammars.popitem(last=False)
             self._grammars.move_to_end(key)
             return self._grammars[key].deep_copy()
 
-    def _compile(self, form: AnswerForm, leading_space: bool, stop_ids: list[int]) -> Any:
+    def _compile(self, form: AnswerForm, leading_space: bool, stop_ids: frozenset[int]) -> Any:
         llguidance = _llguidance()
-        tokens = llguidance.LLTokenizer(self._wrapper, n_vocab=len(self._bytes), eos_token=stop_ids or [self._eos_id])
+        if stop_ids not in self._ll_tokenizers:
+            ends = sorted(stop_ids) or [self._eos_id]
+            self._ll_tokenizers[stop_ids] = llguidance.LLTokenizer(
+                self._wrapper, n_vocab=len(self._bytes), eos_token=ends
+            )
         answer = _grammar(form)
         grammar = {"grammars": [answer]}
         if leading_space:
             grammar = {"grammars": [{"name": "spaced", "lark_grammar": 'start: " " @answer'}, answer]}
-        matcher = llguidance.LLMatcher(tokens, json.dumps(grammar), log_level=0)
+        matcher = llguidance.LLMatcher(self._ll_tokenizers[stop_ids], json.dumps(grammar), log_level=0)
         if matcher.is_error():
             raise PromptError(
                 f"{form.kind} must be one that llguidance supports, got: {printable(matcher.get_error(), 300)}"
