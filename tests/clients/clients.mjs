@@ -1,6 +1,6 @@
 // Node's clients of OpenAI's API, each by its ordinary use: node clients.mjs URL MODEL
 import OpenAI from "openai";
-import { generateText, streamText } from "ai";
+import { generateObject, jsonSchema, generateText, streamText } from "ai";
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 
@@ -65,6 +65,13 @@ await check("openai: NotFoundError", () => raises(OpenAI.NotFoundError, () => mo
 await check("openai: the request's id", async () => (await chat.completions.create(ask))._request_id);
 
 const compatible = createOpenAICompatible({ name: "llama", baseURL, apiKey, includeUsage: true });
+const structured = createOpenAICompatible({ name: "llama", baseURL, apiKey, supportsStructuredOutputs: true });
+const schema = jsonSchema({
+  type: "object",
+  properties: { name: { enum: ["llama", "alpaca"] }, legs: { enum: [2, 4] } },
+  required: ["name", "legs"],
+  additionalProperties: false,
+});
 const openai = createOpenAI({ baseURL, apiKey });
 const ways = {
   "openai-compatible chat": compatible(model),
@@ -81,6 +88,8 @@ for (const [name, way] of Object.entries(ways)) {
     return (await joined(streamed.textStream, (text) => text)) && (await streamed.usage).totalTokens;
   });
   if (name.endsWith("completion")) continue;
+  await check(`ai: ${name}, generateObject`, async () =>
+    (await generateObject({ model: name.startsWith("openai-compatible") ? structured(model) : way, schema, prompt: "hi", maxRetries: 0 })).object.legs);
   const dialog = [
     { role: "user", content: "hi" },
     { role: "assistant", content: "hello" },

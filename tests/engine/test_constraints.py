@@ -188,6 +188,7 @@ def test_no_two_tokens_have_the_same_bytes_and_controls_none(llama: Llama) -> No
         ({"structured_outputs": {"grammar": "start: nothing"}}, "grammar must be one that llguidance supports"),
         ({"structured_outputs": {"json": {"type": "wrong"}}}, "json_schema must be one that llguidance supports"),
         ({"structured_outputs": {"json": {"not": {"type": "string"}}}}, "json_schema must be one that llguidance"),
+        ({"structured_outputs": {"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}}, "json_schema must be"),
         ({"structured_outputs": {"regex": "a" * 300_000}}, "must have at most 200000 characters"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos must be False"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "must not both be given"),

@@ -9,7 +9,7 @@ import pytest
 from llama import Llama
 from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, read_request
 from llama.serving.errors import ApiError
-from llama.serving.jobs import Job, Planner
+from llama.serving.jobs import Job, Planner, as_completed
 
 CONTEXT = 64  # of the fixture `llama`
 
@@ -126,3 +126,21 @@ def test_forms_of_answers_are_checked_before_they_run(planner: Planner) -> None:
     assert form is not None and form.kind == "json_schema"
     with pytest.raises(ApiError, match="regex must be one that llguidance supports"):
         job(planner, prompt="a", structured_outputs={"regex": "(["})
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 3, "repetition_penalty": 1.4}, {"structured_outputs": {"regex": "[a-z]{9}"}}]
+)
+def test_each_of_several_completions_has_its_own_processors(
+    llama: Llama, planner: Planner, options: dict[str, Any]
+) -> None:
+    """The j-th of n is the one that its seed gives alone."""
+    if "structured_outputs" in options:
+        pytest.importorskip("llguidance", reason="needs the package llguidance, of the extra [structured]")
+    body: dict[str, Any] = {"prompt": "fox fox", "max_tokens": 6, **options}
+    together = job(planner, **body, seed=5, n=3)
+    alone = [(i, job(planner, **body, seed=5 + i)) for i in range(3)]
+    (_, found), *_ = as_completed(llama, [("all", together)])
+    assert not isinstance(found, Exception)
+    expected = {key: pieces[0].text for key, pieces in as_completed(llama, alone) if not isinstance(pieces, Exception)}
+    assert [piece.text for piece in found] == [expected[i] for i in range(3)]
