@@ -142,9 +142,13 @@ class Planner:
                 **body.options(),
             )
             params.check_ids(self._vocab_size)
-            check_form(self.tokenizer, self._vocab_size, params)
         except PromptError as error:
             raise ApiError.of(error) from error
+        try:
+            check_form(self.tokenizer, self._vocab_size, params)
+        except PromptError as error:
+            param = "structured_outputs" if body.response_format is None else "response_format"
+            raise ApiError(f"{param}: {error}", param=param) from error
         except ImportError as error:
             raise ApiError(str(error), status=501, code="unsupported_parameter") from error
         return params
