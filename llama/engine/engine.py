@@ -273,14 +273,17 @@ class Engine:
             seconds = time.perf_counter() - started.started
             self._speculator.costs.observe(len(started.sequences) * started.width, seconds)
         for sequence, n_cached in zip(started.sequences, started.n_cached, strict=True):
+            mine = results.get(id(sequence), [])
+            if any(result.token == NOT_FINITE for result in mine):
+                self._clear_row(sequence)
             if sequence.is_finished:
                 continue
-            mine = results.get(id(sequence), [])
             if mine and self._speculator and sequence.draft_state:
                 self._speculator.observe(sequence, drafted[id(sequence)], len(mine) - 1)
             for result in mine:
                 if result.token == NOT_FINITE and not sequence.is_finished:
-                    self._fail_sequence(sequence)
+                    where = f"after token {len(sequence.tokens)} of sequence {sequence.index}"
+                    sequence.call.abort(NonFiniteLogitsError(where))  # the other calls go on
                 if not sequence.is_finished:
                     sequence.record(result)
             if sequence.call.error is not None:
@@ -288,13 +291,11 @@ class Engine:
             # Accepted drafts are cached too, as the newest token is.
             sequence.n_cached = min(n_cached + max(0, len(mine) - 1), len(sequence.tokens))
 
-    def _fail_sequence(self, sequence: Sequence) -> None:
-        """Ends the call of a sequence whose logits are not finite. The other calls go on."""
-        # Masked attention to NaN gives NaN: nothing of it may stay in the row.
+    def _clear_row(self, sequence: Sequence) -> None:
+        """Clears the row of a sequence that may have NaN in it: attention to NaN gives NaN, even where it is masked."""
         assert self._runner is not None
         self._runner.clear_row(self._rows.running.index(sequence))
         sequence.n_cached = 0
-        sequence.call.abort(NonFiniteLogitsError(f"after token {len(sequence.tokens)} of sequence {sequence.index}"))
 
     def _next_pass(self) -> _Pass | None:
         """Runs the next pass: the sequences in front that lack their newest token alone, or some that lack more."""
@@ -462,6 +463,9 @@ class Engine:
             return
         if runner.one_position and not all(sequence.is_finished for sequence in running):
             return
+        for sequence in running:
+            if sequence.is_finished and not sequence.is_level:  # nobody has looked at the logits after its prompt
+                self._clear_row(sequence)
         keep = self._state is not None and self._state.is_same(thorough=True)
         self._rows.remove_finished(self._caches(), keep=keep)
 

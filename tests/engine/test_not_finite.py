@@ -50,8 +50,34 @@ def test_a_call_raises_and_the_next_ones_are_right(
     expected, _ = broken.generate(GOOD, 8, **options, speculative=speculative)
     for _ in range(4):
         with pytest.raises(NonFiniteLogitsError, match=ERROR):
-            broken.generate([*GOOD, BAD], 8, **options, speculative=speculative)
+            broken.generate([*GOOD, BAD, BAD], 8, **options, speculative=speculative)
     assert broken.generate(GOOD, 8, **options, speculative=speculative)[0] == expected
+
+
+def test_every_row_that_holds_nan_is_cleared(broken: Llama) -> None:
+    """Also those of a call that another of its rows has ended already, or that is aborted halfway through a prompt."""
+    from llama.engine.sampling import Sampler
+    from llama.engine.sequence import Sequence
+
+    expected = broken.generate(GOOD, 20, 0.0)
+    with pytest.raises(NonFiniteLogitsError):
+        broken.generate([BAD] * 3, 8, 0.0)
+    assert broken.generate(GOOD, 20, 0.0) == expected
+
+    def call(prompt: list[int]) -> Call:
+        return Call([Sequence(list(prompt), Sampler(0.0, 1.0, 1, torch.Generator()), 0, 30, frozenset())])
+
+    engine, calls = broken.engine, [call(GOOD[1]), call(BAD), call(BAD)]
+    engine.add(calls[0])
+    engine.advance()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama.engine.runner.PASS_COST", {"cpu": 1})  # chunks of 16 tokens
+        engine.add(calls[1])
+        engine.add(calls[2])
+        engine.advance()
+    for each in calls:
+        engine.abort(each)
+    assert broken.generate(GOOD, 20, 0.0) == expected
 
 
 def test_other_calls_in_the_batch_go_on(broken: Llama) -> None:
