@@ -164,10 +164,9 @@ class DraftModel:
         """Drafts `n` tokens for each sequence with speculative="draft"."""
         tokens = [s.tokens if s.speculative == "draft" else [0] for s in sequences]
         lengths = self._fill(tokens)
-        width = max(len(t) - length for t, length in zip(tokens, lengths, strict=True))
         pending = [t[length:] for t, length in zip(tokens, lengths, strict=True)]
         device = self._runner.device
-        logits = self._runner.decode(to_device(pad(pending, width), device).view(len(tokens), width), lengths)
+        logits = self._runner.decode(self._runner.pad(pending), lengths)
         last = to_device([len(p) - 1 for p in pending], device)
         logits = logits[torch.arange(len(tokens), device=device), last]
         drafts = [self._sample(logits, sequences, 0)]
@@ -315,8 +314,3 @@ def _limits(sequences: abc.Sequence[Sequence]) -> list[int]:
 def _expected(rate: float, n: int) -> float:
     """The expected number of new tokens from a pass with `n` drafted tokens, each accepted with probability `rate`."""
     return 1.0 + n if math.isclose(rate, 1) else (1 - rate ** (n + 1)) / (1 - rate)
-
-
-def pad(rows: abc.Sequence[abc.Sequence[int]], width: int) -> list[int]:
-    """Right-pads rows with 0 to `width`, and concatenates them."""
-    return [token for row in rows for token in (*row, *[0] * (width - len(row)))]
