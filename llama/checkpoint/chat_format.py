@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llama.chat import B_INST, B_SYS, E_INST, E_SYS, ChatFormat
-from llama.chat_template import TemplateChatFormat
 from llama.errors import PromptError, read_json_object
-from llama.sandbox import Template
+from llama.text.chat_template import TemplateChatFormat
+from llama.text.sandbox import Template
 
 CHAT_FORMAT_FILE = "chat_format.json"
 _GENERATION = "generation_config.json"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama.checkpoint.chat_format import read_stop_ids
+from llama.text.tokenizer_json import JsonTokenizer
 from llama.tokenizer import Tokenizer
-from llama.tokenizer_json import JsonTokenizer
 
 
 def load_tokenizer(

@@ -18,7 +18,6 @@ import torch
 
 from llama import Llama, Message
 from llama.chat import B_INST, B_SYS, E_INST, E_SYS, StepChatFormat, built_in_format, check_dialog
-from llama.chat_template import TemplateChatFormat
 from llama.checkpoint.reading import find_tokenizer
 from llama.distributed import groups
 from llama.engine.lock import lock_of
@@ -28,6 +27,7 @@ from llama.engine.scoring import logits_in_slices
 from llama.errors import missing_extra, quote
 from llama.inputs import SamplingParams
 from llama.serving.jobs import Job, as_completed
+from llama.text.chat_template import TemplateChatFormat
 
 try:
     import lm_eval.models  # noqa: F401 (registers the harness's own classes, as it does only before any other)

@@ -13,7 +13,7 @@ from typing import Any
 
 from llama.chat import ChatFormat, Dialog, check_messages
 from llama.errors import PromptError
-from llama.sandbox import Template, TemplateError
+from llama.text.sandbox import Template, TemplateError
 from llama.tokenizer import split_at, stop_ids
 
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # characters that Unicode keeps for uses inside of a program

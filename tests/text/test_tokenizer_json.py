@@ -15,17 +15,17 @@ import pytest
 import torch
 
 from llama import Llama, Tokenizer
-from llama.chat_template import TemplateChatFormat
 from llama.checkpoint.chat_format import read_chat_format
 from llama.checkpoint.reading import find_tokenizer
 from llama.checkpoint.tokenizer_files import load_tokenizer
+from llama.text.chat_template import TemplateChatFormat
+from llama.text.tokenizer_json import JsonTokenizer
 from llama.tokenizer import StreamDecoder
-from llama.tokenizer_json import JsonTokenizer
 from llama.tools.convert import from_hf
 from tests.support.templates import CHATML, IM
 from tests.support.tokenizers import TEXT
-from tests.test_chat_template import random_dialog
 from tests.test_tokenizer import ALPHABET, TEXTS
+from tests.text.test_chat_template import random_dialog
 
 tokenizers = pytest.importorskip("tokenizers")
 QUESTION: Any = [{"role": "user", "content": "The fox?"}]

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from llama.sandbox import MAX_TEMPLATE_CHARS, Template, TemplateError
+from llama.text.sandbox import MAX_TEMPLATE_CHARS, Template, TemplateError
 
 GROWING = "{% set ns = namespace(x='a', n=3, l=[1]) %}{% for i in range(1000) %}"
 REFUSED = {

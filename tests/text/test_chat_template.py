@@ -12,9 +12,9 @@ import pytest
 
 from llama import Tokenizer
 from llama.chat import ChatFormat
-from llama.chat_template import TemplateChatFormat
 from llama.checkpoint.chat_format import read_chat_format
 from llama.errors import PromptError
+from llama.text.chat_template import TemplateChatFormat
 from tests.support.templates import CHATML, IM, LLAMA2, MISTRAL, VICUNA, ZEPHYR, hf_folder
 from tests.support.tokenizers import Foreign
 from tests.test_tokenizer import ALPHABET

@@ -1,0 +1,1 @@
+"""Other chat templates and tokenizers than Llama's: Jinja texts and `tokenizer.json`."""
