@@ -19,6 +19,8 @@ class _Message(TypedDict):
 
 
 class Message(_Message, total=False):
+    """A message of a dialog: `{"role": "system", "user" or "assistant", "content": text}`."""
+
     destination: str  # Code Llama 70B: whom the message is for
 
 

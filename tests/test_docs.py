@@ -1,14 +1,20 @@
-"""Every Python snippet of two pages runs, in order and in one namespace, and prints what the page shows."""
+"""Every Python snippet of two pages runs, in order and in one namespace, and prints what the page shows.
+
+The API reference is what the docstrings say.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import llama
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "inspecting.md"
@@ -58,3 +64,12 @@ def test_links_within_the_page_lead_somewhere(path: Path) -> None:
             if target.startswith("#")
             else target.startswith("https://") or (path.parent / target).exists()
         ), target
+
+
+def test_the_api_reference_is_what_the_docstrings_say() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["page"]()
+    written = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert made == written, "a docstring or signature has changed: run python docs/make_api.py"
+    public = {*llama.__all__} - {"Dialog"}  # an alias
+    methods = {f"Llama.{name}" for name in vars(llama.Llama) if callable(getattr(llama.Llama, name)) and name[0] != "_"}
+    assert public | methods <= set(re.findall(r"^#+ `([\w.]+)`$", written, flags=re.MULTILINE))

@@ -40,11 +40,11 @@ from tests.test_examples import clean_environment, free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # a module that is run anew
 README = ROOT / "README.md"
-# inspecting.md has tests of its own
+# test_docs.py tests the other two
 PAGES = [
     README,
     ROOT / "CONTRIBUTING.md",
-    *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "inspecting.md"),
+    *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in ("api.md", "inspecting.md")),
 ]
 NEEDS = ("a network", "the released weights", "a GPU", "minutes", "a running server")
 MOST_WORDS = 1200

@@ -17,13 +17,17 @@ TokenScore = tuple[float | None, TopLogprobs]  # a log-probability, None for a p
 
 
 class CompletionPrediction(TypedDict, total=False):
+    """A result of `Llama.text_completion`."""
+
     generation: str
-    finish_reason: FinishReason
+    finish_reason: FinishReason  # "stop", or "length" where the limit of tokens ended it
     tokens: list[str]  # with logprobs
     logprobs: list[float]  # with logprobs
 
 
 class ChatPrediction(TypedDict, total=False):
+    """A result of `Llama.chat_completion`."""
+
     generation: Message
     finish_reason: FinishReason
     tokens: list[str]  # with logprobs
@@ -31,14 +35,18 @@ class ChatPrediction(TypedDict, total=False):
 
 
 class InfillingPrediction(TypedDict, total=False):
-    generation: str
-    full_text: str
+    """A result of `Llama.text_infilling`."""
+
+    generation: str  # the text between prefix and suffix
+    full_text: str  # prefix, generation and suffix
     finish_reason: FinishReason
     tokens: list[str]  # with logprobs
     logprobs: list[float]  # with logprobs
 
 
 class Score(TypedDict):
+    """A result of `Llama.score`."""
+
     logprob: float  # sum of `logprobs`
     tokens: list[str]
     logprobs: list[float]
