@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import runpy
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,25 @@ def test_the_snippets_run_in_order_and_print_what_is_shown(page: Path, monkeypat
             exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)  # errors name the page's lines
         assert out.getvalue() == expected, f"the output of the snippet at {page.name}:{line} is another one"
     assert len(found) >= PAGES[page]
+
+
+def test_the_notebook_has_the_page_and_its_snippets() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_notebook.py"))["as_json"]()
+    path = ROOT / "examples" / "inspecting.ipynb"
+    assert path.read_text(encoding="utf-8") == made, "inspecting.md has changed: run python docs/make_notebook.py"
+    codes = ["".join(cell["source"]) + "\n" for cell in json.loads(made)["cells"] if cell["cell_type"] == "code"]
+    assert codes[1:] == [code for _, code, _ in snippets(PAGE.read_text(encoding="utf-8"))]
+
+
+def test_the_notebook_runs_in_its_folder_and_prints_what_it_shows() -> None:
+    nbformat = pytest.importorskip("nbformat", reason="running the notebook needs nbformat, nbclient and ipykernel")
+    nbclient = pytest.importorskip("nbclient", reason="running the notebook needs nbformat, nbclient and ipykernel")
+    pytest.importorskip("ipykernel", reason="running the notebook needs nbformat, nbclient and ipykernel")
+    written = nbformat.read(ROOT / "examples" / "inspecting.ipynb", as_version=4)
+    run = nbclient.NotebookClient(deepcopy(written), resources={"metadata": {"path": ROOT / "examples"}}).execute()
+    for before, after in zip(written.cells, run.cells, strict=True):
+        if before.cell_type == "code":
+            assert after.outputs == before.outputs, before.source
 
 
 def test_output_behind_a_snippet_belongs_to_it() -> None:

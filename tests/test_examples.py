@@ -59,6 +59,33 @@ def free_port() -> int:
         return port
 
 
+PRINTED = {  # by each script of examples/, among other lines
+    "stream": "Put one egg yolk",
+    "score": "The capital of France is Paris.   -0.0 -0.0",
+    "hook": "block 3: 1 tokens in this pass",
+    "patch_activation": "block 0, token 27 (3): the answer is 8",
+    "lora": "is Dolly.",
+    "logits_processor": "', ",
+    "json_schema": "{'city': ",
+    "infilling": "The capital of France is Paris.",
+    "client": "Put one egg yolk",
+    "batch": "cheese:fromage (stop)",
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "examples").glob("*.py")))
+def test_a_script_of_the_folder_runs_without_arguments(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [f"examples/{name}.py"])
+    runpy.run_path(f"examples/{name}.py", run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
+    assert any(PRINTED[name] in line for line in printed), printed
+    if name == "logits_processor":
+        assert "e" in printed[0] and "e" not in printed[1]
+
+
 @pytest.fixture(scope="module")
 def chat_answers() -> str:
     return torchrun(CHAT, "--temperature", "0")[0]
