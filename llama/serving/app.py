@@ -6,9 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -19,26 +18,26 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from llama import __version__
-from llama.engine.output import Piece
 from llama.errors import printable, quote
 from llama.serving.access import LEFT, Guard, Observe, check_key, error_response
 from llama.serving.chat_page import page_routes
 from llama.serving.endpoints import (
     CHAT_URL,
     COMPLETIONS_URL,
-    check_model,
+    RESPONSES_URL,
     detokenize,
     read_request,
     tokenize,
     tokenizer_info,
 )
 from llama.serving.errors import ApiError
-from llama.serving.formats import Answer
-from llama.serving.jobs import Job, Planner
+from llama.serving.fields import Unknown
+from llama.serving.formats import CompletionAnswer
+from llama.serving.jobs import Planner
 from llama.serving.metrics import CONTENT_TYPE, Metrics
 from llama.serving.openapi import describe
-from llama.serving.protocol import Unknown, parse_json
-from llama.serving.responses import RESPONSES_URL, read_response
+from llama.serving.protocol import check_model, parse_json
+from llama.serving.responses import ResponseAnswer
 from llama.serving.run import RETRY_AFTER_S, ClientLeftError, Run, while_connected
 from llama.serving.service import Service
 
@@ -96,13 +95,7 @@ class Server:
         self.planner = Planner(service.llama, max_choices, speculative=self.speculative)
         if self.max_body_bytes is None:
             self.max_body_bytes = max(2**20, 16 * params.max_seq_len * params.max_batch_size)
-        self.metrics.watch("llama_requests_open", "Requests that are not finished.", lambda: service.n_requests)
-        self.metrics.watch("llama_sequences_running", "Sequences in slots of the cache.", lambda: service.n_running)
-        self.metrics.watch("llama_sequences_waiting", "Sequences that wait for a slot.", lambda: service.n_waiting)
-        self.metrics.watch_count("llama_generated_tokens", "Generated tokens.", lambda: service.n_generated)
-        self.metrics.watch_count(
-            "llama_cached_prompt_tokens", "Prompt tokens that the cache held already.", lambda: service.engine.n_reused
-        )
+        self.metrics.watch(service)
         self.service = service
 
     def failed(self, error: BaseException) -> None:
@@ -199,16 +192,10 @@ def _guarded_routes(server: Server) -> APIRouter:
         return JSONResponse(tokenizer_info(server.parts()[1]))
 
     @routes.post(CHAT_URL)
-    async def chat_completions(request: Request) -> Response:
-        return await _complete(server, request, CHAT_URL)
-
-    @routes.post(RESPONSES_URL)
-    async def responses(request: Request) -> Response:
-        return await _complete(server, request, RESPONSES_URL)
-
     @routes.post(COMPLETIONS_URL)
+    @routes.post(RESPONSES_URL)
     async def completions(request: Request) -> Response:
-        return await _complete(server, request, COMPLETIONS_URL)
+        return await _complete(server, request, request.scope["route"].path)
 
     return routes
 
@@ -222,7 +209,7 @@ def _model(server: Server) -> dict[str, Any]:
 async def _of_body(server: Server, request: Request, do: Callable[[Any, Planner, str], dict[str, Any]]) -> Response:
     """Answers a request that takes no part of the network."""
     _, planner = server.parts()
-    async with _Reading(server, request) as raw:
+    async with _body_of(server, request) as raw:
         answer = await asyncio.to_thread(lambda: do(parse_json(raw), planner, server.model_name))
     return JSONResponse(answer)
 
@@ -232,18 +219,17 @@ async def _complete(server: Server, request: Request, url: str) -> Response:
     arrived = time.perf_counter()
     service, planner = server.parts()
     unknown = Unknown(ignore=server.ignore_unknown)
-    read = read_response if url == RESPONSES_URL else partial(read_request, url)
-    async with _Reading(server, request) as raw:
-        asked = await asyncio.to_thread(lambda: read(parse_json(raw), planner, server.model_name, unknown))
+    rest = (planner, server.model_name, unknown, server.fingerprint)
+    async with _body_of(server, request) as raw:
+        asked = await asyncio.to_thread(lambda: read_request(url, parse_json(raw), *rest))
     run = Run(service, asked.job, server.metrics, arrived=arrived, timeout_s=server.timeout_s)
     request.state.run = run
-    answer = asked.answer(server.model_name, server.fingerprint)
     headers = _note_ignored(server, unknown.ignored)
-    if asked.body.stream:
-        return _EventStream(run, _events(run, answer), server.timeout_s, headers)
+    if asked.is_stream:
+        return _EventStream(run, asked.answer, server.timeout_s, headers)
     with run:
-        pieces = await while_connected(_pieces(run, asked.job), request.receive, server.timeout_s)
-    return JSONResponse(answer.whole(pieces, run.counts), headers=headers)
+        pieces = await while_connected(run.all_pieces(), request.receive, server.timeout_s)
+    return JSONResponse(asked.answer.whole(pieces, run.counts), headers=headers)
 
 
 def _note_ignored(server: Server, names: Sequence[str]) -> dict[str, str]:
@@ -256,99 +242,60 @@ def _note_ignored(server: Server, names: Sequence[str]) -> dict[str, str]:
     return {"X-Ignored-Fields": shown} if names else {}
 
 
-class _Reading:
-    """Reads a request's body; as a context, counts it towards the sum of all that are in memory."""
+@asynccontextmanager
+async def _body_of(server: Server, request: Request) -> AsyncIterator[bytes]:
+    """A request's body. Until the context ends, it counts towards the sum of all bodies in memory."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(f"the header Content-Type must be application/json, got {quote(kind)}", status=415)
+    if (encoding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        raise ApiError(f"the body must not be compressed, got Content-Encoding {quote(encoding)}", status=415)
+    _check_size(server, int(request.headers.get("content-length", "0")))  # before anything of it is read
+    body = bytearray()
+    try:
+        await asyncio.wait_for(_read_into(body, server, request), _BODY_S)
+        yield bytes(body)
+    finally:
+        server.n_body_bytes -= _counted(body)
 
-    def __init__(self, server: Server, request: Request) -> None:
-        self._server = server
-        self._request = request
-        self._n_counted = 0
 
-    async def __aenter__(self) -> bytes:
-        headers = self._request.headers
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError(f"the header Content-Type must be application/json, got {quote(kind)}", status=415)
-        if (encoding := headers.get("content-encoding", "identity")).lower() != "identity":
-            raise ApiError(f"the body must not be compressed, got Content-Encoding {quote(encoding)}", status=415)
-        try:
-            self._check(int(headers.get("content-length", "0")))  # before anything of it is read
-            return await asyncio.wait_for(self._read(), _BODY_S)
-        except asyncio.TimeoutError:
-            self._forget()
-            raise ApiError(f"the body must come within {_BODY_S:g} seconds", status=408) from None
-        except BaseException:
-            self._forget()
-            raise
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        self._forget()
-
-    async def _read(self) -> bytes:
-        body = bytearray()
-        async for chunk in self._request.stream():
-            body += chunk
-            self._check(len(body))
-            self._count(len(body))
-        return bytes(body)
-
-    def _check(self, n_bytes: int) -> None:
-        limit = self._server.max_body_bytes
-        if limit is not None and n_bytes > limit:
-            headers = {"Connection": "close"}
-            raise ApiError(f"the body must have at most {limit} bytes", status=413, headers=headers)
-
-    def _count(self, n_bytes: int) -> None:
-        more = max(0, n_bytes - _SMALL_BODY) - self._n_counted
-        self._n_counted += more
-        self._server.n_body_bytes += more
-        if more and self._server.n_body_bytes > _OPEN_BODIES * (self._server.max_body_bytes or 0):
-            headers = {"Connection": "close", "Retry-After": str(RETRY_AFTER_S)}
+async def _read_into(body: bytearray, server: Server, request: Request) -> None:
+    async for chunk in request.stream():
+        before = _counted(body)
+        body += chunk
+        server.n_body_bytes += _counted(body) - before
+        _check_size(server, len(body))
+        if _counted(body) > before and server.n_body_bytes > _OPEN_BODIES * (server.max_body_bytes or 0):
             raise ApiError(
                 "the bodies of other requests take all of the memory for them; try again later",
                 status=503,
                 code="bodies_full",
-                headers=headers,
+                headers={"Connection": "close", "Retry-After": str(RETRY_AFTER_S)},
             )
 
-    def _forget(self) -> None:
-        self._server.n_body_bytes -= self._n_counted
-        self._n_counted = 0
+
+def _counted(body: bytearray) -> int:
+    return max(0, len(body) - _SMALL_BODY)
 
 
-async def _pieces(run: Run, job: Job) -> list[list[Piece]]:
-    """The pieces of each choice, once all are complete."""
-    pieces: list[list[Piece]] = [[] for _ in range(job.n_choices)]
-    async for piece in run.pieces():
-        pieces[piece.choice].append(piece)
-    return pieces
-
-
-async def _events(run: Run, answer: Answer) -> AsyncIterator[bytes]:
-    """The server-sent events of a streamed answer."""
-    for event in answer.start(run.counts):
-        yield event
-    try:
-        async for piece in run.pieces():
-            for event in answer.events(piece, run.counts):
-                yield event
-    except ApiError as error:
-        yield answer.failed(error)
-        return
-    for event in answer.end(run.counts):
-        yield event
+def _check_size(server: Server, n_bytes: int) -> None:
+    if server.max_body_bytes is not None and n_bytes > server.max_body_bytes:
+        message = f"the body must have at most {server.max_body_bytes} bytes"
+        raise ApiError(message, status=413, headers={"Connection": "close"})
 
 
 class _EventStream(Response):
-    """Sends events as they come, until the client leaves."""
+    """Sends an answer's events as they come, until the client leaves."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, run: Run, events: AsyncIterator[bytes], timeout_s: float, headers: dict[str, str]) -> None:
+    def __init__(
+        self, run: Run, answer: CompletionAnswer | ResponseAnswer, timeout_s: float, headers: dict[str, str]
+    ) -> None:
         self.status_code = 200
         self.background = None
         self._run = run
-        self._events = events
+        self._answer = answer
         self._timeout_s = timeout_s
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
 
@@ -358,15 +305,31 @@ class _EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for chunk in self._events:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        async for event in self._events():
+            await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        run, answer = self._run, self._answer
+        for event in answer.start(run.counts):
+            yield event
+        try:
+            async for piece in run.pieces():
+                for event in answer.events(piece, run.counts):
+                    yield event
+        except ApiError as error:
+            yield answer.failed(error)
+            return
+        for event in answer.end(run.counts):
+            yield event
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     """The response for an error, in OpenAI's form."""
     if isinstance(error, (ClientLeftError, ClientDisconnect)):
         return Response(status_code=LEFT)
+    if isinstance(error, asyncio.TimeoutError):
+        error = ApiError(f"the body must come within {_BODY_S:g} seconds", status=408)
     if isinstance(error, HTTPException):
         error = ApiError(
             f"{request.method} {printable(request.url.path)}: {printable(error.detail)}",

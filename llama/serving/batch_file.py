@@ -1,4 +1,4 @@
-"""OpenAI's batch file format: from a line of requests to its work, and from completions to a line of results.
+"""Completes files of requests in OpenAI's batch format, with all replicas of the network.
 
 The bodies of requests and results are those of the server, see `llama.serving`.
 https://platform.openai.com/docs/api-reference/batch
@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from llama.distributed import groups
 from llama.engine.output import Piece
-from llama.errors import quote
+from llama.errors import NonFiniteLogitsError, quote
+from llama.generation import Llama
 from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, Request, read_request
 from llama.serving.errors import ApiError
-from llama.serving.formats import Counts
-from llama.serving.jobs import Planner
+from llama.serving.formats import CompletionAnswer, Counts
+from llama.serving.jobs import Job, Planner, as_completed
 
 MAX_CHOICES = 4096  # of a request, over all of its prompts
 _LINE_FIELDS = ("custom_id", "method", "url", "body")
+_ROUND = 8  # requests per row of the cache and replica that are handed out at a time
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Line:
     custom_id: str | None
     fields: Mapping[str, Any] | None
     error: str | None = None
+
+    @property
+    def result_id(self) -> str:
+        """The `id` of the request's result."""
+        return f"batch_req_{self.digest}"
 
 
 def read_line(number: int, raw: bytes) -> Line:
@@ -68,6 +78,22 @@ def _digest(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()[:24]
 
 
+def read_requests(path: Path) -> Iterator[Line]:
+    """The lines of a file of requests; empty ones are skipped.
+
+    Raises:
+        ValueError: a request is without a `custom_id`.
+    """
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            if raw.strip():
+                try:
+                    yield read_line(number, raw)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Reader:
     """Checks the requests of lines.
@@ -77,11 +103,13 @@ class Reader:
         model: name of the checkpoint, which requests may give as `model`.
         seed: requests without a `seed` get one derived from this and their `custom_id`, so that their results depend
             neither on the other requests nor on when they run.
+        fingerprint: identifies the network in results.
     """
 
     planner: Planner
     model: str
     seed: int
+    fingerprint: str | None = None
 
     def __call__(self, line: Line) -> Request:
         """The request of a line.
@@ -107,8 +135,8 @@ class Reader:
             raise ApiError(f"body must be a JSON object, got {quote(body)}", param="body")
         if body.get("seed") is None:
             body = body | {"seed": self._seed_of(str(line.custom_id))}
-        request = read_request(url, body, self.planner, self.model)
-        if request.body.stream:
+        request = read_request(url, body, self.planner, self.model, fingerprint=self.fingerprint)
+        if request.is_stream:
             raise ApiError("stream must be false or left out in a batch file, got true", param="stream")
         return request
 
@@ -117,32 +145,101 @@ class Reader:
         return int.from_bytes(digest[:7], "big")
 
 
-def result(line: Line, request: Request, pieces: Sequence[Piece], model: str, fingerprint: str) -> bytes:
-    """The line of results of a completed request.
+@dataclass(frozen=True)
+class Result:
+    """A line of results, and what it took.
 
-    Args:
-        pieces: one for each choice, with all that it got.
+    Attributes:
+        line: number of the request's line in the input.
+        text: the line of results.
+        n_prompt_tokens: 0 for a request that was refused.
+        n_new_tokens: number of generated tokens.
+        is_refused: whether the request was wrong.
     """
-    n_generated = sum(piece.n_generated for piece in pieces)
-    counts = Counts(sum(map(len, request.job.prompts)), n_generated, None)
-    body = request.answer(model, fingerprint).whole([[piece] for piece in pieces], counts)
-    body |= {"id": f"{request.form.prefix}-{line.digest}"}
-    return _line_of(line, 200, body, None)
+
+    line: int
+    text: bytes
+    n_prompt_tokens: int = 0
+    n_new_tokens: int = 0
+    is_refused: bool = False
 
 
-def error_result(line: Line, error: ApiError) -> bytes:
-    """The line of results of a request that was refused. The error is in both places where clients look for it."""
+def _completed(line: Line, request: Request, pieces: Sequence[Piece]) -> Result:
+    """The result of a request, given all of each choice as one piece."""
+    counts = Counts(sum(map(len, request.job.prompts)), sum(piece.n_generated for piece in pieces), None)
+    assert isinstance(request.answer, CompletionAnswer)  # by its URL
+    body = request.answer.whole(pieces, counts) | {"id": f"{request.answer.prefix}-{line.digest}"}
+    return Result(line.number, _text_of(line, 200, body, None), counts.n_prompt, counts.n_generated)
+
+
+def _refused(line: Line, error: ApiError) -> Result:
+    """The result of a request that was wrong. The error is in both places where clients look for it."""
     body = error.body()
-    fields = {name: body["error"][name] for name in ("message", "param", "code")}
-    return _line_of(line, error.status, body, fields | {"line": line.number})
+    fields = {name: body["error"][name] for name in ("message", "param", "code")} | {"line": line.number}
+    return Result(line.number, _text_of(line, error.status, body, fields), is_refused=True)
 
 
-def _line_of(line: Line, status: int, body: dict[str, Any], error: dict[str, Any] | None) -> bytes:
+def _text_of(line: Line, status: int, body: dict[str, Any], error: dict[str, Any] | None) -> bytes:
     response = {"status_code": status, "request_id": f"req_{line.digest}", "body": body}
-    whole = {"id": result_id(line), "custom_id": line.custom_id, "response": response, "error": error}
+    whole = {"id": line.result_id, "custom_id": line.custom_id, "response": response, "error": error}
     return json.dumps(whole).encode() + b"\n"
 
 
-def result_id(line: Line) -> str:
-    """The `id` of a request's result, which identifies the request's content."""
-    return f"batch_req_{line.digest}"
+class BatchWork:
+    """Runs requests on every rank; the first rank has the input, and gets the results.
+
+    Lines are handed out in rounds, from which each replica takes a static share. All ranks must call `run` together.
+
+    Args:
+        lines: the requests without results, on the first rank; ignored on the others.
+        read: checks a request.
+        write: called on the first rank with each result; those of the other replicas come at the end of a round.
+    """
+
+    def __init__(self, llama: Llama, lines: Iterable[Line], read: Reader, write: Callable[[Result], None]) -> None:
+        self._llama = llama
+        self._lines = iter(lines)
+        self._read = read
+        self._write = write
+        self._replica, self._n_replicas = groups.replica()
+        self._results: list[Result] = []  # of this replica, that the first rank does not have yet
+
+    def run(self) -> None:
+        """Completes all requests."""
+        with groups.rank_errors():
+            for (line, request), pieces in as_completed(self._llama, self._jobs()):
+                if isinstance(pieces, NonFiniteLogitsError):
+                    self._add(_refused(line, ApiError(str(pieces), status=500, code="logits_not_finite")))
+                else:
+                    self._add(_completed(line, request, pieces))
+            self._collect()
+
+    def _jobs(self) -> Iterator[tuple[tuple[Line, Request], Job]]:
+        """The jobs of this replica's shares. A request that is wrong gets its result at once."""
+        while lines := self._next_round():
+            for line in lines[self._replica :: self._n_replicas]:
+                try:
+                    request = self._read(line)
+                except ApiError as error:
+                    self._add(_refused(line, error))
+                else:
+                    yield (line, request), request.job
+
+    def _next_round(self) -> list[Line]:
+        """Hands over this replica's results; returns the lines of the next round, the same on all ranks."""
+        self._collect()
+        size = _ROUND * self._llama.model.params.max_batch_size * self._n_replicas
+        return groups.broadcast_object(list(islice(self._lines, size)) if groups.is_first_rank() else None) or []
+
+    def _add(self, done: Result) -> None:
+        if groups.is_first_rank():
+            self._write(done)
+        else:
+            self._results.append(done)
+
+    def _collect(self) -> None:
+        """Writes the results of the other replicas on the first rank."""
+        for results in groups.gather_replicas(self._results if self._replica else []):
+            for done in results if groups.is_first_rank() else ():
+                self._write(done)
+        self._results = []

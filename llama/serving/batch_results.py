@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.errors import quote
-from llama.serving.batch_file import Line, read_line, result_id
+from llama.serving.batch_file import read_requests
 
 try:
     import fcntl
@@ -141,41 +141,19 @@ def _repair(file: Any) -> None:
     file.flush()
 
 
-def read_requests(path: Path) -> Iterator[Line]:
-    """The lines of a file of requests; empty ones are skipped.
-
-    Raises:
-        ValueError: a request is without a `custom_id`.
-    """
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if raw.strip():
-                try:
-                    yield read_line(number, raw)
-                except ValueError as error:
-                    raise ValueError(f"{path}: {error}") from error
-
-
 @dataclass
 class Completed:
     """The requests that have results already.
 
     Attributes:
         n_lines: number of requests in the input.
-        done: numbers of the input's lines that have a result.
-        pending: numbers of those that have none, each with its `custom_id`.
+        pending: the numbers of the input's lines that have none, each with its `custom_id`.
         fingerprints: of the runs that wrote results, each with the number of its first line in the output.
     """
 
     n_lines: int
-    done: set[int]
     pending: dict[int, str | None]
     fingerprints: dict[str, int]
-
-    @property
-    def is_complete(self) -> bool:
-        return len(self.done) == self.n_lines
 
 
 def compare(input: Path, results: Results, output: Path) -> Completed:
@@ -187,20 +165,17 @@ def compare(input: Path, results: Results, output: Path) -> Completed:
     numbers: dict[str, int] = {}
     ids: dict[str, int] = {}
     pending: dict[int, str | None] = {}
-    n_lines = 0
     for line in read_requests(input):
-        n_lines += 1
-        ids[result_id(line)] = line.number
+        ids[line.result_id] = line.number
         pending[line.number] = line.custom_id
         if line.custom_id is not None and numbers.setdefault(line.custom_id, line.number) != line.number:
             raise ValueError(
                 f"{input}: line {line.number} must have a custom_id of its own, got {quote(line.custom_id)}, which "
                 f"line {numbers[line.custom_id]} has too"
             )
-    completed = Completed(n_lines, set(), pending, {})
+    completed = Completed(len(pending), pending, {})
     for number, fields in results.read():
-        request = ids.get(fields["id"])
-        custom_id = fields.get("custom_id")
+        request, custom_id = ids.get(fields["id"]), fields.get("custom_id")
         if request is None:
             was = numbers.get(custom_id) if isinstance(custom_id, str) else None
             now = f"line {was} of the input has another request now" if was else "the input has no such request"
@@ -208,18 +183,11 @@ def compare(input: Path, results: Results, output: Path) -> Completed:
                 f"--output must be a new file, or the results of the same --input, got {output}, whose line {number} "
                 f"is the result of custom_id {quote(custom_id)}: {now}"
             )
-        if request in completed.done:
+        if request not in pending:
             raise ValueError(f"{output}, line {number}: custom_id {quote(custom_id)} must have one result, got two")
-        completed.done.add(request)
         del pending[request]
-        if mark := _fingerprint(fields):
-            completed.fingerprints.setdefault(mark, number)
+        try:
+            completed.fingerprints.setdefault(fields["response"]["body"]["system_fingerprint"], number)
+        except (KeyError, TypeError):  # an error, which does not depend on the network
+            continue
     return completed
-
-
-def _fingerprint(fields: dict[str, Any]) -> str | None:
-    """The `system_fingerprint` of a result; None for an error."""
-    inner: Any = fields
-    for name in ("response", "body", "system_fingerprint"):
-        inner = inner.get(name) if isinstance(inner, dict) else None
-    return inner if isinstance(inner, str) else None

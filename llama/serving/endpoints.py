@@ -2,85 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 from llama.chat import Message
-from llama.errors import quote
+from llama.errors import PromptError
 from llama.serving.errors import ApiError
-from llama.serving.formats import ChatFormat, CompletionAnswer, CompletionFormat, Format, token_text
+from llama.serving.fields import Unknown
+from llama.serving.formats import ChatAnswer, CompletionAnswer, TextAnswer, token_text
 from llama.serving.jobs import Job, Planner
 from llama.serving.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    StreamOptions,
     TokenizeBody,
-    Unknown,
     check_body,
+    check_model,
 )
+from llama.serving.responses import ResponseAnswer, ResponsesBody, as_chat
 
-CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
+CHAT_URL, COMPLETIONS_URL, RESPONSES_URL = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked body.
+    """What a checked body asks for."""
 
-    Attributes:
-        job: its work.
-        form: the form of its answer.
-    """
-
-    body: ChatBody | CompletionBody
     job: Job
-    form: Format
-
-    def answer(self, model_name: str, fingerprint: str | None) -> CompletionAnswer:
-        options = self.body.stream_options or StreamOptions()
-        return CompletionAnswer(
-            self.form,
-            self.job.n_choices,
-            model_name,
-            fingerprint,
-            include_usage=options.include_usage,
-            continuous_usage=options.continuous_usage_stats,
-        )
+    answer: CompletionAnswer | ResponseAnswer
+    is_stream: bool
 
 
-def read_request(url: str, values: Any, planner: Planner, model_name: str, unknown: Unknown | None = None) -> Request:
+@contextmanager
+def _errors_of_clients() -> Iterator[None]:
+    """Turns the errors of the library's checks into those that clients get."""
+    try:
+        yield
+    except PromptError as error:
+        raise ApiError.of(error) from error
+    except ImportError as error:  # an extra is not installed
+        raise ApiError(str(error), status=501, code="unsupported_parameter") from error
+
+
+@_errors_of_clients()
+def read_request(
+    url: str,
+    values: Any,
+    planner: Planner,
+    model_name: str,
+    unknown: Unknown | None = None,
+    fingerprint: str | None = None,
+) -> Request:
     """Checks a body.
 
     Args:
-        url: `CHAT_URL` or `COMPLETIONS_URL`.
+        url: one of the URLs above.
         values: the body, as JSON has it.
         model_name: the name of the network, which the body may leave out.
         unknown: as in `check_body`.
+        fingerprint: identifies the network in the answer.
 
     Raises:
         ApiError: a field is wrong or not supported.
     """
     planner.check_size(values)
+    unknown = unknown or Unknown()
+    if url == RESPONSES_URL:
+        asked = check_body(values, ResponsesBody, unknown)
+        check_model(asked.model, model_name)
+        return Request(planner.chat(as_chat(asked, unknown)), ResponseAnswer(asked, model_name), asked.stream)
     if url == CHAT_URL:
         chat = check_body(values, ChatBody, unknown)
         check_model(chat.model, model_name)
-        return Request(chat, planner.chat(chat), ChatFormat(planner.tokenizer, logprobs=chat.logprobs))
+        job = planner.chat(chat)
+        return Request(job, ChatAnswer(chat, job, planner.tokenizer, model_name, fingerprint), chat.stream)
     text = check_body(values, CompletionBody, unknown)
     check_model(text.model, model_name)
-    form = CompletionFormat(planner.tokenizer, echo=text.echo, prompt_logprobs=text.prompt_logprobs)
     job = planner.completion(text)
-    if text.logprobs is not None or text.prompt_logprobs is not None:
-        form.count(job.prompts, text.n, with_logprobs=text.logprobs)
-    return Request(text, job, form)
+    return Request(job, TextAnswer(text, job, planner.tokenizer, model_name, fingerprint), text.stream)
 
 
+@_errors_of_clients()
 def tokenize(values: Any, planner: Planner, model_name: str) -> dict[str, Any]:
     """The answer to `POST /tokenize`: the ids of a text, or those that a chat's answer would follow.
 
     Raises:
         ApiError: a field is wrong, or the text is too long.
     """
-    planner.check_size({"messages": values.get("messages")} if isinstance(values, dict) else None)
+    planner.check_size(values)
     body = check_body(values, TokenizeBody)
     check_model(body.model, model_name)
     tokenizer = planner.tokenizer
@@ -97,6 +108,7 @@ def tokenize(values: Any, planner: Planner, model_name: str) -> dict[str, Any]:
     return {"count": len(ids), "max_model_len": planner.max_seq_len, "tokens": ids, "token_strs": texts}
 
 
+@_errors_of_clients()
 def detokenize(values: Any, planner: Planner, model_name: str) -> dict[str, Any]:
     """The answer to `POST /detokenize`: the text of ids. Control pieces have none."""
     planner.check_size(values)
@@ -115,11 +127,3 @@ def tokenizer_info(planner: Planner) -> dict[str, Any]:
         names |= {"unk_token": sp_model.id_to_piece(sp_model.unk_id()), "tokenizer_class": "LlamaTokenizer"}
     adds_bos = getattr(tokenizer, "adds_bos", True)
     return names | {"add_bos_token": adds_bos, "model_max_length": planner.max_seq_len}
-
-
-def check_model(name: str | None, expected: str) -> None:
-    """Raises ApiError for a model of another name."""
-    if name is not None and name != expected:
-        raise ApiError(
-            f"model must be {quote(expected)}, got {quote(name)}", status=404, param="model", code="model_not_found"
-        )

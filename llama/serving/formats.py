@@ -7,75 +7,119 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from llama.engine.output import Piece, Token
 from llama.serving.errors import ApiError
+from llama.serving.jobs import Job
+from llama.serving.protocol import ChatBody, CompletionBody, StreamOptions
 
 Choice = dict[str, Any]
 _LOWEST_LOGPROB = -9999.0  # stands for minus infinity and NaN, which JSON does not have
 
 
-class Format(Protocol):
-    """The JSON objects of an endpoint.
+@dataclass(frozen=True)
+class Counts:
+    """The numbers of tokens of a request. Each prompt counts once, also with several completions.
 
     Attributes:
-        prefix: start of the answers' ids.
-        whole_object, chunk_object: the value of the field `object`, in whole answers and in chunks.
+        n_cached: number of the prompts' tokens that the KV cache held already; None if it is not known.
     """
 
-    prefix: str
-    whole_object: str
-    chunk_object: str
-
-    def whole(self, index: int, pieces: Sequence[Piece]) -> Choice:
-        """A choice of a whole answer."""
-
-    def first_chunk(self, index: int) -> Choice | None:
-        """The first chunk of a choice, before any piece; None if there is none."""
-
-    def chunks(self, piece: Piece) -> list[Choice]:
-        """The chunks of a piece."""
+    n_prompt: int
+    n_generated: int
+    n_cached: int | None
 
 
-class ChatFormat:
-    """The objects of `POST /v1/chat/completions`."""
+class CompletionAnswer:
+    """The answer of a chat or of a completion. All of its chunks have the same id, time, model and fingerprint.
 
-    prefix = "chatcmpl"
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
+    Args:
+        tokenizer: of the network.
+        model, fingerprint: its name and what identifies it.
+    """
 
-    def __init__(self, tokenizer: Any, *, logprobs: bool) -> None:
+    prefix: ClassVar[str]  # of ids
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(
+        self, body: ChatBody | CompletionBody, job: Job, tokenizer: Any, model: str, fingerprint: str | None
+    ) -> None:
         self._tokenizer = tokenizer
-        self._logprobs = logprobs
+        self._n_choices = job.n_choices
+        self._options = body.stream_options or StreamOptions()
+        head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head: dict[str, Any] = head | {"system_fingerprint": fingerprint}
 
-    def whole(self, index: int, pieces: Sequence[Piece]) -> Choice:
-        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
-        tokens = [token for piece in pieces for token in piece.tokens]
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": self._logprobs_of(tokens),
-            "finish_reason": pieces[-1].finish_reason,
-        }
+    def whole(self, pieces: Sequence[Piece], counts: Counts) -> dict[str, Any]:
+        """The whole answer, given all of each choice as one piece."""
+        choices = [self._choice(piece) for piece in pieces]
+        return self._head | {"object": self.whole_object, "choices": choices, "usage": _usage(counts)}
 
-    def first_chunk(self, index: int) -> Choice | None:
+    def start(self, counts: Counts) -> list[bytes]:
+        """The events before any piece."""
+        return []
+
+    def events(self, piece: Piece, counts: Counts) -> list[bytes]:
+        """The events of a piece."""
+        return [self._event([choice], counts) for choice in self._chunks(piece)]
+
+    def end(self, counts: Counts) -> list[bytes]:
+        """The events after all pieces."""
+        return [self._event([], counts)] * self._options.include_usage + [b"data: [DONE]\n\n"]
+
+    def failed(self, error: ApiError) -> bytes:
+        """The event of an error, which is the last one."""
+        return event(error.body())
+
+    def _event(self, choices: list[Choice], counts: Counts) -> bytes:
+        chunk = self._head | {"object": self.chunk_object, "choices": choices}
+        if self._options.continuous_usage_stats or (self._options.include_usage and not choices):
+            chunk |= {"usage": _usage(counts)}
+        elif self._options.include_usage:
+            chunk |= {"usage": None}
+        return event(chunk)
+
+    def _choice(self, piece: Piece) -> Choice:
+        """A choice of a whole answer."""
+        raise NotImplementedError
+
+    def _chunks(self, piece: Piece) -> list[Choice]:
+        """A piece as choices of chunks."""
+        raise NotImplementedError
+
+
+class ChatAnswer(CompletionAnswer):
+    """The answer of `POST /v1/chat/completions`."""
+
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, body: ChatBody, *rest: Any) -> None:
+        super().__init__(body, *rest)
+        self._has_logprobs = body.logprobs
+
+    def start(self, counts: Counts) -> list[bytes]:
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return [self._event([_delta(i, delta)], counts) for i in range(self._n_choices)]
 
-    def chunks(self, piece: Piece) -> list[Choice]:
-        chunks: list[Choice] = []
+    def _choice(self, piece: Piece) -> Choice:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        choice = {"index": piece.choice, "message": message, "logprobs": self._logprobs_of(piece)}
+        return choice | {"finish_reason": piece.finish_reason}
+
+    def _chunks(self, piece: Piece) -> list[Choice]:
+        chunks = []
         if piece.text or piece.tokens:
-            logprobs = self._logprobs_of(piece.tokens)
-            delta: dict[str, Any] = {"content": piece.text}
-            chunks.append({"index": piece.choice, "delta": delta, "logprobs": logprobs, "finish_reason": None})
+            chunks.append(_delta(piece.choice, {"content": piece.text}, self._logprobs_of(piece)))
         if piece.finish_reason:
-            end = {"index": piece.choice, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason}
-            chunks.append(end)
+            chunks.append(_delta(piece.choice, {}, finish_reason=piece.finish_reason))
         return chunks
 
-    def _logprobs_of(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        return {"content": [self._entry(token) for token in tokens], "refusal": None} if self._logprobs else None
+    def _logprobs_of(self, piece: Piece) -> dict[str, Any] | None:
+        return (
+            {"content": [self._entry(token) for token in piece.tokens], "refusal": None} if self._has_logprobs else None
+        )
 
     def _entry(self, token: Token) -> dict[str, Any]:
         top = [self._spelled(*likely, token.at_start) for likely in token.top_logprobs]
@@ -86,56 +130,43 @@ class ChatFormat:
         return {"token": text, "logprob": _number(logprob), "bytes": None if raw is None else list(raw)}
 
 
-class CompletionFormat:
-    """The objects of `POST /v1/completions`.
+def _delta(
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+) -> Choice:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    Args:
-        echo: whether texts begin with the prompt.
-        prompt_logprobs: number of most likely tokens to report at each position of the prompt; None for no report.
-    """
+
+class TextAnswer(CompletionAnswer):
+    """The answer of `POST /v1/completions`."""
 
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, tokenizer: Any, *, echo: bool = False, prompt_logprobs: int | None = None) -> None:
-        self._tokenizer = tokenizer
-        self._echo = echo
-        self._prompt_logprobs = prompt_logprobs
-        self._top_logprobs: int | None = None
-        self._n_prompt: list[int] = []  # tokens of each choice's prompt
-        self._offsets: list[int] = []  # of each choice's next token, in characters from the prompt's start
+    def __init__(self, body: CompletionBody, job: Job, tokenizer: Any, *rest: Any) -> None:
+        super().__init__(body, job, tokenizer, *rest)
+        self._body = body
+        self._n_prompt = [len(prompt) for prompt in job.prompts for _ in range(job.n)]  # tokens, by choice
+        self._offsets = [0] * job.n_choices  # of each choice's next token, in characters from the prompt's start
+        if body.logprobs is not None and not body.echo:
+            starts = [len(tokenizer.decode(prompt)) for prompt in job.prompts]
+            self._offsets = [start for start in starts for _ in range(job.n)]
 
-    def count(self, prompts: Sequence[Sequence[int]], n: int, *, with_logprobs: int | None) -> None:
-        """Has log-probabilities in the answers, of so many likely tokens; None for those of the prompt alone."""
-        self._top_logprobs = with_logprobs
-        starts = [0 if self._echo else len(self._tokenizer.decode(prompt)) for prompt in prompts]
-        self._offsets = [start for start in starts for _ in range(n)]
-        self._n_prompt = [len(prompt) for prompt in prompts for _ in range(n)]
+    def _choice(self, piece: Piece) -> Choice:
+        if self._body.prompt_logprobs is None:
+            return self._choice_of(piece, piece.text, piece.tokens)
+        n_prompt = self._n_prompt[piece.choice]
+        prompt, text, tokens = piece.tokens[:n_prompt], piece.text, piece.tokens
+        if not self._body.echo:
+            text, tokens = text[sum(len(token.text) for token in prompt) :], tokens[n_prompt:]
+        return self._choice_of(piece, text, tokens) | {"prompt_logprobs": [self._prompt_entry(t) for t in prompt]}
 
-    def whole(self, index: int, pieces: Sequence[Piece]) -> Choice:
-        text = "".join(piece.text for piece in pieces)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        if self._prompt_logprobs is None:
-            return self._choice(index, text, tokens, pieces[-1].finish_reason)
-        prompt, tokens = tokens[: self._n_prompt[index]], tokens[self._n_prompt[index] :]
-        if self._echo:
-            choice = self._choice(index, text, [*prompt, *tokens], pieces[-1].finish_reason)
-        else:
-            text = text[sum(len(token.text) for token in prompt) :]
-            choice = self._choice(index, text, tokens, pieces[-1].finish_reason)
-        return choice | {"prompt_logprobs": [self._prompt_entry(token) for token in prompt]}
+    def _chunks(self, piece: Piece) -> list[Choice]:
+        is_empty = not (piece.text or piece.tokens or piece.finish_reason)
+        return [] if is_empty else [self._choice_of(piece, piece.text, piece.tokens)]
 
-    def first_chunk(self, index: int) -> Choice | None:
-        return None
-
-    def chunks(self, piece: Piece) -> list[Choice]:
-        if not (piece.text or piece.tokens or piece.finish_reason):
-            return []
-        return [self._choice(piece.choice, piece.text, piece.tokens, piece.finish_reason)]
-
-    def _choice(self, index: int, text: str, tokens: Sequence[Token], finish_reason: str | None) -> Choice:
-        logprobs = None if self._top_logprobs is None or not tokens else self._logprobs_of(index, tokens)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _choice_of(self, piece: Piece, text: str, tokens: Sequence[Token]) -> Choice:
+        logprobs = None if self._body.logprobs is None or not tokens else self._logprobs_of(piece.choice, tokens)
+        return {"index": piece.choice, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
     def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
         offsets = []
@@ -154,13 +185,9 @@ class CompletionFormat:
         if token.logprob is None:
             return None
         ranks = {id: rank for rank, (id, _) in enumerate(token.top_logprobs, start=1)}
-        likely = dict([*token.top_logprobs[: self._prompt_logprobs], (token.id, token.logprob)])
+        likely = dict([*token.top_logprobs[: self._body.prompt_logprobs], (token.id, token.logprob)])
         return {
-            str(id): {
-                "logprob": _number(logprob),
-                "rank": ranks.get(id),
-                "decoded_token": self._spelled(id, token),
-            }
+            str(id): {"logprob": _number(logprob), "rank": ranks.get(id), "decoded_token": self._spelled(id, token)}
             for id, logprob in likely.items()
         }
 
@@ -169,90 +196,12 @@ class CompletionFormat:
         if token.logprob is None:
             return None
         top: dict[str, float] = {}
-        for likely, logprob in token.top_logprobs[: self._top_logprobs]:
+        for likely, logprob in token.top_logprobs[: self._body.logprobs]:
             top.setdefault(self._spelled(likely, token), _number(logprob))  # of two spelled alike, the likelier one
         return top | {self._spelled(token.id, token): _number(token.logprob)}
 
     def _spelled(self, token: int, place: Token) -> str:
         return token_text(token, self._tokenizer, at_start=place.at_start)[0]
-
-
-@dataclass(frozen=True)
-class Counts:
-    """The numbers of tokens of a request. Each prompt counts once, also with several completions.
-
-    Attributes:
-        n_cached: number of the prompts' tokens that the KV cache held already; None if it is not known.
-    """
-
-    n_prompt: int
-    n_generated: int
-    n_cached: int | None
-
-
-class Answer(Protocol):
-    """The whole of a request's answer, or its server-sent events."""
-
-    def whole(self, pieces: Sequence[Sequence[Piece]], counts: Counts) -> dict[str, Any]:
-        """The whole answer, given the pieces of each choice."""
-
-    def start(self, counts: Counts) -> list[bytes]:
-        """The events before any piece."""
-
-    def events(self, piece: Piece, counts: Counts) -> list[bytes]:
-        """The events of a piece."""
-
-    def end(self, counts: Counts) -> list[bytes]:
-        """The events after all pieces."""
-
-    def failed(self, error: ApiError) -> bytes:
-        """The event of an error, which is the last one."""
-
-
-class CompletionAnswer:
-    """The answer of a chat or of a completion. All of its chunks have the same id, time, model and fingerprint."""
-
-    def __init__(
-        self,
-        form: Format,
-        n_choices: int,
-        model: str,
-        fingerprint: str | None,
-        *,
-        include_usage: bool,
-        continuous_usage: bool,
-    ) -> None:
-        self._form = form
-        self._n_choices = n_choices
-        self._include_usage = include_usage
-        self._continuous_usage = continuous_usage
-        head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._head: dict[str, Any] = head | {"system_fingerprint": fingerprint}
-
-    def whole(self, pieces: Sequence[Sequence[Piece]], counts: Counts) -> dict[str, Any]:
-        choices = [self._form.whole(i, of_choice) for i, of_choice in enumerate(pieces)]
-        return self._head | {"object": self._form.whole_object, "choices": choices, "usage": _usage(counts)}
-
-    def start(self, counts: Counts) -> list[bytes]:
-        first = [self._form.first_chunk(i) for i in range(self._n_choices)]
-        return [self._chunk([choice], counts) for choice in first if choice]
-
-    def events(self, piece: Piece, counts: Counts) -> list[bytes]:
-        return [self._chunk([choice], counts) for choice in self._form.chunks(piece)]
-
-    def end(self, counts: Counts) -> list[bytes]:
-        return [self._chunk([], counts)] * self._include_usage + [b"data: [DONE]\n\n"]
-
-    def failed(self, error: ApiError) -> bytes:
-        return event(error.body())
-
-    def _chunk(self, choices: list[Choice], counts: Counts) -> bytes:
-        chunk = self._head | {"object": self._form.chunk_object, "choices": choices}
-        if self._continuous_usage or (self._include_usage and not choices):
-            chunk |= {"usage": _usage(counts)}
-        elif self._include_usage:
-            chunk |= {"usage": None}
-        return event(chunk)
 
 
 def _usage(counts: Counts) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from llama.chat import Message, built_in_format
 from llama.engine.calls import Request, check_form
@@ -14,6 +15,7 @@ from llama.engine.output import Piece
 from llama.errors import NonFiniteLogitsError, PromptError, quote
 from llama.generation import Llama
 from llama.inputs import (
+    SamplingOptions,
     SamplingParams,
     encode_checked_dialog,
     encode_infilling,
@@ -32,13 +34,23 @@ DEFAULT_MAX_TOKENS = 16  # of a completion; a chat's answer may fill the context
 
 @dataclass(frozen=True)
 class Job:
-    """The arguments of `Service.submit`."""
+    """What one request computes.
+
+    Attributes:
+        prompts: token ids; prompt i has the choices `i * n` to `i * n + n - 1`.
+        params: sampling parameters of all choices.
+        n: number of completions of each prompt. With a seed, the j-th of them, from 0, is the one that `n=1` gives with
+            `seed + j`.
+        top_logprobs: number of most likely tokens to report at each position.
+        continues: whether a completion continues its prompt's text, and keeps its leading space. False for answers of a
+            chat, whose leading space is dropped.
+    """
 
     prompts: list[list[int]]
     params: SamplingParams
-    n: int
-    top_logprobs: int
-    continues: bool
+    n: int = 1
+    top_logprobs: int = 0
+    continues: bool = False
 
     @property
     def n_choices(self) -> int:
@@ -47,6 +59,8 @@ class Job:
 
 class Planner:
     """Makes jobs for one network. Safe for use from several threads.
+
+    Its methods raise `PromptError` for what is wrong, which begins with the field's name, and `ApiError`.
 
     Args:
         max_choices: maximum number of completions of a request, over all of its prompts.
@@ -68,10 +82,8 @@ class Planner:
 
         A check of each one would take seconds in which other requests stand still.
         """
-        if not isinstance(values, dict):
-            return
-        for name in ("prompt", "messages", "tokens"):
-            items = values.get(name)
+        for name in ("prompt", "messages", "tokens", "input"):
+            items = values.get(name) if isinstance(values, dict) else None
             if not isinstance(items, list) or not items:
                 continue
             if name == "prompt" and not isinstance(items[0], int):
@@ -80,43 +92,22 @@ class Planner:
                 raise self._too_long(name, len(items))
 
     def completion(self, body: CompletionBody) -> Job:
-        """The job of a completion; raises ApiError if a prompt is wrong or too long."""
-        self._check_count(len(body.prompt) * body.n, "prompt" if len(body.prompt) > 1 else "n")
-        one = len(body.prompt) == 1
-        names = ["prompt" if one else f"prompt[{i}]" for i in range(len(body.prompt))]
+        """The job of a completion."""
+        n_prompts, scores_prompt = len(body.prompt), body.prompt_logprobs is not None
+        self._check_count(n_prompts * body.n, "prompt" if n_prompts > 1 else "n")
+        names = ["prompt"] if n_prompts == 1 else [f"prompt[{i}]" for i in range(n_prompts)]
+        encode = partial(self._infilling, suffix=body.suffix) if body.suffix else self._prompt
+        prompts = [encode(prompt, name) for prompt, name in zip(body.prompt, names, strict=True)]
+        max_gen_len = self._fitting(body.max_tokens, max(map(len, prompts)), "prompt", DEFAULT_MAX_TOKENS)
+        logprobs = body.logprobs is not None or scores_prompt
+        params = self._params(body, max_gen_len, logprobs=logprobs, echo=body.echo or scores_prompt)
         if body.suffix:
-            return self._infilling(body, names)
-        prompts = [self._prompt(prompt, name) for prompt, name in zip(body.prompt, names, strict=True)]
-        max_gen_len = self._fitting(body.max_tokens, max(map(len, prompts)), "prompt", DEFAULT_MAX_TOKENS)
-        scores_prompt = body.prompt_logprobs is not None
-        params = self._params(
-            body,
-            max_gen_len,
-            logprobs=body.logprobs is not None or scores_prompt,
-            echo=body.echo or scores_prompt,
-        )
-        return Job(prompts, params, body.n, max(body.logprobs or 0, body.prompt_logprobs or 0), continues=True)
-
-    def _infilling(self, body: CompletionBody, names: Sequence[str]) -> Job:
-        """The job of a completion with a suffix: the text between each prompt and it, as Code Llama infills."""
-        suffix, prompts = body.suffix or "", []
-        for prompt, name in zip(body.prompt, names, strict=True):
-            assert isinstance(prompt, str)  # the protocol's part
-            self._check_chars(len(prompt) + len(suffix), name)
-            pair = (name, "suffix")
-            try:
-                ids = encode_infilling(prompt, suffix, pair, self.tokenizer, sys.maxsize, suffix_first=False)
-            except PromptError as error:
-                text = str(error)
-                raise ApiError.of(PromptError(f"suffix: {text}") if text.startswith("tokenizer") else error) from error
-            prompts.append(ids)
-        max_gen_len = self._fitting(body.max_tokens, max(map(len, prompts)), "prompt", DEFAULT_MAX_TOKENS)
-        params = self._params(body, max_gen_len, logprobs=body.logprobs is not None, echo=False)
-        params = replace(params, stop_ids=infilling_stop_ids(self.tokenizer), keep_space=True)
-        return Job(prompts, params, body.n, body.logprobs or 0, continues=False)
+            params = replace(params, stop_ids=infilling_stop_ids(self.tokenizer), keep_space=True)
+        top_logprobs = max(body.logprobs or 0, body.prompt_logprobs or 0)
+        return Job(prompts, params, body.n, top_logprobs, continues=not body.suffix)
 
     def chat(self, body: ChatBody) -> Job:
-        """The job of a chat; raises ApiError if the messages are not a dialog of the template's, or too long."""
+        """The job of a chat."""
         self._check_count(body.n, "n")
         continues = body.continue_final_message
         prompt = self.dialog(cast(list[Message], body.messages), continues=continues)
@@ -124,62 +115,61 @@ class Planner:
         max_gen_len = self._fitting(max_tokens, len(prompt), "messages", minimum=1)
         params = self._params(body, max_gen_len, logprobs=body.logprobs, echo=False)
         params = replace(params, stop_ids=self.chat_format.stop_ids(self.tokenizer))
-        return Job([prompt], params, body.n, body.top_logprobs, continues=continues)
+        return Job([prompt], params, body.n, body.top_logprobs, continues)
 
     def _params(
         self, body: ChatBody | CompletionBody, max_gen_len: int, *, logprobs: bool, echo: bool
     ) -> SamplingParams:
-        try:
-            params = SamplingParams(
-                body.temperature,
-                body.top_p,
-                max_gen_len,
-                logprobs=logprobs,
-                echo=echo,
-                stop=body.stop,
-                seed=body.seed,
-                speculative=self._speculative,
-                **body.options(),
-            )
-            params.check_ids(self._vocab_size)
-        except PromptError as error:
-            raise ApiError.of(error) from error
+        params = SamplingParams(
+            body.temperature,
+            body.top_p,
+            max_gen_len,
+            logprobs=logprobs,
+            echo=echo,
+            stop=body.stop,
+            seed=body.seed,
+            speculative=self._speculative,
+            **body.model_dump(include=set(SamplingOptions.__annotations__)),
+        )
+        params.check_ids(self._vocab_size)
         try:
             check_form(self.tokenizer, self._vocab_size, params)
         except PromptError as error:
-            param = "structured_outputs" if body.response_format is None else "response_format"
-            raise ApiError(f"{param}: {error}", param=param) from error
-        except ImportError as error:
-            raise ApiError(str(error), status=501, code="unsupported_parameter") from error
+            field = "structured_outputs" if body.response_format is None else "response_format"
+            raise PromptError(f"{field}: {error}") from error
         return params
 
     def _check_count(self, n_choices: int, param: str) -> None:
         if n_choices > self._max_choices:
-            raise ApiError(
-                f"prompts times n must be at most {self._max_choices}, got {n_choices}; split the request",
-                param=param,
-            )
+            message = f"prompts times n must be at most {self._max_choices}, got {n_choices}; split the request"
+            raise ApiError(message, param=param)
 
-    def _prompt(self, prompt: str | Sequence[int], name: str) -> list[int]:
+    def _prompt(self, prompt: str | list[int], name: str) -> list[int]:
         if isinstance(prompt, str):
             return self.text(prompt, name)
         if len(prompt) > self.max_seq_len:
             raise self._too_long(name, len(prompt))
         self.check_ids(prompt, name)
-        return list(prompt)
+        return prompt
+
+    def _infilling(self, prompt: str | list[int], name: str, suffix: str) -> list[int]:
+        """The prompt for the text between a prompt and a suffix, as Code Llama infills."""
+        assert isinstance(prompt, str)  # the protocol's part
+        self._check_chars(len(prompt) + len(suffix), name)
+        try:
+            return encode_infilling(prompt, suffix, (name, "suffix"), self.tokenizer, sys.maxsize, suffix_first=False)
+        except PromptError as error:
+            raise PromptError(f"suffix: {error}") if str(error).startswith("tokenizer") else error from error
 
     def check_ids(self, ids: Sequence[int], name: str) -> None:
-        """Raises ApiError for ids outside the vocabulary. `name` is their name in the error."""
+        """Refuses ids outside the vocabulary. `name` is their name in the error."""
         if wrong := [token for token in ids if not 0 <= token < self._vocab_size]:
-            raise ApiError(f"{name} must have ids from 0 to {self._vocab_size - 1}, got {quote(wrong[0])}", param=name)
+            raise PromptError(f"{name} must have ids from 0 to {self._vocab_size - 1}, got {quote(wrong[0])}")
 
     def text(self, text: str, name: str) -> list[int]:
-        """The ids of a text with BOS in front; raises ApiError if it is too long. `name` is its name in errors."""
+        """The ids of a text with BOS in front. `name` is its name in errors."""
         self._check_chars(len(text), name)
-        try:
-            ids = encode_text(text, name, self.tokenizer, sys.maxsize)
-        except PromptError as error:
-            raise ApiError.of(error) from error
+        ids = encode_text(text, name, self.tokenizer, sys.maxsize)
         if len(ids) > self.max_seq_len:
             raise self._too_long(name, len(ids))
         return ids
@@ -189,34 +179,29 @@ class Planner:
 
         Args:
             continues: whether the last message is the beginning of the assistant's answer.
-
-        Raises:
-            ApiError: the messages are not a dialog of the template's.
         """
         for i, message in enumerate(messages):
             if self.chat_format.tag_in(message["content"]):
-                name = f"messages[{i}].content"
                 tags = ", ".join(self.chat_format.tags)
-                raise ApiError(f"{name} must not contain the chat template's tags ({tags}); leave them out", param=name)
+                raise PromptError(
+                    f"messages[{i}].content must not contain the chat template's tags ({tags}); leave them out"
+                )
         self._check_chars(sum(len(message["content"]) for message in messages), "messages")
         merged, numbers = _merge(messages)
         answer = ""
         if continues:
             if merged[-1]["role"] != "assistant":
-                raise ApiError(
+                raise PromptError(
                     f"messages[{numbers[-1]}], the last message, must have role 'assistant' with "
-                    f"continue_final_message, got {merged[-1]['role']!r}",
-                    param=f"messages[{numbers[-1]}]",
+                    f"continue_final_message, got {merged[-1]['role']!r}"
                 )
             answer = merged.pop()["content"].lstrip()
         try:
             ids = encode_checked_dialog(merged, "messages", self.tokenizer, sys.maxsize, self.chat_format)
             assert ids is not None  # it has none of the template's tags
             return ids + (self.chat_format.encode_beginning(answer, self.tokenizer) if answer else [])
-        except ImportError as error:  # jinja2, for a template of the checkpoint's own
-            raise ApiError(str(error), status=501, param="messages") from error
         except ValueError as error:
-            raise ApiError.of(_numbered(error, numbers)) from error
+            raise _numbered(error, numbers) from error
 
     def _fitting(
         self, max_tokens: int | None, n_prompt: int, name: str, default: int = sys.maxsize, *, minimum: int = 0
@@ -228,23 +213,64 @@ class Planner:
         return min(default, self.max_seq_len - n_prompt) if max_tokens is None else max_tokens
 
     def _check_chars(self, n_chars: int, name: str) -> None:
-        """Raises ApiError for a text that is too long whatever its tokens are."""
+        """Refuses a text that is too long whatever its tokens are."""
         if n_chars > self._max_chars:
             raise self._too_long(name, n_chars, of="characters")
 
     def _too_long(self, name: str, n_prompt: int, n_new: int = 0, *, of: str = "tokens") -> ApiError:
         """An error in OpenAI's words, by which clients know what it means."""
-        got = (
-            f"you requested {quote(n_prompt + n_new)} {of} ({n_prompt} in the {name}, {quote(n_new)} in the completion)"
-        )
-        if of != "tokens":
-            got = f"your {name} has {n_prompt} {of}"
+        got = f"your {name} has {n_prompt} {of}"
+        if of == "tokens":
+            asked = quote(n_prompt + n_new)
+            got = f"you requested {asked} tokens ({n_prompt} in the {name}, {quote(n_new)} in the completion)"
         return ApiError(
             f"This model's maximum context length is {self.max_seq_len} tokens. However, {got}. Please reduce the "
             f"length of the {name}" + (" or the completion." if n_new else "."),
             param=name,
             code="context_length_exceeded",
         )
+
+
+class RunningJobs(Generic[Key]):
+    """The jobs in a network's engine, by keys of the caller's. All ranks of a model-parallel group have the same."""
+
+    def __init__(self, llama: Llama) -> None:
+        self._engine = llama.engine
+        self._tokenizer = llama.tokenizer
+        self._requests: dict[Key, Request] = {}
+
+    def add(self, key: Key, job: Job) -> list[Piece]:
+        """Adds a job; returns the pieces of its prompts, which there are with echo."""
+        request = Request(
+            self._engine,
+            self._tokenizer,
+            job.prompts,
+            job.params,
+            n=job.n,
+            top_logprobs=job.top_logprobs,
+            continues=job.continues,
+        )
+        self._requests[key] = request
+        return request.first_pieces
+
+    def advance(self) -> Iterator[tuple[Key, Piece | BaseException | None]]:
+        """Runs a pass; yields each job's new pieces, and once it has ended, the error that ended it, or None."""
+        self._engine.advance()
+        for key, request in list(self._requests.items()):
+            for piece in request.new_pieces():
+                yield key, piece
+            if request.call.is_finished:
+                del self._requests[key]
+                yield key, request.call.error
+
+    def abort(self, key: Key) -> None:
+        """Takes a job out of the engine. Does nothing if it has ended."""
+        if request := self._requests.pop(key, None):
+            self._engine.abort(request.call)
+
+    def abort_all(self) -> None:
+        for key in list(self._requests):
+            self.abort(key)
 
 
 def as_completed(
@@ -262,56 +288,47 @@ def as_completed(
     Raises:
         Exception: the error of a pass of the network.
     """
-    engine, rest = llama.engine, iter(jobs)
-    running: list[tuple[Key, Request, list[list[Piece]]]] = []
+    engine, rest = llama.engine, enumerate(jobs)
+    running: RunningJobs[int] = RunningJobs(llama)
+    keys: dict[int, Key] = {}
+    pieces: dict[int, list[Piece]] = {}
     may_come = True
     try:
-        while may_come or running:
+        while may_come or keys:
             while may_come and engine.n_running + engine.n_waiting < llama.model.params.max_batch_size:
                 if (found := next(rest, None)) is None:
                     may_come = False
                     break
-                key, job = found
-                request = Request(
-                    engine,
-                    llama.tokenizer,
-                    job.prompts,
-                    job.params,
-                    n=job.n,
-                    top_logprobs=job.top_logprobs,
-                    continues=job.continues,
-                )
-                running.append((key, request, [[] for _ in range(job.n_choices)]))
-                for piece in request.first_pieces:
-                    running[-1][2][piece.choice].append(piece)
-            if running:
-                engine.advance()
-            for key, request, pieces in running:
-                for piece in request.new_pieces():
-                    pieces[piece.choice].append(piece)
-                error = request.call.error
-                if isinstance(error, NonFiniteLogitsError):
-                    yield key, error
-                elif error is not None:
-                    raise error
-                elif request.call.is_finished:
-                    yield key, [_joined(mine) for mine in pieces]
-            running = [entry for entry in running if not entry[1].call.is_finished]
+                number, (keys[number], job) = found
+                pieces[number] = running.add(number, job)
+            for number, event in running.advance() if keys else ():
+                if isinstance(event, Piece):
+                    pieces[number].append(event)
+                elif event is None or isinstance(event, NonFiniteLogitsError):
+                    mine = pieces.pop(number)
+                    yield keys.pop(number), event or join_choices(mine)
+                else:
+                    raise event
     finally:
-        for _, request, _ in running:
-            engine.abort(request.call)
+        running.abort_all()
 
 
-def _joined(pieces: list[Piece]) -> Piece:
-    """All that a choice got, as one piece."""
-    return Piece(
-        pieces[0].choice,
-        "".join(piece.text for piece in pieces),
-        tuple(token for piece in pieces for token in piece.tokens),
-        sum(piece.n_generated for piece in pieces),
-        pieces[-1].finish_reason,
-        pieces[-1].n_reused,
-    )
+def join_choices(pieces: Iterable[Piece]) -> list[Piece]:
+    """Each choice's pieces as one."""
+    of_choice: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        of_choice.setdefault(piece.choice, []).append(piece)
+    return [
+        Piece(
+            choice,
+            "".join(piece.text for piece in mine),
+            tuple(token for piece in mine for token in piece.tokens),
+            sum(piece.n_generated for piece in mine),
+            mine[-1].finish_reason,
+            mine[-1].n_reused,
+        )
+        for choice, mine in sorted(of_choice.items())
+    ]
 
 
 def _merge(messages: Sequence[Message]) -> tuple[list[Message], list[int]]:

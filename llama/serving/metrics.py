@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from llama.serving.service import Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -44,22 +46,24 @@ class Metrics:
             registry=registry,
         )
 
-    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Adds a gauge whose value is asked for at each read."""
-        Gauge(name, text, registry=self._registry).set_function(value)
-
-    def watch_count(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Adds a counter whose value is asked for at each read."""
-        self._registry.register(_Count(name, text, value))
+    def watch(self, service: Service) -> None:
+        """Adds the numbers of a service, which are asked for at each read."""
+        self._registry.register(_OfService(service))
 
     def text(self) -> bytes:
         """All metrics."""
         return generate_latest(self._registry)
 
 
-class _Count(Collector):
-    def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
-        self._name, self._text, self._value = name, text, value
+class _OfService(Collector):
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     def collect(self) -> Iterable[Metric]:
-        yield CounterMetricFamily(self._name, self._text, value=self._value())
+        service = self._service
+        yield GaugeMetricFamily("llama_requests_open", "Requests that are not finished.", service.n_requests)
+        yield GaugeMetricFamily("llama_sequences_running", "Sequences in slots of the cache.", service.n_running)
+        yield GaugeMetricFamily("llama_sequences_waiting", "Sequences that wait for a slot.", service.n_waiting)
+        yield CounterMetricFamily("llama_generated_tokens", "Generated tokens.", service.n_generated)
+        cached = "Prompt tokens that the cache held already."
+        yield CounterMetricFamily("llama_cached_prompt_tokens", cached, service.engine.n_reused)

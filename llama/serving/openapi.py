@@ -8,20 +8,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
-
 from llama import __version__
-from llama.serving import protocol, responses
-from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL
+from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, RESPONSES_URL
+from llama.serving.fields import ANY
+from llama.serving.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from llama.serving.responses import ResponsesBody
 
-_TEXT = {"type": "string"}
-_IDS = {"type": "array", "items": {"type": "integer"}}
 _ERROR = {
     "type": "object",
     "required": ["error"],
     "properties": {"error": {"type": "object", "required": ["message", "type", "param", "code"]}},
 }
+_ANSWERS = {
+    "200": {"description": "The answer; server-sent events with stream=true."},
+    "default": {
+        "description": "An error in OpenAI's form.",
+        "content": {"application/json": {"schema": _ERROR}},
+    },
+}
 _GETS = ("/", "/health", "/ping", "/version", "/metrics", "/tokenizer_info", "/v1/models")
+_BODIES: dict[str, type[Body]] = {
+    CHAT_URL: ChatBody,
+    COMPLETIONS_URL: CompletionBody,
+    RESPONSES_URL: ResponsesBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
 
 
 def describe(*, ignores_unknown: bool) -> dict[str, Any]:
@@ -30,87 +42,20 @@ def describe(*, ignores_unknown: bool) -> dict[str, Any]:
     Args:
         ignores_unknown: whether fields that nobody knows are left out of bodies, instead of refused.
     """
-    bodies: dict[str, tuple[type[BaseModel], dict[str, Any], frozenset[str]]] = {
-        CHAT_URL: (protocol.ChatBody, {}, frozenset()),
-        COMPLETIONS_URL: (protocol.CompletionBody, {}, frozenset()),
-        responses.RESPONSES_URL: (responses.ResponsesBody, responses.NEUTRAL, responses.LABELS),
-        "/tokenize": (protocol.TokenizeBody, {}, frozenset()),
-        "/detokenize": (protocol.DetokenizeBody, {}, frozenset()),
-    }
-    paths: dict[str, Any] = {path: {"get": {"responses": _answers()}} for path in _GETS}
-    paths["/ping"]["post"] = {"responses": _answers()}
-    for path, (kind, neutral, labels) in bodies.items():
-        schema = _body(kind, protocol.NEUTRAL | neutral, protocol.LABELS | labels)
-        schema["additionalProperties"] = ignores_unknown
+    paths: dict[str, Any] = {path: {"get": {"responses": _ANSWERS}} for path in _GETS}
+    paths["/ping"]["post"] = {"responses": _ANSWERS}
+    for path, kind in _BODIES.items():
+        schema = _schema(kind) | {"additionalProperties": ignores_unknown}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        paths[path] = {"post": {"requestBody": body, "responses": _answers()}}
+        paths[path] = {"post": {"requestBody": body, "responses": _ANSWERS}}
     return {"openapi": "3.1.0", "info": {"title": "llama", "version": __version__}, "paths": paths}
 
 
-def _answers() -> dict[str, Any]:
-    error = {"description": "An error in OpenAI's form.", "content": {"application/json": {"schema": _ERROR}}}
-    return {"200": {"description": "The answer; server-sent events with stream=true."}, "default": error}
-
-
-def _body(kind: type[BaseModel], neutral: dict[str, Any], labels: frozenset[str]) -> dict[str, Any]:
-    """The schema of a body: its model's, with what is read before the model sees it."""
+def _schema(kind: type[Body]) -> dict[str, Any]:
+    """The schema of a body: its model's, with the fields without effect, and null wherever a field may be left out."""
     schema = kind.model_json_schema()
-    definitions = schema.pop("$defs", {})
     required = schema.get("required", ())
-    properties: dict[str, Any] = {name: {} for name in labels}
-    properties |= {name: {"enum": [*values, None]} for name, values in neutral.items()}
-    for name, of_field in schema["properties"].items():
-        own = _READ_BEFORE.get((kind.__name__, name)) or _READ_BEFORE.get(("", name)) or of_field
-        if reference := next((part["$ref"] for part in own.get("anyOf", ()) if "$ref" in part), None):
-            own = definitions[reference.rpartition("/")[2]]
-            own["properties"] = {key: _or_null(value) for key, value in own["properties"].items()}
-        properties[name] = own if name in required else _or_null(own)
+    properties = {name: {} if values is ANY else {"enum": [*values, None]} for name, values in kind.neutral.items()}
+    for name, own in schema["properties"].items():
+        properties[name] = own if name in required else {"anyOf": [own, {"type": "null"}]}
     return schema | {"properties": properties}
-
-
-def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _messages(*kinds: str) -> dict[str, Any]:
-    """The schema of messages with parts of the given types."""
-    part = {
-        "type": "object",
-        "required": ["type", "text"],
-        "properties": {"type": {"enum": list(kinds)}, "text": _TEXT},
-    }
-    message = {
-        "type": "object",
-        "required": ["role", "content"],
-        "properties": {
-            "role": {"enum": list(protocol.ROLES)},
-            "content": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": part}]},
-        },
-    }
-    return {"type": "array", "minItems": 1, "items": message}
-
-
-# Fields whose model has them as they are after a first reading, by the name of the body, or "" for all.
-_READ_BEFORE: dict[tuple[str, str], dict[str, Any]] = {
-    ("", "messages"): _messages("text"),
-    ("", "stop"): {
-        "anyOf": [
-            _TEXT | {"minLength": 1},
-            {"type": "array", "maxItems": protocol.MAX_STOPS, "items": _TEXT | {"minLength": 1}},
-        ]
-    },
-    ("", "logit_bias"): {
-        "type": "object",
-        "propertyNames": {"pattern": "^[0-9]+$"},
-        "additionalProperties": {"type": "number"},
-    },
-    ("CompletionBody", "prompt"): {
-        "anyOf": [
-            _TEXT,
-            {"type": "array", "minItems": 1, "items": _TEXT},
-            _IDS | {"minItems": 1},
-            {"type": "array", "minItems": 1, "items": _IDS | {"minItems": 1}},
-        ]
-    },
-    ("ResponsesBody", "input"): {"anyOf": [_TEXT, _messages("input_text", "output_text", "text")]},
-}

@@ -8,22 +8,20 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, WithJsonSchema
 
 from llama.engine.output import Piece
 from llama.errors import quote
-from llama.serving.endpoints import check_model
+from llama.serving import fields
 from llama.serving.errors import ApiError
+from llama.serving.fields import ANY, Table, Unknown, check_messages
 from llama.serving.formats import Counts, event
-from llama.serving.jobs import Job, Planner
-from llama.serving.protocol import ChatBody, Unknown, check_body, check_messages
+from llama.serving.protocol import Body, ChatBody, check_body, messages_schema
 
-RESPONSES_URL = "/v1/responses"
-# As in `protocol.NEUTRAL`; the fields that both have stand there.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: Table = {
+    **fields.NEUTRAL,
     "previous_response_id": (),
     "conversation": (),
     "prompt": (),
@@ -31,52 +29,40 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include": ([], ["reasoning.encrypted_content"]),  # there is no reasoning
     "truncation": ("disabled",),
     "top_logprobs": (0,),
+    "reasoning": ANY,
+    "max_tool_calls": ANY,
+    "stream_options": ANY,
 }
-LABELS = frozenset(("reasoning", "max_tool_calls", "stream_options"))
-_ITEM_LABELS = frozenset(("type", "id", "status", "name", "phase"))
+_ITEM_NEUTRAL: Table = {"type": ANY, "id": ANY, "status": ANY, "name": ANY, "phase": ANY}
 _PARTS = ("input_text", "output_text", "text")
 
 
-class ResponsesBody(BaseModel):
+_INPUT = {"anyOf": [{"type": "string"}, messages_schema(*_PARTS)]}
+
+
+class ResponsesBody(Body):
     """The body of `POST /v1/responses`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    neutral = NEUTRAL
 
-    model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: Annotated[str | list[dict[str, Any]], WithJsonSchema(_INPUT)]
     instructions: str | None = None
-    text: dict[str, Any] = {}
+    text: dict[str, Any] = Field(default={})
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
     stream: bool = False
 
 
-@dataclass(frozen=True)
-class ResponsesRequest:
-    """A checked body, and its work."""
-
-    body: ResponsesBody
-    job: Job
-
-    def answer(self, model_name: str, fingerprint: str | None) -> ResponseAnswer:
-        return ResponseAnswer(self.body, model_name)
-
-
-def read_response(values: Any, planner: Planner, model_name: str, unknown: Unknown | None = None) -> ResponsesRequest:
-    """Checks a body; arguments and errors as of `read_request`."""
-    unknown = unknown or Unknown()
-    if isinstance(values, dict):
-        planner.check_size({"messages": values.get("input")})
-    body = check_body(values, ResponsesBody, unknown, neutral=NEUTRAL, labels=LABELS)
-    check_model(body.model, model_name)
+def as_chat(body: ResponsesBody, unknown: Unknown) -> ChatBody:
+    """The chat that a body asks for; raises ApiError if its input or its text's format is wrong."""
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     messages = check_messages(
         [_message(item, f"input[{i}]", unknown) for i, item in enumerate(items)], unknown, "input", _PARTS
     )
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
-    form = unknown.select(body.text, ("format",), {}, ("verbosity",), prefix="text.").get("format")
+    form = unknown.select(body.text, ("format",), {"verbosity": ANY}, prefix="text.").get("format")
     unknown.check()
     values = {
         "messages": messages,
@@ -85,7 +71,7 @@ def read_response(values: Any, planner: Planner, model_name: str, unknown: Unkno
         "max_completion_tokens": body.max_output_tokens,
         "response_format": _response_format(form),
     }
-    return ResponsesRequest(body, planner.chat(check_body(values, ChatBody)))
+    return check_body(values, ChatBody)
 
 
 def _response_format(form: Any) -> Any:
@@ -99,7 +85,7 @@ def _message(item: dict[str, Any], name: str, unknown: Unknown) -> dict[str, Any
     """An input item as a chat's message."""
     if item.get("type") not in (None, "message"):
         raise ApiError(f"{name}.type must be 'message', got {quote(item['type'])}", param=f"{name}.type")
-    return unknown.select(item, ("role", "content"), {}, _ITEM_LABELS, prefix=f"{name}.")
+    return unknown.select(item, ("role", "content"), _ITEM_NEUTRAL, prefix=f"{name}.")
 
 
 class ResponseAnswer:
@@ -107,7 +93,7 @@ class ResponseAnswer:
 
     def __init__(self, body: ResponsesBody, model: str) -> None:
         self._n_events = 0
-        self._texts: list[str] = []
+        self._text = ""
         self._finish_reason: str | None = None
         self._item_id = f"msg_{uuid.uuid4().hex}"
         self._head: dict[str, Any] = {
@@ -134,9 +120,8 @@ class ResponseAnswer:
             "usage": None,
         }
 
-    def whole(self, pieces: Sequence[Sequence[Piece]], counts: Counts) -> dict[str, Any]:
-        self._texts = [piece.text for piece in pieces[0]]
-        self._finish_reason = pieces[0][-1].finish_reason
+    def whole(self, pieces: Sequence[Piece], counts: Counts) -> dict[str, Any]:
+        self._add(pieces[0])
         return self._complete(counts)
 
     def start(self, counts: Counts) -> list[bytes]:
@@ -149,14 +134,13 @@ class ResponseAnswer:
         ]
 
     def events(self, piece: Piece, counts: Counts) -> list[bytes]:
-        self._finish_reason = piece.finish_reason
-        self._texts.append(piece.text)
+        self._add(piece)
         if not piece.text:
             return []
         return [self._event("response.output_text.delta", **self._place(), delta=piece.text, logprobs=[])]
 
     def end(self, counts: Counts) -> list[bytes]:
-        text, response = "".join(self._texts), self._complete(counts)
+        text, response = self._text, self._complete(counts)
         return [
             self._event("response.output_text.done", **self._place(), text=text, logprobs=[]),
             self._event("response.content_part.done", **self._place(), part=_part(text)),
@@ -168,13 +152,17 @@ class ResponseAnswer:
         reason = {"code": error.code or "server_error", "message": str(error)}
         return self._event("response.failed", response=self._head | {"status": "failed", "output": [], "error": reason})
 
+    def _add(self, piece: Piece) -> None:
+        self._text += piece.text
+        self._finish_reason = piece.finish_reason
+
     def _complete(self, counts: Counts) -> dict[str, Any]:
         is_cut = self._finish_reason == "length"
         status = "incomplete" if is_cut else "completed"
         return self._head | {
             "status": status,
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "output": [self._item(status, [_part("".join(self._texts))])],
+            "output": [self._item(status, [_part(self._text)])],
             "usage": {
                 "input_tokens": counts.n_prompt,
                 "input_tokens_details": {"cached_tokens": counts.n_cached or 0},

@@ -13,7 +13,7 @@ from llama.engine.output import Piece
 from llama.errors import NonFiniteLogitsError, RankError, printable
 from llama.serving.errors import ApiError
 from llama.serving.formats import Counts
-from llama.serving.jobs import Job
+from llama.serving.jobs import Job, join_choices
 from llama.serving.metrics import Metrics
 from llama.serving.service import QueueFullError, Service, ServiceStoppedError
 
@@ -56,14 +56,7 @@ class Run:
         self._queue: asyncio.Queue[tuple[float, Piece | BaseException]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         try:
-            self._number = service.submit(
-                job.prompts,
-                job.params,
-                self._put,
-                n=job.n,
-                top_logprobs=job.top_logprobs,
-                continues=job.continues,
-            )
+            self._number = service.submit(job, self._put)
         except (QueueFullError, ServiceStoppedError) as error:
             raise _api_error(error) from error
         left_s = timeout_s - (time.perf_counter() - arrived)
@@ -107,6 +100,10 @@ class Run:
                 self.n_cached += piece.n_reused
             self._n_open -= piece.finish_reason is not None
             yield piece
+
+    async def all_pieces(self) -> list[Piece]:
+        """All of each choice, as one piece; errors as of `pieces`."""
+        return join_choices([piece async for piece in self.pieces()])
 
     def _put(self, piece: Piece | BaseException) -> None:
         """Called in the service's thread."""

@@ -21,9 +21,8 @@ from llama.tools import commandline
 from llama.tools.progress import Progress
 
 with commandline.extra_imports(__name__):
-    from llama.serving.batch_file import MAX_CHOICES, Reader
-    from llama.serving.batch_results import Completed, Results, compare, read_requests
-    from llama.serving.batch_work import BatchWork, Result
+    from llama.serving.batch_file import MAX_CHOICES, BatchWork, Reader, Result, read_requests
+    from llama.serving.batch_results import Completed, Results, compare
     from llama.serving.jobs import Planner
     from llama.serving.settings import fingerprint
 
@@ -101,19 +100,18 @@ def main(
     groups.init_process_groups(mp, select_device(build.get("device")))
     opened = _first_rank_does(lambda: _open(Path(input), Path(output)))
     with closing(opened[0]) if opened else nullcontext():
-        if groups.broadcast_object(opened[1].is_complete if opened else None):
+        if groups.broadcast_object(not opened[1].pending if opened else None):
             if opened:
                 print(f"{output}: all {opened[1].n_lines} requests have results already")
             return
         llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **build)
         mark = fingerprint(llama, tokenizer_path, seed, build.get("quantize"))
         _first_rank_does(lambda: _check_fingerprint(opened[1], mark, Path(output)) if opened else None)
-        planner = Planner(llama, MAX_CHOICES, speculative=speculative)
-        read = Reader(planner, name, seed)
+        read = Reader(Planner(llama, MAX_CHOICES, speculative=speculative), name, seed, mark)
         if opened:
-            _lead(llama, Path(input), read, *opened, mark)
+            _lead(llama, Path(input), read, *opened)
         else:
-            _follow(llama, read, mark)
+            BatchWork(llama, (), read, lambda done: None).run()
 
 
 class _Writer:
@@ -136,16 +134,15 @@ class _Writer:
         self._progress.add(1, f"{speed:.0f} tokens/s")
 
 
-def _lead(llama: Llama, input: Path, read: Reader, results: Results, completed: Completed, mark: str) -> None:
+def _lead(llama: Llama, input: Path, read: Reader, results: Results, completed: Completed) -> None:
     """The part of rank 0."""
-    n_done, n_to_do = len(completed.done), len(completed.pending)
-    started = time.monotonic()
-    with groups.rank_errors(), Progress("batch", completed.n_lines, unit=" requests", done=n_done) as progress:
+    pending, started = completed.pending, time.monotonic()
+    n_to_do = len(pending)
+    with Progress("batch", completed.n_lines, unit=" requests", done=completed.n_lines - n_to_do) as progress:
         write = _Writer(results, completed, progress)
-        lines = (line for line in read_requests(input) if line.number in completed.pending)
-        BatchWork(llama, lines, read, mark, write).run()
+        BatchWork(llama, (line for line in read_requests(input) if line.number in pending), read, write).run()
     results.check()
-    if missing := list(completed.pending.values()):
+    if missing := list(pending.values()):
         raise ValueError(
             f"--input must not change while the command runs, got {input}, in which {len(missing)} requests are gone, "
             f"such as {first_few([quote(custom_id) for custom_id in missing])}; start the command again"
@@ -156,12 +153,6 @@ def _lead(llama: Llama, input: Path, read: Reader, results: Results, completed: 
         f"{n_to_do} requests, {write.n_refused} of them refused: {write.n_prompt_tokens} prompt tokens, "
         f"{n_new} new tokens in {seconds:.1f} s ({n_new / seconds:.0f} tokens/s)"
     )
-
-
-def _follow(llama: Llama, read: Reader, mark: str) -> None:
-    """The part of the other ranks."""
-    with groups.rank_errors():
-        BatchWork(llama, (), read, mark, lambda done: None).run()
 
 
 def command() -> None:

@@ -309,7 +309,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
             stop_ids=self._format.stop_ids(self.llama.tokenizer) if self._is_rendered else None,
             seed=int.from_bytes(digest[:7], "big"),
         )
-        return Job([self.tok_encode(context)[-room:]], params, 1, 0, continues=False)
+        return Job([self.tok_encode(context)[-room:]], params)
 
     def _complete(self, jobs: Sequence[tuple[int, Job]]) -> list[str]:
         """The texts of this replica's numbered jobs, as many of which run at a time as the cache has rows."""

@@ -13,6 +13,7 @@ from llama import Llama
 from llama.engine.constraints import Constraint, Vocabulary, vocabulary_of
 from llama.errors import PromptError
 from llama.inputs import SamplingParams
+from llama.serving.jobs import Job
 from llama.serving.service import Service
 
 jsonschema = pytest.importorskip("jsonschema", reason="needs the package jsonschema, of the extra [test]")
@@ -152,7 +153,7 @@ def test_completions_of_the_service_continue_the_prompt(llama: Llama) -> None:
 
     service = Service(llama)
     params = SamplingParams(0.0, 1.0, 10, structured_outputs={"choice": ["yes", "no"]})
-    service.submit([llama.tokenizer.encode("Answer:", bos=True, eos=False)], params, keep, continues=True)
+    service.submit(Job([llama.tokenizer.encode("Answer:", bos=True, eos=False)], params, continues=True), keep)
     service.run()
     assert "".join(texts) in ("yes", "no")
 

@@ -16,6 +16,7 @@ from llama import Llama
 from llama.engine.sequence import Call
 from llama.errors import NonFiniteLogitsError
 from llama.inputs import SamplingParams
+from llama.serving.jobs import Job
 from llama.serving.service import Service
 from llama.tools.batch import main
 
@@ -124,8 +125,8 @@ def test_a_request_of_the_service_fails_alone(broken: Llama) -> None:
     service = Service(broken)
     pieces: dict[str, list[Any]] = {"good": [], "bad": []}
     params = SamplingParams(0.0, 1.0, 8)
-    service.submit([GOOD[0]], params, pieces["good"].append)
-    service.submit([BAD], params, lambda piece: (pieces["bad"].append(piece), service.stop())[0])
+    service.submit(Job([GOOD[0]], params), pieces["good"].append)
+    service.submit(Job([BAD], params), lambda piece: (pieces["bad"].append(piece), service.stop())[0])
     service.run()
     assert isinstance(pieces["bad"][-1], NonFiniteLogitsError)
 

@@ -9,20 +9,25 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from llama.serving import protocol
+from llama.serving import fields, protocol
 from llama.serving.errors import ApiError
-from llama.serving.protocol import ChatBody, CompletionBody, Unknown, check_body
+from llama.serving.fields import ANY, Table, Unknown
+from llama.serving.protocol import ChatBody, CompletionBody, check_body
 
 QUESTION = {"role": "user", "content": "hi"}
 BODIES: list[tuple[Any, dict[str, Any]]] = [(ChatBody, {"messages": [QUESTION]}), (CompletionBody, {"prompt": "x"})]
 Serve = Callable[..., TestClient]
 
 
+def labels_of(table: Table) -> list[str]:
+    return [name for name, values in table.items() if values is ANY]
+
+
 @pytest.mark.parametrize(("kind", "body"), BODIES)
 def test_neutral_values_and_null_are_taken_and_others_are_refused_by_name(kind: Any, body: dict[str, Any]) -> None:
     plain = check_body(body, kind)
-    for name, values in protocol.NEUTRAL.items():
-        if name in kind.model_fields:
+    for name, values in fields.NEUTRAL.items():
+        if name in kind.model_fields or values is ANY:
             continue
         for value in (*values, None):
             assert check_body(body | {name: value}, kind) == plain, (name, value)
@@ -42,14 +47,14 @@ def test_every_supported_field_may_be_null(kind: Any, body: dict[str, Any]) -> N
 
 @pytest.mark.parametrize(("kind", "body"), BODIES)
 def test_labels_have_no_effect_whatever_their_value(kind: Any, body: dict[str, Any]) -> None:
-    for name in protocol.LABELS:
+    for name in labels_of(fields.NEUTRAL):
         for value in (True, "high", {"a": "b"}, None):
             assert check_body(body | {name: value}, kind) == check_body(body, kind)
 
 
 def test_nested_fields_are_read_like_those_of_the_body() -> None:
-    labels = dict.fromkeys(protocol.MESSAGE_LABELS, "x")
-    neutral = {name: values[0] for name, values in protocol.MESSAGE_NEUTRAL.items()}
+    labels = dict.fromkeys(labels_of(fields.MESSAGE_NEUTRAL), "x")
+    neutral = {name: values[0] for name, values in fields.MESSAGE_NEUTRAL.items() if values}
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "annotations": None}
     for message in ({**QUESTION, **labels, **neutral}, {**QUESTION, "content": [part]}, {**QUESTION, "audio": None}):
         assert check_body({"messages": [message]}, ChatBody).messages == [QUESTION]

@@ -16,6 +16,7 @@ import torch
 from llama import Llama
 from llama.engine.output import Piece
 from llama.inputs import SamplingParams
+from llama.serving.jobs import Job
 from llama.serving.service import QueueFullError, Service, ServiceStoppedError
 from tests.conftest import TEXT
 
@@ -45,7 +46,7 @@ def service(llama: Llama) -> Iterator[Service]:
 def collect(service: Service, prompts: list[list[int]], params: SamplingParams, **settings: Any) -> list[list[Piece]]:
     """The pieces of each choice of a request."""
     arrived: queue.Queue[Piece | BaseException] = queue.Queue()
-    service.submit(prompts, params, arrived.put, **settings)
+    service.submit(Job(prompts, params, **settings), arrived.put)
     choices: list[list[Piece]] = [[] for _ in range(len(prompts) * settings.get("n", 1))]
     n_open = len(choices)
     while n_open:
@@ -171,7 +172,7 @@ def test_requests_that_leave_free_their_slots_and_do_not_disturb_the_others(llam
         expected = text(collect(service, [prompt], SamplingParams(0, 1, 30))[0])
         rng = random.Random(0)
         for _ in range(60):
-            number = service.submit([prompt], SamplingParams(1, 1, 40), lambda piece: None, n=rng.randint(1, 3))
+            number = service.submit(Job([prompt], SamplingParams(1, 1, 40), rng.randint(1, 3)), lambda piece: None)
             if rng.random() < 0.5:
                 time.sleep(rng.random() * 0.01)
             service.abort(number)
@@ -184,11 +185,11 @@ def test_a_full_queue_refuses_and_takes_requests_again_later(llama: Llama) -> No
     service = Service(llama, max_waiting=1)  # besides the 4 that find a free row
     prompt = [1, 5, 9]
     arrived: queue.Queue[Any] = queue.Queue()
-    service.submit([prompt], SamplingParams(0, 1, 3), arrived.put, n=3)
-    service.submit([prompt] * 2, SamplingParams(0, 1, 3), arrived.put)
+    service.submit(Job([prompt], SamplingParams(0, 1, 3), 3), arrived.put)
+    service.submit(Job([prompt] * 2, SamplingParams(0, 1, 3)), arrived.put)
     assert service.n_waiting == 5
     with pytest.raises(QueueFullError, match="at most 1, got 2"):
-        service.submit([prompt], SamplingParams(0, 1, 3), arrived.put)
+        service.submit(Job([prompt], SamplingParams(0, 1, 3)), arrived.put)
     thread = threading.Thread(target=service.run)
     thread.start()
     try:
@@ -203,13 +204,13 @@ def test_the_end_of_the_service_is_told_to_all_that_wait(llama: Llama) -> None:
     arrived: queue.Queue[Any] = queue.Queue()
     with running(llama) as service:
         for _ in range(6):
-            service.submit([[1, 2, 3]], SamplingParams(1, 1, 60), arrived.put)
+            service.submit(Job([[1, 2, 3]], SamplingParams(1, 1, 60)), arrived.put)
     told = [piece for piece in list(arrived.queue) if isinstance(piece, BaseException)]
     finished = [piece for piece in list(arrived.queue) if isinstance(piece, Piece) and piece.finish_reason]
     assert len(told) + len(finished) == 6
     assert all(isinstance(error, ServiceStoppedError) for error in told)
     with pytest.raises(ServiceStoppedError):
-        service.submit([[1]], SamplingParams(1, 1, 1), arrived.put)
+        service.submit(Job([[1]], SamplingParams(1, 1, 1)), arrived.put)
 
 
 def test_an_error_in_a_pass_is_its_requests_and_the_service_goes_on(llama: Llama) -> None:
@@ -228,12 +229,3 @@ def test_an_error_in_a_pass_is_its_requests_and_the_service_goes_on(llama: Llama
                 hook.remove()
             assert text(collect(service, [prompt], SamplingParams(0, 1, 5))[0]) == expected
         assert service.n_requests == service.n_running == service.n_waiting == 0
-
-
-def test_scores_are_those_of_a_call(llama: Llama, service: Service) -> None:
-    prompt = prompts_of(llama)[2]
-    arrived: queue.Queue[Any] = queue.Queue()
-    service.score(prompt, arrived.put)
-    expected = llama.generate([prompt], 0, logprobs=True, echo=True)[1]
-    assert expected
-    assert arrived.get(timeout=LONGEST_S) == pytest.approx(expected[0], abs=1e-5)
