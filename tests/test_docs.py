@@ -6,11 +6,13 @@ The API reference is what the docstrings say.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import re
 import runpy
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +23,53 @@ import llama
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "inspecting.md"
 PAGES = {PAGE: 10, ROOT / "docs" / "sampling.md": 3}  # with the least number of snippets
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+PACKAGES = ("transformers", "peft", "captum", "nnsight")  # that a snippet needs, by a comment in front of it
+BLOCK = re.compile(r"(?:^<!-- needs: (\w+) -->\n)?^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
-def snippets(page: str) -> list[tuple[int, str, str]]:
-    """Each Python snippet of a page: its first line's number, its code, and the output that is shown behind it."""
-    blocks = [(page[: m.start()].count("\n") + 2, m[1], m[2]) for m in BLOCK.finditer(page)]
+@dataclass(frozen=True)
+class Snippet:
+    """A Python snippet of a page, its first line's number there, and the output that is shown after it."""
+
+    line: int
+    code: str
+    output: str
+    needs: str | None
+
+    def run(self, page: Path, names: dict[str, Any]) -> None:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile("\n" * (self.line - 1) + self.code, str(page), "exec"), names)  # errors name the page's lines
+        assert out.getvalue() == self.output, f"the output of the snippet at {page.name}:{self.line} is another one"
+
+
+def snippets(page: str) -> list[Snippet]:
+    blocks = list(BLOCK.finditer(page))
     found = []
-    for (line, language, code), (_, next_language, output) in zip(blocks, [*blocks[1:], (0, "", "")], strict=True):
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        needs, language, code = block.groups()
         if language == "python":
-            found.append((line, code, output if next_language == "text" else ""))
+            output = following[3] if following and following[2] == "text" else ""
+            found.append(Snippet(page[: block.start(3)].count("\n") + 1, code, output, needs))
     return found
+
+
+def run_in_order(page: Path) -> dict[str, Any]:
+    """Run the snippets of a page that need no other package; return their names."""
+    names: dict[str, Any] = {"__name__": "inspecting"}
+    for snippet in snippets(page.read_text(encoding="utf-8")):
+        if snippet.needs is None:
+            snippet.run(page, names)
+    return names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_snippets_run_in_order_and_print_what_is_shown(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    namespace: dict[str, Any] = {"__name__": "inspecting"}
+    run_in_order(page)
     found = snippets(page.read_text(encoding="utf-8"))
-    for line, code, expected in found:
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)  # errors name the page's lines
-        assert out.getvalue() == expected, f"the output of the snippet at {page.name}:{line} is another one"
     assert len(found) >= PAGES[page]
+    assert {snippet.needs for snippet in found} <= {None, *PACKAGES}
 
 
 def test_the_notebook_has_the_page_and_its_snippets() -> None:
@@ -52,7 +77,7 @@ def test_the_notebook_has_the_page_and_its_snippets() -> None:
     path = ROOT / "examples" / "inspecting.ipynb"
     assert path.read_text(encoding="utf-8") == made, "inspecting.md has changed: run python docs/make_notebook.py"
     codes = ["".join(cell["source"]) + "\n" for cell in json.loads(made)["cells"] if cell["cell_type"] == "code"]
-    assert codes[1:] == [code for _, code, _ in snippets(PAGE.read_text(encoding="utf-8"))]
+    assert codes[1:] == [found.code for found in snippets(PAGE.read_text(encoding="utf-8")) if found.needs is None]
 
 
 def test_the_notebook_runs_in_its_folder_and_prints_what_it_shows() -> None:
@@ -67,9 +92,26 @@ def test_the_notebook_runs_in_its_folder_and_prints_what_it_shows() -> None:
             assert printed == shown, before.source
 
 
-def test_output_behind_a_snippet_belongs_to_it() -> None:
-    page = "a\n```python\nx\n```\n\n```text\n1\n```\n```python\ny\n```\n```sh\nz\n```\n"
-    assert snippets(page) == [(3, "x\n", "1\n"), (10, "y\n", "")]
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.filterwarnings("ignore")  # of the packages
+def test_a_snippet_of_another_package_runs_where_it_is_installed(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec(package) is None:  # not imported before the other snippets: nnsight patches torch
+        pytest.skip(f"needs {package}: pip install {package}")
+    monkeypatch.chdir(ROOT)
+    names = run_in_order(PAGE)
+    found = [snippet for snippet in snippets(PAGE.read_text(encoding="utf-8")) if snippet.needs == package]
+    assert found
+    for snippet in found:
+        source = tmp_path / "snippet.py"  # nnsight reads it
+        source.write_text("\n" * (snippet.line - 1) + snippet.code, encoding="utf-8")
+        snippet.run(source, names)
+
+
+def test_output_after_a_snippet_belongs_to_it() -> None:
+    page = "a\n```python\nx\n```\n\n```text\n1\n```\n<!-- needs: z -->\n```python\ny\n```\n```sh\nz\n```\n"
+    assert snippets(page) == [Snippet(3, "x\n", "1\n", None), Snippet(11, "y\n", "", "z")]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -84,7 +126,7 @@ def test_links_within_the_page_lead_somewhere(path: Path) -> None:
         assert (
             target[1:] in headings
             if target.startswith("#")
-            else target.startswith("https://") or (path.parent / target).exists()
+            else target.startswith("https://") or (path.parent / target.partition("#")[0]).exists()
         ), target
 
 
