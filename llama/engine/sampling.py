@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import cast
 
 import torch
 from torch import Tensor
 
 GREEDY_BELOW = 1e-30  # logits divided by a lower temperature could overflow
+_LEFT_OUT = 1 / 32  # twice the probability mass of tokens that are not sorted at first, whatever top_p is
+_UNIFORM_BITS = 2**53 - 1  # of a 64-bit random integer: a uniform float64, as a multiple of 2^-53
 _KEPT_STEPS = 16  # steps whose noise is kept where rows are at different steps
 
 
@@ -126,7 +127,7 @@ class Sampler:
         device = self.generator.device
         generator = torch.Generator(device).set_state(state)
         if device.type == "cpu" and _exponentials_are_logarithms():
-            noise = torch.empty((self.n_rows, vocab_size), dtype=torch.float64).uniform_(generator=generator)
+            noise = torch.empty((self.n_rows, vocab_size), dtype=torch.int64).random_(generator=generator)
         else:
             noise = torch.empty((self.n_rows, vocab_size), device=device).exponential_(generator=generator)
         return noise, generator.get_state()
@@ -145,38 +146,58 @@ class Sampler:
 def _exponentials(numbers: Tensor) -> Tensor:
     """Converts numbers from the stream to float32 exponential noise.
 
-    float64 numbers are uniform: those from which `exponential_` would compute a logarithm. That is the most expensive
-    part of sampling, and only the most likely tokens need it. Others are exponential already.
+    Integers hold in their low 53 bits the uniform from which `exponential_` would compute a logarithm. That is the most
+    expensive part of sampling, and only the most likely tokens need it. Others are exponential already.
     """
-    return -torch.log1p(-numbers).float() if numbers.dtype == torch.float64 else numbers
+    if numbers.dtype != torch.int64:
+        return numbers
+    return -torch.log1p((numbers & _UNIFORM_BITS).double() * -(2.0**-53)).float()
+
+
+def _least(numbers: Tensor) -> Tensor:
+    """The least value of `_exponentials`."""
+    return _exponentials((numbers & _UNIFORM_BITS if numbers.dtype == torch.int64 else numbers).min())
 
 
 @cache
 def _exponentials_are_logarithms() -> bool:
-    """Whether `exponential_` on this CPU is `_exponentials` of uniforms. On Intel CPUs torch uses MKL's generator."""
-    uniform = torch.empty(256, dtype=torch.float64).uniform_(generator=torch.Generator().manual_seed(0))
-    exponentials = torch.empty(256).exponential_(generator=torch.Generator().manual_seed(0))
-    return torch.equal(_exponentials(uniform), exponentials)
+    """Whether `exponential_` on this CPU is `_exponentials` of integers. On Intel CPUs torch may use MKL's generator."""
+    one, other = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    exponentials = torch.empty(256).exponential_(generator=one)
+    integers = torch.empty(256, dtype=torch.int64).random_(generator=other)
+    return torch.equal(_exponentials(integers), exponentials) and torch.equal(one.get_state(), other.get_state())
 
 
 def _sample_rows(probs: Tensor, p: float, numbers: Sequence[Tensor]) -> Tensor:
-    """The result of `sample_top_p` as (bsz,), usually without sorting tokens that cannot be in the set."""
-    tokens = [_sample_row(row, p, row_numbers) for row, row_numbers in zip(probs, numbers, strict=True)]
-    tied = [i for i, token in enumerate(tokens) if token is None]
+    """The result of `sample_top_p` as (bsz,), sorting no more than it takes."""
+    drawn = [_sample_row(row, p, row_numbers) for row, row_numbers in zip(probs, numbers, strict=True)]
+    tokens = torch.stack([token for _, token in drawn])
+    tied = [i for i, (_, token) in enumerate(drawn) if token < 0]
     if tied:
-        noise = _exponentials(torch.stack([numbers[i] for i in tied]))
-        for i, token in zip(tied, sample_top_p(probs[tied], p, noise=noise).squeeze(-1), strict=True):
-            tokens[i] = token
-    return torch.stack(cast(list[Tensor], tokens))
+        ranks = torch.stack([drawn[i][0] for i in tied]).unsqueeze(-1)
+        tokens[tied] = probs[tied].sort(-1, descending=True).indices.gather(-1, ranks).squeeze(-1)
+    return tokens
 
 
-def _sample_row(probs: Tensor, p: float, numbers: Tensor) -> Tensor | None:
-    """Samples from one row (vocab,). None if another token is equally likely: sorting the whole row decides then."""
-    outside = probs <= (1 - p) / (2 * len(probs))  # their total probability is at most half of 1 - p
-    likely = outside.logical_not_().nonzero().squeeze(-1)
-    probs_sort, order = probs[likely].sort(descending=True)
-    winner = (_truncate(probs_sort, p) / _exponentials(numbers[: len(likely)])).argmax()
-    return likely[order[winner]] if (probs_sort == probs_sort[winner]).sum() == 1 else None
+def _sample_row(probs: Tensor, p: float, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples from one row (vocab,): the token's rank, and the token.
+
+    The token is -1 if another one is as likely: which of them has this rank is up to the sort of the whole row.
+    """
+    n = len(probs)
+    limit = max(1 - p, _LEFT_OUT) / (2 * n)  # the total probability of those below is at most half of 1 - p, or tiny
+    likely = (probs <= limit).logical_not_().nonzero().squeeze(-1)
+    if len(likely) <= n // 2:
+        ranked, order = probs[likely].sort(descending=True)
+        noise = _exponentials(numbers[: len(likely)])
+        rank = (_truncate(ranked, p) / noise).argmax()
+        # Others are outside of the set, or too unlikely to be drawn, whichever noise they would get.
+        if ranked.sum() > p or limit < 0.999 * ranked[rank] / noise[rank] * _least(numbers[len(likely) :]):
+            tied = (ranked == ranked[rank]).sum() > 1
+            return rank, likely[order[rank]].masked_fill(tied, -1)
+    ranked, order = probs.sort(descending=True)
+    rank = (_truncate(ranked, p) / _exponentials(numbers)).argmax()
+    return rank, order[rank]
 
 
 def sample_top_p(probs: Tensor, p: float, *, noise: Tensor | None = None) -> Tensor:

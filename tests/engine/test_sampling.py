@@ -129,6 +129,19 @@ def test_tokens_of_equal_probability_are_drawn_as_published(temperature: float, 
     assert torch.equal(torch.stack([take(sampler, i, logits) for i, logits in enumerate(steps)]), torch.stack(theirs))
 
 
+def test_the_least_likely_tokens_are_drawn_as_published() -> None:
+    """Together they have a 50th of the mass, each too little to be sorted at first, and top_p leaves none out."""
+    logits = torch.zeros(8, 2000)
+    logits[:, 7] = 11.5
+    logits += torch.rand(logits.shape, generator=generator(0)) / 10
+    torch.manual_seed(9)
+    theirs = [published(logits, 1.0, 1.0) for _ in range(100)]
+    sampler = Sampler(1.0, 1.0, 8, generator(9))
+    ours = torch.stack([take(sampler, i, logits) for i in range(100)])
+    assert torch.equal(ours, torch.stack(theirs))
+    assert 5 < (ours != 7).sum() < 50
+
+
 def test_the_stream_is_the_same_where_exponentials_are_not_logarithms(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Intel's CPUs, where torch leaves them to MKL."""
     steps = torch.randn(20, 2, 300, generator=generator(4)) * 3
