@@ -1,27 +1,41 @@
-"""`python benchmarks/bench.py --shape 1b --peers hf,llama_cpp`: this library's speed, and other engines' beside it.
+"""The speed of this library, and of other engines in turn with it: `python benchmarks/bench.py --shape 1b --peers hf`.
 
-Reads top-down: the arguments, the checkpoint, the rounds, the report. Nothing is fetched.
+Every engine has a process, all of them take turns at each figure, several times over: what the machine does while a
+figure is measured, it does to all engines. Nothing is fetched.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import os
+import platform
+import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
     sys.path[0] = str(Path(__file__).parent.parent)
 
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
 from benchmarks import report
-from benchmarks.job import PEERS, PUBLISHED, Job
-from benchmarks.machine import describe_machine
-from benchmarks.rounds import Plan, missing_packages, peer_pythons, run_rounds, say
-from benchmarks.shapes import make_job
+from benchmarks.networks import bytes_per_decode_step, make_job, write_hf_folder
+from benchmarks.peers import ENGINES, PEERS, Ours
+from benchmarks.report import Round
+from benchmarks.worker import LOAD, EngineProcess, Job, is_installed, numbers, peer_pythons, prepare, say, version
 from llama.distributed.device import available_cores
 from llama.tools.commandline import run
+
+BUFFER_BYTES = 2**30  # far more than any cache holds
+PASSES = 4
 
 
 def main(
@@ -39,22 +53,23 @@ def main(
     prefills: Sequence[int] = (16, 128, 512),
     decode_prompt: int = 128,
     decode_steps: int = 48,
-    published_rounds: int = 1,
     one_at_a_time: bool = False,
     cpu_time: bool = False,
     peer_python: str | Sequence[str] = "",
     work_dir: str | None = None,
-    plot: str | None = None,
+    profile_step: bool = False,
     json: str | None = None,
+    plot: str | None = None,
+    readings: str | None = None,
 ) -> None:
-    """Measures loading, prefill, decode, a ragged batch and memory; prints medians and ratios.
+    """Measures loading, prefill, decode and memory; prints medians and ratios.
 
     Args:
-        shape: tiny, 200m, 1b, 7b or 13b, of random weights; with `ckpt_dir` only a name for the report.
+        shape: tiny, 110m, 200m, 1b, 7b or 13b, of random weights; with `ckpt_dir` only a name for the report.
         ckpt_dir: a checkpoint in one file to measure instead.
-        peers: of hf, hf_compiled, llama_cpp, llama_cpp_q8_0, llama_cpp_q4_0, openvino, openvino_int8, openvino_int4,
-            ctranslate2 (int8) and ours_eager (this library without CUDA graphs), those to run in turn with it; those
-            that are not installed are left out.
+        peers: of hf, llama_cpp, llama_cpp_q8_0, llama_cpp_q4_0, openvino, openvino_int8, openvino_int4, ctranslate2
+            (int8) and ours_eager (this library without CUDA graphs), those to run in turn with it; those that are not
+            installed are left out.
         device: "cpu" or "cuda".
         dtype: "bfloat16", "float16" or "float32", of weights and arithmetic.
         quantize: "int8" or "int4" measures this library with such weights too, in turn with the others.
@@ -65,8 +80,6 @@ def main(
         prefills: prompt lengths of the prefill figures.
         decode_prompt: length of the decode figures' prompts.
         decode_steps: number of timed steps of a decode figure.
-        published_rounds: number of rounds in which the ragged batch also goes the published code's way (more than a
-            minute at 1b); 0 leaves it out.
         one_at_a_time: have an engine take all its figures before the next one is loaded. Without it they take turns at
             each figure, which needs memory for all of them at the same time, 16 GB at 1b in bfloat16 with all peers.
         cpu_time: measures the CPU time of the engines' processes in place of the time that passes, with one thread:
@@ -74,34 +87,47 @@ def main(
         peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
         work_dir: keeps the weights in every engine's format there for the next run (1b in bfloat16: 14 GB with all
             peers); None for a temporary folder.
-        plot: file to draw bars to.
+        profile_step: in place of all that, prints where the time of this library's decode steps goes, for the first
+            of `batches` in a cache of the largest.
         json: file to write one JSON line per figure to.
+        plot: file to draw decoding against the memory's limit to.
+        readings: file of such JSON lines to draw, in place of measuring.
     """
     _check(repeats, quantize, plot, json)
+    if readings:
+        report.plot(report.read(Path(readings)), Path(plot or "performance.svg"))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(work_dir or temporary).resolve() / f"{Path(ckpt_dir).name if ckpt_dir else shape}-{dtype}"
-        args, job = make_job(shape, ckpt_dir, folder, dtype)
         n_threads = 1 if cpu_time else threads or available_cores()
-        job = replace(job, device=device, threads=n_threads, cpu_time=cpu_time)
-        job = replace(job, decode_batches=_numbers(batches), decode_prompt=decode_prompt, decode_steps=decode_steps)
-        job = replace(job, prefill_lengths=_numbers(prefills))
+        job = replace(
+            make_job(shape, ckpt_dir, folder, dtype),
+            device=device,
+            threads=n_threads,
+            cpu_time=cpu_time,
+            decode_batches=numbers(batches),
+            decode_prompt=decode_prompt,
+            decode_steps=decode_steps,
+            prefill_lengths=numbers(prefills),
+        )
+        torch.set_num_threads(n_threads)
+        if profile_step:
+            print(step_profile(job, quantize))
+            return
         pythons = dict.fromkeys(_own_engines(job, quantize, compiled=compile), sys.executable)
         pythons |= _installed(peers, peer_python, device)
-        if published_rounds:
-            pythons[PUBLISHED] = sys.executable
-        rounds, versions = run_rounds(Plan(args, job, pythons, repeats, published_rounds, one_at_a_time))
+        rounds = run_rounds(job, pythons, repeats, one_at_a_time=one_at_a_time)
+        versions = {engine: version(ENGINES[engine].install.split()[0], pythons[engine]) for engine in pythons}
     machine = describe_machine(device)
-    rounds_ = f"{repeats} round{'s' * (repeats > 1)}"
-    threads_ = f"{job.threads} thread{'s' * (job.threads > 1)}" + ", CPU time" * cpu_time
-    title = f"{job.shape}, {dtype}, {device}, {threads_}, {rounds_}: {machine['cpu']}"
     lines, ratios = report.engine_lines(rounds), report.ratio_lines(rounds)
-    print(report.page(title, versions, lines, ratios))
+    title = f"{job.shape}, {dtype}, {device}, {n_threads} threads{', CPU time' * cpu_time}, {repeats} rounds"
+    print(report.page(f"{title}: {machine['cpu']}\n{versions}", lines, ratios))
+    context = {"shape": job.shape, "device": device, "dtype": dtype, "threads": n_threads}
+    context |= {"machine": machine, "versions": versions}
     if json:
-        context = {"shape": job.shape, "device": device, "dtype": dtype, "threads": job.threads}
-        context |= {"machine": machine, "versions": versions}
         Path(json).write_text(report.json_lines([*lines, *ratios], context), encoding="utf-8")
     if plot:
-        report.plot(lines, versions, title, Path(plot))
+        report.plot([(line, context) for line in lines], Path(plot))
 
 
 def _check(repeats: int, quantize: str | None, plot: str | None, json: str | None) -> None:
@@ -132,19 +158,152 @@ def _installed(peers: str | Sequence[str], peer_python: str | Sequence[str], dev
     """The peers that can run here and their interpreters; prints what the others lack."""
     found = {}
     for peer, python in peer_pythons(peers, peer_python, PEERS).items():
-        if device != "cpu" and PEERS[peer].cpu_only:
+        engine = ENGINES[peer]
+        if device != "cpu" and engine.cpu_only:
             say(f"{peer}: left out, it is measured on CPUs only")
-        elif missing := missing_packages(peer, python):
-            # The constraints keep pip from fetching another torch, with gigabytes of CUDA.
-            hint = f"pip install -c constraints.txt torch {PEERS[peer].install}"
-            say(f"{peer}: left out, {python} has no {', '.join(missing)}; {hint}")
-        else:
+        elif is_installed(peer, python, f"{engine.imports} {engine.to_prepare}", engine.install):
             found[peer] = python
     return found
 
 
-def _numbers(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+def run_rounds(job: Job, pythons: dict[str, str], repeats: int, *, one_at_a_time: bool) -> list[Round]:
+    """The figures of each round. A peer that fails is left out from there on.
+
+    Args:
+        pythons: of each engine, in the order of a round; loses those that fail.
+
+    Raises:
+        RuntimeError: our own process failed.
+    """
+    for engine in list(pythons):
+        say(f"{engine}: writing its files")
+        if engine in PEERS:
+            write_hf_folder(job)
+        _guard(pythons, engine, lambda engine=engine: prepare(engine, pythons[engine], job))
+    rounds: list[Round] = []
+    for i in range(repeats):
+        say(f"round {i + 1}/{repeats}")
+        measured: Round = limits(job, [engine for engine in pythons if 1 in job.decode_batches])
+        for group in groups(list(pythons), i, one_at_a_time=one_at_a_time):
+            measured |= _take_turns(group, pythons, job)
+        rounds.append(measured)
+    return rounds
+
+
+def groups(names: list[str], round_: int, *, one_at_a_time: bool) -> list[list[str]]:
+    """The engines of a round whose processes are there at the same time; each round, another one is the first."""
+    first = round_ % len(names)
+    names = names[first:] + names[:first]
+    return [[name] for name in names] if one_at_a_time else [names]
+
+
+def _take_turns(group: Sequence[str], pythons: dict[str, str], job: Job) -> Round:
+    """Every figure of engines that stay loaded until the last of them is through."""
+    found: Round = {engine: {} for engine in group}
+    running: dict[str, EngineProcess] = {}
+
+    def take(engine: str, turn: str) -> None:
+        for figure, value in running[engine].take_turn(turn):
+            say(f"  {engine}: {figure} {report.shown(figure, value)}")
+            found[engine][figure] = value
+
+    with ExitStack() as stack:
+        for turn in job.turns:
+            for engine in filter(pythons.__contains__, group):
+                if turn == LOAD:
+                    running[engine] = stack.enter_context(EngineProcess(engine, pythons[engine], job))
+                _guard(pythons, engine, lambda engine=engine, turn=turn: take(engine, turn))
+    return found
+
+
+def _guard(pythons: dict[str, str], engine: str, work: Callable[[], None]) -> None:
+    """Does the work; if a peer's fails, says so and takes the peer out."""
+    try:
+        work()
+    except RuntimeError as error:
+        if engine not in PEERS:
+            raise
+        say(f"{engine}: left out, it failed with {error}")
+        del pythons[engine]
+
+
+def limits(job: Job, engines: Sequence[str]) -> Round:
+    """The tokens per second at batch 1 that reading the weights allows now, by form of weights.
+
+    The machine's speed is that of the best of several kernels that read a large buffer with little arithmetic per
+    byte: which one comes closest to the memory's speed differs between machines. On CUDA a copy, which reads and
+    writes.
+    """
+    bandwidth = _read_bandwidth(job.device) if engines else 0.0
+    forms = dict.fromkeys(ENGINES[engine].form for engine in engines)
+    return {
+        f"limit{'_' * bool(form)}{form}": {"decode_1": bandwidth / bytes_per_decode_step(job, form)} for form in forms
+    }
+
+
+@torch.inference_mode()
+def _read_bandwidth(device: str) -> float:
+    """Bytes per second in the fastest pass over the buffer, after one that warms up."""
+    buffer = torch.ones(BUFFER_BYTES // 4, device=device)
+    halves = buffer.view(torch.bfloat16).view(-1, 4096)  # the same bytes: zeros and ones in turn
+    row = torch.ones(1, 4096, dtype=torch.bfloat16, device=device)
+    readers: list[Callable[[], object]] = [buffer.sum, lambda: buffer.dot(buffer), lambda: F.linear(row, halves)]
+    if device.startswith("cuda"):
+        target = torch.empty_like(buffer[: len(buffer) // 2])
+        readers = [lambda: (target.copy_(buffer[: len(target)]), torch.cuda.synchronize())]
+    for read in readers:
+        read()
+    return BUFFER_BYTES / min(_seconds(read) for _ in range(PASSES) for read in readers)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def step_profile(job: Job, quantize: str | None) -> str:
+    """A decode step's time, its memory's limit, and torch's table of the operations in `job.decode_steps` of them."""
+    ours = Ours(job, quantize or "")
+    batch, ticks = job.decode_batches[0], []
+    on_cuda = job.device.startswith("cuda")
+    prompts = job.prompts(batch, job.decode_prompt)
+    ours.run(prompts, job.decode_steps, lambda: ticks.append(time.perf_counter()))
+    step = statistics.median(b - a for a, b in itertools.pairwise(ticks))
+    limit = bytes_per_decode_step(job, quantize or "") / _read_bandwidth(job.device)
+    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as recorded:
+        ours.run(prompts, job.decode_steps, lambda: None)
+    table = recorded.key_averages().table(f"self_{'cuda' if on_cuda else 'cpu'}_time_total", row_limit=16)
+    return f"a step takes {1e3 * step:.1f} ms; reading its weights and cache {1e3 * limit:.1f} ms\n{table}"
+
+
+def describe_machine(device: str) -> dict[str, str | int | float]:
+    """Processor, cores, memory and versions, as they go into every JSON line."""
+    described: dict[str, str | int | float] = {
+        "cpu": cpu_model(),
+        "cores": available_cores(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.startswith("cuda"):
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def cpu_model() -> str:
+    """The processor's name, and on x86 its family and model: names of virtual machines leave out which one it is."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.processor() or platform.machine())
+    if "cpu family" in fields and "model" in fields:
+        return f"{name} (family {fields['cpu family']}, model {fields['model']})"
+    return name
 
 
 if __name__ == "__main__":

@@ -13,40 +13,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.job import ENGINES, OURS
+from benchmarks.peers import ENGINES, PEERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Rounds = Sequence[dict[str, dict[str, float]]]  # [round][engine][figure]
-_LESS_IS_BETTER = ("load", "first_token", "ragged_first_token", "peak_memory", "sampling")
-_SCALES = {"GiB": 2.0**30, "GB/s": 1e9, "GFLOP/s": 1e9, "ms": 1e-3, "%": 0.01}
-_UNITS = {  # by the first word of a figure's name
-    **dict.fromkeys(("load", "first", "ragged"), "s"),
-    **dict.fromkeys(("prefill", "decode"), "tok/s"),
-    **dict.fromkeys(("peak", "memory"), "GiB"),
-    "sampling": "ms",
-    "matmul": "GFLOP/s",
-    "share": "%",
-}
-_PLOTTED = {
-    "decode_1": "decode, batch 1",
-    "decode_8": "decode, batch 8",
-    "prefill_128": "prefill, 128 tokens",
-    "ragged_first_token": "first tokens of a ragged batch of 8",
-    "peak_memory": "peak memory",
-}
+Round = dict[str, dict[str, float]]  # engine -> figure -> value
+_UNITS = {"load": "s", "first": "s", "prefill": "tok/s", "decode": "tok/s", "peak": "GiB"}  # by a figure's first word
+_LESS_IS_BETTER = ("load", "first_token", "peak_memory")
 _LEGEND = """\
 ours_...      this library: max_batch_1 in a build for a single row, int8 and int4 with quantize=, compiled with
               compile=True
-published     a ragged batch as Meta's published code steps it, with plain layers
-machine       its memory and arithmetic
+limit_...     decode_1 if it did nothing but read weights (in int8, int4) and cache at the memory's speed
 load          from the start of building or opening the network; imports are not counted
 first_token   from there to the first token of a prompt of 16
-ragged_...    first tokens of 8 prompts of 8 to 256 tokens
-memory_...    before: resident with everything imported; planned: what Llama.build counts on
-peak_memory   resident, with libraries and mapped files
-share_of_...  of the median step, of plain reading in turn with it, of the best matrix product\
+peak_memory   resident, with libraries and mapped files\
 """
 
 
@@ -70,92 +51,107 @@ class Line:
     def median(self) -> float:
         return statistics.median(self.values)
 
-
-def unit_of(figure: str) -> str:
-    if figure in ("read_file", "read_bandwidth"):
-        return "s" if figure == "read_file" else "GB/s"
-    return "x" if figure.endswith("_ratio") else _UNITS[figure.split("_")[0]]
+    @property
+    def span(self) -> tuple[float, float]:
+        return min(self.values), max(self.values)
 
 
-def engine_lines(rounds: Rounds) -> list[Line]:
+def engine_lines(rounds: Sequence[Round]) -> list[Line]:
     """Every figure of every engine."""
     return [
-        Line(figure, engine, unit_of(figure), [value / _SCALES.get(unit_of(figure), 1) for value in values])
-        for engine, figure, values in _collect(rounds)
+        Line(
+            figure, engine, _unit(figure), [_in_unit(figure, r[engine][figure]) for r in _with(rounds, engine, figure)]
+        )
+        for engine, figure in _names(rounds)
+        for measured in [_with(rounds, engine, figure)]
     ]
 
 
-def ratio_lines(rounds: Rounds) -> list[Line]:
+def ratio_lines(rounds: Sequence[Round]) -> list[Line]:
     """How many times as good ours is, for every figure that a peer has too, and our other builds than the default."""
     lines = []
-    for peer, figure, _ in _collect(rounds):
-        for ours in _compared_with(peer) if figure != "memory_before" else ():
-            pairs = [
-                (r[ours][figure], r[peer][figure]) for r in rounds if _has(r, ours, figure) and _has(r, peer, figure)
-            ]
-            less = figure.startswith(_LESS_IS_BETTER)
+    for peer, figure in _names(rounds):
+        for ours in _compared_with(peer):
+            pairs = [(r[ours][figure], r[peer][figure]) for r in _with(_with(rounds, peer, figure), ours, figure)]
+            less = figure in _LESS_IS_BETTER
             if pairs:
                 lines.append(Line(figure, f"{ours}/{peer}", "x", [b / a if less else a / b for a, b in pairs]))
     return lines
 
 
 def _compared_with(peer: str) -> list[str]:
-    """Our builds; those with quantized weights are compared with the default build and with other quantized engines."""
-    if peer in OURS:
-        return [ours for ours in OURS if ours != "ours"] if peer == "ours" else []
-    quantized_peer = peer in ENGINES and ENGINES[peer].quantized
-    return [ours for ours, spec in OURS.items() if quantized_peer or not spec.quantized]
+    """Our builds that a peer is compared with.
+
+    Quantized ones are compared with the default build and other quantized engines, with a limit those in its form.
+    """
+    own = {name: engine.form for name, engine in ENGINES.items() if name not in PEERS}
+    if peer.startswith("limit"):
+        return [ours for ours, form in own.items() if form == peer.removeprefix("limit").removeprefix("_")]
+    if peer in own:
+        return [ours for ours in own if ours != "ours"] if peer == "ours" else []
+    return [ours for ours, form in own.items() if ENGINES[peer].form or not form]
 
 
-def _collect(rounds: Rounds) -> list[tuple[str, str, list[float]]]:
-    """(engine, figure, values over the rounds), in order of first appearance."""
-    keys = dict.fromkeys((engine, figure) for r in rounds for engine in r for figure in r[engine])
-    return [(engine, figure, [r[engine][figure] for r in rounds if _has(r, engine, figure)]) for engine, figure in keys]
+def _names(rounds: Sequence[Round]) -> list[tuple[str, str]]:
+    """(engine, figure) in order of first appearance."""
+    return list(dict.fromkeys((engine, figure) for r in rounds for engine in r for figure in r[engine]))
 
 
-def _has(one_round: dict[str, dict[str, float]], engine: str, figure: str) -> bool:
-    return figure in one_round.get(engine, {})
+def _with(rounds: Sequence[Round], engine: str, figure: str) -> list[Round]:
+    return [r for r in rounds if figure in r.get(engine, {})]
+
+
+def _unit(figure: str) -> str:
+    return _UNITS[figure.split("_")[0]]
+
+
+def _in_unit(figure: str, value: float) -> float:
+    return value / 2**30 if _unit(figure) == "GiB" else value
+
+
+def shown(figure: str, value: float) -> str:
+    """A single value as the tables show it."""
+    return f"{number(_in_unit(figure, value))} {_unit(figure)}"
 
 
 def json_lines(lines: Sequence[Line], context: dict[str, Any]) -> str:
     """One object per line, each complete with the run's `context`: shape, dtype, machine, versions."""
-    objects = [
-        {**asdict(line), "min": min(line.values), "median": line.median, "max": max(line.values), **context}
-        for line in lines
-    ]
+    objects = (asdict(line) | {"median": line.median} | context for line in lines)
     return "".join(json.dumps(fields) + "\n" for fields in objects)
 
 
-def page(title: str, versions: dict[str, str], lines: Sequence[Line], ratios: Sequence[Line]) -> str:
+def read(path: Path) -> list[tuple[Line, dict[str, Any]]]:
+    """The lines of `json_lines`, each with its context."""
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        fields = json.loads(text)
+        line = Line(*(fields.pop(name) for name in ("figure", "engine", "unit", "values")))
+        found.append((line, fields))
+    return found
+
+
+def page(title: str, lines: Sequence[Line], ratios: Sequence[Line]) -> str:
     """The whole report as text."""
-    head = [title, *(f"{engine}: {version}" for engine, version in versions.items())]
-    return "\n".join([*head, "", table(lines), "", ratio_table(ratios), "", _unsteady(lines), _LEGEND])
-
-
-def _unsteady(lines: Sequence[Line]) -> str:
-    """The figures that differed most between the rounds: medians hide it."""
-    moved = [line for line in lines if max(line.values) > 1.5 * min(line.values)]
-    ranges = [f"{line.engine} {line.figure} {number(min(line.values))} to {number(max(line.values))}" for line in moved]
-    return "\n".join(["differed by half or more between rounds: " + ("none" if not ranges else ""), *ranges, ""])
+    moved = [line for line in lines if line.span[1] > 1.5 * line.span[0]]
+    spans = [f"{line.engine} {line.figure} {number(line.span[0])} to {number(line.span[1])}" for line in moved]
+    unsteady = ["differed by half or more between rounds: " + "none" * (not spans), *spans]
+    return "\n".join([title, "", table(lines), "", ratio_table(ratios), "", *unsteady, "", _LEGEND])
 
 
 def table(lines: Sequence[Line]) -> str:
     """One row per figure, one column per engine: medians."""
     engines = list(dict.fromkeys(line.engine for line in lines))
-    found = {(line.figure, line.engine): line for line in lines}
+    found = {(line.figure, line.engine): number(line.median) for line in lines}
     rows = [["median", "unit", *engines]]
     for figure in dict.fromkeys(line.figure for line in lines):
-        cells = [found.get((figure, engine)) for engine in engines]
-        rows.append([figure, unit_of(figure), *("" if cell is None else number(cell.median) for cell in cells)])
+        rows.append([figure, _unit(figure), *(found.get((figure, engine), "") for engine in engines)])
     return _aligned(rows)
 
 
 def ratio_table(lines: Sequence[Line]) -> str:
     """One row per ratio: min, median and max over the rounds."""
     rows = [["times as good, in each round", "", "min", "median", "max"]]
-    rows += [
-        [line.engine, line.figure, *map(number, (min(line.values), line.median, max(line.values)))] for line in lines
-    ]
+    rows += [[line.engine, line.figure, *map(number, (line.span[0], line.median, line.span[1]))] for line in lines]
     return _aligned(rows)
 
 
@@ -165,53 +161,58 @@ def number(value: float) -> str:
 
 def _aligned(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
+    aligned = (
+        [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
-def shown(figure: str, value: float) -> str:
-    """A single value as the tables show it."""
-    unit = unit_of(figure)
-    return f"{number(value / _SCALES.get(unit, 1))} {unit}"
+def plot(readings: Sequence[tuple[Line, dict[str, Any]]], path: Path) -> None:
+    """Writes a picture: tokens per second at batch 1 of each engine against the memory's limit of its form of weights.
 
-
-def plot(lines: Sequence[Line], versions: dict[str, str], title: str, path: Path) -> None:
-    """Writes a picture in the format of the file's ending: one panel per figure, one bar per engine. Needs matplotlib.
-
-    Error bars are the range over the rounds. Engines with quantized weights are marked as such.
+    One panel per machine and network. Needs matplotlib.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    labels = {
-        engine: f"{engine}, {version[-4:]}"
-        for engine, version in versions.items()
-        if version.endswith(("int8", "int4"))
-    }
-    figures = [figure for figure in _PLOTTED if any(line.figure == figure for line in lines)]
-    picture = Figure(figsize=(3.2 * len(figures), 3.6))
-    panels = picture.subplots(1, len(figures), squeeze=False)
-    for axes, figure in zip(panels[0], figures, strict=True):
-        _panel(axes, [line for line in lines if line.figure == figure], _PLOTTED[figure], labels)
-    picture.suptitle(title, fontsize=9)
-    picture.tight_layout()
-    picture.savefig(path, dpi=150)
+    panels: dict[str, list[Line]] = {}
+    forms: dict[str, str] = {}
+    for line, context in readings:
+        if line.figure == "decode_1":
+            where = context["machine"].get("gpu", context["machine"]["cpu"])
+            title = f"{context['shape']}, {where}"
+            panels.setdefault(title, []).append(line)
+            forms[title] = context["dtype"]
+    with rc_context({"svg.hashsalt": "llama", "svg.fonttype": "none"}):  # the same readings, the same file
+        picture = Figure(figsize=(max(6.0, 0.6 * sum(map(len, panels.values()))), 4.2))
+        sizes = [len(lines) for lines in panels.values()]
+        axes = picture.subplots(1, len(panels), squeeze=False, width_ratios=sizes)[0]
+        for each, (title, lines) in zip(axes, panels.items(), strict=True):
+            _panel(each, lines, forms[title])
+            each.set_title(title, fontsize=9)
+        axes[0].set_ylabel("tokens per second, one sequence")
+        picture.tight_layout()
+        picture.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _panel(axes: Axes, lines: Sequence[Line], title: str, labels: dict[str, str]) -> None:
-    names = [labels.get(line.engine, line.engine) for line in lines]
-    medians = [line.median for line in lines]
-    below = [line.median - min(line.values) for line in lines]
-    above = [max(line.values) - line.median for line in lines]
-    colors = ["tab:blue" if line.engine in OURS else "tab:gray" for line in lines]
-    bars = axes.bar(names, medians, width=0.7, yerr=(below, above), color=colors, capsize=3)
-    axes.bar_label(bars, labels=[number(median) for median in medians], fontsize=8, padding=2)
-    axes.set_title(title, fontsize=9)
-    axes.set_ylabel(lines[0].unit, fontsize=8)
-    axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
-    axes.set_xlim(-0.6, max(len(names), 2) - 0.4)
-    axes.margins(y=0.15)
+def _panel(axes: Axes, lines: Sequence[Line], dtype: str) -> None:
+    """A group of bars per form of weights, with a band for the limit's range and a line for its median."""
+    limits = {line.engine.removeprefix("limit").removeprefix("_"): line for line in lines if "limit" in line.engine}
+    engines = [line for line in lines if "limit" not in line.engine]
+    names: list[str] = []
+    for form in dict.fromkeys(ENGINES[line.engine].form for line in engines):
+        group = sorted((line for line in engines if ENGINES[line.engine].form == form), key=lambda line: line.median)
+        places = [len(names) + i for i in range(len(group))]
+        names += [line.engine for line in group]
+        if form in limits:
+            left, right, limit = places[0] - 0.45, places[-1] + 0.45, limits[form]
+            axes.fill_between([left, right], *limit.span, color="tab:orange", alpha=0.2, linewidth=0)
+            axes.hlines(limit.median, left, right, color="tab:orange")
+            axes.annotate(f"{form or dtype}: memory's limit", (left, limit.span[1]), fontsize=7, va="bottom")
+        medians = [line.median for line in group]
+        colors = ["tab:blue" if line.engine.startswith("ours") else "tab:gray" for line in group]
+        low, high = ([abs(line.median - line.span[i]) for line in group] for i in (0, 1))
+        bars = axes.bar(places, medians, width=0.7, yerr=(low, high), color=colors, capsize=2, alpha=0.85)
+        axes.bar_label(bars, labels=[f"{median:.0f}" for median in medians], fontsize=7)
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)

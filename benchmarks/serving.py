@@ -1,23 +1,31 @@
-"""HTTP servers under closed-loop clients: each client sends its next request when the last one is answered.
+"""Many requests at a time: over HTTP, by clients in closed loops, and in one process.
 
     python benchmarks/serving.py --peers llama_cpp,hf
+    python benchmarks/serving.py --clients 0
+    python benchmarks/serving.py --prefixes
 
-64 requests over loopback by 1, 4, 8 and 16 clients, prompts and outputs of log-normal lengths, greedy, streamed, on a
-network of random weights whose tokens are one character each. In each round the servers and the numbers of clients take
-turns, and with them the same requests in one process without HTTP: the batch kept full (see batching.py), and one call
-per request from 8 Python threads.
+Requests have prompts and outputs of log-normal lengths and are greedy, on random weights whose tokens are one character
+each. In each round the servers and numbers of clients take turns, and with them the same requests without HTTP: in one
+call, which keeps the batch full; in calls of as many prompts as there are rows, where a row that ends leaves the batch,
+or stays until the longest one is through, as in the published code; and in one call per request from 8 Python threads.
+`--prefixes` measures the next turn of a chat, and requests with one system prompt, with and without prefix reuse.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
+import random
+import signal
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,28 +36,33 @@ if __name__ == "__main__":  # run as a file: packages are looked for in the repo
 import httpx
 import torch
 
-from benchmarks.batching import MAX_SEQ_LEN, complete, random_requests
-from benchmarks.machine import cpu_model, seconds
-from benchmarks.servers import RunningServer, installed
-from benchmarks.shapes import make_job
+from benchmarks.bench import cpu_model
+from benchmarks.networks import make_job, write_hf_folder
+from benchmarks.peers import gguf_file, greedy_steps
+from benchmarks.worker import ROOT, Job, environment, is_installed, numbers, peer_pythons, prepare, say
 from llama import Llama, Tokenizer
 from llama.distributed.device import available_cores
 from llama.tools.commandline import run
 
-LONGEST_S = 600.0
-N_THREADS = 8  # of Python, in the reference without HTTP
+MAX_SEQ_LEN = 512
+LONGEST = 255  # tokens of a prompt or an output
+LONGEST_S, START_S = 600.0, 300.0
+N_THREADS = 8  # of Python
+REFERENCE = "kept full"
+TURNS, CHAT_TOKENS, ANSWER_TOKENS = 5, 1000, 100  # of the chat: turns, tokens of the last prompt and of each answer
+SYSTEM_TOKENS, SHARING_CLIENTS = 500, 16
 
 Requests = list[tuple[list[int], int]]  # prompts, and how many tokens to generate
 
 
 @dataclass
 class Round:
-    """What one round of one server and one number of clients measured.
+    """What one round of one way to answer the requests measured.
 
     Attributes:
         seconds: from the first request to the last answer.
         tokens: that were generated.
-        first: seconds to the first token of each request.
+        first: seconds to the first token of each request over HTTP.
         per_token: seconds between the tokens after it, the mean of each request that had several.
     """
 
@@ -63,11 +76,68 @@ class Round:
         return self.tokens / self.seconds
 
 
-async def ask(web: httpx.AsyncClient, model: str, prompt: str, max_tokens: int, results: Round) -> None:
+def random_requests(n: int, prompt_median: int, output_median: int, vocab_size: int) -> Requests:
+    """Most are short, a few many times longer, as real ones are."""
+    draw = random.Random(0)
+
+    def length(median: int) -> int:
+        return min(LONGEST, max(1, round(draw.lognormvariate(math.log(median), 1.0))))
+
+    return [(_ids(draw, length(prompt_median), vocab_size), length(output_median)) for _ in range(n)]
+
+
+def _ids(draw: random.Random, n: int, vocab_size: int) -> list[int]:
+    return [draw.randrange(3, vocab_size) for _ in range(n)]
+
+
+def in_calls(llama: Llama, requests: Requests, size: int, *, rows_stay: bool = False) -> Round:
+    """All requests, in calls of that many.
+
+    Args:
+        rows_stay: whether all rows of a call go on until its longest one is through.
+    """
+    started = time.perf_counter()
+    for start in range(0, len(requests), size):
+        prompts, targets = zip(*requests[start : start + size], strict=True)
+        wanted = [max(targets)] * len(targets) if rows_stay else targets
+        assert sum(1 for _ in greedy_steps(llama, prompts, wanted)) == sum(wanted)
+    return Round(time.perf_counter() - started, sum(n_tokens for _, n_tokens in requests))
+
+
+def in_threads(llama: Llama, requests: Requests) -> Round:
+    """All requests, one call each, by `N_THREADS` Python threads of one process."""
+
+    def answer(request: tuple[list[int], int]) -> int:
+        return len(llama.generate([request[0]], request[1], temperature=0)[0][0])
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        tokens = sum(pool.map(answer, requests))
+    return Round(time.perf_counter() - started, tokens)
+
+
+def closed_loop(url: str, model: str, n_clients: int, requests: Sequence[tuple[str, int]]) -> Round:
+    """All requests, by clients that each send the next one when the last one is answered."""
+    results, waiting = Round(), list(reversed(requests))
+
+    async def client(web: httpx.AsyncClient) -> None:
+        while waiting:
+            await _ask(web, model, *waiting.pop(), results)
+
+    async def all_of_them() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=LONGEST_S, trust_env=False) as web:
+            await asyncio.gather(*(client(web) for _ in range(n_clients)))
+
+    started = time.perf_counter()
+    asyncio.run(all_of_them())
+    results.seconds = time.perf_counter() - started
+    return results
+
+
+async def _ask(web: httpx.AsyncClient, model: str, prompt: str, max_tokens: int, results: Round) -> None:
     """One streamed request. A character is a token."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-    sent = time.perf_counter()
-    first = last = sent
+    sent = first = last = time.perf_counter()
     n_tokens = 0
     async with web.stream("POST", "/v1/completions", json=body) as answer:
         if answer.status_code != 200:
@@ -85,87 +155,179 @@ async def ask(web: httpx.AsyncClient, model: str, prompt: str, max_tokens: int, 
         results.per_token.append((last - first) / (n_tokens - 1))
 
 
-async def closed_loop(server: RunningServer, n_clients: int, requests: Sequence[tuple[str, int]]) -> Round:
-    """All requests, by that many clients."""
-    results, waiting = Round(), list(reversed(requests))
+@dataclass(frozen=True)
+class Server:
+    """How a server is started.
 
-    async def client(web: httpx.AsyncClient) -> None:
-        while waiting:
-            await ask(web, server.model, *waiting.pop(), results)
+    Attributes:
+        command: its command line, from an interpreter, the job and a port.
+        model: the model's name there, from the job.
+        engine: whose files it reads, one of `peers.ENGINES`.
+        imports: what its environment must have.
+        install: what to give to pip for it.
+    """
 
-    async with httpx.AsyncClient(base_url=server.url, timeout=LONGEST_S, trust_env=False) as web:
-        started = time.perf_counter()
-        await asyncio.gather(*(client(web) for _ in range(n_clients)))
-        results.seconds = time.perf_counter() - started
-    return results
-
-
-def in_threads(llama: Llama, requests: Requests) -> Round:
-    """All requests, one call each, by `N_THREADS` Python threads of one process."""
-    results, waiting = Round(), list(reversed(requests))
-
-    def work() -> None:
-        while waiting:
-            try:
-                prompt, n_tokens = waiting.pop()
-            except IndexError:  # another thread was faster
-                return
-            (tokens,), _ = llama.generate([prompt], n_tokens, temperature=0)
-            results.tokens += len(tokens)
-
-    threads = [threading.Thread(target=work) for _ in range(N_THREADS)]
-
-    def all_of_them() -> None:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    results.seconds = seconds(all_of_them)
-    return results
+    command: Callable[[str, Job, int], list[str]]
+    model: Callable[[Job], str]
+    engine: str
+    imports: str
+    install: str
 
 
-def kept_full(llama: Llama, requests: Requests) -> Round:
-    """All requests in one call."""
-    prompts, targets = [prompt for prompt, _ in requests], [n_tokens for _, n_tokens in requests]
-    return Round(seconds(lambda: complete(llama, prompts, targets)), sum(targets))
+def _ours(python: str, job: Job, port: int) -> list[str]:
+    command = [python, "-m", "llama.tools.serve", "--ckpt_dir", job.ckpt_dir, "--port", str(port)]
+    command += ["--tokenizer_path", job.tokenizer_path, "--model_name", "model", "--dtype", job.dtype]
+    return [*command, "--max_seq_len", str(MAX_SEQ_LEN), "--max_batch_size", str(max(job.decode_batches))]
+
+
+def _llama_cpp(python: str, job: Job, port: int) -> list[str]:
+    """It answers one request at a time; by default, a new request would end the one that runs."""
+    threads = str(job.threads)
+    command = [python, "-m", "llama_cpp.server", "--model", str(gguf_file(job)), "--port", str(port)]
+    command += ["--model_alias", "model", "--n_ctx", str(MAX_SEQ_LEN), "--n_threads", threads]
+    return [*command, "--n_threads_batch", threads, "--interrupt_requests", "false", "--verbose", "false"]
+
+
+def _hf(python: str, job: Job, port: int) -> list[str]:
+    command = [str(Path(python).parent / "transformers"), "serve", str(job.hf_folder), "--port", str(port)]
+    return [*command, "--device", "cpu", "--dtype", job.dtype]
+
+
+def _hf_batching(python: str, job: Job, port: int) -> list[str]:
+    return [*_hf(python, job, port), "--continuous-batching"]
+
+
+_HF = (lambda job: str(job.hf_folder), "hf", "transformers fastapi", "'transformers[serving]'")
+SERVERS = {
+    "ours": Server(_ours, lambda job: "model", "ours", "fastapi", "'llama[serve]'"),
+    "llama_cpp": Server(
+        _llama_cpp, lambda job: "model", "llama_cpp", "llama_cpp.server gguf", "'llama-cpp-python[server]' gguf"
+    ),
+    "hf": Server(_hf, *_HF),
+    "hf_batching": Server(_hf_batching, *_HF),
+}
+
+
+class RunningServer:
+    """A server that answers. `with` ends it."""
+
+    def __init__(self, name: str, python: str, job: Job) -> None:
+        server = SERVERS[name]
+        if name != "ours":
+            write_hf_folder(job)
+        prepare(server.engine, python, job)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.name, self.url, self.model = name, f"http://127.0.0.1:{port}", server.model(job)
+        self._log = Path(job.folder) / f"{name}.log"
+        with self._log.open("w") as log:
+            command = server.command(python, job, port)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment(job))
+
+    def __enter__(self) -> RunningServer:
+        deadline = time.monotonic() + START_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise RuntimeError(f"{self.name} does not answer: {self._log.read_text()[-1000:]}")
+            time.sleep(0.2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _answers(self) -> bool:
+        body = {"model": self.model, "prompt": chr(0x20000), "max_tokens": 1}
+        try:
+            return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
 
 
 def measure(ways: dict[str, Callable[[], Round]], repeats: int) -> dict[str, list[Round]]:
     """The rounds of each way of answering the requests, all in turn, each time with another one first."""
     rounds: dict[str, list[Round]] = {name: [] for name in ways}
+    names = list(ways)
     for i in range(repeats):
-        names = list(ways)
         first = i % len(names)
         for name in names[first:] + names[:first]:
             rounds[name].append(ways[name]())
-            print(f"round {i + 1}/{repeats}  {name}: {rounds[name][-1].rate:.1f} tok/s", file=sys.stderr, flush=True)
+            say(f"round {i + 1}/{repeats}  {name}: {rounds[name][-1].rate:.1f} tok/s")
     return rounds
 
 
-def percentile(values: Sequence[float], q: float) -> float:
-    return sorted(values)[min(len(values) - 1, round(q * (len(values) - 1)))]
-
-
-def report(rounds: dict[str, list[Round]], reference: str, n_ours: str) -> str:
+def report(rounds: dict[str, list[Round]]) -> str:
     """A line per way: the median over the rounds of its rate, over all requests of the times; ratios within rounds."""
-    lines = [f"{'':22}    tok/s              first token, p95        per token, p95   of {reference}"]
+    lines = [f"{'':24}    tok/s              first token, p95        per token, p95   of {REFERENCE}"]
     for name, measured in rounds.items():
         rates = [each.rate for each in measured]
-        line = f"{name:22} {statistics.median(rates):8.1f} ({min(rates):.1f} to {max(rates):.1f})".ljust(50)
-        first = [1000 * t for each in measured for t in each.first]
-        gaps = [1000 * t for each in measured for t in each.per_token]
-        line += f"{statistics.median(first):7.0f} {percentile(first, 0.95):7.0f} ms" if first else " " * 18
-        line += f"{statistics.median(gaps):9.1f} {percentile(gaps, 0.95):7.1f} ms" if gaps else " " * 20
-        ratios = [each.rate / full.rate for each, full in zip(measured, rounds[reference], strict=True)]
-        lines.append(f"{line}   {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        line = f"{name:24} {statistics.median(rates):8.1f} ({min(rates):.1f} to {max(rates):.1f})".ljust(52)
+        line += _times([t for each in measured for t in each.first], 0)
+        line += _times([t for each in measured for t in each.per_token], 1)
+        lines.append(f"{line}   {_ratios(measured, rounds[REFERENCE])}")
     for name, measured in rounds.items():
         server, _, clients = name.partition(", ")
-        if clients and server != n_ours:
-            pairs = zip(rounds[f"{n_ours}, {clients}"], measured, strict=True)
-            ratios = [ours.rate / theirs.rate for ours, theirs in pairs]
-            span = f"({min(ratios):.2f} to {max(ratios):.2f})"
-            lines.append(f"{n_ours} is {statistics.median(ratios):.2f} times as fast as {name} {span}")
+        if clients.endswith("clients") and server != "ours":
+            lines.append(f"ours is {_ratios(rounds[f'ours, {clients}'], measured)} times as fast as {name}")
+    return "\n".join(lines)
+
+
+def _times(seconds: list[float], digits: int) -> str:
+    if not seconds:
+        return " " * 20
+    late = sorted(seconds)[min(len(seconds) - 1, round(0.95 * (len(seconds) - 1)))]
+    return f"{1000 * statistics.median(seconds):9.{digits}f} {1000 * late:7.{digits}f} ms"
+
+
+def _ratios(ours: Sequence[Round], theirs: Sequence[Round]) -> str:
+    ratios = [a.rate / b.rate for a, b in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def last_turn(llama: Llama, seed: int) -> float:
+    """Seconds from the last question of a chat to its first token."""
+    draw, vocab_size = random.Random(seed), llama.model.vocab_size
+    history: list[int] = []
+    for _ in range(TURNS - 1):
+        history += _ids(draw, CHAT_TOKENS // TURNS - ANSWER_TOKENS, vocab_size)
+        history += llama.generate([history], ANSWER_TOKENS, 0.0, ignore_eos=True)[0][0]
+    history += _ids(draw, CHAT_TOKENS - len(history), vocab_size)
+    started = time.perf_counter()
+    llama.generate([history], 1, 0.0)
+    return time.perf_counter() - started
+
+
+def with_one_system_prompt(llama: Llama, seed: int) -> float:
+    """Seconds for requests from many threads whose prompts begin alike."""
+    draw, vocab_size = random.Random(seed), llama.model.vocab_size
+    system = _ids(draw, SYSTEM_TOKENS, vocab_size)
+    prompts = [system + _ids(draw, 20, vocab_size) for _ in range(SHARING_CLIENTS)]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(SHARING_CLIENTS) as pool:
+        list(pool.map(lambda prompt: llama.generate([prompt], 16, 0.0, ignore_eos=True), prompts))
+    return time.perf_counter() - started
+
+
+def _prefixes(job: Job, batch: int, repeats: int) -> str:
+    """Both with prefix reuse and without, in turn, after a round that warms up."""
+    ways = [
+        Llama.build(job.ckpt_dir, job.tokenizer_path, 1200, batch, device="cpu", dtype=job.dtype, reuse_prefixes=reuse)
+        for reuse in (True, False)
+    ]
+    lines = []
+    names = {f"first token of turn {TURNS}, {CHAT_TOKENS} tokens": last_turn}
+    names[f"{SHARING_CLIENTS} requests, {SYSTEM_TOKENS} tokens in common"] = with_one_system_prompt
+    for name, work in names.items():
+        rounds = [[work(llama, seed) for llama in ways] for seed in range(repeats + 1)][1:]
+        reused, fresh = (statistics.median(column) for column in zip(*rounds, strict=True))
+        ratio = statistics.median(b / a for a, b in rounds)
+        lines.append(f"{name}: {reused:.3f} s, {fresh:.3f} s without reuse, {ratio:.2f} times as fast")
     return "\n".join(lines)
 
 
@@ -182,50 +344,69 @@ def main(
     threads: int | None = None,
     peers: str | Sequence[str] = "",
     peer_python: str | Sequence[str] = "",
+    prefixes: bool = False,
 ) -> None:
-    """Prints for each server and number of clients tokens per second, time to the first token and per token.
+    """Prints for each way to answer the requests tokens per second, time to the first token and per token.
 
     Args:
-        shape: tiny, 200m, 1b, 7b or 13b, of random weights.
+        shape: tiny, 110m, 200m, 1b, 7b or 13b, of random weights.
+        clients: numbers of clients; 0 leaves HTTP out.
         batch: `max_batch_size` of this library.
         threads: of every server; None for as many as there are cores.
         peers: of llama_cpp (llama-cpp-python's server), hf (`transformers serve`) and hf_batching (with its continuous
             batching), those to run in turn with it; those that are not installed are left out.
         peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
+        prefixes: measures prefix reuse in place of all that.
     """
     threads = threads or available_cores()
     torch.set_num_threads(threads)
-    counts = [clients] if isinstance(clients, int) else list(clients)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        _, job = make_job(shape, None, Path(folder), dtype)
-        job = replace(job, threads=threads, decode_batches=(batch,), ragged_lengths=(MAX_SEQ_LEN - 2,))
+        job = replace(make_job(shape, None, Path(folder), dtype), threads=threads, decode_batches=(batch,))
+        print(f"{cpu_model()}, {shape}, {dtype}, max_batch_size {batch}")
+        if prefixes:
+            print(_prefixes(job, batch, repeats))
+            return
         requests = random_requests(n_requests, prompt_median, output_median, job.vocab_size)
-        tokenizer = Tokenizer(job.tokenizer_path)
-        texts = [(tokenizer.decode(prompt), n_tokens) for prompt, n_tokens in requests]
-        servers = [
-            stack.enter_context(RunningServer(name, python, job))
-            for name, python in {"ours": sys.executable, **installed(peers, peer_python)}.items()
-        ]
         llama = Llama.build(job.ckpt_dir, job.tokenizer_path, MAX_SEQ_LEN, batch, device="cpu", dtype=dtype)
         ways: dict[str, Callable[[], Round]] = {
-            "kept full": lambda: kept_full(llama, requests),
+            REFERENCE: lambda: in_calls(llama, requests, len(requests)),
+            f"calls of {batch}": lambda: in_calls(llama, requests, batch),
+            f"calls of {batch}, rows stay": lambda: in_calls(llama, requests, batch, rows_stay=True),
             f"{N_THREADS} Python threads": lambda: in_threads(llama, requests),
         }
-        for server in servers:
-            asyncio.run(closed_loop(server, batch, texts[: 2 * batch]))  # warms up
-            for n in counts:
-                ways[f"{server.name}, {n} clients"] = _bound(server, n, texts)
-        ways["kept full"]()
+        ways[REFERENCE]()  # warms up
+        if counts := [n for n in numbers(clients) if n]:
+            ways |= _over_http(stack, job, counts, requests, _installed(peers, peer_python))
         rounds = measure(ways, repeats)
     longest = max(len(prompt) for prompt, _ in requests)
-    print(f"{cpu_model()}, {shape}, {dtype}, {n_requests} requests, prompts of up to {longest} tokens")
-    print(report(rounds, "kept full", "ours"))
+    print(f"{n_requests} requests, prompts of up to {longest} tokens\n{report(rounds)}")
     figures = {name: [[each.tokens, each.seconds] for each in measured] for name, measured in rounds.items()}
     print(json.dumps({"benchmark": "serving", "shape": shape, "rounds": figures}))
 
 
-def _bound(server: RunningServer, n_clients: int, texts: Sequence[tuple[str, int]]) -> Callable[[], Round]:
-    return lambda: asyncio.run(closed_loop(server, n_clients, texts))
+def _installed(peers: str | Sequence[str], peer_python: str | Sequence[str]) -> dict[str, str]:
+    """The servers that can run here, and their interpreters."""
+    pythons = {"ours": sys.executable, **peer_pythons(peers, peer_python, SERVERS)}
+    return {
+        name: python
+        for name, python in pythons.items()
+        if is_installed(name, python, SERVERS[name].imports, SERVERS[name].install)
+    }
+
+
+def _over_http(
+    stack: ExitStack, job: Job, counts: Sequence[int], requests: Requests, pythons: dict[str, str]
+) -> dict[str, Callable[[], Round]]:
+    """The ways over HTTP: each server with each number of clients."""
+    tokenizer = Tokenizer(job.tokenizer_path)
+    texts = [(tokenizer.decode(prompt), n_tokens) for prompt, n_tokens in requests]
+    ways: dict[str, Callable[[], Round]] = {}
+    for name, python in pythons.items():
+        server = stack.enter_context(RunningServer(name, python, job))
+        closed_loop(server.url, server.model, max(counts), texts[: 2 * max(counts)])  # warms up
+        for n in counts:
+            ways[f"{name}, {n} clients"] = lambda server=server, n=n: closed_loop(server.url, server.model, n, texts)
+    return ways
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Speculative decoding beside plain decoding, in turn: tokens per pass, acceptance, tokens per second.
+"""Speculative decoding and plain decoding in turn: tokens per pass, acceptance, tokens per second.
 
     python benchmarks/speculative.py
     python benchmarks/speculative.py --ckpt_dir tiny-llama --draft_ckpt_dir tiny-llama
@@ -19,9 +19,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
     sys.path[0] = str(Path(__file__).parent.parent)
@@ -29,12 +29,8 @@ if __name__ == "__main__":  # run as a file: packages are looked for in the repo
 import torch
 from torch import Tensor, nn
 
-from benchmarks.job import Job
-from benchmarks.machine import cpu_model
-from benchmarks.rounds import EngineProcess, missing_packages, peer_pythons, prepare, say
-from benchmarks.scripts import SCRIPTS, SPEAKING_PROMPTS, Script, repeated_ngrams
-from benchmarks.shapes import make_job
-from benchmarks.worker import LOAD
+from benchmarks.bench import cpu_model
+from benchmarks.networks import make_job
 from llama import Llama
 from llama.distributed.device import available_cores
 from llama.model import CachePositions
@@ -42,8 +38,94 @@ from llama.tools.commandline import run
 
 DRAFT_SHAPE = "110m"  # a tenth of 1b
 OWN_SEQ_LEN = 2048
-PEERS = ("hf", "llama_cpp")
-Text = TypeVar("Text")
+FIRST_ID = 259  # past control pieces and bytes
+HEADER = f"{'':34}  8-grams  plain   spec.  ratio, range      per pass accepted same text"
+
+Words = Callable[[int], list[int]]  # fresh ones, as many as asked for
+
+
+@dataclass(frozen=True)
+class Script:
+    """A prompt and the completion that it shall get; an empty one is up to the network."""
+
+    prompt: list[int]
+    output: list[int]
+
+
+def write_script(kind: str, seed: int, vocab_size: int, n_prompt: int, n_tokens: int) -> Script:
+    """A text of a kind of `SCRIPTS`, in words as frequent as those of a language (Zipf's law).
+
+    Pairs of fresh words recur by chance, long n-grams do not.
+    """
+    draw = random.Random(seed)
+
+    def words(n: int) -> list[int]:
+        return [FIRST_ID - 1 + int((vocab_size - FIRST_ID) ** draw.random()) for _ in range(n)]
+
+    text = words(n_prompt)
+    part = SCRIPTS[kind](draw, words, text.copy())
+    while len(text) < n_prompt + n_tokens:
+        text += part(text)
+    return Script(text[:n_prompt], text[n_prompt : n_prompt + n_tokens])
+
+
+def _quote(draw: random.Random, text: list[int], low: int, high: int) -> list[int]:
+    n = draw.randint(low, high)
+    start = draw.randrange(max(1, len(text) - n))
+    return text[start : start + n]
+
+
+def _code_edit(draw: random.Random, words: Words, prompt: list[int]) -> Callable[[list[int]], list[int]]:
+    """The prompt again, with a few tokens changed here and there."""
+    at = 0
+
+    def part(_: list[int]) -> list[int]:
+        nonlocal at
+        start, n = at, draw.randint(15, 45)
+        at = (at + n + draw.randint(0, 6)) % len(prompt)
+        return (prompt * 2)[start : start + n] + words(draw.randint(1, 6))
+
+    return part
+
+
+def _list_after_examples(draw: random.Random, words: Words, prompt: list[int]) -> Callable[[list[int]], list[int]]:
+    """Records that share their frame, and have a few words of their own; the first ones are the prompt's end."""
+    frame = [prompt[-22:-18], prompt[-18:-6], prompt[-6:]]
+    return lambda _: [token for part in frame for token in part + words(draw.randint(1, 4))]
+
+
+# Each has the next part of the output from the text so far.
+SCRIPTS: dict[str, Callable[[random.Random, Words, list[int]], Callable[[list[int]], list[int]]]] = {
+    "quoting summary": lambda draw, words, prompt: lambda _: words(draw.randint(6, 14)) + _quote(draw, prompt, 20, 36),
+    "code edit": _code_edit,
+    "list after examples": _list_after_examples,
+    "dialog": lambda draw, words, _: lambda text: words(draw.randint(4, 16)) + _quote(draw, text, 16, 32),
+    "without repetition": lambda draw, words, _: lambda _: words(16),
+}
+_STORY = (
+    "The harbour master kept a ledger of every ship that entered the bay. On the third of May the brig Fortune came in "
+    "with a cargo of salt and a broken mast. Her captain, a quiet man from the north, asked for timber and was told to "
+    "wait. The harbour master wrote down the hour, the cargo and the broken mast, and closed the ledger."
+)
+_CODE = "def total(items):\n    result = 0\n    for item in items:\n        result += item.price\n    return result\n"
+PROMPTS = {
+    "quoting summary": f"{_STORY}\n\nRepeat the text above word for word:\n\nThe harbour master",
+    "code edit": f"{_CODE}\n\nThe same code with type annotations:\n\n{_CODE[:17]}",
+    "list after examples": "Country: France. Capital: Paris.\nCountry: Japan. Capital: Tokyo.\nCountry: Kenya. "
+    "Capital: Nairobi.\nCountry:",
+    "dialog": "User: What is the capital of France?\nAssistant: The capital of France is Paris.\nUser: What is the "
+    "capital of Italy?\nAssistant: The capital of Italy is Rome.\nUser: What is the capital of Spain?\nAssistant:",
+    "without repetition": "My favourite walk begins behind the old mill and",
+}
+
+
+def repeated_ngrams(script: Script, size: int = 8) -> float:
+    """The share of the output's n-grams that occurred before, in the prompt or the output."""
+    text = script.prompt + script.output
+    grams = [tuple(text[end - size : end]) for end in range(size, len(text) + 1)]
+    ends = [i for i in range(len(grams)) if i + size > len(script.prompt)]
+    first = {gram: i for i, gram in reversed(list(enumerate(grams)))}
+    return sum(first[grams[i]] < i for i in ends) / max(1, len(ends))
 
 
 class Scripted:
@@ -75,18 +157,6 @@ class Scripted:
         self._handle.remove()
 
 
-class PassTimes:
-    """Notes when each pass of a network ended."""
-
-    def __init__(self, network: nn.Module, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.ends: list[float] = []
-        self.clock = clock
-        self._handle = network.register_forward_hook(lambda *_: self.ends.append(clock()))
-
-    def remove(self) -> None:
-        self._handle.remove()
-
-
 @dataclass(frozen=True)
 class Run:
     """One text, decoded once.
@@ -104,67 +174,46 @@ class Run:
     accepted: float | None
 
 
-def decode(llama: Llama, times: PassTimes, prompt: list[int], n_tokens: int, speculative: str | None) -> Run:
+def decode(llama: Llama, prompt: list[int], n_tokens: int, speculative: str | None, *, cpu_time: bool = False) -> Run:
     """Completes a prompt greedily."""
-    times.ends.clear()
+    clock = time.process_time if cpu_time else time.perf_counter
+    ends: list[float] = []  # of the passes
     before = llama.engine.draft_counts
     drafted, accepted = before.drafted, before.accepted
+    hook = llama.model.register_forward_hook(lambda *_: ends.append(clock()))
     (tokens,), _ = llama.generate([prompt], n_tokens, temperature=0, speculative=speculative)
-    ended = times.clock()
+    ended = clock()
+    hook.remove()
     counts = llama.engine.draft_counts
     share = (counts.accepted - accepted) / (counts.drafted - drafted) if counts.drafted > drafted else None
-    n_more, n_passes = max(1, len(tokens) - 1), max(1, len(times.ends) - 1)
-    return Run(tokens, n_more / (ended - times.ends[0]), n_more / n_passes, share)
+    n_more, n_passes = max(1, len(tokens) - 1), max(1, len(ends) - 1)
+    return Run(tokens, n_more / (ended - ends[0]), n_more / n_passes, share)
 
 
 def warm_up(llama: Llama) -> None:
     """The first speculative call times passes of the network and its draft model."""
-    times = []
-    for speculative in (None, None, "prompt_lookup"):
-        started = time.perf_counter()
+    for speculative in (None, "prompt_lookup"):
         llama.generate([[llama.tokenizer.bos_id]], 2, temperature=0, speculative=speculative)
-        times.append(time.perf_counter() - started)
-    print(f"the first speculative call took {times[2] - times[1]:.1f} s longer than a plain one")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of scripted texts: tokens of the prompt and the completion, texts of each kind, how often each is decoded.
-
-    And whether CPU time is measured.
-    """
-
-    n_prompt: int
-    n_tokens: int
-    n_texts: int
-    repeats: int
-    cpu_time: bool
-
-    def scripts(self, kind: str, vocab_size: int) -> list[Script]:
-        draws = map(random.Random, range(self.n_texts))
-        return [SCRIPTS[kind](draw, vocab_size, self.n_prompt, self.n_tokens) for draw in draws]
+    print(HEADER)
 
 
 def compare(
-    texts: Sequence[Text], decode_as: Callable[[Text, str | None], Run], speculative: str, repeats: int
-) -> tuple[list[Run], list[Run]]:
-    """Plain and speculative runs of each text, in turn, each time the other one first."""
+    name: str, texts: Sequence[Script], run_as: Callable[[Script, str | None], Run], way: str, repeats: int
+) -> dict[str, Any]:
+    """Decodes each text plainly and speculatively, in turn, each time the other one first; prints and returns a row."""
     plain: list[Run] = []
     drafted: list[Run] = []
     for text in texts:
         for i in range(repeats):
-            ways = [(None, plain), (speculative, drafted)]
-            for way, runs in ways if i % 2 == 0 else ways[::-1]:
-                runs.append(decode_as(text, way))
-    return plain, drafted
-
-
-def report(name: str, repetition: float | None, plain: Sequence[Run], drafted: Sequence[Run]) -> dict[str, Any]:
-    """Prints a row; returns its figures."""
+            ways = [(None, plain), (way, drafted)]
+            for each, runs in ways if i % 2 == 0 else ways[::-1]:
+                runs.append(run_as(text, each))
+    written = [Script(text.prompt, text.output or plain[i * repeats].tokens) for i, text in enumerate(texts)]
+    repetition = statistics.mean(map(repeated_ngrams, written))
     ratios = [b.rate / a.rate for a, b in zip(plain, drafted, strict=True)]
     accepted = [r.accepted for r in drafted if r.accepted is not None]
-    same = sum(a.tokens == b.tokens for a, b in zip(plain, drafted, strict=True)) if plain[0].tokens else None
-    figures = {
+    same = sum(a.tokens == b.tokens for a, b in zip(plain, drafted, strict=True))
+    row = {
         "text": name,
         "repeated_8grams": repetition,
         "plain": statistics.median(r.rate for r in plain),
@@ -172,97 +221,54 @@ def report(name: str, repetition: float | None, plain: Sequence[Run], drafted: S
         "tokens_per_pass": statistics.median(r.per_pass for r in drafted),
         "accepted": statistics.median(accepted) if accepted else None,
         "ratios": ratios,
-        "same": None if same is None else same / len(plain),
+        "same": same / len(plain),
     }
-    shown = "        " if repetition is None else f"{repetition:7.0%} "
-    share = "      -" if not accepted else f"{statistics.median(accepted):7.0%}"
+    share = f"{row['accepted']:7.0%}" if accepted else "      -"
     print(
-        f"{name:34}{shown}{figures['plain']:8.1f}{figures['speculative']:8.1f} {statistics.median(ratios):6.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f}){figures['tokens_per_pass']:7.2f}{share}"
-        + ("" if same is None else f"{same:5}/{len(plain)}"),
+        f"{name:34}{repetition:7.0%} {row['plain']:8.1f}{row['speculative']:8.1f} {statistics.median(ratios):6.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f}){row['tokens_per_pass']:7.2f}{share}{same:5}/{len(plain)}",
         flush=True,
     )
-    return figures
+    return row
 
 
-HEADER = f"{'':34}  8-grams  plain   spec.  ratio, range      per pass accepted same text"
+def scripted_rows(
+    llama: Llama, agreements: Sequence[float], scripts_of: Callable[[str], list[Script]], repeats: int, cpu_time: bool
+) -> list[dict[str, Any]]:
+    """Prompt lookup on every kind of script, and a draft model at several shares of agreement on fresh words."""
+    warm_up(llama)
+    target, draft = Scripted(llama.model), None
 
+    def run_as(script: Script, way: str | None) -> Run:
+        target.start(script)
+        if draft is not None:
+            draft.start(script)
+        return decode(llama, script.prompt, len(script.output), way, cpu_time=cpu_time)
 
-def scripted_texts(llama: Llama, sizes: Sizes) -> list[dict[str, Any]]:
-    """Prompt lookup on every kind of script."""
-    clock = time.process_time if sizes.cpu_time else time.perf_counter
-    hook, times = Scripted(llama.model), PassTimes(llama.model, clock)
-
-    def decode_script(script: Script, way: str | None) -> Run:
-        hook.start(script)
-        return decode(llama, times, script.prompt, len(script.output), way)
-
-    rows = []
-    for kind in SCRIPTS:
-        scripts = sizes.scripts(kind, llama.model.vocab_size)
-        repetition = statistics.mean(map(repeated_ngrams, scripts))
-        runs = compare(scripts, decode_script, "prompt_lookup", sizes.repeats)
-        rows.append(report(f"prompt lookup, {kind}", repetition, *runs))
-    hook.remove()
-    times.remove()
-    return rows
-
-
-def scripted_draft(llama: Llama, agreements: Sequence[float], sizes: Sizes) -> list[dict[str, Any]]:
-    """A draft model at several shares of agreement, on texts that hardly repeat."""
-    clock = time.process_time if sizes.cpu_time else time.perf_counter
-    hook, times = Scripted(llama.model), PassTimes(llama.model, clock)
-    scripts = sizes.scripts("without repetition", llama.model.vocab_size)
-    rows = []
+    rows = [compare(f"prompt lookup, {kind}", scripts_of(kind), run_as, "prompt_lookup", repeats) for kind in SCRIPTS]
     for agreement in agreements:
-        draft_hook = Scripted(llama.draft_model, agreement)
-
-        def decode_script(script: Script, way: str | None, draft_hook: Scripted = draft_hook) -> Run:
-            hook.start(script)
-            draft_hook.start(script)
-            return decode(llama, times, script.prompt, len(script.output), way)
-
-        rows.append(
-            report(f"draft, agreement {agreement}", None, *compare(scripts, decode_script, "draft", sizes.repeats))
-        )
-        draft_hook.remove()
-    hook.remove()
-    times.remove()
+        draft = Scripted(llama.draft_model, agreement)
+        fresh = scripts_of("without repetition")
+        rows.append(compare(f"draft, agreement {agreement}", fresh, run_as, "draft", repeats))
+        draft.remove()
+    target.remove()
     return rows
 
 
-def own_texts(llama: Llama, prompts: dict[str, Any], ways: Sequence[str], n_tokens: int, repeats: int) -> list[Any]:
-    """Texts that the network itself writes."""
-    times = PassTimes(llama.model)
+def own_rows(
+    llama: Llama, texts: dict[str, str | list[int]], n_tokens: int, repeats: int, cpu_time: bool
+) -> list[dict[str, Any]]:
+    """Texts that the network itself writes, by prompt lookup and, if it has one, its draft model."""
+
+    def run_as(text: Script, way: str | None) -> Run:
+        return decode(llama, text.prompt, n_tokens, way, cpu_time=cpu_time)
+
+    warm_up(llama)
     rows = []
-    for name, prompt in prompts.items():
+    for name, prompt in texts.items():
         ids = llama.tokenizer.encode(prompt, bos=True, eos=False) if isinstance(prompt, str) else prompt
-        for way in ways:
-            plain, drafted = compare([ids], lambda p, w: decode(llama, times, p, n_tokens, w), way, repeats)
-            repetition = repeated_ngrams(Script(ids, plain[0].tokens))
-            rows.append(report(f"{way.replace('_', ' ')}, {name}", repetition, plain, drafted))
-    return rows
-
-
-def peer_texts(name: str, python: str, job: Job, sizes: Sizes) -> list[dict[str, Any]]:
-    """A peer's own prompt lookup beside its own plain decoding, on the same scripts."""
-    job_file = Path(job.folder) / "job.json"
-    job.write(job_file)
-    prepare(name, python, job, job_file)
-    rows = []
-    with EngineProcess(name, python, job, job_file) as process:
-        process.take_turn(LOAD, lambda *_: None)
-
-        def decode_there(script: Script, way: str | None) -> Run:
-            turn = {"prompt": script.prompt, "output": script.output, "prompt_lookup": way is not None}
-            figures = process.take_turn(json.dumps(turn), lambda *_: None)
-            n_more = len(script.output) - 1
-            return Run([], n_more / float(figures["seconds"]), n_more / float(figures["passes"]), None)
-
-        for kind in SCRIPTS:
-            scripts = sizes.scripts(kind, job.vocab_size)
-            runs = compare(scripts, decode_there, "prompt_lookup", sizes.repeats)
-            rows.append(report(f"{name}, {kind}", None, *runs))
+        for way in ["prompt_lookup"] + ["draft"] * (llama.draft_model is not None):
+            rows.append(compare(f"{way.replace('_', ' ')}, {name}", [Script(ids, [])], run_as, way, max(2, repeats)))
     return rows
 
 
@@ -282,14 +288,12 @@ def main(
     max_batch_size: int = 8,
     threads: int | None = None,
     cpu_time: bool = False,
-    peers: str | Sequence[str] = "",
-    peer_python: str | Sequence[str] = "",
     work_dir: str | None = None,
 ) -> None:
     """Prints a row per kind of text: tokens per second without and with drafts, their ratio, tokens per pass.
 
     Args:
-        shape: tiny, 200m or 1b, of random weights, whose texts are scripted.
+        shape: tiny, 110m, 200m or 1b, of random weights, whose texts are scripted.
         ckpt_dir: a checkpoint that writes its own texts instead.
         tokenizer_path: of `ckpt_dir`; None for its tokenizer.model.
         draft_ckpt_dir: its draft model; None for prompt lookup alone.
@@ -300,8 +304,6 @@ def main(
         repeats: of each text.
         agreements: of the draft model with the script.
         cpu_time: measures CPU time, of one thread, in place of the time that passes: for busy machines.
-        peers: of hf and llama_cpp, whose own prompt lookup is to be measured on the same scripts.
-        peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
         work_dir: keeps the weights there for the next run, for `bench.py` too; None for a temporary folder.
     """
     torch.set_num_threads(1 if cpu_time else threads or available_cores())
@@ -310,47 +312,22 @@ def main(
     if ckpt_dir:
         tokenizer_path = tokenizer_path or str(Path(ckpt_dir) / "tokenizer.model")
         llama = Llama.build(ckpt_dir, tokenizer_path, OWN_SEQ_LEN, draft_ckpt_dir=draft_ckpt_dir, **options)
-        warm_up(llama)
-        texts = json.loads(Path(prompts).read_text(encoding="utf-8")) if prompts else SPEAKING_PROMPTS
-        print(f"{Path(ckpt_dir).name}\n{HEADER}")
-        ways = ["prompt_lookup"] + ["draft"] * bool(draft_ckpt_dir)
-        rows = own_texts(llama, texts, ways, n_tokens, max(2, repeats))
+        texts = json.loads(Path(prompts).read_text(encoding="utf-8")) if prompts else PROMPTS
+        rows = own_rows(llama, texts, n_tokens, repeats, cpu_time)
     else:
-        pythons = peer_pythons(peers, peer_python, PEERS)
-        sizes = Sizes(n_prompt, n_tokens, n_texts, repeats, cpu_time)
         with ExitStack() as stack:
             folder = Path(work_dir or stack.enter_context(tempfile.TemporaryDirectory()))
-            of_draft = [agreements] if isinstance(agreements, float) else list(agreements)
-            rows = scripted(shape, folder, options, of_draft, sizes, pythons)
+            draft_shape = "tiny" if shape == "tiny" else DRAFT_SHAPE
+            job, draft_job = (make_job(s, None, folder / f"{s}-{dtype}", dtype) for s in (shape, draft_shape))
+            length = n_prompt + n_tokens + 1
+            llama = Llama.build(job.ckpt_dir, job.tokenizer_path, length, draft_ckpt_dir=draft_job.ckpt_dir, **options)
+
+        def scripts_of(kind: str) -> list[Script]:
+            return [write_script(kind, seed, job.vocab_size, n_prompt, n_tokens) for seed in range(n_texts)]
+
+        shares = [agreements] if isinstance(agreements, float) else agreements
+        rows = scripted_rows(llama, shares, scripts_of, repeats, cpu_time)
     print(json.dumps({"benchmark": "speculative", "shape": ckpt_dir or shape, "rows": rows}))
-
-
-def scripted(
-    shape: str,
-    folder: Path,
-    options: dict[str, Any],
-    agreements: Sequence[float],
-    sizes: Sizes,
-    pythons: dict[str, str],
-) -> list[dict[str, Any]]:
-    """All rows of random weights, whose files are in `folder` or are made there."""
-    _, job = make_job(shape, None, folder / f"{shape}-{options['dtype']}", options["dtype"])
-    draft_shape = "tiny" if shape == "tiny" else DRAFT_SHAPE
-    _, draft_job = make_job(draft_shape, None, folder / f"{draft_shape}-{options['dtype']}", options["dtype"])
-    length = sizes.n_prompt + sizes.n_tokens + 1
-    llama = Llama.build(job.ckpt_dir, job.tokenizer_path, length, draft_ckpt_dir=draft_job.ckpt_dir, **options)
-    warm_up(llama)
-    print(f"{shape}, drafts by {draft_shape}, random weights, scripted texts\n{HEADER}")
-    rows = scripted_texts(llama, sizes) + scripted_draft(llama, agreements, sizes)
-    del llama
-    for name, python in pythons.items():
-        if missing := missing_packages(name, python):
-            say(f"{name}: left out, {python} has no {', '.join(missing)}")
-        else:
-            rows += peer_texts(
-                name, python, replace(job, threads=torch.get_num_threads(), cpu_time=sizes.cpu_time), sizes
-            )
-    return rows
 
 
 if __name__ == "__main__":

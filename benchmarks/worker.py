@@ -1,42 +1,126 @@
-"""The process of one engine, and how its figures are timed: `python -m benchmarks.worker ENGINE prepare|measure JOB`.
+"""An engine in a process of its own: what it is asked, how its figures are timed, and the lines that it answers with.
 
-An engine completes prompts of ids, and reports each time that all of them have a new token; the rest is here. Standard
-library only, apart from the engine's own module.
+`python -m benchmarks.worker ENGINE prepare|measure JOB`. Standard library only, since each engine may have an
+environment of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
+import os
+import random
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.job import ENGINES, Job, emit, emit_over
-
-LOAD, END = "load", "end"  # the turns around those of the figures
+ROOT = Path(__file__).parent.parent
+LOAD, END = "load", "end"  # the turns before and after those of the figures
 FIRST_PROMPT = 16  # tokens of the prompt that the first token after loading comes from
-MIN_SAMPLES, MIN_SECONDS = 2, 1.0  # a pass is timed until both are reached
+MIN_SAMPLES, MIN_SECONDS = 2, 1.0  # a prefill is timed until both are reached
 MAX_SAMPLES = 15
-LONG_SECONDS = 10.0  # a pass that takes longer is timed once, since warming up makes no difference to it
-
+LONG_SECONDS = 10.0  # a prefill that takes longer is timed once: warming up makes no difference to it
+_OVER = json.dumps({"turn": "over"})
+_FIND = """
+import importlib.util, sys
+for name in sys.argv[1:]:
+    try:
+        print("" if importlib.util.find_spec(name) else name)
+    except ImportError:
+        print(name)
+"""
 
 Clock = Callable[[], float]
+Figures = dict[str, float]
 
 
-class Engine(Protocol):
-    """A loaded network.
+@dataclass(frozen=True)
+class Job:
+    """One network, one checkpoint, one machine setting, and the sizes to measure.
 
     Attributes:
-        batches: the decode batches that it takes part in; if there are none, it is out of the prefill figures too.
-        ragged: whether it takes prompts of different lengths.
+        ckpt_dir: a checkpoint in the released format, in one file.
+        tokenizer_path: the `tokenizer.model` that `Llama.build` asks for; nothing is encoded with it.
+        folder: where engines put files in their own formats.
+        n_kv_heads, hidden_dim, vocab_size: resolved, never None or -1.
+        cpu_time: whether figures are the CPU time of the engine's process, in place of the time that passes.
+        prefill_lengths: prompt lengths of the prefill figures, batch 1.
+        decode_batches, decode_prompt, decode_steps: batch sizes of the decode figures, their prompts' length, and the
+            number of timed steps.
     """
 
-    batches: tuple[int, ...]
-    ragged: bool
+    shape: str
+    ckpt_dir: str
+    tokenizer_path: str
+    folder: str
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    hidden_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    threads: int = 1
+    cpu_time: bool = False
+    prefill_lengths: tuple[int, ...] = (16, 128, 512)
+    decode_batches: tuple[int, ...] = (1, 4, 8, 16)
+    decode_prompt: int = 128
+    decode_steps: int = 48
+
+    @property
+    def clock(self) -> Clock:
+        return time.process_time if self.cpu_time else time.perf_counter
+
+    @property
+    def max_seq_len(self) -> int:
+        """Room for the longest run of any figure."""
+        return max(*self.prefill_lengths, FIRST_PROMPT, self.decode_prompt + self.decode_steps) + 2
+
+    @property
+    def hf_folder(self) -> Path:
+        """The checkpoint as transformers reads it, which other engines convert from."""
+        return Path(self.folder) / "hf"
+
+    @property
+    def turns(self) -> list[str]:
+        """What every engine is asked, in order; those between the first and the last are figures."""
+        prefills = [f"prefill_{length}" for length in self.prefill_lengths]
+        return [LOAD, *prefills, *(f"decode_{batch}" for batch in self.decode_batches), END]
+
+    def prompts(self, n: int, length: int) -> list[list[int]]:
+        """Random ids past the control pieces, the same in every process."""
+        source = random.Random(0)
+        return [[source.randrange(3, self.vocab_size) for _ in range(length)] for _ in range(n)]
+
+    def write(self) -> Path:
+        path = Path(self.folder) / "job.json"
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        return path
+
+    @staticmethod
+    def read(path: Path) -> Job:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+class Adapter(Protocol):
+    """An engine with its network loaded.
+
+    Attributes:
+        batches: the decode batches that it takes part in.
+    """
+
+    batches: Sequence[int]
 
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
         """Completes the prompts greedily by `n_tokens` each, past any EOS.
@@ -45,7 +129,7 @@ class Engine(Protocol):
         """
 
 
-def ticks_of(engine: Engine, prompts: list[list[int]], n_tokens: int, clock: Clock) -> list[float]:
+def ticks_of(engine: Adapter, prompts: list[list[int]], n_tokens: int, clock: Clock) -> list[float]:
     """Seconds from the start of a run to each of its `n_tokens` ticks."""
     ticks: list[float] = []
     started = clock()
@@ -55,8 +139,19 @@ def ticks_of(engine: Engine, prompts: list[list[int]], n_tokens: int, clock: Clo
     return ticks
 
 
-def first_token_seconds(engine: Engine, prompts: list[list[int]], clock: Clock) -> float:
-    """The median time until every prompt has its first token, after one pass that warms up."""
+def figure(engine: Adapter, name: str, job: Job) -> float | None:
+    """Tokens per second of a figure such as "prefill_128" or "decode_8"; None if the engine takes no part in it."""
+    kind, size = name.split("_")
+    if kind == "prefill":
+        return int(size) / _prefill_seconds(engine, job.prompts(1, int(size)), job.clock)
+    if int(size) not in engine.batches:
+        return None
+    ticks = ticks_of(engine, job.prompts(int(size), job.decode_prompt), job.decode_steps + 2, job.clock)
+    return int(size) * job.decode_steps / (ticks[-1] - ticks[1])  # the first steps warm up
+
+
+def _prefill_seconds(engine: Adapter, prompts: list[list[int]], clock: Clock) -> float:
+    """The median time until the first token, after one pass that warms up."""
     (first,) = ticks_of(engine, prompts, 1, clock)
     if first > LONG_SECONDS:
         return first
@@ -64,35 +159,6 @@ def first_token_seconds(engine: Engine, prompts: list[list[int]], clock: Clock) 
     while len(samples) < MIN_SAMPLES or (sum(samples) < MIN_SECONDS and len(samples) < MAX_SAMPLES):
         samples += ticks_of(engine, prompts, 1, clock)
     return statistics.median(samples)
-
-
-def prefill_rate(engine: Engine, prompt: list[int], clock: Clock) -> float:
-    """Tokens of the prompt per second until the first new token."""
-    return len(prompt) / first_token_seconds(engine, [prompt], clock)
-
-
-def decode_rate(engine: Engine, prompts: list[list[int]], steps: int, clock: Clock) -> float:
-    """New tokens per second, of all prompts together, from each prompt's third token on: the first steps warm up."""
-    ticks = ticks_of(engine, prompts, steps + 2, clock)
-    return len(prompts) * steps / (ticks[-1] - ticks[1])
-
-
-def turns(job: Job) -> list[str]:
-    """What every engine is asked, in order; those between the first and the last are figures."""
-    prefills = [f"prefill_{length}" for length in job.prefill_lengths]
-    return [LOAD, *prefills, *(f"decode_{batch}" for batch in job.decode_batches), "ragged_first_token", END]
-
-
-def figure(engine: Engine, name: str, job: Job) -> float | None:
-    """The value of a figure; None if the engine takes no part in it."""
-    kind, _, size = name.partition("_")
-    if kind == "prefill":
-        return prefill_rate(engine, job.prompts([int(size)])[0], job.clock) if engine.batches else None
-    if kind == "ragged":
-        return first_token_seconds(engine, job.prompts(list(job.ragged_lengths)), job.clock) if engine.ragged else None
-    if int(size) not in engine.batches:
-        return None
-    return decode_rate(engine, job.prompts([job.decode_prompt] * int(size)), job.decode_steps, job.clock)
 
 
 def peak_memory(device: str) -> float:
@@ -110,47 +176,162 @@ def peak_memory(device: str) -> float:
     except OSError:  # no /proc; getrusage keeps a parent's peak, so it comes second
         import resource
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(name: str, job: Job) -> None:
+def measure(load: Callable[[], Adapter], job: Job) -> None:
     """Takes the turns that stdin names, one per line, and emits their figures; loading comes first."""
     assert sys.stdin.readline().strip() == LOAD
-    spec = ENGINES[name]
-    module = importlib.import_module(spec.module)
-    emit("version", module.version(job, spec.variant))
-    emit("memory_before", peak_memory(job.device))
     started = job.clock()
-    engine = module.load(job, spec.variant)
-    emit("load", job.clock() - started)
-    ticks_of(engine, job.prompts([FIRST_PROMPT]), 1, job.clock)
-    emit("first_token", job.clock() - started)
-    emit_over()
+    engine = load()
+    _emit(LOAD, job.clock() - started)
+    ticks_of(engine, job.prompts(1, FIRST_PROMPT), 1, job.clock)
+    _emit("first_token", job.clock() - started)
+    print(_OVER, flush=True)
     gc.collect()
     gc.freeze()  # a search for garbage through all of torch takes 60 ms: in a timed step it would look like a slow one
-    for line in sys.stdin:
-        for figure_name, value in _take_turn(engine, line.strip(), job):
-            emit(figure_name, value)
-        emit_over()
+    for turn in map(str.strip, sys.stdin):
+        value = peak_memory(job.device) if turn == END else figure(engine, turn, job)
+        if value is not None:
+            _emit("peak_memory" if turn == END else turn, value)
+        print(_OVER, flush=True)
 
 
-def _take_turn(engine: Any, turn: str, job: Job) -> Iterator[tuple[str, float]]:
-    if turn.startswith("{"):
-        yield from engine.decode_script(**json.loads(turn)).items()
-    elif turn == END:
-        yield "peak_memory", peak_memory(job.device)
-        yield from engine.extras(job) if hasattr(engine, "extras") else ()
-    elif (value := figure(engine, turn, job)) is not None:
-        yield turn, value
+def _emit(name: str, value: float) -> None:
+    """Prints one figure, in seconds, bytes or tokens per second."""
+    print(json.dumps({"figure": name, "value": value}), flush=True)
+
+
+class EngineProcess:
+    """The process of an engine, which sleeps between its turns. `with` ends it."""
+
+    def __init__(self, engine: str, python: str, job: Job) -> None:
+        self._log = (Path(job.folder) / f"{engine}.log").open("w+", encoding="utf-8", errors="replace")
+        self._process = subprocess.Popen(
+            _command(engine, python, "measure", job),
+            cwd=ROOT,
+            env=environment(job),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # it has nothing to keep
+        self._process.communicate()
+        self._log.close()
+
+    def take_turn(self, turn: str) -> Iterator[tuple[str, float]]:
+        """The figures of a turn, each as soon as it is known.
+
+        Raises:
+            RuntimeError: the process ended; the message has the end of its log.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(turn, file=self._process.stdin, flush=True)
+        for line in self._process.stdout:
+            if line.strip() == _OVER:
+                return
+            if parsed := parse(line):
+                yield parsed
+        status = self._process.wait()
+        self._log.seek(0)
+        raise RuntimeError(f"exit status {status}: {' | '.join(self._log.read().splitlines()[-4:])}")
+
+
+def parse(line: str) -> tuple[str, float] | None:
+    """The figure of a line; None for the output of other programs."""
+    try:
+        fields = json.loads(line)
+        return fields["figure"], fields["value"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def prepare(engine: str, python: str, job: Job) -> None:
+    """Has the engine write files in its own format, unless an earlier run did; RuntimeError if it fails."""
+    done = Path(job.folder) / f"{engine}.done"
+    if done.exists():
+        return
+    command = _command(engine, python, "prepare", job)
+    ended = subprocess.run(command, cwd=ROOT, env=environment(job), capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"exit status {ended.returncode}: {' | '.join(ended.stderr.splitlines()[-4:])}")
+    done.touch()
+
+
+def _command(engine: str, python: str, action: str, job: Job) -> list[str]:
+    return [python, "-m", "benchmarks.worker", engine, action, str(job.write())]
+
+
+def environment(job: Job) -> dict[str, str]:
+    """This process's, with the threads that every engine gets, and no way to fetch anything."""
+    settings = {"OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **settings}
+
+
+def numbers(value: int | Sequence[int]) -> tuple[int, ...]:
+    """A command line's N or N,N,..."""
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def say(text: str) -> None:
+    """Prints progress to stderr, so that stdout is the report alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def peer_pythons(peers: str | Sequence[str], peer_python: str | Sequence[str], known: Iterable[str]) -> dict[str, str]:
+    """The interpreter of each of the peers: NAME=PYTHON of `peer_python`, else this one.
+
+    Args:
+        peers: names, as a command line's NAME,NAME or as a sequence; `peer_python` likewise.
+        known: the names that there are.
+    """
+    names, pairs = (
+        [name for name in (value.split(",") if isinstance(value, str) else value) if name]
+        for value in (peers, peer_python)
+    )
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise ValueError(f"peer_python must be NAME=PYTHON,..., got {', '.join(wrong)}")
+    pythons = dict(pair.split("=", 1) for pair in pairs)
+    if unknown := [name for name in (*names, *pythons) if name not in known]:
+        raise ValueError(f"peers must be of {', '.join(known)}, got {', '.join(unknown)}")
+    return {name: pythons.get(name, sys.executable) for name in names}
+
+
+def is_installed(peer: str, python: str, imports: str, install: str) -> bool:
+    """Whether a peer's environment has the modules that it imports; prints what to install if not."""
+    found = subprocess.run([python, "-c", _FIND, *imports.split()], capture_output=True, text=True, check=False)
+    if found.returncode:
+        last_words = found.stderr.strip()[-200:]
+        raise ValueError(f"--peer_python {peer} must be a Python interpreter, got {python}, which failed: {last_words}")
+    if missing := found.stdout.split():
+        # The constraints keep pip from fetching another torch, with gigabytes of CUDA.
+        hint = f"pip install -c constraints.txt {install}"
+        say(f"{peer}: left out, {python} has no {', '.join(missing)}; {hint}")
+    return not missing
+
+
+def version(package: str, python: str) -> str:
+    """A package and its version in an interpreter's environment."""
+    code = f"from importlib.metadata import version; print('{package}', version('{package}'))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main(name: str, action: str, job_file: str) -> None:
+    engine = importlib.import_module("benchmarks.peers").ENGINES[name]
     job = Job.read(Path(job_file))
-    if action == "measure":
-        measure(name, job)
+    if action == "prepare":
+        engine.adapter.prepare(job, engine.variant)
     else:
-        importlib.import_module(ENGINES[name].module).prepare(job, ENGINES[name].variant)
+        for module in engine.imports.split():
+            importlib.import_module(module)  # before the clock runs
+        measure(lambda: engine.adapter(job, engine.variant), job)
 
 
 if __name__ == "__main__":

@@ -5,57 +5,61 @@ from __future__ import annotations
 import json
 import random
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
-import torch
 
-from benchmarks import bench, report, rounds, serving, speculative
-from benchmarks.job import Job, parse
-from benchmarks.ours import Ours
-from benchmarks.published import PublishedWay
-from benchmarks.rounds import EngineProcess, Plan
-from benchmarks.scripts import SCRIPTS, Script, repeated_ngrams
-from benchmarks.shapes import SHAPES, bytes_per_decode_step
-from benchmarks.worker import LOAD, figure, turns
+from benchmarks import bench, report, serving, speculative
+from benchmarks.networks import SHAPES, bytes_per_decode_step
+from benchmarks.peers import ENGINES, Ours
+from benchmarks.report import Line
+from benchmarks.speculative import SCRIPTS, Script, Scripted, repeated_ngrams, write_script
+from benchmarks.worker import LOAD, EngineProcess, Job, figure, parse
 from llama import Llama, ModelArgs
-from llama.checkpoint.reading import read_shard
-
-OURS = {
-    *("load", "first_token", "prefill_16", "prefill_128", "prefill_512", "decode_1", "decode_4", "ragged_first_token"),
-    *("peak_memory", "memory_planned", "memory_over_plan_ratio"),
-    *("load_weights", "sampling_1", "share_of_step_sampling_4", "share_of_matmul_prefill_128"),
-    "first_token_over_reading_and_packing_ratio",
-}
+from llama.checkpoint.format import tensor_shapes
 
 
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The JSON lines of one round on the tiny shape, one peer asked for that is not there."""
-    out = tmp_path_factory.mktemp("benchmark") / "lines.json"
-    bench.main("tiny", repeats=1, threads=1, batches=(1, 4), decode_steps=4, published_rounds=0, json=str(out))
-    return [json.loads(line) for line in out.read_text().splitlines()]
+def job(checkpoint: Path, tokenizer_path: Path, llama: Llama, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The tests' own small checkpoint, in float32, with sizes that its cache has room for."""
+    args = llama.model.params
+    return Job(
+        shape="tests",
+        ckpt_dir=str(checkpoint),
+        tokenizer_path=str(tokenizer_path),
+        folder=str(tmp_path_factory.mktemp("job")),
+        dim=args.dim,
+        n_layers=args.n_layers,
+        n_heads=args.n_heads,
+        n_kv_heads=args.kv_heads,
+        hidden_dim=args.hidden_dim,
+        vocab_size=args.vocab_size,
+        norm_eps=args.norm_eps,
+        rope_theta=args.rope_theta,
+        dtype="float32",
+        prefill_lengths=(4,),
+        decode_batches=(1, 2),
+        decode_prompt=5,
+        decode_steps=3,
+    )
 
 
-def test_every_figure_is_there_and_positive(lines: list[dict[str, Any]]) -> None:
-    assert {line["figure"] for line in lines if line["engine"] == "ours"} >= OURS
-    assert {line["figure"] for line in lines if line["engine"] == "ours_max_batch_1"} >= {
-        "decode_1",
-        "share_of_bandwidth_decode_1",
-    }
-    assert {line["figure"] for line in lines if line["engine"] == "machine"} == {
-        *("read_bandwidth", "read_file", "matmul_rate")
-    }
-    assert all(line["min"] > 0 for line in lines)
-
-
-def test_every_line_names_shape_and_machine(lines: list[dict[str, Any]]) -> None:
-    for line in lines:
-        assert line["shape"] == "tiny" and line["dtype"] == "bfloat16" and line["threads"] == 1
-        assert line["machine"]["cpu"] and line["machine"]["torch"] == torch.__version__
-        assert line["versions"]["ours"]
+def test_every_figure_is_there_and_names_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "BUFFER_BYTES", 2**20)
+    out = tmp_path / "lines.json"
+    bench.main("tiny", repeats=1, threads=1, batches=(1, 4), prefills=16, decode_steps=4, json=str(out))
+    readings = report.read(out)
+    ours = {line.figure for line, _ in readings if line.engine == "ours"}
+    assert ours == {"load", "first_token", "prefill_16", "decode_1", "decode_4", "peak_memory"}
+    assert {line.figure for line, _ in readings if line.engine == "ours_max_batch_1"} == ours - {"decode_4"}
+    assert {line.figure for line, _ in readings if line.engine in ("limit", "ours/limit")} == {"decode_1"}
+    for line, context in readings:
+        assert min(line.values) > 0
+        assert context["shape"] == "tiny" and context["dtype"] == "bfloat16" and context["threads"] == 1
+        assert context["machine"]["cpu"] and context["versions"]["ours"].startswith("torch ")
 
 
 def test_ratios_say_how_many_times_as_good_ours_is() -> None:
@@ -70,32 +74,33 @@ def test_ratios_say_how_many_times_as_good_ours_is() -> None:
 
 
 def test_int8_is_compared_with_quantized_engines_and_with_our_own_default() -> None:
-    rounds = [{name: {"decode_1": 1.0} for name in ("ours", "ours_int8", "hf", "llama_cpp_q8_0", "machine")}]
+    names = ("ours", "ours_int8", "hf", "llama_cpp_q8_0", "limit", "limit_int8")
+    rounds = [{name: {"decode_1": 1.0} for name in names}]
     assert [line.engine for line in report.ratio_lines(rounds)] == [
-        *("ours_int8/ours", "ours/hf", "ours/llama_cpp_q8_0", "ours_int8/llama_cpp_q8_0", "ours/machine")
+        *("ours_int8/ours", "ours/hf", "ours/llama_cpp_q8_0", "ours_int8/llama_cpp_q8_0"),
+        *("ours/limit", "ours_int8/limit_int8"),
     ]
 
 
 def test_a_peer_that_is_not_installed_is_left_out_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    installed = bench._installed("llama_cpp", "llama_cpp=/usr/bin/env", "cuda")
-    assert installed == {} and "llama_cpp" in capsys.readouterr().err
+    assert bench._installed("llama_cpp", "llama_cpp=/usr/bin/env", "cuda") == {}
+    assert "llama_cpp" in capsys.readouterr().err
 
 
-def test_each_engine_is_the_first_in_some_round(job: Job, llama: Llama) -> None:
-    plan = Plan(llama.model.params, job, {}, repeats=2, published_rounds=1, one_at_a_time=False)
-    engines_ = ["ours", "hf", "published"]
-    assert [plan.groups(engines_, i) for i in range(3)] == [[engines_], [["hf", "ours"]], [["ours", "hf"]]]
-    alone = replace(plan, one_at_a_time=True)
-    assert alone.groups(engines_, 1) == [["hf"], ["ours"]]
+def test_each_engine_is_the_first_in_some_round() -> None:
+    names = ["ours", "hf", "openvino"]
+    rounds = [bench.groups(names, i, one_at_a_time=False) for i in range(3)]
+    assert {group[0] for (group,) in rounds} == set(names)
+    assert all(sorted(group) == sorted(names) for (group,) in rounds)
+    assert all(len(group) == 1 for group in bench.groups(names, 1, one_at_a_time=True))
 
 
 class _FakeProcess:
-    """Says the turns that it took; hf fails at decoding."""
+    """Counts the engines that are there; hf fails at decoding."""
 
     running: ClassVar[list[str]] = []
-    taken: ClassVar[list[tuple[str, str]]] = []
 
-    def __init__(self, engine: str, python: str, job: Job, job_file: Path) -> None:
+    def __init__(self, engine: str, python: str, job: Job) -> None:
         self.engine = engine
 
     def __enter__(self) -> _FakeProcess:
@@ -105,36 +110,28 @@ class _FakeProcess:
     def __exit__(self, *_: object) -> None:
         self.running.remove(self.engine)
 
-    def take_turn(self, turn: str, on_figure: rounds.OnFigure) -> rounds.Figures:
-        self.taken.append((turn, self.engine))
+    def take_turn(self, turn: str) -> Iterator[tuple[str, float]]:
         if (turn, self.engine) == ("decode_1", "hf"):
             raise RuntimeError("exit status 1: no room")
-        return {turn: float(len(self.running))}
+        yield (turn if "_" in turn else "load"), float(len(self.running))
 
 
 def test_a_peer_that_fails_is_left_out_from_there_on(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rounds, "EngineProcess", _FakeProcess)
+    monkeypatch.setattr(bench, "EngineProcess", _FakeProcess)
     pythons = {"ours": sys.executable, "hf": sys.executable}
-    found = rounds._take_turns(["ours", "hf"], pythons, job, Path("job.json"), "round 1/1")
-    assert found == {
-        "ours": {LOAD: 1.0, "prefill_4": 2.0, "decode_1": 2.0, "decode_2": 2.0, "ragged_first_token": 2.0, "end": 2.0},
-        "hf": {LOAD: 2.0, "prefill_4": 2.0},
-    }
-    assert _FakeProcess.taken[:6] == [(turn, who) for turn in turns(job)[:3] for who in ("ours", "hf")]
-    assert (
-        pythons.keys() == {"ours"} and "hf: left out, it failed with exit status 1: no room" in capsys.readouterr().err
-    )
-    assert not _FakeProcess.running
+    found = bench._take_turns(["ours", "hf"], pythons, job)
+    assert found["hf"] == {"load": 2.0, "prefill_4": 2.0}
+    assert found["ours"].keys() == {"load", "prefill_4", "decode_1", "decode_2"}
+    assert pythons.keys() == {"ours"} and not _FakeProcess.running
+    assert "hf: left out, it failed with exit status 1: no room" in capsys.readouterr().err
 
 
-def test_a_process_that_ends_in_its_turn_leaves_its_last_words(job: Job, tmp_path: Path) -> None:
-    job.write(tmp_path / "job.json")
-    there = replace(job, folder=str(tmp_path))
+def test_a_process_that_ends_in_its_turn_leaves_its_last_words(job: Job) -> None:
     ends = pytest.raises(RuntimeError, match=r"exit status 1: .*KeyError: 'nonsense'")
-    with EngineProcess("nonsense", sys.executable, there, tmp_path / "job.json") as process, ends:
-        process.take_turn(LOAD, lambda *_: None)
+    with EngineProcess("nonsense", sys.executable, job) as process, ends:
+        list(process.take_turn(LOAD))
 
 
 def test_unknown_peers_and_shapes_are_errors() -> None:
@@ -149,71 +146,48 @@ def test_lines_of_other_programs_are_no_figures() -> None:
     assert parse('{"figure": "load", "value": 1.5}') == ("load", 1.5)
 
 
-def test_a_decode_step_reads_all_but_the_embedding(job: Job) -> None:
-    args = ModelArgs(**SHAPES["1b"])
-    sized = Job(**asdict(job) | {"dtype": "bfloat16", "decode_prompt": 128, "decode_steps": 32})
-    assert bytes_per_decode_step(args, sized) == 2 * (1_034_512_384 + 2 * 22 * 4 * 64 * 144)
+@pytest.mark.parametrize("shape", ["tiny", "1b"])
+def test_a_decode_step_reads_all_but_the_embedding(shape: str, job: Job) -> None:
+    args = ModelArgs(**SHAPES[shape])
+    names = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size")
+    sized = replace(job, n_kv_heads=args.kv_heads, dtype="bfloat16", **{name: getattr(args, name) for name in names})
+    sizes = {name: size[0] * (size[1] if len(size) > 1 else 1) for name, size in tensor_shapes(args, 1).items()}
+    cached = 2 * args.n_layers * args.kv_heads * args.head_dim * (job.decode_prompt + job.decode_steps / 2)
+    read = sum(sizes.values()) - sizes["tok_embeddings.weight"]
+    assert bytes_per_decode_step(sized) == 2 * (read + cached)
+    assert bytes_per_decode_step(sized, "int8") == read + 2 * cached
 
 
-@pytest.fixture(scope="module")
-def job(checkpoint: Path, tokenizer_path: Path, llama: Llama) -> Job:
-    """The tests' own small checkpoint, in float32, with sizes that its cache has room for."""
-    args = llama.model.params
-    return Job(
-        shape="tests",
-        ckpt_dir=str(checkpoint),
-        tokenizer_path=str(tokenizer_path),
-        folder=str(checkpoint),
-        dim=args.dim,
-        n_layers=args.n_layers,
-        n_heads=args.n_heads,
-        n_kv_heads=args.kv_heads,
-        hidden_dim=args.hidden_dim,
-        vocab_size=args.vocab_size,
-        norm_eps=args.norm_eps,
-        rope_theta=args.rope_theta,
-        dtype="float32",
-        prefill_lengths=(4,),
-        decode_batches=(1, 2),
-        decode_prompt=5,
-        decode_steps=3,
-        ragged_lengths=(3, 5, 9),
-    )
-
-
-def test_the_published_way_computes_the_same_tokens(job: Job, llama: Llama) -> None:
-    published = PublishedWay(read_shard(Path(job.ckpt_dir) / "consolidated.00.pth"), job)
-    chosen: list[list[int]] = []
-    forward = published.forward
-
-    def record(tokens: torch.Tensor, start: int) -> torch.Tensor:
-        logits = forward(tokens, start)
-        chosen.append(logits[:, -1].argmax(-1).tolist())
-        return logits
-
-    published.forward = record  # type: ignore[method-assign]
-    prompts = job.prompts([3, 5, 9])
-    ticks = []
-    published.run(prompts, 2, lambda: ticks.append(len(chosen)))
-    firsts = [chosen[len(prompt) - 3][i] for i, prompt in enumerate(prompts)]
-    assert [[first] for first in firsts] == llama.generate(prompts, 1, temperature=0)[0]
-    assert ticks == [7, 8]  # passes until all three have a token: one over 3 positions, six over one; then one more
-
-
-def test_our_engine_ticks_once_a_token_of_all_rows(job: Job, llama: Llama) -> None:
-    ours = Ours(llama, (1, 2))
+def test_our_engine_ticks_once_a_token_of_all_rows(job: Job) -> None:
+    ours = Ours(job, "max_batch_1")
+    assert ours.batches == (1,) and figure(ours, "decode_2", job) is None
+    ours = Ours(job, "")
     ticks: list[None] = []
-    ours.run(job.prompts([3, 9]), 5, lambda: ticks.append(None))
+    ours.run(job.prompts(2, 3), 5, lambda: ticks.append(None))
     assert len(ticks) == 5
-    assert turns(job) == ["load", "prefill_4", "decode_1", "decode_2", "ragged_first_token", "end"]
-    assert all((figure(ours, name, job) or 0) > 0 for name in turns(job)[1:-1])
+    assert all((figure(ours, name, job) or 0) > 0 for name in job.turns[1:-1])
 
 
-def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+def test_the_plot_is_a_picture_that_stays_the_same(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[bench]'")
-    rounds = [{"ours": {"decode_1": 4.0}, "ctranslate2": {"decode_1": 2.0}}]
-    report.plot(report.engine_lines(rounds), {"ctranslate2": "ctranslate2 4, int8"}, "title", tmp_path / "bars.png")
-    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    context = {"shape": "1b", "dtype": "bfloat16", "machine": {"cpu": "a processor"}}
+    engines = ["ours", "hf", "ours_int8", "limit", "limit_int8"]
+    rounds = [{engine: {"decode_1": n, "load": 1.0} for engine in engines} for n in (4.0, 5.0)]
+    for name in ("a.svg", "b.svg"):
+        report.plot([(line, context) for line in report.engine_lines(rounds)], tmp_path / name)
+    picture = (tmp_path / "a.svg").read_text()
+    assert picture == (tmp_path / "b.svg").read_text()
+    assert all(f">{name}<" in picture for name in ("ours", "hf", "ours_int8", "1b, a processor"))
+
+
+def test_json_lines_are_read_as_they_were() -> None:
+    lines = [Line("decode_1", "hf", "tok/s", [1.0, 2.5])]
+    text = report.json_lines(lines, {"shape": "1b"})
+    assert json.loads(text)["median"] == 1.75
+
+
+def test_every_engine_says_what_to_install() -> None:
+    assert all(engine.imports and engine.install for engine in ENGINES.values())
 
 
 def test_repeated_ngrams_are_those_that_occurred_before() -> None:
@@ -221,13 +195,23 @@ def test_repeated_ngrams_are_those_that_occurred_before() -> None:
     assert repeated_ngrams(Script([5], [6, 6, 6]), size=2) == 1 / 3  # the second (6, 6)
 
 
-@pytest.mark.parametrize(("kind", "least", "most"), [("code edit", 0.5, 0.9), ("without repetition", 0.0, 0.05)])
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [
+        ("code edit", 0.5, 0.9),
+        ("dialog", 0.1, 0.9),
+        ("quoting summary", 0.1, 0.9),
+        ("list after examples", 0.02, 0.5),
+        ("without repetition", 0.0, 0.05),
+    ],
+)
 def test_scripts_repeat_as_much_as_their_kind(kind: str, least: float, most: float) -> None:
     for seed in range(5):
-        script = SCRIPTS[kind](random.Random(seed), 32000, 200, 128)
+        script = write_script(kind, seed, 32000, 200, 128)
         assert (len(script.prompt), len(script.output)) == (200, 128)
         assert least <= repeated_ngrams(script) <= most
-        assert script == SCRIPTS[kind](random.Random(seed), 32000, 200, 128)
+        assert script == write_script(kind, seed, 32000, 200, 128)
+    assert kind in SCRIPTS
 
 
 @pytest.mark.parametrize("way", [None, "prompt_lookup"])
@@ -235,13 +219,12 @@ def test_a_scripted_network_writes_the_script(way: str | None, llama: Llama, job
     draw = random.Random(0)
     prompt = [draw.randrange(3, job.vocab_size) for _ in range(9)]
     output = [*prompt, *(draw.randrange(3, job.vocab_size) for _ in range(3))]
-    hook, times = speculative.Scripted(llama.model), speculative.PassTimes(llama.model)
+    hook = Scripted(llama.model)
     try:
         hook.start(Script(prompt, output))
-        run = speculative.decode(llama, times, prompt, len(output), way)
+        run = speculative.decode(llama, prompt, len(output), way)
     finally:
         hook.remove()
-        times.remove()
     assert run.tokens == output and run.rate > 0
     assert run.per_pass >= 1 if way else run.per_pass == 1
     assert llama.generate([prompt], len(output), temperature=0)[0] != [output]
@@ -252,6 +235,14 @@ def test_a_round_of_serving_answers_every_request(capsys: pytest.CaptureFixture[
     serving.main("tiny", n_requests=5, clients=(2,), batch=2, output_median=4, repeats=1, threads=1)
     *_, last = capsys.readouterr().out.splitlines()
     rounds = json.loads(last)["rounds"]
-    assert rounds.keys() == {"kept full", "8 Python threads", "ours, 2 clients"}
+    ways = {"kept full", "calls of 2", "calls of 2, rows stay", "8 Python threads", "ours, 2 clients"}
+    assert rounds.keys() == ways
     ((expected, _),) = rounds["kept full"]
     assert all(0 < tokens <= expected + 5 for ((tokens, _),) in rounds.values())
+
+
+def test_prefix_reuse_is_measured_in_turn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "CHAT_TOKENS", 50)
+    monkeypatch.setattr(serving, "ANSWER_TOKENS", 5)
+    serving.main("tiny", batch=2, repeats=1, threads=1, dtype="float32", prefixes=True)
+    assert capsys.readouterr().out.count("s without reuse") == 2

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,9 @@ import torch
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
-from benchmarks.job import Job
+from benchmarks.worker import Job
 from llama import ModelArgs, Tokenizer
 from llama.checkpoint.format import read_params, tensor_shapes
-from llama.checkpoint.memory import MemoryPlan, plan_memory
 from llama.checkpoint.reading import find_shards
 from llama.tools.convert import to_hf
 
@@ -75,30 +72,25 @@ def write_tokenizer(path: Path, n_pieces: int) -> None:
     )
 
 
-def check_shape(shape: str) -> None:
-    if shape not in SHAPES:
+def make_job(shape: str, ckpt_dir: str | None, folder: Path, dtype: str) -> Job:
+    """A job for a network; makes the files that are missing: random weights, a tokenizer of the right size."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if ckpt_dir is None and shape not in SHAPES:
         raise ValueError(
             f"shape must be one of {', '.join(SHAPES)}, got {shape!r}; --ckpt_dir measures another network"
         )
-
-
-def make_job(shape: str, ckpt_dir: str | None, folder: Path, dtype: str) -> tuple[ModelArgs, Job]:
-    """The network and a job for it; makes the files that are missing: random weights, a tokenizer of the right size."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if ckpt_dir is None:
-        check_shape(shape)
     checkpoint = Path(ckpt_dir).resolve() if ckpt_dir else folder / "checkpoint"
     if ckpt_dir is None and not (checkpoint / "consolidated.00.pth").exists():
         write_checkpoint(checkpoint, shape, getattr(torch, dtype))
-    find_shards(checkpoint, 1)
+    (shard,) = find_shards(checkpoint, 1)
     params = read_params(checkpoint)
-    if params.get("vocab_size", -1) == -1:
-        params["vocab_size"] = vocab_size_of(checkpoint)
+    if params.get("vocab_size", -1) == -1:  # left to the tokenizer
+        params["vocab_size"] = len(torch.load(shard, "cpu", weights_only=True, mmap=True)["tok_embeddings.weight"])
     args = ModelArgs(**params)
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder / "tokenizer.model", args.vocab_size)
-    job = Job(
+    return Job(
         shape=checkpoint.name if ckpt_dir else shape,
         ckpt_dir=str(checkpoint),
         tokenizer_path=str(folder / "tokenizer.model"),
@@ -107,12 +99,11 @@ def make_job(shape: str, ckpt_dir: str | None, folder: Path, dtype: str) -> tupl
         dtype=dtype,
         **{name: getattr(args, name) for name in _SIZES},
     )
-    return args, job
 
 
 def write_hf_folder(job: Job) -> None:
     """The checkpoint as transformers reads it, written on the first call, with a tokenizer of single characters."""
-    if job.huggingface.exists():
+    if job.hf_folder.exists():
         return
     to_hf(job.ckpt_dir, job.tokenizer_path, job.hf_folder, dtype=job.dtype, quiet=True)
     (job.hf_folder / "tokenizer.model").unlink()  # transformers cannot read SentencePiece models of this type
@@ -131,37 +122,18 @@ def write_hf_folder(job: Job) -> None:
     (job.hf_folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def vocab_size_of(ckpt_dir: Path) -> int:
-    """The vocabulary of a checkpoint whose `params.json` leaves it to the tokenizer."""
-    shard = sorted(ckpt_dir.glob("*.pth"))[0]
-    return len(torch.load(shard, map_location="cpu", weights_only=True, mmap=True)["tok_embeddings.weight"])
-
-
-def bytes_per_decode_step(args: ModelArgs, job: Job) -> float:
+def bytes_per_decode_step(job: Job, form: str = "") -> float:
     """Bytes that one decode step has to read at batch 1.
 
     Every weight but the embedding table, of which it reads one row, and the keys and values that are there in the
     middle of the timed steps.
+
+    Args:
+        form: of the weights, "int8" or "int4", whose scales are left out; "" for the job's dtype.
     """
-    shapes = tensor_shapes(args, 1)
-    weights = sum(math.prod(shape) for name, shape in shapes.items() if name != "tok_embeddings.weight")
-    kv_len = job.decode_prompt + job.decode_steps / 2
-    cached = 2 * args.n_layers * args.kv_heads * args.head_dim * kv_len
-    return _dtype(job).itemsize * (weights + cached)
-
-
-def operations_per_token(args: ModelArgs) -> float:
-    """Floating-point operations per token of a prompt in the layers' products; attention and logits are left out."""
-    shapes = tensor_shapes(args, 1)
-    return 2.0 * sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("layers."))
-
-
-def memory_plan(args: ModelArgs, job: Job) -> MemoryPlan:
-    """What `Llama.build` counts on for this job's cache sizes."""
-    sized = replace(args, max_batch_size=job.max_batch_size, max_seq_len=job.max_seq_len)
-    return plan_memory(sized, 1, _dtype(job))
-
-
-def _dtype(job: Job) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, job.dtype)
-    return dtype
+    itemsize = getattr(torch, job.dtype).itemsize
+    head_dim = job.dim // job.n_heads
+    per_layer = job.dim * (2 * job.dim + 2 * job.n_kv_heads * head_dim + 3 * job.hidden_dim + 2)
+    weights = job.n_layers * per_layer + job.vocab_size * job.dim + job.dim
+    cached = 2 * job.n_layers * job.n_kv_heads * head_dim * (job.decode_prompt + job.decode_steps / 2)
+    return {"int8": 1, "int4": 0.5}.get(form, itemsize) * weights + itemsize * cached

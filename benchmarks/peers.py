@@ -1,0 +1,411 @@
+"""The engines that are measured, on the same weights and prompts: this library, and others beside it.
+
+`prepare` writes an engine's own files once, the constructor loads its network, and `run` completes prompts. Engines may
+have Python environments of their own, so each adapter imports its packages where it uses them. Those that convert from
+transformers' format find it in `job.hf_folder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.worker import Adapter, Job
+
+if TYPE_CHECKING:
+    import gguf
+    import numpy as np
+    import openvino as ov
+
+    from llama import Llama
+    from llama.engine.engine import TokenResult
+
+
+class Ours:
+    """`Llama.build`, then the loop of steps that `generate` drains. The variant lists options."""
+
+    def __init__(self, job: Job, variant: str) -> None:
+        from llama import Llama
+
+        options = set(variant.split())
+        self.batches = (1,) if "max_batch_1" in options else job.decode_batches
+        self.llama = Llama.build(
+            job.ckpt_dir,
+            job.tokenizer_path,
+            max_seq_len=job.max_seq_len,
+            max_batch_size=max(self.batches),
+            device=job.device,
+            dtype=job.dtype,
+            compile="compiled" in options,
+            cuda_graphs="eager" not in options,
+            quantize=next((form for form in ("int8", "int4") if form in options), None),
+        )
+
+    @staticmethod
+    def prepare(job: Job, variant: str) -> None:
+        """Writes nothing: the checkpoint is in this library's format."""
+
+    def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
+        for done, _ in enumerate(greedy_steps(self.llama, prompts, [n_tokens] * len(prompts)), 1):
+            if done % len(prompts) == 0:
+                tick()
+
+
+def greedy_steps(llama: Llama, prompts: Iterable[Iterable[int]], n_tokens: Iterable[int]) -> Iterator[TokenResult]:
+    """Completes each prompt greedily by its number of tokens, past any EOS, in one call."""
+    import torch
+
+    from llama.engine.engine import Call, Sequence
+    from llama.engine.sampling import Sampler
+
+    sampler = Sampler(0.0, 1.0, 1, torch.Generator(llama.model.norm.weight.device))
+    pairs = zip(prompts, n_tokens, strict=True)
+    return llama.engine.run(Call(Sequence(list(prompt), sampler, 0, n, frozenset()) for prompt, n in pairs))
+
+
+class HuggingFace:
+    """transformers: sdpa attention, a static cache, a greedy loop by hand, logits of the last position.
+
+    Its dynamic cache, which grows by copying, takes a fifth longer for a step at batch 8, and as long at batch 1.
+    """
+
+    batches = (1, 8)
+
+    def __init__(self, job: Job, variant: str) -> None:
+        import torch
+        from transformers import LlamaForCausalLM
+
+        options = {"dtype": getattr(torch, job.dtype), "attn_implementation": "sdpa"}
+        self.model = LlamaForCausalLM.from_pretrained(job.hf_folder, **options).to(job.device).eval()
+
+    @staticmethod
+    def prepare(job: Job, variant: str) -> None:
+        """Writes nothing: it reads `job.hf_folder`."""
+
+    def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
+        import torch
+        from transformers import StaticCache
+
+        tokens = torch.tensor(prompts, device=self.model.device)
+        cache = StaticCache(config=self.model.config, max_cache_len=tokens.size(1) + n_tokens)
+        with torch.inference_mode():
+            for _ in range(n_tokens):
+                logits = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                tokens = logits[:, -1:].argmax(-1)
+                tokens.tolist()
+                tick()
+
+
+class LlamaCpp:
+    """llama.cpp through the C functions that llama-cpp-python exposes, on a GGUF file.
+
+    Weights in the job's dtype, or in the variants "q8_0" and "q4_0" in blocks of 32. Its default flash attention and
+    float16 cache; a sequence of its own for each prompt, as its batched benchmark has.
+    """
+
+    batches = (1, 8)
+
+    def __init__(self, job: Job, variant: str) -> None:
+        import llama_cpp
+
+        self.api, self.vocab_size = llama_cpp, job.vocab_size
+        llama_cpp.llama_backend_init()
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        self.model = llama_cpp.llama_model_load_from_file(str(gguf_file(job, variant)).encode(), model_params)
+        params = llama_cpp.llama_context_default_params()
+        params.n_seq_max = max(self.batches)
+        params.n_ctx = params.n_seq_max * -(-job.max_seq_len // 256) * 256
+        params.n_batch = params.n_seq_max * job.max_seq_len
+        params.n_threads = params.n_threads_batch = job.threads
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
+
+    def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), False)
+        position, tokens = 0, prompts
+        for _ in range(n_tokens):
+            chosen = self._step(tokens, position)
+            tick()
+            position += len(tokens[0])
+            tokens = [[token] for token in chosen]
+
+    def _step(self, tokens: list[list[int]], position: int) -> list[int]:
+        """Feeds each sequence its tokens, as many for each, and returns the greedy next ones."""
+        last_places = []
+        place = 0
+        for sequence, row in enumerate(tokens):
+            for offset, token in enumerate(row):
+                self.batch.token[place] = token
+                self.batch.pos[place] = position + offset
+                self.batch.n_seq_id[place] = 1
+                self.batch.seq_id[place][0] = sequence
+                self.batch.logits[place] = offset == len(row) - 1
+                place += 1
+            last_places.append(place - 1)
+        self.batch.n_tokens = place
+        if self.api.llama_decode(self.context, self.batch):
+            raise RuntimeError("llama_decode failed")
+        return [self._greedy(i) for i in last_places]
+
+    def _greedy(self, place: int) -> int:
+        import ctypes
+
+        import numpy as np
+
+        logits = self.api.llama_get_logits_ith(self.context, place)
+        address = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
+        return int(np.ctypeslib.as_array(address, shape=(self.vocab_size,)).argmax())
+
+    @staticmethod
+    def prepare(job: Job, variant: str) -> None:
+        """Writes the GGUF; the norms in float32, as llama.cpp wants them."""
+        import gguf
+        import torch
+
+        short = variant or {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[job.dtype]
+        kind = gguf.GGMLQuantizationType[short.upper()]
+        writer = gguf.GGUFWriter(gguf_file(job, variant), "llama")
+        writer.add_file_type(gguf.LlamaFileType[("ALL_" if short == "f32" else "MOSTLY_") + short.upper()])
+        _add_gguf_sizes(writer, job)
+        shard = next(Path(job.ckpt_dir).glob("*.pth"))
+        for name, tensor in torch.load(shard, map_location="cpu", weights_only=True, mmap=True).items():
+            if name == "rope.freqs":
+                continue
+            if tensor.dim() == 1:
+                writer.add_tensor(_gguf_name(name), tensor.float().numpy())
+            elif variant:
+                writer.add_tensor(_gguf_name(name), gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+            else:
+                whole = tensor.to(getattr(torch, job.dtype))
+                raw = whole.view(torch.int16) if short == "bf16" else whole  # numpy has no bfloat16
+                writer.add_tensor(_gguf_name(name), raw.numpy(), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+_GGUF_NAMES = {
+    **{"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"},
+    **{"attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output"},
+    **{"feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up"},
+    **{"attention_norm": "attn_norm", "ffn_norm": "ffn_norm"},
+}
+
+
+def gguf_file(job: Job, variant: str = "") -> Path:
+    return Path(job.folder) / f"model-{variant or job.dtype}.gguf"
+
+
+def _gguf_name(name: str) -> str:
+    _, layer, in_layer = name.split(".", 2) if name.startswith("layers.") else ("", "", name)
+    return (f"blk.{layer}." if layer else "") + _GGUF_NAMES[in_layer.removesuffix(".weight")] + ".weight"
+
+
+def _add_gguf_sizes(writer: gguf.GGUFWriter, job: Job) -> None:
+    """The sizes, and a vocabulary of SentencePiece's pieces and scores: the unknown and the control pieces first."""
+    from gguf import TokenType
+
+    writer.add_context_length(4096)
+    writer.add_embedding_length(job.dim)
+    writer.add_block_count(job.n_layers)
+    writer.add_feed_forward_length(job.hidden_dim)
+    writer.add_head_count(job.n_heads)
+    writer.add_head_count_kv(job.n_kv_heads)
+    writer.add_layer_norm_rms_eps(job.norm_eps)
+    writer.add_rope_dimension_count(job.dim // job.n_heads)
+    writer.add_rope_freq_base(job.rope_theta)
+    writer.add_vocab_size(job.vocab_size)
+    text = Path(job.tokenizer_path).with_suffix(".vocab").read_text(encoding="utf-8")
+    pieces = [line.split("\t") for line in text.splitlines()]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([piece for piece, _ in pieces])
+    writer.add_token_scores([float(score) for _, score in pieces])
+    writer.add_token_types([TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, *[TokenType.NORMAL] * (len(pieces) - 3)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_space_prefix(False)
+
+
+class OpenVino:
+    """OpenVINO: a stateful model that optimum-intel exports from transformers, driven through its own infer request.
+
+    Weights and arithmetic in the job's dtype, the cache too; in the variants "int8" and "int4" NNCF compresses the
+    weights. The vocabulary projection is applied to the last position alone, as OpenVINO's own text generation does.
+    """
+
+    batches = (1, 8)
+
+    def __init__(self, job: Job, variant: str) -> None:
+        import openvino as ov
+
+        core = ov.Core()
+        model = core.read_model(self._file(job, variant))
+        _keep_last_position(model)
+        precision = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[job.dtype]
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": job.threads}
+        settings |= {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
+        compiled = core.compile_model(model, "CPU", settings)
+        self.request = compiled.create_infer_request()
+        self.inputs = {name for port in compiled.inputs for name in port.names}
+
+    @staticmethod
+    def _file(job: Job, variant: str) -> Path:
+        return Path(job.folder) / f"openvino{variant}" / "openvino_model.xml"
+
+    @staticmethod
+    def prepare(job: Job, variant: str) -> None:
+        """Exports the model once; a variant compresses its weights."""
+        import openvino as ov
+
+        plain, own = OpenVino._file(job, ""), OpenVino._file(job, variant)
+        if not plain.exists():
+            from optimum.exporters.openvino import main_export
+            from optimum.intel import OVConfig
+
+            main_export(
+                str(job.hf_folder),
+                output=plain.parent,
+                task="text-generation-with-past",
+                library_name="transformers",
+                local_files_only=True,
+                ov_config=OVConfig(),  # without one, weights of a larger network become int8
+            )
+        if variant:
+            import nncf
+
+            mode = {"int8": nncf.CompressWeightsMode.INT8_ASYM, "int4": nncf.CompressWeightsMode.INT4_SYM}[variant]
+            options = {"group_size": 64, "all_layers": True} if variant == "int4" else {}
+            own.parent.mkdir(exist_ok=True)
+            model = nncf.compress_weights(ov.Core().read_model(plain), mode=mode, **options)
+            ov.save_model(model, own, compress_to_fp16=False)
+
+    def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
+        import numpy as np
+
+        self.request.reset_state()
+        tokens = np.array(prompts, dtype=np.int64)
+        end = 0
+        for _ in range(n_tokens):
+            begin, end = end, end + tokens.shape[1]
+            tokens = self._logits(tokens, begin, end)[:, -1:].argmax(-1)
+            tick()
+
+    def _logits(self, tokens: np.ndarray, begin: int, end: int) -> Any:
+        import numpy as np
+
+        values = {
+            "input_ids": tokens,
+            "attention_mask": np.ones((len(tokens), end), dtype=np.int64),
+            "position_ids": np.arange(begin, end, dtype=np.int64)[None].repeat(len(tokens), 0),
+            "beam_idx": np.arange(len(tokens), dtype=np.int32),
+        }
+        return self.request.infer({name: values[name] for name in values if name in self.inputs})["logits"]
+
+
+def _keep_last_position(model: ov.Model) -> None:
+    """Puts a slice of the last position in front of the vocabulary projection."""
+    import numpy as np
+    from openvino import opset13 as ops
+
+    node = model.output("logits").get_node().input_value(0).get_node()
+    while node.get_type_name() != "MatMul":
+        node = node.input_value(0).get_node()
+    bounds = (np.array([bound]) for bound in (-1, np.iinfo(np.int64).max, 1, 1))  # start, stop, step, axis
+    last = ops.slice(node.input(0).get_source_output(), *bounds)
+    node.input(0).replace_source_output(last.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+class CTranslate2:
+    """CTranslate2's own generator, with int8 weights, as it is mostly used on CPUs."""
+
+    batches = (1, 8)
+
+    def __init__(self, job: Job, variant: str) -> None:
+        import ctranslate2
+
+        folder = str(Path(job.folder) / "ctranslate2")
+        self.generator = ctranslate2.Generator(folder, "cpu", compute_type=variant, intra_threads=job.threads)
+
+    @staticmethod
+    def prepare(job: Job, variant: str) -> None:
+        """Converts in memory from transformers' model; ids stand for text, since a generator takes pieces."""
+        import torch
+        from ctranslate2.converters.transformers import LlamaLoader
+        from transformers import LlamaForCausalLM
+
+        model = LlamaForCausalLM.from_pretrained(job.hf_folder, dtype=getattr(torch, job.dtype))
+        spec = LlamaLoader().get_model_spec(model)
+        spec.register_vocabulary([f"<{token}>" for token in range(job.vocab_size)])
+        spec.config.layer_norm_epsilon = job.norm_eps
+        spec.config.unk_token, spec.config.bos_token, spec.config.eos_token = "<0>", "<1>", "<2>"
+        spec.validate()
+        spec.optimize(quantization=variant)
+        folder = Path(job.folder) / "ctranslate2"
+        folder.mkdir(exist_ok=True)
+        spec.save(str(folder))
+
+    def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
+        def on_token(result: Any) -> bool:
+            if result.batch_id == len(prompts) - 1:
+                tick()
+            return False
+
+        self.generator.generate_batch(
+            [[f"<{token}>" for token in prompt] for prompt in prompts],
+            max_length=n_tokens,
+            min_length=n_tokens,  # past any EOS
+            include_prompt_in_result=False,
+            sampling_topk=1,
+            callback=on_token,
+        )
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An adapter, and what it needs.
+
+    Attributes:
+        variant: of the adapter's engine.
+        form: of its weights, "int8" or "int4"; "" for the job's dtype.
+        imports: modules that it imports before it loads.
+        to_prepare: modules that it needs to prepare, besides.
+        install: what to give to pip for them; the first names the engine's version.
+        cpu_only: whether it is measured on CPUs only.
+    """
+
+    adapter: type[Adapter]
+    variant: str = ""
+    form: str = ""
+    imports: str = "torch llama"
+    to_prepare: str = ""
+    install: str = "torch fairscale"
+    cpu_only: bool = False
+
+
+_HF = ("torch transformers.models.llama.modeling_llama", "safetensors", "transformers torch safetensors")
+_LLAMA_CPP = ("llama_cpp", "torch gguf", "llama-cpp-python torch gguf", True)
+_OPENVINO = ("openvino", "optimum.intel nncf", "openvino torch nncf optimum-intel", True)
+ENGINES = {
+    "ours": Engine(Ours),
+    "ours_max_batch_1": Engine(Ours, "max_batch_1"),
+    "ours_eager": Engine(Ours, "eager"),  # without CUDA graphs
+    "ours_compiled": Engine(Ours, "compiled"),
+    "ours_int8": Engine(Ours, "int8", "int8"),
+    "ours_int8_compiled": Engine(Ours, "int8 compiled", "int8"),
+    "ours_int4": Engine(Ours, "int4", "int4"),
+    "ours_int4_compiled": Engine(Ours, "int4 compiled", "int4"),
+    "hf": Engine(HuggingFace, "", "", *_HF),
+    "llama_cpp": Engine(LlamaCpp, "", "", *_LLAMA_CPP),
+    "llama_cpp_q8_0": Engine(LlamaCpp, "q8_0", "int8", *_LLAMA_CPP),
+    "llama_cpp_q4_0": Engine(LlamaCpp, "q4_0", "int4", *_LLAMA_CPP),
+    "openvino": Engine(OpenVino, "", "", *_OPENVINO),
+    "openvino_int8": Engine(OpenVino, "int8", "int8", *_OPENVINO),
+    "openvino_int4": Engine(OpenVino, "int4", "int4", *_OPENVINO),
+    "ctranslate2": Engine(CTranslate2, "int8", "int8", "ctranslate2", "torch transformers", "ctranslate2 torch", True),
+}
+PEERS = [name for name in ENGINES if not name.startswith("ours") or name == "ours_eager"]
