@@ -161,7 +161,7 @@ def _least(numbers: Tensor) -> Tensor:
 
 @cache
 def _exponentials_are_logarithms() -> bool:
-    """Whether `exponential_` on this CPU is `_exponentials` of integers. On Intel CPUs torch may use MKL's generator."""
+    """Whether `exponential_` on this CPU is `_exponentials` of integers. On Intel, torch may take MKL's generator."""
     one, other = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     exponentials = torch.empty(256).exponential_(generator=one)
     integers = torch.empty(256, dtype=torch.int64).random_(generator=other)
