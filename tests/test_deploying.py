@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from llama.checkpoint.memory import GIB, largest, plan_memory
+from llama.checkpoint.releases import RELEASES
 from tests.conftest import ROOT
-from tests.test_readme import blocks_of, check_command, check_pip
+from tests.test_readme import blocks_of, check_command, check_pip, rows_of
 
 TEXTS = {block.language: block.text.replace("\\\n", " ") for block in blocks_of(ROOT / "docs" / "deploying.md")}
 
@@ -28,3 +33,31 @@ def test_the_image_installs_and_starts_a_server() -> None:
     assert set(re.findall(r"[\w-]+\.txt", " ".join(pip))) <= set(copied)
     (command,) = [json.loads(rest) for step, rest in steps if step == "ENTRYPOINT"]
     check_command(command)
+
+
+def test_the_table_of_cards_is_what_llama_memory_says() -> None:
+    """With 1 GiB of each card left to CUDA."""
+    rows = rows_of(ROOT / "docs" / "deploying.md")
+    head = next(row for row in rows if row[0] == "model")
+    cards = [int(title.removesuffix(" GiB")) for title in head[3:]]
+    found = [row for row in rows if row[0] in RELEASES]
+    for model, ranks, total, *batches in found:
+        args = replace(RELEASES[model].args, max_seq_len=4096, max_batch_size=1)
+        assert total == f"{plan_memory(args, int(ranks), torch.float16).total / GIB:.2f}", model
+        for card, batch in zip(cards, batches, strict=True):
+            n = largest(
+                2**12,
+                lambda n, args=args, ranks=ranks, card=card: (
+                    plan_memory(  # type: ignore[misc]
+                        replace(args, max_batch_size=n), int(ranks), torch.float16
+                    ).total
+                    <= (card - 1) * GIB
+                ),
+            )
+            assert batch == (str(n) if n else "-"), (model, card)
+    assert len(found) >= 8
+
+
+def test_the_pipeline_of_the_repository_runs_ci() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert "run: .ci/run" in workflow

@@ -239,7 +239,8 @@ def _deferred(function: Callable[..., Any]) -> Callable[..., _Call]:
     if function.__doc__:  # not under python -OO
         defer.__doc__ = _protect_colons(function.__doc__)
     signature = inspect.signature(function)
-    texts = [name for name, p in signature.parameters.items() if "str" in str(p.annotation)]
+    kinds = {name: str(p.annotation) for name, p in signature.parameters.items()}
+    texts = [name for name, kind in kinds.items() if "str" in kind and "bool" not in kind]
     deferred: Callable[..., _Call] = decorators.SetParseFns(**dict.fromkeys(texts, str))(defer)
     return deferred
 

@@ -53,6 +53,22 @@ def test_a_text_is_taken_as_it_is_and_a_flag_without_value_is_true(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "value"),
+    [(["--compile", "False"], False), (["--nocompile"], False), (["--compile"], True), (["--compile=later"], "later")],
+)
+def test_a_flag_that_is_a_bool_or_a_text_can_be_either(
+    arguments: list[str], value: bool | str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--compile False` was refused, as a text."""
+
+    def show(compile: bool | str = "background") -> str:
+        return repr(compile)
+
+    assert command(monkeypatch, show, *arguments) == 0
+    assert capsys.readouterr().out == f"{value!r}\n"
+
+
+@pytest.mark.parametrize(
     ("arguments", "flag"),
     [
         (["--folder"], "folder"),
