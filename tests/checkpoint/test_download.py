@@ -476,7 +476,7 @@ def test_licence_of_this_library_is_left_alone(any_download: Download) -> None:
 def test_target_that_cannot_be_made(any_download: Download) -> None:
     (any_download.folder / "file").write_bytes(b"")
     outcome = any_download.run(TARGET_FOLDER=str(any_download.folder / "file" / "below"))
-    outcome.expect(1, "cannot make the folder")
+    outcome.expect(1, "cannot make, or write to, the folder")
     assert any_download.server.requests == []
 
 
