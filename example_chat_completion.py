@@ -5,10 +5,13 @@
 runs the toy checkpoint of this repository; add `--ckpt_dir llama-2-7b-chat/` for a released one.
 """
 
+from functools import partial
 from typing import Any
 
 from llama import Dialog, Llama
+from llama.checkpoint.chat_format import read_chat_format
 from llama.distributed.groups import is_first_rank
+from llama.inputs import encode_dialogs
 from llama.tools import commandline
 
 PARIS = """\
@@ -75,8 +78,13 @@ def main(
         speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
             same text, often in less time.
     """
-    commandline.check_speculative(speculative, build)
+    sampling = commandline.checked_sampling(
+        build, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, speculative=speculative
+    )
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
+    commandline.check_prompts(
+        partial(encode_dialogs, DIALOGS, chat_format=read_chat_format(ckpt_dir)), ckpt_dir, tokenizer_path, max_seq_len
+    )
     generator = Llama.build(
         ckpt_dir=ckpt_dir,
         tokenizer_path=tokenizer_path,
@@ -84,9 +92,7 @@ def main(
         max_batch_size=max_batch_size,
         **build,
     )
-    results = generator.chat_completion(
-        DIALOGS, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, speculative=speculative
-    )
+    results = generator.chat_completion(DIALOGS, **sampling)
     if is_first_rank():
         for dialog, result in zip(DIALOGS, results, strict=True):
             for message in dialog:

@@ -5,10 +5,12 @@
 The toy checkpoint of this repository was not trained for it.
 """
 
+from functools import partial
 from typing import Any
 
 from llama import Llama
 from llama.distributed.groups import is_first_rank
+from llama.inputs import encode_infillings
 from llama.tools import commandline
 
 GAP = "<FILL>"
@@ -47,8 +49,14 @@ def main(
         speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
             same text, often in less time.
     """
-    commandline.check_speculative(speculative, build)
+    prefixes, suffixes = zip(*(text.split(GAP) for text in TEXTS), strict=True)
+    sampling = commandline.checked_sampling(
+        build, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, speculative=speculative
+    )
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
+    commandline.check_prompts(
+        partial(encode_infillings, prefixes, suffixes, suffix_first=suffix_first), ckpt_dir, tokenizer_path, max_seq_len
+    )
     generator = Llama.build(
         ckpt_dir=ckpt_dir,
         tokenizer_path=tokenizer_path,
@@ -56,16 +64,7 @@ def main(
         max_batch_size=max_batch_size,
         **build,
     )
-    parts = [text.split(GAP) for text in TEXTS]
-    results = generator.text_infilling(
-        prefixes=[prefix for prefix, _ in parts],
-        suffixes=[suffix for _, suffix in parts],
-        max_gen_len=max_gen_len,
-        temperature=temperature,
-        top_p=top_p,
-        suffix_first=suffix_first,
-        speculative=speculative,
-    )
+    results = generator.text_infilling(prefixes, suffixes, suffix_first=suffix_first, **sampling)
     if is_first_rank():
         for text, result in zip(TEXTS, results, strict=True):
             print(f"{text}\n> filled:\n\n{result['full_text']}")

@@ -5,10 +5,12 @@
 runs the toy checkpoint of this repository; add `--ckpt_dir llama-2-7b/` for a released one.
 """
 
+from functools import partial
 from typing import Any
 
 from llama import Llama
 from llama.distributed.groups import is_first_rank
+from llama.inputs import encode_texts
 from llama.tools import commandline
 
 PROMPTS = [
@@ -45,8 +47,11 @@ def main(
         speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
             same text, often in less time.
     """
-    commandline.check_speculative(speculative, build)
+    sampling = commandline.checked_sampling(
+        build, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, speculative=speculative
+    )
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
+    commandline.check_prompts(partial(encode_texts, PROMPTS, "prompts"), ckpt_dir, tokenizer_path, max_seq_len)
     generator = Llama.build(
         ckpt_dir=ckpt_dir,
         tokenizer_path=tokenizer_path,
@@ -54,9 +59,7 @@ def main(
         max_batch_size=max_batch_size,
         **build,
     )
-    results = generator.text_completion(
-        PROMPTS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, speculative=speculative
-    )
+    results = generator.text_completion(PROMPTS, **sampling)
     if is_first_rank():
         for prompt, result in zip(PROMPTS, results, strict=True):
             print(prompt)

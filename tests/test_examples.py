@@ -23,6 +23,7 @@ import example_infilling
 import example_text_completion
 from llama import Llama, Tokenizer
 from llama.checkpoint.format import read_params
+from llama.tools import chat
 from tests.conftest import ROOT
 
 CHAT, TEXT, INFILLING = "example_chat_completion.py", "example_text_completion.py", "example_infilling.py"
@@ -251,6 +252,26 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_named_with_both_sizes(
 def test_a_seed_decides_what_is_sampled(capsys: pytest.CaptureFixture[str]) -> None:
     runs = [completions(capsys, temperature=1.0, top_p=1.0, seed=seed) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("main", [example_chat_completion.main, example_text_completion.main, chat.main])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"temperature": (0, 5)}, r"temperature must be 0 \(greedy\) or a finite number above 0, got \(0, 5\)"),
+        ({"top_p": 2}, "top_p must be a number from 0 to 1, got 2"),
+        ({"max_seq_len": 4}, "max_seq_len"),
+        ({"max_seq_len": "abc"}, "max_seq_len must be an integer, got 'abc'"),
+        ({"speculative": "guess"}, "speculative must be"),
+    ],
+)
+def test_arguments_are_checked_before_the_weights_are_loaded(
+    main: Callable[..., None], flags: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `--temperature 0,5`, and a prompt without room: an error at once, not after minutes."""
+    monkeypatch.setattr(Llama, "build", lambda *args, **kwargs: pytest.fail("loads"))
+    with pytest.raises(ValueError, match=message):
+        main(**flags)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from llama.chat import ChatFormat, built_in_format
 from llama.checkpoint.chat_format import read_chat_format
 from llama.distributed.groups import broadcast_object, is_first_rank
 from llama.errors import quote
+from llama.tokenizer import Tokenizer
 from llama.tools import commandline
 
 try:
@@ -124,7 +125,7 @@ class History:
     def with_question(self, text: str) -> Dialog | None:
         """The dialog that asks `text`, without the oldest turns if they do not fit; None if `text` is too long."""
         question: Message = {"role": "user", "content": text}
-        head: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        head = _system_message(self.system)
         for start in range(0, len(self.turns) + 1, 2):
             dialog = [*head, *self.turns[start:], question]
             if len(self.chat_format.encode(dialog, self.llama.tokenizer)) <= self.most_tokens:
@@ -198,6 +199,30 @@ def _follow(llama: Llama, settings: Mapping[str, Any]) -> None:
                 pass
 
 
+def _most_tokens(max_seq_len: int, answer_len: int | None) -> int:
+    """The maximum length of a prompt; the rest of the context is kept for the answer."""
+    return max_seq_len - (max_seq_len // 4 if answer_len is None else answer_len)
+
+
+def _check_room(
+    system: str, answer_len: int | None, template: ChatFormat | None, tokenizer: Tokenizer, max_seq_len: int
+) -> None:
+    """Raises ValueError unless the system prompt, a question and an answer have room in the context."""
+    if answer_len is not None and (type(answer_len) is not int or answer_len < 1):
+        raise ValueError(f"--answer_len must be an integer of at least 1, got {quote(answer_len)}")
+    dialog = [*_system_message(system), Message(role="user", content="?")]
+    n_tokens = len((template or built_in_format(tokenizer)).encode(dialog, tokenizer))
+    if n_tokens > (most := _most_tokens(max_seq_len, answer_len)):
+        raise ValueError(
+            f"--max_seq_len must have room for a system prompt and a question of {n_tokens} tokens, and for the "
+            f"answer, got {max_seq_len}, which leaves {most} in front of the answer"
+        )
+
+
+def _system_message(system: str) -> list[Message]:
+    return [Message(role="system", content=system)] if system else []
+
+
 @partial(commandline.with_build_flags, reuse_prefixes=True, compile="background")
 def main(
     ckpt_dir: str | None = None,
@@ -228,17 +253,18 @@ def main(
     if sys.stdin is None:
         raise ValueError("standard input must be a terminal, a file or a pipe, got a closed one")
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
-    chat_format = read_chat_format(ckpt_dir) or ChatFormat()
+    template = read_chat_format(ckpt_dir)
+    chat_format = template or ChatFormat()
     chat_format.check_usable()
     if chat_format.tag_in(system):
         tags = " ".join(chat_format.tags)
         raise ValueError(f"system must not contain the chat template's tags, {tags}, got {quote(system)}")
-    commandline.check_speculative(speculative, build)
-    settings = {"temperature": temperature, "top_p": top_p, "speculative": speculative}
+    settings = commandline.checked_sampling(build, temperature=temperature, top_p=top_p, speculative=speculative)
+    commandline.check_prompts(partial(_check_room, system, answer_len, template), ckpt_dir, tokenizer_path, max_seq_len)
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, **build)
     if not is_first_rank():
         return _follow(llama, settings)
-    history = History(llama, system, max_seq_len - (answer_len or max_seq_len // 4))
+    history = History(llama, system, _most_tokens(max_seq_len, answer_len))
     print("Ctrl-C stops an answer, Ctrl-D leaves.")
     with open_terminal() as terminal:
         _lead(llama, history, terminal, settings, stats=stats)

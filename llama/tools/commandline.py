@@ -24,11 +24,13 @@ import torch
 from fire import decorators, docstrings
 from fire.core import FireExit
 
-from llama.checkpoint.reading import find_tokenizer
+from llama.checkpoint.reading import find_tokenizer, list_shards, model_args
+from llama.checkpoint.tokenizer_files import load_tokenizer
 from llama.distributed import groups
 from llama.errors import NonFiniteLogitsError, RankError, printable, quote
 from llama.generation import Llama
-from llama.inputs import SPECULATIVE
+from llama.inputs import SPECULATIVE, SamplingParams
+from llama.tokenizer import Tokenizer
 from llama.tools.toy import toy_checkpoint
 
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError, NonFiniteLogitsError)
@@ -97,6 +99,24 @@ def check_speculative(speculative: str | None, build: Mapping[str, Any]) -> None
     if (speculative == "draft") != (build.get("draft_ckpt_dir") is not None):
         got = "no --draft_ckpt_dir" if speculative == "draft" else f"--draft_ckpt_dir and --speculative {speculative}"
         raise ValueError(f"--speculative draft and --draft_ckpt_dir must be given together, got {got}")
+
+
+def checked_sampling(build: Mapping[str, Any], **sampling: Any) -> dict[str, Any]:
+    """Returns sampling parameters, after raising what a call would raise over them once the weights are loaded."""
+    max_gen_len = sampling.get("max_gen_len")
+    SamplingParams(**(sampling | {"max_gen_len": 1 if max_gen_len is None else max_gen_len}))
+    check_speculative(sampling["speculative"], build)
+    return sampling
+
+
+def check_prompts(
+    encode: Callable[[Tokenizer, int], object], ckpt_dir: str, tokenizer_path: str, max_seq_len: int
+) -> None:
+    """Calls `encode` with the tokenizer and `max_seq_len`, so that its errors come before the weights are loaded."""
+    list_shards(ckpt_dir)  # the error of a wrong folder is not that its tokenizer is missing
+    tokenizer = load_tokenizer(tokenizer_path, ckpt_dir)
+    sizes = {"max_batch_size": 1, "max_seq_len": max_seq_len}
+    encode(tokenizer, model_args(ckpt_dir, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path).max_seq_len)
 
 
 @dataclass(frozen=True, slots=True)

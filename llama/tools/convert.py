@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint.chat_format import CHAT_FORMAT_FILE, copy_chat_format
+from llama.checkpoint.chat_format import CHAT_FORMAT_FILE, copy_chat_format, read_stop_ids
 from llama.checkpoint.format import padded, split_tensor, tensor_shapes
 from llama.checkpoint.huggingface import (
     EMBEDDING,
@@ -142,6 +142,7 @@ def to_hf(
     target_dtype = _check_dtype(dtype)
     source = ShardedCheckpoint(ckpt_dir)
     tokenizer = Tokenizer(tokenizer_path)
+    tokenizer.more_stop_ids = read_stop_ids([ckpt_dir, Path(tokenizer_path).parent], tokenizer.special_tokens)
     described = carried_tokens(Path(tokenizer_path).parent, tokenizer, source.args.vocab_size)
     names = list(tensor_shapes(source.args, 1))
     layout = {hf_name(name): _cast(name, source.layout[name], target_dtype) for name in names}
@@ -256,7 +257,8 @@ def _write_descriptions(
     """The small files that transformers reads beside the weights; `settings` of the tokenizer go before its own."""
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     _write_json(folder / "config.json", {**config, **ids, "torch_dtype": str(dtype).removeprefix("torch.")})
-    _write_json(folder / "generation_config.json", ids)
+    ends = sorted(tokenizer.more_stop_ids - {tokenizer.eos_id})
+    _write_json(folder / "generation_config.json", ids | ({"eos_token_id": [tokenizer.eos_id, *ends]} if ends else {}))
     pieces = {
         "bos_token": tokenizer.sp_model.id_to_piece(tokenizer.bos_id),
         "eos_token": tokenizer.sp_model.id_to_piece(tokenizer.eos_id),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llama import Llama
 from llama.distributed.groups import is_first_rank
+from llama.errors import quote
+from llama.tokenizer import Tokenizer
 from llama.tools import commandline
 
 
@@ -38,17 +41,22 @@ def perplexity(llama: Llama, text: str, *, stride: int | None = None) -> tuple[f
     Returns:
         The perplexity, and the number of tokens.
     """
-    size = llama.model.params.max_seq_len
-    stride = max(1, size // 2) if stride is None else stride
-    if not 1 <= stride < size:
-        raise ValueError(f"stride must be from 1 to {size - 1}, one less than max_seq_len, got {stride}")
-    tokens = llama.tokenizer.encode(text, bos=False, eos=False)
-    if not tokens:
-        raise ValueError("the text must have at least one token, got an empty text")
-    cut = list(windows(tokens, size, stride, llama.tokenizer.bos_id))
+    cut = _cut(text, stride, llama.tokenizer, llama.model.params.max_seq_len)
     scores = llama.score_tokens([window for window, _ in cut])
     total = math.fsum(logprob for row, (_, n) in zip(scores, cut, strict=True) for logprob in row[-n:])
-    return math.exp(-total / len(tokens)), len(tokens)
+    n_tokens = sum(n for _, n in cut)
+    return math.exp(-total / n_tokens), n_tokens
+
+
+def _cut(text: str, stride: int | None, tokenizer: Tokenizer, max_seq_len: int) -> list[tuple[list[int], int]]:
+    """The windows of a text; see `windows`."""
+    stride = max(1, max_seq_len // 2) if stride is None else stride
+    if type(stride) is not int or not 1 <= stride < max_seq_len:
+        raise ValueError(f"stride must be from 1 to {max_seq_len - 1}, one less than max_seq_len, got {quote(stride)}")
+    tokens = tokenizer.encode(text, bos=False, eos=False)
+    if not tokens:
+        raise ValueError("the text must have at least one token, got an empty text")
+    return list(windows(tokens, max_seq_len, stride, tokenizer.bos_id))
 
 
 @commandline.with_build_flags
@@ -73,6 +81,7 @@ def main(
     """
     content = Path(text).read_text(encoding="utf-8")
     paths = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
+    commandline.check_prompts(partial(_cut, content, stride), *paths, max_seq_len)
     llama = Llama.build(*paths, max_seq_len, max_batch_size, **build)
     value, n_tokens = perplexity(llama, content, stride=stride)
     if is_first_rank():

@@ -163,6 +163,15 @@ def test_a_system_prompt_with_a_tag_is_refused_before_anything_is_loaded(tmp_pat
         chat.main(str(tmp_path), system="a [INST] b")
 
 
+@pytest.mark.parametrize("flags", [{"answer_len": 0}, {"answer_len": 600}, {"system": "a b c d" * 200}])
+def test_no_room_for_question_or_answer_is_refused_before_anything_is_loaded(
+    flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Llama, "build", lambda *args, **kwargs: pytest.fail("loads"))
+    with pytest.raises(ValueError, match=r"^--(answer_len must be|max_seq_len must have room for)"):
+        chat.main(**flags)
+
+
 def test_ctrl_c_stops_the_answer_also_when_a_line_was_typed_ahead() -> None:
     """What was typed ahead of it is dropped with it, as a terminal does."""
     read_end, write_end = os.pipe()

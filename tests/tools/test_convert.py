@@ -26,6 +26,7 @@ from llama.checkpoint.huggingface import (
     to_interleaved,
     with_hidden_dim,
 )
+from llama.checkpoint.tokenizer_files import load_tokenizer
 from llama.tools import convert
 from llama.tools.commandline import run
 from llama.tools.convert import from_hf, to_hf
@@ -123,6 +124,15 @@ def test_a_foreign_chat_template_goes_with_the_checkpoint(
     reshard(tmp_path / "one", tmp_path / "two", 2, quiet=True)
     for name in ("one", "two"):
         assert json.loads((tmp_path / name / "chat_format.json").read_text())["chat_template"] == template
+
+
+def test_all_ids_that_end_an_answer_go_there_and_back(checkpoint: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    """`to_hf` wrote the tokenizer's EOS alone."""
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 9, 5]}')
+    to_hf(checkpoint, tokenizer_path, tmp_path / "hf")
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == [2, 5, 9]
+    from_hf(tmp_path / "hf", tmp_path / "back")
+    assert load_tokenizer(tmp_path / "back" / "tokenizer.model", tmp_path / "back").more_stop_ids == {2, 5, 9}
 
 
 @pytest.mark.parametrize("n_files", [1, 2, 4])
