@@ -43,7 +43,7 @@ class NonFiniteLogitsError(ArithmeticError):
 def missing_extra(extra: str, error: ImportError) -> ImportError:
     """Return the error that names an extra which is not installed, and how to install its packages."""
     try:
-        lines = metadata.requires("llama") or []
+        lines = metadata.requires("llama-reference") or []
     except metadata.PackageNotFoundError:  # a clone that is not installed
         lines = []
     packages = [line.partition(";")[0].strip() for line in lines if re.search(rf"extra == ['\"]{extra}['\"]", line)]

@@ -71,7 +71,7 @@ def test_whatever_an_extra_or_the_library_needs_is_pinned_within_its_range(pytho
     extras = pyproject()["project"]["optional-dependencies"]
     needed = [*requirements(), *(Requirement(text) for texts in extras.values() for text in texts)]
     for requirement in needed:
-        if requirement.name == "llama":
+        if requirement.name == pyproject()["project"]["name"]:
             assert requirement.extras <= set(extras)
         elif python != "3.10" or requirement.name != "matplotlib":  # the pinned one needs Python 3.11
             assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
