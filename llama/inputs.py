@@ -20,6 +20,15 @@ from llama.tokenizer import stop_ids
 SPECULATIVE = ("prompt_lookup", "draft")  # ways to draft tokens: see `speculative.py`
 
 
+def check_speculative(speculative: str | None, build: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `--speculative` is a way to draft tokens, with `--draft_ckpt_dir` if it needs one."""
+    if speculative not in (None, *SPECULATIVE):
+        raise ValueError(f"--speculative must be {' or '.join(SPECULATIVE)}, got {quote(speculative)}")
+    if (speculative == "draft") != (build.get("draft_ckpt_dir") is not None):
+        got = "no --draft_ckpt_dir" if speculative == "draft" else f"--draft_ckpt_dir and --speculative {speculative}"
+        raise ValueError(f"--speculative draft and --draft_ckpt_dir must be given together, got {got}")
+
+
 @dataclass(frozen=True)
 class AnswerForm:
     """What every answer must be.

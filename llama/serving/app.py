@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +30,7 @@ from llama.serving.endpoints import (
     tokenize,
     tokenizer_info,
 )
-from llama.serving.errors import ApiError
+from llama.serving.errors import ApiError, BusyError
 from llama.serving.fields import Unknown
 from llama.serving.formats import CompletionAnswer
 from llama.serving.jobs import Planner
@@ -38,7 +38,7 @@ from llama.serving.metrics import CONTENT_TYPE, Metrics
 from llama.serving.openapi import describe
 from llama.serving.protocol import check_model, parse_json
 from llama.serving.responses import ResponseAnswer
-from llama.serving.run import RETRY_AFTER_S, ClientLeftError, Run, while_connected
+from llama.serving.run import ClientLeftError, Run, while_connected
 from llama.serving.service import Service
 
 _BODY_S = 30.0  # in which a client has to send its body
@@ -52,41 +52,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Server:
-    """The state that the routes share. For the event loop's thread alone, except `ready` and `failed`.
+    """The state that the routes share. For the event loop's thread alone, except `ready` and `failed`."""
 
-    Attributes:
-        model_name: name of the network in requests and answers.
-        api_keys: keys of which clients must send one; none to need no key.
-        max_body_bytes: maximum size of a request's body; by default what the network's context needs.
-        timeout_s: time limit of a request, waiting included.
-        speculative: as in `SamplingParams`, of all requests.
-        allowed_hosts: names that the header Host may have; None for all.
-        allowed_origins: origins of pages that may use the server besides its own (CORS), "*" for all.
-        ignore_unknown: whether fields that nobody knows are left out, instead of refused.
-        log: as in `Observe`.
-        fingerprint: identifies the network in answers.
-        n_body_bytes: of large bodies that are being read or checked.
-        service, planner: None until the network is loaded.
-        error: why the network can no longer be used.
-    """
-
-    model_name: str
-    api_keys: Sequence[str] = ()
-    max_body_bytes: int | None = None
-    timeout_s: float = 600.0
-    speculative: str | None = None
-    allowed_hosts: Collection[str] | None = None
-    allowed_origins: Sequence[str] = ()
-    ignore_unknown: bool = False
-    log: str | None = None
-    fingerprint: str | None = None
-    n_body_bytes: int = 0
-    ignored: set[str] = field(default_factory=set)
+    model_name: str  # in requests and answers
+    api_keys: Sequence[str] = ()  # of which clients must send one; none to need no key
+    max_body_bytes: int | None = None  # by default what the network's context needs
+    timeout_s: float = 600.0  # of a request, waiting included
+    speculative: str | None = None  # as in `SamplingParams`, of all requests
+    allowed_hosts: Collection[str] | None = None  # names that the header Host may have; None for all
+    allowed_origins: Sequence[str] = ()  # of pages that may use the server besides its own (CORS), "*" for all
+    ignore_unknown: bool = False  # whether fields that nobody knows are left out, instead of refused
+    log: str | None = None  # as in `Observe`
+    fingerprint: str | None = None  # identifies the network in answers
+    n_body_bytes: int = 0  # of large bodies that are being read or checked
+    ignored: set[str] = field(default_factory=set)  # names of fields that were logged
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
-    service: Service | None = None
+    service: Service | None = None  # None, like `planner`, until the network is loaded
     planner: Planner | None = None
-    error: BaseException | None = None
+    error: BaseException | None = None  # why the network can no longer be used
 
     def ready(self, service: Service) -> None:
         """Starts to accept requests."""
@@ -108,7 +92,7 @@ class Server:
         if error is not None:
             raise ApiError(f"the server has failed: {printable(error)}", status=503, code="failed")
         if self.service is None or self.planner is None:
-            raise ApiError("the network is being loaded", status=503, code="loading", headers={"Retry-After": "2"})
+            raise BusyError("the network is being loaded", "loading")
         return self.service, self.planner
 
 
@@ -127,9 +111,8 @@ def make_app(server: Server) -> FastAPI:
     app.add_middleware(Observe, metrics=server.metrics, log=server.log)
     for kind in (ApiError, HTTPException, ClientDisconnect, ClientLeftError, Exception):
         app.add_exception_handler(kind, _answer_error)
-    app.include_router(page_routes())
-    app.include_router(_open_routes(server))
-    app.include_router(_guarded_routes(server))
+    for routes in (page_routes(), _open_routes(server), _guarded_routes(server)):
+        app.include_router(routes)
     return app
 
 
@@ -179,17 +162,18 @@ def _guarded_routes(server: Server) -> APIRouter:
         check_model(name, server.model_name)
         return JSONResponse(_model(server))
 
-    @routes.post("/tokenize")
-    async def tokenize_text(request: Request) -> Response:
-        return await _of_body(server, request, tokenize)
-
-    @routes.post("/detokenize")
-    async def detokenize_ids(request: Request) -> Response:
-        return await _of_body(server, request, detokenize)
-
     @routes.api_route("/tokenizer_info", methods=_READ)
     async def info() -> Response:
         return JSONResponse(tokenizer_info(server.parts()[1]))
+
+    @routes.post("/tokenize")
+    @routes.post("/detokenize")
+    async def tokens(request: Request) -> Response:
+        planner = server.parts()[1]
+        do = {"/tokenize": tokenize, "/detokenize": detokenize}[request.scope["route"].path]
+        async with _body_of(server, request) as raw:
+            answer = await asyncio.to_thread(lambda: do(parse_json(raw), planner, server.model_name))
+        return JSONResponse(answer)
 
     @routes.post(CHAT_URL)
     @routes.post(COMPLETIONS_URL)
@@ -204,14 +188,6 @@ def _model(server: Server) -> dict[str, Any]:
     context = server.planner.max_seq_len if server.planner else None
     model = {"id": server.model_name, "object": "model", "created": server.created, "owned_by": "local"}
     return model | {"max_model_len": context}
-
-
-async def _of_body(server: Server, request: Request, do: Callable[[Any, Planner, str], dict[str, Any]]) -> Response:
-    """Answers a request that takes no part of the network."""
-    _, planner = server.parts()
-    async with _body_of(server, request) as raw:
-        answer = await asyncio.to_thread(lambda: do(parse_json(raw), planner, server.model_name))
-    return JSONResponse(answer)
 
 
 async def _complete(server: Server, request: Request, url: str) -> Response:
@@ -266,12 +242,8 @@ async def _read_into(body: bytearray, server: Server, request: Request) -> None:
         server.n_body_bytes += _counted(body) - before
         _check_size(server, len(body))
         if _counted(body) > before and server.n_body_bytes > _OPEN_BODIES * (server.max_body_bytes or 0):
-            raise ApiError(
-                "the bodies of other requests take all of the memory for them; try again later",
-                status=503,
-                code="bodies_full",
-                headers={"Connection": "close", "Retry-After": str(RETRY_AFTER_S)},
-            )
+            message = "the bodies of other requests take all of the memory for them; try again later"
+            raise BusyError(message, "bodies_full", {"Connection": "close"})
 
 
 def _counted(body: bytearray) -> int:

@@ -30,21 +30,13 @@ _ROUND = 8  # requests per row of the cache and replica that are handed out at a
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the input.
+    """A line of the input."""
 
-    Attributes:
-        number: from 1.
-        digest: identifies the line's content; for a line that is not a JSON object, its number too.
-        custom_id: None for a line that is not a JSON object.
-        fields: the JSON object; None for a line that is not one.
-        error: why it is not one.
-    """
-
-    number: int
-    digest: str
-    custom_id: str | None
-    fields: Mapping[str, Any] | None
-    error: str | None = None
+    number: int  # from 1
+    digest: str  # of the line's content; for a line that is not a JSON object, of its number too
+    custom_id: str | None  # None for a line that is not a JSON object
+    fields: Mapping[str, Any] | None  # the JSON object
+    error: str | None = None  # why the line is not one
 
     @property
     def result_id(self) -> str:
@@ -147,17 +139,9 @@ class Reader:
 
 @dataclass(frozen=True)
 class Result:
-    """A line of results, and what it took.
+    """A line of results, and what it took."""
 
-    Attributes:
-        line: number of the request's line in the input.
-        text: the line of results.
-        n_prompt_tokens: 0 for a request that was refused.
-        n_new_tokens: number of generated tokens.
-        is_refused: whether the request was wrong.
-    """
-
-    line: int
+    line: int  # of the request in the input
     text: bytes
     n_prompt_tokens: int = 0
     n_new_tokens: int = 0
@@ -166,9 +150,10 @@ class Result:
 
 def _completed(line: Line, request: Request, pieces: Sequence[Piece]) -> Result:
     """The result of a request, given all of each choice as one piece."""
-    counts = Counts(sum(map(len, request.job.prompts)), sum(piece.n_generated for piece in pieces), None)
+    counts = Counts(sum(map(len, request.job.prompts)), sum(piece.n_generated for piece in pieces))
     assert isinstance(request.answer, CompletionAnswer)  # by its URL
     body = request.answer.whole(pieces, counts) | {"id": f"{request.answer.prefix}-{line.digest}"}
+    del body["usage"]["prompt_tokens_details"]  # depends on the other requests
     return Result(line.number, _text_of(line, 200, body, None), counts.n_prompt, counts.n_generated)
 
 

@@ -22,10 +22,7 @@ _SYNC_S = 5.0  # between two times that the results are forced onto the disk
 
 
 class Results:
-    """The file of results, one per line. Only one process may have it open.
-
-    Args:
-        path: the file; if it exists, results are added. An incomplete last line is removed.
+    """The file of results, one per line, to which results are added.
 
     Raises:
         ValueError: another process has it open.
@@ -37,7 +34,6 @@ class Results:
         self._file = open(path, "a+b")  # noqa: SIM115 (`close` closes it)
         try:
             _lock(self._file.fileno(), path)
-            _repair(self._file)
         except BaseException:
             self._file.close()
             raise
@@ -49,19 +45,26 @@ class Results:
             os.close(folder)
 
     def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The results in the file, with the numbers of their lines."""
+        """The results in the file, with the numbers of their lines. Removes a last line that was not written whole."""
         self._file.seek(0)
         for number, raw in enumerate(self._file, start=1):
+            is_cut = not raw.endswith(b"\n")
             try:
                 fields = json.loads(raw)
                 if not isinstance(fields, dict) or not isinstance(fields.get("id"), str):
                     raise ValueError("not a result")
             except (ValueError, RecursionError) as error:
+                if is_cut and raw.startswith(b"{"):
+                    self._file.truncate(self._size - len(raw))
+                    break
                 raise ValueError(
                     f"{self._path}, line {number}: each line must be a result of this command, got "
                     f"{quote(raw.decode(errors='replace'))}; use another --output, or remove the line"
                 ) from error
+            if is_cut:  # by its newline alone
+                self._file.write(b"\n")
             yield number, fields
+        self._size = self._file.seek(0, os.SEEK_END)
 
     def append(self, line: bytes) -> None:
         """Adds a line. It is in the file on return, and on the disk within `_SYNC_S` of the next line.
@@ -121,39 +124,13 @@ def _lock(fd: int, path: Path) -> None:
         return
 
 
-def _repair(file: Any) -> None:
-    """Removes an incomplete last line; one that lacks only its newline gets it."""
-    size = file.seek(0, os.SEEK_END)
-    tail = b""
-    while size > len(tail) and b"\n" not in tail:
-        start = max(0, size - 2 * len(tail) - 4096)
-        file.seek(start)
-        tail = file.read(size - start)
-    torn = tail.rpartition(b"\n")[2]
-    if not torn:
-        return
-    try:
-        json.loads(torn)
-    except (ValueError, RecursionError):
-        file.truncate(size - len(torn))
-    else:
-        file.write(b"\n")
-    file.flush()
-
-
 @dataclass
 class Completed:
-    """The requests that have results already.
+    """The requests that have results already."""
 
-    Attributes:
-        n_lines: number of requests in the input.
-        pending: the numbers of the input's lines that have none, each with its `custom_id`.
-        fingerprints: of the runs that wrote results, each with the number of its first line in the output.
-    """
-
-    n_lines: int
-    pending: dict[int, str | None]
-    fingerprints: dict[str, int]
+    n_lines: int  # of the input
+    pending: dict[int, str | None]  # numbers of its lines that have no result, each with its `custom_id`
+    fingerprints: dict[str, int]  # of the runs that wrote results, each with the number of its first line in the output
 
 
 def compare(input: Path, results: Results, output: Path) -> Completed:

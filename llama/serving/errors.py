@@ -45,3 +45,10 @@ class ApiError(Exception):
         """The JSON object that OpenAI's clients know."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+class BusyError(ApiError):
+    """The server cannot take a request now. It may be sent again."""
+
+    def __init__(self, message: str, code: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, status=503, code=code, headers={"Retry-After": "1", **(headers or {})})

@@ -18,17 +18,13 @@ Choice = dict[str, Any]
 _LOWEST_LOGPROB = -9999.0  # stands for minus infinity and NaN, which JSON does not have
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counts:
-    """The numbers of tokens of a request. Each prompt counts once, also with several completions.
-
-    Attributes:
-        n_cached: number of the prompts' tokens that the KV cache held already; None if it is not known.
-    """
+    """The numbers of tokens of a request. Each prompt counts once, also with several completions."""
 
     n_prompt: int
-    n_generated: int
-    n_cached: int | None
+    n_generated: int = 0
+    n_cached: int = 0  # of the prompts' tokens, that the KV cache held already
 
 
 class CompletionAnswer:
@@ -205,12 +201,12 @@ class TextAnswer(CompletionAnswer):
 
 
 def _usage(counts: Counts) -> dict[str, Any]:
-    usage: dict[str, Any] = {
+    return {
         "prompt_tokens": counts.n_prompt,
         "completion_tokens": counts.n_generated,
         "total_tokens": counts.n_prompt + counts.n_generated,
+        "prompt_tokens_details": {"cached_tokens": counts.n_cached},
     }
-    return usage if counts.n_cached is None else usage | {"prompt_tokens_details": {"cached_tokens": counts.n_cached}}
 
 
 def event(value: Any, name: str | None = None) -> bytes:

@@ -9,22 +9,11 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
-from llama.errors import missing_extra, printable, quote
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+
+from llama.errors import printable, quote
 from llama.serving.errors import ApiError
 from llama.serving.fields import NEUTRAL, ROLES, Table, Unknown, check_messages
-
-try:
-    from pydantic import (
-        BaseModel,
-        BeforeValidator,
-        ConfigDict,
-        Field,
-        ValidationError,
-        WithJsonSchema,
-        model_validator,
-    )
-except ImportError as error:
-    raise missing_extra("batch", error) from error
 
 MAX_CHOICES = 128  # per prompt
 MAX_STOPS = 64

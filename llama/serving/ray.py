@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,9 +24,8 @@ from llama.checkpoint.reading import find_tokenizer, list_shards
 from llama.distributed import groups
 from llama.distributed.device import select_device
 from llama.errors import missing_extra, printable, quote
-from llama.inputs import SPECULATIVE
 from llama.serving.service import Service
-from llama.serving.settings import ServerSettings, fingerprint
+from llama.serving.settings import ServerSettings
 
 try:
     import ray
@@ -56,13 +54,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
         ValueError: an argument is unknown, or its value is wrong.
     """
     flags = _read(args)
-    settings = ServerSettings(**{f.name: flags.pop(f.name) for f in fields(ServerSettings) if f.name in flags})
-    is_draft = flags.get("draft_ckpt_dir") is not None
-    if settings.speculative not in (None, *SPECULATIVE) or (settings.speculative == "draft") != is_draft:
-        raise ValueError(
-            f"speculative must be one of {', '.join(SPECULATIVE)}, and draft with draft_ckpt_dir, got "
-            f"{quote(settings.speculative)} with{'' if is_draft else 'out'} draft_ckpt_dir"
-        )
+    settings = ServerSettings.taken_from(flags)
     n_gpus = flags.pop("num_gpus", None)
     if n_gpus is None:
         n_gpus = 1 if flags.get("device") != "cpu" and ray.cluster_resources().get("GPU") else 0
@@ -113,8 +105,7 @@ class Replica:
         self._results = [actor.follow.remote(rank, *rest) for rank, actor in zip(ranks, self._followers, strict=True)]
         _join(0, port, flags, each)
         self._server = settings.server(flags["ckpt_dir"])
-        llama, tokenizer_path = _load(settings, flags)
-        self._server.fingerprint = fingerprint(llama, tokenizer_path, flags.get("seed", 1), flags.get("quantize"))
+        llama, self._server.fingerprint = _load(settings, flags)
         self._service = Service(llama, max_waiting=settings.max_waiting)
         self._server.ready(self._service)
         self._worker = threading.Thread(target=_run, args=(self._server, self._service), name="llama", daemon=True)
@@ -174,7 +165,7 @@ def _load(settings: ServerSettings, flags: dict[str, Any]) -> tuple[Llama, str]:
     tokenizer_path = str(build.pop("tokenizer_path", None) or find_tokenizer(ckpt_dir))
     if flags["model_parallel_size"] > 1:
         groups.init_process_groups(flags["model_parallel_size"], select_device(flags.get("device")))
-    return settings.loader(ckpt_dir, tokenizer_path, build)(), tokenizer_path
+    return settings.loader(ckpt_dir, tokenizer_path, build)()
 
 
 def _run(server: Server, service: Service) -> None:

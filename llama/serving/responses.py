@@ -165,7 +165,7 @@ class ResponseAnswer:
             "output": [self._item(status, [_part(self._text)])],
             "usage": {
                 "input_tokens": counts.n_prompt,
-                "input_tokens_details": {"cached_tokens": counts.n_cached or 0},
+                "input_tokens_details": {"cached_tokens": counts.n_cached},
                 "output_tokens": counts.n_generated,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": counts.n_prompt + counts.n_generated,

@@ -15,10 +15,9 @@ from llama.serving.errors import ApiError
 from llama.serving.formats import Counts
 from llama.serving.jobs import Job, join_choices
 from llama.serving.metrics import Metrics
-from llama.serving.service import QueueFullError, Service, ServiceStoppedError
+from llama.serving.service import Service
 
 Result = TypeVar("Result")
-RETRY_AFTER_S = 1
 _SEND_S = 30.0  # beyond a request's time limit, for a client that reads slowly
 
 logger = logging.getLogger(__name__)
@@ -38,14 +37,12 @@ class Run:
         arrived: time of the request's arrival, by `time.perf_counter`.
         timeout_s: maximum time from its arrival to the last piece.
 
-    Raises:
-        ApiError: the queue is full, or the server is shutting down.
+    Attributes:
+        counts: the numbers of tokens so far.
     """
 
     def __init__(self, service: Service, job: Job, metrics: Metrics, *, arrived: float, timeout_s: float) -> None:
-        self.n_generated = 0
-        self.n_cached = 0  # tokens of the prompts that the KV cache held already
-        self._n_prompt = sum(map(len, job.prompts))
+        self.counts = Counts(sum(map(len, job.prompts)))
         self._service = service
         self._metrics = metrics
         self._arrived = arrived
@@ -55,24 +52,16 @@ class Run:
         self._last = arrived
         self._queue: asyncio.Queue[tuple[float, Piece | BaseException]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        try:
-            self._number = service.submit(job, self._put)
-        except (QueueFullError, ServiceStoppedError) as error:
-            raise _api_error(error) from error
-        left_s = timeout_s - (time.perf_counter() - arrived)
+        self._number = service.submit(job, self._put)
         timeout = ApiError(
             f"the answer must be complete within the server's time limit of {timeout_s:g} seconds, got a longer one",
             status=504,
             code="timeout",
             headers={"x-should-retry": "false"},
         )
+        left_s = timeout_s - (time.perf_counter() - arrived)
         self._timer = self._loop.call_later(left_s, self._queue.put_nowait, (0.0, timeout))
-        metrics.prompt_tokens.inc(self._n_prompt)
-
-    @property
-    def counts(self) -> Counts:
-        """The numbers of tokens so far."""
-        return Counts(self._n_prompt, self.n_generated, self.n_cached)
+        metrics.prompt_tokens.inc(self.counts.n_prompt)
 
     def __enter__(self) -> Run:
         return self
@@ -80,14 +69,14 @@ class Run:
     def __exit__(self, *exc_info: object) -> None:
         self._timer.cancel()
         self._service.abort(self._number)
-        self._observe()
+        self._metrics.duration.observe(time.perf_counter() - self._arrived)
+        if self._first is not None:
+            self._metrics.first_token.observe(self._first - self._arrived)
+            if self.counts.n_generated > 1:
+                self._metrics.per_token.observe((self._last - self._first) / (self.counts.n_generated - 1))
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The pieces of all choices.
-
-        Raises:
-            ApiError: the service failed, or the time limit has passed.
-        """
+        """The pieces of all choices. Raises ApiError if the service fails, or the time limit has passed."""
         while self._n_open:
             at, piece = await self._queue.get()
             if isinstance(piece, BaseException):
@@ -95,9 +84,9 @@ class Run:
             if piece.n_generated:
                 self._first = self._first or at
                 self._last = at
-                self.n_generated += piece.n_generated
+                self.counts.n_generated += piece.n_generated
             if piece.choice % self._n_per_prompt == 0:
-                self.n_cached += piece.n_reused
+                self.counts.n_cached += piece.n_reused
             self._n_open -= piece.finish_reason is not None
             yield piece
 
@@ -109,14 +98,6 @@ class Run:
         """Called in the service's thread."""
         with suppress(RuntimeError):  # the loop has been closed
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (time.perf_counter(), piece))
-
-    def _observe(self) -> None:
-        metrics = self._metrics
-        metrics.duration.observe(time.perf_counter() - self._arrived)
-        if self._first is not None:
-            metrics.first_token.observe(self._first - self._arrived)
-            if self.n_generated > 1:
-                metrics.per_token.observe((self._last - self._first) / (self.n_generated - 1))
 
 
 async def while_connected(
@@ -131,13 +112,15 @@ async def while_connected(
     Raises:
         ClientLeftError: the client left, or did not read its answer in time.
     """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_client_leaves(receive))
+
+    async def client_leaves() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(client_leaves())
     try:
-        done, _ = await asyncio.wait(
-            {working, leaving}, timeout=timeout_s + _SEND_S, return_when=asyncio.FIRST_COMPLETED
-        )
-        if working not in done:
+        await asyncio.wait({working, leaving}, timeout=timeout_s + _SEND_S, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise ClientLeftError
         return working.result()
     finally:
@@ -146,19 +129,9 @@ async def while_connected(
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _client_leaves(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def _api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    retry = {"Retry-After": str(RETRY_AFTER_S)}
-    if isinstance(error, QueueFullError):
-        return ApiError(str(error), status=503, code="queue_full", headers=retry)
-    if isinstance(error, ServiceStoppedError):
-        return ApiError("the server is shutting down", status=503, code="shutting_down", headers=retry)
     if isinstance(error, RankError):
         return ApiError(f"the server has lost a part of the network: {printable(error)}", status=503, code="rank_lost")
     if isinstance(error, NonFiniteLogitsError):

@@ -15,18 +15,11 @@ from llama.distributed import groups
 from llama.engine.output import Piece
 from llama.errors import NonFiniteLogitsError
 from llama.generation import Llama
+from llama.serving.errors import BusyError
 from llama.serving.jobs import Job, RunningJobs
 
 _HEARTBEAT_S = 2.0  # interval of broadcasts while idle, by which ranks find out if another one has ended
 _Change = tuple[int, Job | None] | None  # a request's number with its job, or None to abort it; None to stop
-
-
-class QueueFullError(RuntimeError):
-    """The maximum number of sequences is already waiting."""
-
-
-class ServiceStoppedError(RuntimeError):
-    """The service has stopped, or is stopping."""
 
 
 class Service:
@@ -82,17 +75,17 @@ class Service:
                 not block.
 
         Raises:
-            QueueFullError: more than `max_waiting` sequences would wait.
-            ServiceStoppedError: the service has stopped, or is stopping.
+            BusyError: more than `max_waiting` sequences would wait, or the service has stopped, or is stopping.
         """
         with self._lock:
             if self._is_stopping or self.error is not None:
-                raise ServiceStoppedError("the service has stopped")
+                raise _stopped()
             n_free = self.llama.model.params.max_batch_size - self.n_running
             if (n_waiting := self.n_waiting + job.n_choices - n_free) > self.max_waiting:
-                raise QueueFullError(
+                raise BusyError(
                     f"the number of waiting sequences must be at most {self.max_waiting}, got {n_waiting} with this "
-                    "request; try again later"
+                    "request; try again later",
+                    "queue_full",
                 )
             number = next(self._numbers)
             self._listeners[number] = on_piece
@@ -106,7 +99,7 @@ class Service:
             self._inbox.put((number, None))
 
     def stop(self) -> None:
-        """Stops the service before its next step; unfinished requests get a `ServiceStoppedError`."""
+        """Stops the service before its next step; unfinished requests get a `BusyError`."""
         self._is_stopping = True
         self._inbox.put(None)
 
@@ -126,7 +119,7 @@ class Service:
             with self._lock:
                 listeners, self._listeners = list(self._listeners.values()), {}
             for listener in listeners:
-                listener(self.error or ServiceStoppedError("the service has stopped"))
+                listener(self.error or _stopped())
 
     def follow(self) -> None:
         """Runs the same steps as the first rank on another rank, until the first one stops."""
@@ -202,3 +195,7 @@ class Service:
         """Passes a result to a request's listener, if it has one on this rank."""
         if listener := self._listeners.get(number):
             listener(result)
+
+
+def _stopped() -> BusyError:
+    return BusyError("the server is shutting down", "shutting_down")

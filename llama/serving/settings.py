@@ -6,8 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,11 @@ from llama import Llama, Tokenizer
 from llama.checkpoint.loading import choose_quantize
 from llama.checkpoint.memory import available_memory, largest, plan_memory
 from llama.checkpoint.reading import list_shards, model_args
-from llama.checkpoint.releases import trained_seq_len
+from llama.checkpoint.releases import TRAINED_SEQ_LEN, find_release, trained_seq_len
 from llama.distributed import groups
 from llama.distributed.device import processes_on, select_device, select_dtype
 from llama.errors import missing_extra, quote
+from llama.inputs import check_speculative
 
 if TYPE_CHECKING:
     from llama.serving.app import Server
@@ -76,6 +76,13 @@ class ServerSettings:
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} must be {' or '.join(choices)}, got {quote(getattr(self, name))}")
 
+    @classmethod
+    def taken_from(cls, flags: dict[str, Any]) -> ServerSettings:
+        """Those among a command's flags, which are removed from them."""
+        settings = cls(**{f.name: flags.pop(f.name) for f in fields(cls) if f.name in flags})
+        check_speculative(settings.speculative, flags)
+        return settings
+
     def server(self, ckpt_dir: str) -> Server:
         """The state of the routes, for the first rank."""
         try:
@@ -93,12 +100,21 @@ class ServerSettings:
             log=self.log_format if self.log_requests else None,
         )
 
-    def loader(self, ckpt_dir: str, tokenizer_path: str, build: Mapping[str, Any]) -> Callable[[], Llama]:
-        """What loads this rank's shard, with the optional arguments of `Llama.build`. All ranks call this together."""
+    def loader(self, ckpt_dir: str, tokenizer_path: str, build: Mapping[str, Any]) -> Callable[[], tuple[Llama, str]]:
+        """What loads this rank's shard; it also returns the fingerprint. All ranks call this together.
+
+        Args:
+            build: optional arguments of `Llama.build`.
+        """
         length = self.max_seq_len
         if length is None:
             length = _choose_context(ckpt_dir, tokenizer_path, self.max_batch_size, build)
-        return partial(Llama.build, ckpt_dir, tokenizer_path, length, self.max_batch_size, **build)
+
+        def load() -> tuple[Llama, str]:
+            llama = Llama.build(ckpt_dir, tokenizer_path, length, self.max_batch_size, **build)
+            return llama, fingerprint(llama, tokenizer_path, build.get("seed", 1), build.get("quantize"))
+
+        return load
 
 
 def fingerprint(llama: Llama, tokenizer_path: str | Path, seed: int, quantize: str | None) -> str:
@@ -116,33 +132,38 @@ def fingerprint(llama: Llama, tokenizer_path: str | Path, seed: int, quantize: s
 
 
 def _choose_context(ckpt_dir: str, tokenizer_path: str, max_batch_size: int, build: Mapping[str, Any]) -> int:
-    """The positions that the checkpoint was trained for, or as many as the memory has room for. Equal on all ranks."""
+    """The positions that the checkpoint was trained for, or as many as the memory has room for. Equal on all ranks.
+
+    No file of a checkpoint says how many these are. Those of published networks are known, by their sizes; others are
+    taken for fine-tunes of Llama 2, or of Code Llama by their `rope_theta`.
+    """
     size = build.get("model_parallel_size") or len(list_shards(ckpt_dir))
     device = select_device(build.get("device"))
     dtype = select_dtype(build.get("dtype"), device)
     n_words = Tokenizer(tokenizer_path).n_words
-    folders = [ckpt_dir, *([build["draft_ckpt_dir"]] if build.get("draft_ckpt_dir") else [])]
-    networks = [
-        (
-            model_args(folder, n_words, max_batch_size=max_batch_size, max_seq_len=1),
-            choose_quantize(build.get("quantize"), folder, device),
-        )
-        for folder in folders
-    ]
-    trained = min(trained_seq_len(args) for args, _ in networks)
+    folders = [folder for folder in (ckpt_dir, build.get("draft_ckpt_dir")) if folder]
+    networks = [model_args(folder, n_words, max_batch_size=max_batch_size, max_seq_len=1) for folder in folders]
+    forms = [choose_quantize(build.get("quantize"), folder, device) for folder in folders]
+    trained = min(map(trained_seq_len, networks))
     memory = int(_USED_MEMORY * available_memory(device) / processes_on(device))
 
     def fits(n: int) -> bool:
-        plans = [plan_memory(replace(args, max_seq_len=n), size, dtype, quantize=form) for args, form in networks]
+        plans = (
+            plan_memory(replace(args, max_seq_len=n), size, dtype, quantize=form)
+            for args, form in zip(networks, forms, strict=True)
+        )
         return sum(plan.total for plan in plans) <= memory
 
     chosen = largest(trained, fits) or trained  # if nothing fits, `build` says so
     if groups.world_size() > 1:
         chosen = groups.broadcast_object(chosen)
     if groups.is_first_rank():
-        why = (
-            ", for which the checkpoint was trained" if chosen == trained else f" of {trained}: the memory has no room"
-        )
+        why = ", for which the checkpoint was trained"
+        if chosen < trained:
+            why = f" of {trained}: the memory has no room"
+        elif find_release(networks[0]) is None:
+            family = "Llama 2" if trained == TRAINED_SEQ_LEN else "Code Llama"
+            why = f", as for {family}: for what length this checkpoint was trained is not known"
         print(f"--max_seq_len {chosen}{why}", file=sys.stderr, flush=True)
     return chosen
 

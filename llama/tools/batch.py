@@ -16,15 +16,19 @@ from typing import Any, TypeVar
 from llama import Llama
 from llama.distributed import groups
 from llama.distributed.device import select_device
-from llama.errors import first_few, quote
+from llama.errors import first_few, missing_extra, quote
+from llama.inputs import check_speculative
 from llama.tools import commandline
 from llama.tools.progress import Progress
 
 with commandline.extra_imports(__name__):
-    from llama.serving.batch_file import MAX_CHOICES, BatchWork, Reader, Result, read_requests
-    from llama.serving.batch_results import Completed, Results, compare
-    from llama.serving.jobs import Planner
-    from llama.serving.settings import fingerprint
+    try:
+        from llama.serving.batch_file import MAX_CHOICES, BatchWork, Reader, Result, read_requests
+        from llama.serving.batch_results import Completed, Results, compare
+        from llama.serving.jobs import Planner
+        from llama.serving.settings import fingerprint
+    except ImportError as error:
+        raise missing_extra("batch", error) from error
 
 T = TypeVar("T")
 
@@ -93,7 +97,7 @@ def main(
         speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
             same text, often in less time.
     """
-    commandline.check_speculative(speculative, build)
+    check_speculative(speculative, build)
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
     name = model or Path(ckpt_dir).resolve().name
     mp = groups.resolve_model_parallel_size(build.get("model_parallel_size"))

@@ -29,7 +29,7 @@ from llama.checkpoint.tokenizer_files import load_tokenizer
 from llama.distributed import groups
 from llama.errors import NonFiniteLogitsError, RankError, printable, quote
 from llama.generation import Llama
-from llama.inputs import SPECULATIVE, SamplingParams
+from llama.inputs import SamplingParams, check_speculative
 from llama.tokenizer import Tokenizer
 from llama.tools.toy import toy_checkpoint
 
@@ -90,15 +90,6 @@ def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[
     """The folder and the tokenizer that a command uses: by default the toy checkpoint's, and that of the folder."""
     folder = ckpt_dir or toy_checkpoint()
     return folder, tokenizer_path or str(find_tokenizer(folder))
-
-
-def check_speculative(speculative: str | None, build: Mapping[str, Any]) -> None:
-    """Raises ValueError unless `--speculative` is a way to draft tokens, with `--draft_ckpt_dir` if it needs one."""
-    if speculative not in (None, *SPECULATIVE):
-        raise ValueError(f"--speculative must be {' or '.join(SPECULATIVE)}, got {quote(speculative)}")
-    if (speculative == "draft") != (build.get("draft_ckpt_dir") is not None):
-        got = "no --draft_ckpt_dir" if speculative == "draft" else f"--draft_ckpt_dir and --speculative {speculative}"
-        raise ValueError(f"--speculative draft and --draft_ckpt_dir must be given together, got {got}")
 
 
 def checked_sampling(build: Mapping[str, Any], **sampling: Any) -> dict[str, Any]:

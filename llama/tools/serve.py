@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from llama.distributed import groups
 from llama.distributed.device import select_device
 from llama.errors import missing_extra, quote
 from llama.serving.service import Service
-from llama.serving.settings import ServerSettings, fingerprint, names_in
+from llama.serving.settings import ServerSettings, names_in
 from llama.tools import commandline
 
 if TYPE_CHECKING:
@@ -139,9 +138,9 @@ def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) ->
         loop.call_soon_threadsafe(function)
 
 
-def _follow(build: Callable[[], Llama]) -> None:
+def _follow(load: Callable[[], tuple[Llama, str]]) -> None:
     """The part of the other ranks. Signals reach all ranks; the first rank decides when they end."""
-    llama = build()
+    llama, _ = load()
     for number in _ENDING:
         signal.signal(number, signal.SIG_IGN)
     Service(llama).follow()
@@ -197,14 +196,13 @@ def main(
             loopback address without a key only the names of this machine, so that web pages cannot use the server.
     """
     try:
+        from llama.serving import connections  # noqa: F401 (it needs uvicorn, which is imported further down)
         from llama.serving.access import LOOPBACK_HOSTS
     except ImportError as error:
         raise missing_extra("serve", error) from error
-    names = [field.name for field in fields(ServerSettings)]
-    settings = ServerSettings(**{name: flags.pop(name) for name in names if name in flags})
+    settings = ServerSettings.taken_from(flags)
     if type(port) is not int or not 0 <= port <= 65535:
         raise ValueError(f"--port must be a number from 0 to 65535, got {quote(port)}")
-    commandline.check_speculative(settings.speculative, flags)
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
     server = settings.server(ckpt_dir)
     _check_ranks(ckpt_dir, flags.get("model_parallel_size"))
@@ -215,8 +213,7 @@ def main(
         return _follow(load)
 
     def build_first() -> Llama:
-        llama = load()
-        server.fingerprint = fingerprint(llama, tokenizer_path, flags.get("seed", 1), flags.get("quantize"))
+        llama, server.fingerprint = load()
         return llama
 
     with _open_port(host, port) as listener:

@@ -361,10 +361,11 @@ def test_results_of_other_settings_are_not_continued(
 
 def test_a_file_that_is_no_file_of_results_is_refused_and_left_alone(tmp_path: Path, flags: dict[str, Any]) -> None:
     source, target = write(tmp_path / "in", requests(2)), tmp_path / "notes.txt"
-    target.write_text("my notes\nmore of them\n")
-    with pytest.raises(ValueError, match=r"notes\.txt, line 1: each line must be a result"):
-        main(str(source), str(target), **flags)
-    assert target.read_text() == "my notes\nmore of them\n"
+    for notes in ("my notes\nmore of them\n", "my notes"):  # the second one as if cut in the middle of a line
+        target.write_text(notes)
+        with pytest.raises(ValueError, match=r"notes\.txt, line 1: each line must be a result"):
+            main(str(source), str(target), **flags)
+        assert target.read_text() == notes
     with pytest.raises(ValueError, match="--output must be a file other than --input"):
         main(str(source), str(source), **flags)
     with pytest.raises(FileNotFoundError, match="--input must be a file of requests"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ BUILD = {"device": "cpu", "dtype": "float32"}
 
 
 @pytest.mark.parametrize(("theta", "expected"), [({}, 4096), ({"rope_theta": 1e6}, 16384), ({"rope_theta": 1e4}, 4096)])
-def test_it_is_what_the_checkpoint_was_trained_for(
+def test_it_is_that_of_the_family_where_nothing_says_what_the_checkpoint_was_trained_for(
     write_checkpoint: Callable[..., Path],
     params: dict[str, Any],
     state: dict[str, torch.Tensor],
@@ -26,7 +27,19 @@ def test_it_is_what_the_checkpoint_was_trained_for(
 ) -> None:
     folder = write_checkpoint(params | theta, state)
     assert settings._choose_context(str(folder), str(tokenizer_path), 4, BUILD) == expected
-    assert f"--max_seq_len {expected}, for which the checkpoint was trained" in capsys.readouterr().err
+    family = "Code Llama" if expected == 16384 else "Llama 2"
+    assert f"--max_seq_len {expected}, as for {family}: for what length" in capsys.readouterr().err
+
+
+def test_it_is_what_a_published_checkpoint_was_trained_for(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}
+    (tmp_path / "params.json").write_text(json.dumps(sizes))
+    monkeypatch.setattr(settings, "available_memory", lambda device: 2**40)
+    build = BUILD | {"model_parallel_size": 1}
+    assert settings._choose_context(str(tmp_path), str(tokenizer_path), 4, build) == 4096
+    assert "--max_seq_len 4096, for which the checkpoint was trained" in capsys.readouterr().err
 
 
 def test_it_is_less_where_the_memory_has_no_room(

@@ -188,7 +188,7 @@ def test_arguments_are_checked_before_anything_starts(cluster: Cluster, checkpoi
         ({"ckpt_dir": ""}, "ckpt_dir must be given"),
         ({"timeout_s": "-1"}, "timeout_s must be a number above 0, got -1"),
         ({"unknown_fields": "keep"}, "unknown_fields must be refuse or ignore, got 'keep'"),
-        ({"speculative": "draft"}, "draft with draft_ckpt_dir, got 'draft' without draft_ckpt_dir"),
+        ({"speculative": "draft"}, "must be given together, got no --draft_ckpt_dir"),
     ):
         with pytest.raises(ValueError, match=message):
             app(good | wrong)

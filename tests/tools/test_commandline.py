@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from llama import Llama
+from llama.inputs import check_speculative
 from llama.tools import commandline
 from llama.tools.cli import COMMANDS
-from llama.tools.commandline import check_speculative, run, with_build_flags
+from llama.tools.commandline import run, with_build_flags
 from tests.conftest import ROOT
 
 
