@@ -6,6 +6,7 @@ asked for by the functions of this module.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -24,6 +25,9 @@ _MARK = "\u263a"  # a character that merges with none after it; a text behind it
 ADDED_TOKENS_FILES = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")  # Hugging Face's
 _MEND_ADDED = f"correct {', '.join(ADDED_TOKENS_FILES)}, or remove them"
 _MAX_FILE_SIZE = 2**28  # bytes; the released model has half a million
+_EACH_BYTE = "llama-replace-each-byte"
+# SentencePiece gives U+FFFD for each byte that is no part of a character, Python's "replace" one for several.
+codecs.register_error(_EACH_BYTE, lambda error: (_REPLACEMENT, error.start + 1))  # type: ignore[attr-defined]
 
 
 class TokenizerNotFoundError(FileNotFoundError, AssertionError):
@@ -85,11 +89,11 @@ class Tokenizer:
 
         Control pieces in `s` are plain text; an added token is that token.
         """
-        parts = split_at(checked_text(s), self.added_tokens)
-        ids = [self.encode_part(parts[0], leading_space=True)]
-        for name, text in zip(parts[1::2], parts[2::2], strict=True):
-            ids += [self.added_tokens[name]], self.encode_part(text)
-        return [self.bos_id] * bool(bos) + list(chain.from_iterable(ids)) + [self.eos_id] * bool(eos)
+        first, *parts = split_at(checked_text(s), self.added_tokens)
+        ids = self.encode_part(first, leading_space=True)
+        for name, text in zip(parts[::2], parts[1::2], strict=True):
+            ids += [self.added_tokens[name], *self.encode_part(text)]
+        return [self.bos_id] * bool(bos) + ids + [self.eos_id] * bool(eos)
 
     def encode_part(self, s: str, *, leading_space: bool = False) -> list[int]:
         """Encodes a part of a text, in which the name of any special token is plain text.
@@ -97,12 +101,9 @@ class Tokenizer:
         Args:
             leading_space: whether a space goes in front, as SentencePiece does with a whole text.
         """
-        checked_text(s)
-        if leading_space:
-            whole: list[int] = self.sp_model.encode(s)
-            return whole
-        marked: list[int] = self.sp_model.encode(_MARK + s)
-        return marked[len(self.sp_model.encode(_MARK)) :]
+        mark = "" if leading_space else _MARK
+        ids: list[int] = self.sp_model.encode(mark + checked_text(s))
+        return ids[len(self.sp_model.encode(mark)) :]
 
     def encode_infilling(self, s: str) -> list[int]:
         """Encodes `s` without the leading space that `encode` adds."""
@@ -117,11 +118,9 @@ class Tokenizer:
         t = t.tolist() if hasattr(t, "tolist") else t
         if self.sp_model is not None and not self.added_tokens:
             return self.sp_model.decode(t)
-        if not isinstance(t, Sequence):
-            return self.decode([t])
-        if t and isinstance(t[0], Sequence):
+        if isinstance(t, Sequence) and t and isinstance(t[0], Sequence):
             return [self.decode(ids) for ids in t]
-        return "".join(_pieces(StreamDecoder(self), t))
+        return "".join(_pieces(StreamDecoder(self), t if isinstance(t, Sequence) else [t]))
 
     def decode_infilling(self, t: Sequence[int]) -> str:
         """Decodes ids as text that continues another: the leading space of the first piece is kept."""
@@ -258,7 +257,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, *, at_start: bool = True) -> None:
         self._token_bytes = tokenizer.token_bytes
-        self._bytes = b""
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(_EACH_BYTE)
         self.at_start = at_start
 
     def push(self, token: int) -> str:
@@ -267,29 +266,11 @@ class StreamDecoder:
         if data is None:
             return self.flush()
         self.at_start = False
-        self._bytes += data
-        return self._decode_bytes(final=False)
+        return self._utf8.decode(data)
 
     def flush(self) -> str:
         """Returns the text still held back, with U+FFFD for each byte that is not part of a character."""
-        return self._decode_bytes(final=True)
-
-    def _decode_bytes(self, *, final: bool) -> str:
-        """Removes complete characters from the held bytes; a byte that cannot start a character gives U+FFFD."""
-        text = ""
-        while self._bytes:
-            try:
-                whole, length = self._bytes.decode(), len(self._bytes)
-            except UnicodeDecodeError as error:
-                if error.start:
-                    whole, length = self._bytes[: error.start].decode(), error.start
-                elif error.reason == "unexpected end of data" and not final:
-                    break
-                else:
-                    whole, length = _REPLACEMENT, 1
-            text += whole
-            self._bytes = self._bytes[length:]
-        return text
+        return self._utf8.decode(b"", final=True)
 
 
 class _WholeDecoder:
@@ -310,12 +291,12 @@ class _WholeDecoder:
 
     def push(self, token: int) -> str:
         self._ids.append(token)
-        return self._release(self._decode(self._ids).rstrip(_REPLACEMENT))
+        return self._rest_of(self._decode(self._ids).rstrip(_REPLACEMENT))
 
     def flush(self) -> str:
-        return self._release(self._decode(self._ids)) if self._ids else ""
+        return self._rest_of(self._decode(self._ids)) if self._ids else ""
 
-    def _release(self, text: str) -> str:
+    def _rest_of(self, text: str) -> str:
         new = text[len(self._text) :]
         self._text += new
         return new
@@ -417,15 +398,16 @@ class IncrementalDetokenizer:
     def _release(self, text: str, *, final: bool) -> str:
         """Adds text to what is held back; returns the part that cannot become a stop string any more."""
         held = self._held + text
-        starts = [start for stop in self._stop if (start := held.find(stop)) >= 0]
-        if starts:
+        end = min((held.find(stop) for stop in self._stop if stop in held), default=None)
+        if end is not None:
             self.stopped = True
-            self._cut(len(held) - min(starts))
-            released = held[: min(starts)]
+            self._cut(len(held) - end)
+        elif final:
+            end = len(held)
         else:
-            released = held if final else held[: len(held) - self._possible_stop(held)]
-        self._held = held[len(released) :]
-        return released
+            end = len(held) - self._possible_stop(held)
+        self._held = held[end:]
+        return held[:end]
 
     def _possible_stop(self, text: str) -> int:
         """Length of the longest suffix of `text` that is a prefix of a stop string."""

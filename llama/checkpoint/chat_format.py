@@ -13,7 +13,6 @@ from typing import Any
 from llama.chat import B_INST, B_SYS, E_INST, E_SYS, ChatFormat
 from llama.errors import PromptError, read_json_object
 from llama.text.chat_template import TemplateChatFormat
-from llama.text.sandbox import Template
 
 CHAT_FORMAT_FILE = "chat_format.json"
 _GENERATION = "generation_config.json"
@@ -111,12 +110,15 @@ def _text(token: Any) -> str | None:
 def _is_llama2(template: str) -> bool:
     """Whether example dialogs have the same texts in both templates. A template that cannot be rendered is another."""
     try:
+        from llama.text.sandbox import Template  # the extra [chat]
+
         compiled = Template(template)
         return all(_render(compiled, dialog) == text for dialog, text in _EXAMPLES)
     except (ImportError, PromptError):
         return False
 
 
-def _render(template: Template, dialog: list[tuple[str, str]]) -> str:
+def _render(template: Any, dialog: list[tuple[str, str]]) -> str:
     messages = [{"role": role, "content": content} for role, content in dialog]
-    return template.render(messages=messages, bos_token=_BOS, eos_token=_EOS, add_generation_prompt=True)
+    text: str = template.render(messages=messages, bos_token=_BOS, eos_token=_EOS, add_generation_prompt=True)
+    return text

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 from llama.chat import ChatFormat, Dialog, check_messages
 from llama.errors import PromptError
-from llama.text.sandbox import Template, TemplateError
 from llama.tokenizer import split_at, stop_ids
 
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # characters that Unicode keeps for uses inside of a program
@@ -42,41 +41,31 @@ class TemplateChatFormat(ChatFormat):
         self.variables = dict(variables or {})
         self.spaces = spaces
 
-    @cached_property
-    def _template(self) -> Template:
-        return Template(self.source)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_template"}
-
     def check(self, dialog: Dialog, name: str) -> None:
         """Checks the form of the messages, and leaves the order of their roles to the template."""
         check_messages(dialog, name)
 
     def check_usable(self) -> None:
-        assert self._template
+        _compiled(self.source)
 
     def encode(self, dialog: Dialog, tokenizer: Any) -> list[int]:
         return self.encode_text(self.render(dialog, tokenizer), tokenizer)
 
-    def render(self, dialog: Dialog, tokenizer: Any, *, add_generation_prompt: bool = True) -> str:
+    def render(self, dialog: Dialog, tokenizer: Any) -> str:
         """The text of a dialog, with a mark in each name of a special token that a message has."""
-        names = _names(tokenizer)
         texts = [message["content"] for message in dialog]
         mark = next((mark for mark in _MARKS if not any(mark in text for text in [self.source, *texts])), None)
         if mark is None:
             raise PromptError("messages must not contain all of the characters U+FDD0 to U+FDEF, got all of them")
         messages = [
-            {"role": message["role"], "content": _broken(text, names, mark)}
+            {"role": message["role"], "content": _broken(text, _names(tokenizer), mark)}
             for message, text in zip(dialog, texts, strict=True)
         ]
-        return self._template.render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **_token_names(tokenizer) | self.variables,
-        )
+        piece = getattr(tokenizer, "token_piece", None)  # a tokenizer of another class has none
+        names = {} if piece is None else {"bos_token": piece(tokenizer.bos_id), "eos_token": piece(tokenizer.eos_id)}
+        settings = {"tools": None, "documents": None, "add_generation_prompt": True} | names | self.variables
+        text: str = _compiled(self.source).render(messages=messages, **settings)
+        return text
 
     def encode_text(self, text: str, tokenizer: Any) -> list[int]:
         """Encodes a rendered text: names of special tokens as these, what lies between them as plain text."""
@@ -98,17 +87,18 @@ class TemplateChatFormat(ChatFormat):
         """Those that end any text, and the special token that the template writes after an answer."""
         try:
             text = self.render(_EXAMPLE, tokenizer)
-        except TemplateError:
+        except PromptError:
             return stop_ids(tokenizer)
         after = split_at(text.partition(_ANSWER)[2], _names(tokenizer))
         named = [tokenizer.special_tokens[name] for name in after[1:2] if not after[0].strip()]
         return stop_ids(tokenizer) | frozenset(named)
 
 
-def _token_names(tokenizer: Any) -> dict[str, str]:
-    """BOS and EOS by the names that templates have for them."""
-    piece = getattr(tokenizer, "token_piece", None)
-    return {} if piece is None else {"bos_token": piece(tokenizer.bos_id), "eos_token": piece(tokenizer.eos_id)}
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> Any:
+    from llama.text.sandbox import Template  # the extra [chat]; its error names it
+
+    return Template(source)
 
 
 def _names(tokenizer: Any) -> list[str]:

@@ -1,29 +1,40 @@
 """Renders Jinja templates of untrusted origin, as transformers renders chat templates, in bounded time and memory.
 
-A template is a program. Jinja's sandbox keeps it from the interpreter; here it also has a budget, spent on each pass of
-a loop, each call and filter, and on the size of each value. A budget of steps, unlike a timeout, gives the same result
-on every rank.
+A template is a program. Jinja's sandbox keeps it from the interpreter; here it also has a budget of steps: one for each
+pass of a loop and each value that is made, several for a large one. No value is made that could be huge. A budget of
+steps, unlike a timeout, gives the same result on every rank. To import this module needs the extra [chat].
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
+from itertools import chain
 from typing import Any, NoReturn
 
 from llama.errors import PromptError, missing_extra, printable
 
+try:
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.runtime import LoopContext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+    from jinja2.visitor import NodeTransformer
+except ImportError as error:
+    raise missing_extra("chat", error) from error
+
 MAX_TEMPLATE_CHARS = 200_000
 _MAX_STEPS = 500_000  # of one rendering: about a second
-_MAX_SIZE = 2**22  # characters of a text, elements of a list
-_MAX_PRODUCT = 2**26  # of the sizes and numbers that a function takes, which its result may be as large as
-_MAX_BITS = 2**12  # of an integer
-_CHARS_PER_STEP = 256
+_MAX_SIZE = 2**22  # of a value, in characters
+_MAX_RESULT = 2**26  # what a function may make of its arguments
+_MAX_EXPONENT = 64
+_ELEMENT = 16  # characters that an element of a list counts as
+_SIZE_PER_STEP = 256
 
 _steps_left: ContextVar[int] = ContextVar("steps_left", default=_MAX_STEPS)
 
@@ -39,27 +50,24 @@ class Template:
         source: the Jinja text.
 
     Raises:
-        ImportError: jinja2 is not installed.
         TemplateError: the text is not a template.
     """
 
     def __init__(self, source: str) -> None:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise TemplateError(f"a chat template must have at most {MAX_TEMPLATE_CHARS} characters, got {len(source)}")
-        self._template = _bounded(lambda: _environment().from_string(source))
+        self._template = _within_budget(lambda: _environment().from_string(source))
 
     def render(self, **variables: Any) -> str:
         """Renders the template; raises TemplateError if it fails, refuses, or takes too long."""
-        text: str = _bounded(lambda: self._template.render(**variables))
+        text: str = _within_budget(lambda: self._template.render(**variables))
         return text
 
 
-def _bounded(work: Callable[[], Any]) -> Any:
+def _within_budget(work: Callable[[], Any]) -> Any:
     token = _steps_left.set(_MAX_STEPS)
     try:
         return work()
-    except ImportError:
-        raise
     except Exception as error:  # a template is a program: it may fail in any way
         reason = printable(error, 300) or type(error).__name__
         raise TemplateError(f"the chat template must take the messages, got its error: {reason}") from error
@@ -67,18 +75,33 @@ def _bounded(work: Callable[[], Any]) -> Any:
         _steps_left.reset(token)
 
 
-def _spend(*values: Any) -> None:
-    """Takes one step, and more for large values, off the budget of this rendering."""
-    steps = 1
-    for value in values:
-        if isinstance(value, (str, bytes, list, tuple, dict, range)):
-            if len(value) > _MAX_SIZE:
-                raise OverflowError(f"a value must have a size of at most {_MAX_SIZE}, got {len(value)}")
-            steps += len(value) // _CHARS_PER_STEP if isinstance(value, (str, bytes)) else len(value)
-    left = _steps_left.get() - steps
+def _spend(size: int = 0) -> None:
+    left = _steps_left.get() - 1 - size // _SIZE_PER_STEP
     if left < 0:
         raise TimeoutError(f"it took more than {_MAX_STEPS} steps")
     _steps_left.set(left)
+
+
+def _size(value: Any) -> int:
+    """The characters in a text, or in all that a container holds, as often as it holds it."""
+    size, held = 0, [(value, 1)]
+    while held:
+        value, depth = held.pop()
+        if isinstance(value, (str, bytes)):
+            size += len(value)
+        elif isinstance(value, Collection):
+            size += len(value) * depth * _ELEMENT  # JSON indents an element by its depth
+            if size <= _MAX_SIZE and not isinstance(value, range):
+                elements = chain.from_iterable(value.items()) if isinstance(value, Mapping) else value
+                held += [(element, depth + 1) for element in elements]
+        if size > _MAX_SIZE:
+            raise OverflowError(f"a value must have a size of at most {_MAX_SIZE}, got more")
+    return size
+
+
+def _measured(value: Any) -> Any:
+    _spend(_size(value))
+    return value
 
 
 def _counted(values: Iterable[Any]) -> Iterator[Any]:
@@ -88,75 +111,102 @@ def _counted(values: Iterable[Any]) -> Iterator[Any]:
         yield value
 
 
-def _concatenated(values: list[Any]) -> str:
-    texts = [str(value) for value in values]
-    _spend(*texts)
-    return "".join(texts)
+def _check_arguments(name: str, values: Sequence[Any]) -> None:
+    """Refuses arguments of which a function could make a huge value, such as a width, before it makes it."""
+    sizes = [_size(value) for value in values]
+    _spend(sum(sizes))
+    if name in ("do_format", "format", "format_map", "%") and isinstance(values[0], (str, bytes)):
+        form = str(values[0])
+        if re.search(r"\*|{[^}]*{", form):
+            raise OverflowError(f"a format must have its widths in its text, got {printable(form)}")
+        sizes[0] += sum(map(int, re.findall(r"\d+", form)))
+    else:
+        sizes = [abs(x) if isinstance(x, int) else size for x, size in zip(values, sizes, strict=True)]
+    *others, largest = sorted(sizes) or [0]
+    if largest * max(1, sum(others)) > _MAX_RESULT:
+        raise OverflowError(f"{name} must be called with smaller values")
 
 
-def _printed(value: Any) -> Any:
-    _spend(value)
-    return value
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with its arguments checked and its result measured."""
 
-
-def _check_arguments(function: Any, arguments: Sequence[Any]) -> None:
-    """Refuses arguments with which a function could make a huge value, such as a width, before it makes it."""
-    receiver = getattr(getattr(function, "__wrapped__", function), "__self__", None)
-    values = [receiver, *arguments] if isinstance(receiver, str) else arguments
-    _spend(*values)
-    if math.prod(max(1, _size(value)) for value in values) > _MAX_PRODUCT:
-        raise OverflowError(f"{getattr(function, '__name__', 'a function')} must be called with smaller values")
-    if getattr(function, "__name__", "") in ("do_format", "format", "format_map"):
-        _check_format(str(values[0]))
-
-
-def _size(value: Any, depth: int = 2) -> int:
-    if isinstance(value, (str, bytes)):
-        return len(value)
-    if isinstance(value, (list, tuple, range)) and depth:
-        return sum(_size(element, depth - 1) for element in value) + 1
-    if isinstance(value, dict) and depth:
-        return sum(_size(element, depth - 1) for element in value.values()) + 1
-    return abs(value) if isinstance(value, int) else 1
-
-
-def _check_format(text: str) -> None:
-    if re.search(r"[0-9]{5}|\*|{[^}]*{", text):
-        raise OverflowError(f"a format must have widths of at most 4 digits, got {printable(text)}")
-
-
-def _bounded_filter(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)  # keeps the mark by which Jinja passes a context
     def call(*args: Any, **kwargs: Any) -> Any:
-        _check_arguments(function, (*args, *kwargs.values()))
-        result = function(*args, **kwargs)
-        _spend(result)
-        return result
+        _check_arguments(function.__name__, (*args, *kwargs.values()))
+        return _measured(function(*args, **kwargs))
 
     return call
 
 
-def _binary(operator: str, left: Any, right: Any) -> None:
-    """Refuses an operation whose result would be huge."""
-    sizes = [len(x) if isinstance(x, (str, list, tuple)) else None for x in (left, right)]
-    bits = [abs(x).bit_length() if isinstance(x, int) else 1 for x in (left, right)]
-    if operator == "%" and isinstance(left, str):
-        _check_format(left)
-    elif operator == "**" and bits[0] * abs(right) > _MAX_BITS:
-        raise OverflowError("a power must be small")
-    elif operator == "*":
-        factors = [x if size is None else size for x, size in zip((left, right), sizes, strict=True)]
-        if sum(bits) > _MAX_BITS or (sizes != [None, None] and factors[0] * factors[1] > _MAX_SIZE):
-            raise OverflowError("a product must be small")
-    _spend(left, right)
+class _Budgeted(NodeTransformer):
+    """Passes what loops, literals, slices and comparisons take through filters that count."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, "__counted")
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(nodes.List(node.nodes, lineno=node.lineno), "join")
+
+    def visit_Operand(self, node: nodes.Operand) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = _filtered(node.expr, "__measured")
+        return node
+
+    def visit_Getitem(self, node: nodes.Expr) -> nodes.Node:
+        self.generic_visit(node)
+        is_target = getattr(node, "ctx", "load") != "load"  # names that are assigned to
+        return node if is_target else _filtered(node, "__measured")
+
+    visit_List = visit_Tuple = visit_Dict = visit_Getitem
+
+
+def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+class _Generation(Extension):
+    """The tag that marks what an assistant said, for training: its body is rendered."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(Namespace):
+    def __repr__(self) -> str:
+        return "<Namespace>"  # what it holds may hold it
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(["*", "**", "+", "%"])
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        _Budgeted().visit(tree)
+        return tree.set_environment(self)  # type: ignore[return-value]
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        receiver = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+        _check_arguments(getattr(function, "__name__", "a function"), (receiver, *args, *kwargs.values()))
+        if isinstance(function, LoopContext):  # a recursive loop over its argument
+            args = tuple(map(_counted, args))
+        return _measured(super().call(context, function, *args, **kwargs))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and abs(right) > _MAX_EXPONENT:
+            raise OverflowError(f"an exponent must be at most {_MAX_EXPONENT}, got more")
+        if operator != "+" and not (operator == "%" and isinstance(left, int)):
+            _check_arguments(operator, (left, right))
+        return _measured(super().call_binop(context, operator, left, right))
 
 
 def _raise_exception(message: Any) -> NoReturn:
     raise ValueError(str(message))
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
 
 
 def _tojson(
@@ -167,62 +217,20 @@ def _tojson(
 
 
 @functools.cache
-def _environment() -> Any:
+def _environment() -> _Environment:
     """Jinja's sandbox with transformers' settings, functions and tags, and with the budget."""
-    try:
-        from jinja2 import nodes
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        from jinja2.visitor import NodeTransformer
-    except ImportError as error:
-        raise missing_extra("chat", error) from error
-
-    class Budgeted(NodeTransformer):
-        """Passes the values of loops and of the operator ~ through filters that count."""
-
-        def visit_For(self, node: Any) -> Any:
-            self.generic_visit(node)
-            node.iter = nodes.Filter(node.iter, "__counted", [], [], None, None, lineno=node.lineno)
-            return node
-
-        def visit_Concat(self, node: Any) -> Any:
-            self.generic_visit(node)
-            values = nodes.List(node.nodes, lineno=node.lineno)
-            return nodes.Filter(values, "__concatenated", [], [], None, None, lineno=node.lineno)
-
-    class Generation(Extension):
-        """The tag that marks what an assistant said, for training: its body is rendered."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    class Environment(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["*", "**", "+", "%"])
-
-        def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
-            tree = super()._parse(source, name, filename)
-            Budgeted().visit(tree)
-            return tree.set_environment(self)
-
-        def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-            _check_arguments(function, (*args, *kwargs.values()))
-            result = super().call(context, function, *args, **kwargs)
-            _spend(result)
-            return result
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _binary(operator, left, right)
-            return super().call_binop(context, operator, left, right)
-
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=_printed, extensions=[Generation, loopcontrols]
+    environment = _Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,
+        finalize=_measured,
+        extensions=[_Generation, loopcontrols],
     )
     filters: Mapping[str, Callable[..., Any]] = environment.filters | {"tojson": _tojson}
-    environment.filters = {name: _bounded_filter(function) for name, function in filters.items()}
-    environment.filters |= {"__counted": _counted, "__concatenated": _concatenated}
+    environment.filters = {name: _checked(function) for name, function in filters.items()}
+    environment.filters |= {"__counted": _counted, "__measured": _measured}
+    environment.tests = {name: _checked(function) for name, function in environment.tests.items()}
     del environment.globals["lipsum"]
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.globals |= {"raise_exception": _raise_exception, "namespace": _Namespace}
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

@@ -155,9 +155,7 @@ def test_the_chat_tool_refuses_a_damaged_template_before_it_loads(
 def test_a_missing_jinja2_names_the_extra_where_a_template_is_used_alone(
     foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llama.text.sandbox import _environment
-
-    _environment.cache_clear()
+    monkeypatch.delitem(sys.modules, "llama.text.sandbox", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "jinja2"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "jinja2", None)

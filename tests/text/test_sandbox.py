@@ -9,6 +9,7 @@ import pytest
 
 from llama.text.sandbox import MAX_TEMPLATE_CHARS, Template, TemplateError
 
+DOUBLING = "{% set ns = namespace(l=[1]) %}{% for i in range(40) %}"
 GROWING = "{% set ns = namespace(x='a', n=3, l=[1]) %}{% for i in range(1000) %}"
 REFUSED = {
     "loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
@@ -30,7 +31,15 @@ REFUSED = {
     "tabs": "{{ ('\\t' * 100000).expandtabs(100000) }}",
     "translate": "{{ ('a' * 99999).translate({97: 'b' * 99999}) }}",
     "json": "{{ range(90000) | list | tojson(indent=99999) }}",
+    "nested json": GROWING + "{% set ns.l = [1, ns.l] %}{% endfor %}{{ ns.l | tojson(indent=99999) }}",
+    "nested list": DOUBLING + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
+    "nested dict": DOUBLING + "{% set ns.l = {'a': ns.l, 'b': ns.l} %}{% endfor %}{{ ns.l }}",
+    "nested namespace": DOUBLING + "{% set ns.l = namespace(a=ns.l, b=ns.l) %}{% endfor %}{{ ns.l }}{{ 1 // 0 }}",
+    "slices": "{% set t = 'a' * 4000000 %}{% for x in range(90000) %}{% set y = t[1:] %}{% endfor %}",
+    "searches": "{% set t = 'a' * 4000000 %}{% for x in range(90000) %}{{ 'b' in t }}{% endfor %}",
     "percent": "{{ '%1000000000d' % 1 }}",
+    "many widths": "{{ ('%(a)9999d' * 90000) % {'a': 1} }}",
+    "bytes": "{{ '%1000000000d'.encode() % 1 }}",
     "star": "{{ '%*d' % (1000000000, 1) }}",
     "format": "{{ '{:1000000000}'.format(1) }}",
     "format_map": "{{ '{:{w}}'.format_map({'w': 1000000000}) }}",
@@ -76,6 +85,9 @@ def test_a_template_has_a_size() -> None:
         ("{{ [1] | tojson(indent=1) }}", "[\n 1\n]"),
         ("{% generation %}said{% endgeneration %}!", "said!"),
         ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ [1, [2]] }}{{ {'a': (3,)}['a'][0] }}{{ 'b' in 'abc' }}{{ [1, 2, 3][1:] }}", "[1, [2]]3True[2, 3]"),
+        ("{% for a, b in {'x': 1}.items() %}{{ a }}{{ b }}{% endfor %}{{ 1700000000 % 7 }}", "x16"),
+        ("{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}", "123"),
         ("{{ 1 ~ 'a' ~ none ~ nothing }}", "1aNone"),
         ("{{ '%s-%02d' % ('a', 7) }}{{ '{}'.format(3) }}", "a-073"),
         ("{{ nothing }}{% for x in nothing %}{% endfor %}{{ nothing is defined }}", "False"),
