@@ -108,21 +108,16 @@ def encode_dialog(dialog: Dialog, tokenizer: Any) -> list[int]:
     """Encodes a checked dialog in the Llama 2 chat template.
 
     Each pair of a user message and its answer is encoded separately, with BOS and EOS; the last user message has only
-    BOS.
+    BOS. A system message is folded into the first user message.
     """
-    texts = _turns(dialog)
-    tokens: list[int] = []
-    for user, answer in zip(texts[0:-1:2], texts[1::2], strict=True):
-        tokens += tokenizer.encode(f"{B_INST} {user} {E_INST} {answer} ", bos=True, eos=True)
-    return [*tokens, *tokenizer.encode(f"{B_INST} {texts[-1]} {E_INST}", bos=True, eos=False)]
-
-
-def _turns(dialog: Dialog) -> list[str]:
-    """The stripped texts of user, assistant, ..., user, with any system message folded into the first one."""
     texts = [message["content"] for message in dialog]
     if dialog[0]["role"] == "system":
         texts = [B_SYS + texts[0] + E_SYS + texts[1], *texts[2:]]
-    return [text.strip() for text in texts]
+    *turns, last = [text.strip() for text in texts]
+    tokens: list[int] = []
+    for user, answer in zip(turns[::2], turns[1::2], strict=True):
+        tokens += tokenizer.encode(f"{B_INST} {user} {E_INST} {answer} ", bos=True, eos=True)
+    return [*tokens, *tokenizer.encode(f"{B_INST} {last} {E_INST}", bos=True, eos=False)]
 
 
 def dialog_prompt_tokens(tokenizer: Any, dialog: Dialog) -> list[int]:
@@ -151,52 +146,38 @@ def _step_header(tokenizer: Any, role: str, destination: str | None) -> list[int
 
 
 def check_dialog(dialog: Dialog, name: str) -> None:
-    """Checks that the turns are an optional system message, then user, assistant, ..., user.
+    """Checks that a dialog is an optional system message, then messages of user, assistant, ..., user.
 
     Args:
         name: name of the dialog in error messages, such as "dialogs[3]".
 
     Raises:
-        PromptError: they are not; the error names the first message that is wrong.
+        PromptError: it is not; the error names the first message that is wrong.
     """
     check_messages(dialog, name, in_turn=True)
 
 
 def check_messages(dialog: Dialog, name: str, *, in_turn: bool = False) -> None:
-    """Checks that a dialog consists of messages, the last of them the user's.
-
-    Args:
-        name: name of the dialog in error messages, such as "dialogs[3]".
-        in_turn: whether they have to be an optional system message, then user, assistant, ..., user.
-
-    Raises:
-        PromptError: they are not; the error names the first message that is wrong.
-    """
+    """Checks that a dialog consists of messages, in any order unless `in_turn`, the last of them the user's."""
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
         raise PromptError(f"{name} must be a list of messages, got {type(dialog).__name__}")
     if not dialog:
         raise PromptError(f"{name} must have at least one message from the user, got none")
-    dialog = list(dialog)
     for i, message in enumerate(dialog):
         _check_message(message, f"{name}[{i}]")
-    if in_turn:
-        _check_turns(dialog, name)
+    with_system = dialog[0]["role"] == "system"
+    for i, message in enumerate(dialog if in_turn else ()):
+        role = "assistant" if (i - with_system) % 2 else "user"
+        if message["role"] != role and not (i == 0 and with_system):
+            raise PromptError(
+                f"{name}[{i}] must have role {role!r}, got {message['role']!r}; a dialog is an optional system "
+                "message, then user and assistant messages that alternate"
+            )
     if dialog[-1]["role"] != "user":
         raise PromptError(
             f"{name}[{len(dialog) - 1}], the last message, must have role 'user', got {dialog[-1]['role']!r}; the "
             "model answers the last message"
         )
-
-
-def _check_turns(dialog: Dialog, name: str) -> None:
-    with_system = dialog[0]["role"] == "system"
-    for i, message in enumerate(dialog[with_system:]):
-        role = "assistant" if i % 2 else "user"
-        if message["role"] != role:
-            raise PromptError(
-                f"{name}[{i + with_system}] must have role {role!r}, got {message['role']!r}; a dialog is an optional "
-                "system message, then user and assistant messages that alternate"
-            )
 
 
 def _check_message(message: object, name: str) -> None:

@@ -157,13 +157,13 @@ class _Budgeted(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Expr) -> nodes.Node:
         self.generic_visit(node)
-        is_target = getattr(node, "ctx", "load") != "load"  # names that are assigned to
-        return node if is_target else _filtered(node, "__measured")
+        is_assigned = getattr(node, "ctx", "load") == "store"
+        return node if is_assigned else _filtered(node, "__measured")
 
     visit_List = visit_Tuple = visit_Dict = visit_Getitem
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
@@ -226,10 +226,11 @@ def _environment() -> _Environment:
         finalize=_measured,
         extensions=[_Generation, loopcontrols],
     )
-    filters: Mapping[str, Callable[..., Any]] = environment.filters | {"tojson": _tojson}
-    environment.filters = {name: _checked(function) for name, function in filters.items()}
+    environment.filters["tojson"] = _tojson
+    tables: list[dict[str, Any]] = [environment.filters, environment.tests]
+    for functions in tables:
+        functions |= {name: _checked(function) for name, function in functions.items()}
     environment.filters |= {"__counted": _counted, "__measured": _measured}
-    environment.tests = {name: _checked(function) for name, function in environment.tests.items()}
     del environment.globals["lipsum"]
     environment.globals |= {"raise_exception": _raise_exception, "namespace": _Namespace}
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

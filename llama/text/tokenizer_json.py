@@ -30,34 +30,31 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, path: str | Path) -> None:
         whole = _read(Path(path))
         self.sp_model = None
-        self.added_tokens = {token["content"]: int(token["id"]) for token in whole.get("added_tokens") or ()}
-        self._controls = {int(token["id"]) for token in whole.get("added_tokens") or () if token.get("special")}
+        added = whole.get("added_tokens") or ()
+        self.added_tokens = {token["content"]: int(token["id"]) for token in added}
+        self._controls = {int(token["id"]) for token in added if token.get("special")}
         self._added_texts = {token: text for text, token in self.added_tokens.items()}
         self._named_tokens = self.added_tokens
         # Without the added tokens their names are plain text: which of them are tokens is for the caller to say.
         self._bpe = _load(Path(path), {**whole, "added_tokens": [], "post_processor": None, "truncation": None})
-        vocabulary: Mapping[str, int] = self._bpe.get_vocab()
+        vocabulary: dict[str, int] = self._bpe.get_vocab()
         self._pieces = {token: piece for piece, token in vocabulary.items()} | self._added_texts
         self.n_words = max(self._pieces, default=-1) + 1
-        ids = {name: self._token_named(text) for name, text in _names(Path(path).parent).items()}
-        if (eos_id := ids.get("eos_token")) is None:
+        ids_by_text = vocabulary | self.added_tokens
+        names = _names(Path(path).parent).items()
+        ids = {name: ids_by_text[text] for name, text in names if text in ids_by_text}
+        if "eos_token" not in ids:
             raise ValueError(
                 f"{path} must have an EOS token that a file beside it names, got none; add tokenizer_config.json with "
                 "its eos_token"
             )
-        self.eos_id = eos_id
-        bos_id = ids.get("bos_token")
-        self.bos_id = eos_id if bos_id is None else bos_id
-        pad_id = ids.get("pad_token")
-        self.pad_id = -1 if pad_id is None else pad_id
+        self.eos_id = ids["eos_token"]
+        self.bos_id = ids.get("bos_token", self.eos_id)
+        self.pad_id = ids.get("pad_token", -1)
         first = _load(Path(path), whole).encode("a").ids[:1]
-        self.adds_bos = bos_id is not None and first == [bos_id]
+        self.adds_bos = first == [ids.get("bos_token")]
         self.more_stop_ids = frozenset()
         self.prefix_id = self.middle_id = self.suffix_id = self.eot_id = self.step_id = None
-
-    def _token_named(self, text: str) -> int | None:
-        token: int | None = self.added_tokens.get(text, self._bpe.token_to_id(text))
-        return token
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         ids = super().encode(s, bos=False, eos=False)
@@ -72,10 +69,8 @@ class JsonTokenizer(Tokenizer):
         return self._pieces[t]
 
     def token_bytes(self, t: int, *, at_start: bool = False) -> bytes | None:
-        if t in self._controls:
-            return None
         if t in self._added_texts:
-            return self._added_texts[t].encode()
+            return None if t in self._controls else self._added_texts[t].encode()
         return bytes(_BYTES[char] for char in self._pieces.get(t, ""))
 
     @cached_property

@@ -9,19 +9,18 @@ import functools
 import gc
 import inspect
 import io
-import shlex
+import re
 import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeAlias, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import fire
 import torch
-from fire import decorators, docstrings
+from fire import decorators
 from fire.core import FireExit
 
 from llama.checkpoint.reading import find_tokenizer, list_shards, model_args
@@ -34,11 +33,9 @@ from llama.tokenizer import Tokenizer
 from llama.tools.toy import toy_checkpoint
 
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError, NonFiniteLogitsError)
-Commands: TypeAlias = "Callable[..., Any] | dict[str, Callable[..., Any]]"
 Function = TypeVar("Function", bound=Callable[..., Any])
 INTERRUPTED = 130  # status that a shell reports for a program that Ctrl-C ended
 _MAX_MESSAGE = 4000  # characters of an error that are printed
-_COLON = "\ua789"  # MODIFIER LETTER COLON, for a colon that fire would take for the end of an argument's name
 _ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # SIGHUP: the terminal was closed
 
 
@@ -63,11 +60,10 @@ def with_flags_of(callee: Callable[..., Any], **defaults: Any) -> Callable[[Func
         def with_defaults(*args: Any, **kwargs: Any) -> Any:
             return function(*args, **(defaults | kwargs))
 
-        flagged = cast(Function, with_defaults if defaults else function)
+        flagged = cast(Function, with_defaults)
         flagged.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
-        if flagged.__doc__ and callee.__doc__:  # not under python -OO
-            parsed = docstrings.parse(_protect_colons(callee.__doc__)).args
-            texts = {argument.name: argument.description.replace(_COLON, ":") for argument in parsed}
+        texts = _documented(callee)
+        if flagged.__doc__ and texts:  # not under python -OO
             lines = [f"        {p.name}: {texts[p.name]}" for p in added]
             flagged.__doc__ = "\n".join([flagged.__doc__.rstrip(), *lines, "    "])
         return flagged
@@ -80,10 +76,11 @@ def with_build_flags(function: Function, **defaults: Any) -> Function:
     return with_flags_of(Llama.build, **defaults)(function)
 
 
-def _protect_colons(doc: str) -> str:
-    """Replace the colons in the continuation lines of arguments, at which fire ends a description."""
-    lines = inspect.cleandoc(doc).splitlines()
-    return "\n".join(line.replace(":", _COLON) if line.startswith(" " * 8) else line for line in lines)
+def _documented(function: Callable[..., Any]) -> dict[str, str]:
+    """The text of each argument in a docstring."""
+    section = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    found = re.finditer(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {argument[1]: " ".join(argument[2].split()) for argument in found}
 
 
 def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[str, str]:
@@ -110,13 +107,6 @@ def check_prompts(
     encode(tokenizer, model_args(ckpt_dir, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path).max_seq_len)
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A call that runs after fire has parsed the whole command line, so that a mistyped flag is an error before it."""
-
-    run: Callable[[], Any]
-
-
 def run(
     commands: Callable[..., Any] | dict[str, Callable[..., Any]],
     *,
@@ -130,14 +120,14 @@ def run(
 
     Args:
         commands: the function, or several by name, of which the first argument of the command line chooses one.
-        name: what the help calls the command; "": the name of the script.
+        name: what the help calls the command; None: the name of the script.
         n_threads: number of threads of torch; None leaves it unchanged. Commands that copy files pass 1, since more
             threads slow the disk down.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    call = _parse(commands, name or Path(sys.argv[0]).name)
+    call = _parse(commands if isinstance(commands, dict) else {"": commands}, name or Path(sys.argv[0]).name)
     for number in _ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _terminate)
@@ -179,35 +169,66 @@ def extra_imports(module: str) -> Iterator[None]:
         stop(error)
 
 
-def _parse(commands: Commands, name: str) -> Callable[[], Any]:
+def _parse(functions: dict[str, Callable[..., Any]], name: str) -> Callable[[], Any]:
     """Return the call that the command line asks for; print the help, or stop, if it does not ask for one."""
-    decorators.FIRE_METADATA = "_fire_metadata"  # private: fire's help would list the attribute as a command
-    functions = commands if isinstance(commands, dict) else {"": commands}
-    deferred = {key: _deferred(function) for key, function in functions.items()}
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments) and "--" not in arguments:
-        arguments = [*(arguments[:1] if arguments[0] in functions else []), "--", "--help"]
+    chosen = "" if "" in functions else next(iter(arguments), "")
+    if {"-h", "--help"} & set(arguments):
+        print(_help({chosen: functions[chosen]} if chosen in functions else functions, name))
+        sys.exit(0)
+    if chosen not in functions:
+        got = f", got {quote(chosen)}{did_you_mean(chosen, functions)}" if chosen else f"; {name} --help describes them"
+        stop(ValueError(f"one of {', '.join(functions)} must be given{got}"), status=2)
+    function = functions[chosen]
+    signature = inspect.signature(function)
+    kinds = {parameter: str(p.annotation) for parameter, p in signature.parameters.items()}
+    texts = [parameter for parameter, kind in kinds.items() if "str" in kind and "bool" not in kind]
+    calls: list[inspect.BoundArguments] = []
+
+    @functools.wraps(function)
+    def record(*args: Any, **kwargs: Any) -> None:  # runs before fire has parsed all flags: some may be mistyped
+        calls.append(signature.bind(*args, **kwargs))
+
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            call = fire.Fire(deferred if isinstance(commands, dict) else deferred[""], arguments, name, lambda _: None)
+            takes_texts = decorators.SetParseFns(**dict.fromkeys(texts, str))  # as they are
+            fire.Fire(takes_texts(record), arguments[bool(chosen) :], serialize=lambda _: None)
     except FireExit as exit:
-        if exit.code == 0:
-            print(_wrapped(shown.getvalue().replace(shlex.quote(name), name)))
-            sys.exit(0)
-        stop(ValueError(_explained(exit.trace.elements[-1].ErrorAsStr(), arguments, functions, name)), status=2)
-    if not isinstance(call, _Call):
-        stop(ValueError(f"one of {', '.join(functions)} must be given; {name} --help says what they do"), status=2)
-    return call.run
+        stop(ValueError(_explained(exit.trace.elements[-1].ErrorAsStr(), function, name)), status=2)
+    typed = [argument.rpartition("=")[2] for argument in arguments]
+    for text in texts:  # fire passes "True" for a flag without a value
+        if (given := calls[0].arguments.get(text)) in ("True", "False") and given not in typed:
+            stop(ValueError(f"--{text} must have a value, got none; write --{text} VALUE"))
+    return functools.partial(function, *calls[0].args, **calls[0].kwargs)
 
 
-def _explained(message: str, arguments: list[str], functions: dict[str, Callable[..., Any]], name: str) -> str:
+def _help(functions: dict[str, Callable[..., Any]], name: str) -> str:
+    """How a command is used: its purpose and its flags; of several, the purpose of each."""
+    purposes = {key: inspect.cleandoc(of.__doc__ or "").partition("\n\nArgs:")[0] for key, of in functions.items()}
+    if len(functions) > 1:
+        lines = [f"  {key:<12}{purpose.splitlines()[0]}" for key, purpose in purposes.items()]
+        return "\n".join([f"usage: {name} {'|'.join(functions)} [FLAGS]", "", *lines])
+    ((chosen, function),) = functions.items()
+    parameters = inspect.signature(function).parameters.values()
+    needed = [f"--{p.name} VALUE" for p in parameters if p.default is p.empty]
+    lines = ["usage: " + " ".join(filter(None, [name, chosen, *needed, "[FLAGS]"])), "", purposes[chosen], ""]
+    texts = _documented(function)
+    for p in parameters:
+        kind = str(p.annotation)
+        value = " VALUE" if "bool" not in kind else "" if kind == "bool" else " [VALUE]"
+        default = "" if p.default in (p.empty, None, "") or p.default is False else f" (default: {p.default})"
+        default = f" (default; --no{p.name} turns it off)" if p.default is True else default
+        indent = " " * 6
+        text = textwrap.fill(texts.get(p.name, ""), 110, initial_indent=indent, subsequent_indent=indent)
+        lines += [f"  --{p.name}{value}{default}", text]
+    return "\n".join(lines)
+
+
+def _explained(message: str, function: Callable[..., Any], name: str) -> str:
     """Say what fire found wrong with the command line in the terms of its user."""
-    function = functions.get(arguments[0] if arguments and arguments[0] in functions else "")
     what, _, value = message.partition(": ")
     hint = f"{name} --help lists the flags"
-    if function is None:
-        return f"one of {', '.join(functions)} must be given, got {quote(value)}{did_you_mean(value, functions)}"
     if "required argument" in what:
         return f"--{value} must be given; {hint}"
     if what != "Could not consume arg":
@@ -223,45 +244,6 @@ def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
     """Return "; did you mean X?" for the name that is nearest to a mistyped one, "" if none is near."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
-
-
-def _wrapped(text: str) -> str:
-    """Wrap fire's help, which has every description in one line, and give its colons back."""
-    lines = []
-    for line in text.rstrip().replace(_COLON, ":").splitlines():
-        indent = line[: len(line) - len(line.lstrip())]
-        lines += textwrap.wrap(line, 110, subsequent_indent=indent, break_long_words=False) or [""]
-    return "\n".join(lines)
-
-
-def _deferred(function: Callable[..., Any]) -> Callable[..., _Call]:
-    """A function with the same flags that returns the call. Parameters of type str get their text unchanged."""
-
-    @functools.wraps(function)
-    def defer(*args: Any, **kwargs: Any) -> _Call:
-        given = signature.bind(*args, **kwargs).arguments  # fire passes some flags by position
-
-        def call() -> Any:
-            _check_values(given, texts)
-            return function(*args, **kwargs)
-
-        return _Call(call)
-
-    if function.__doc__:  # not under python -OO
-        defer.__doc__ = _protect_colons(function.__doc__)
-    signature = inspect.signature(function)
-    kinds = {name: str(p.annotation) for name, p in signature.parameters.items()}
-    texts = [name for name, kind in kinds.items() if "str" in kind and "bool" not in kind]
-    deferred: Callable[..., _Call] = decorators.SetParseFns(**dict.fromkeys(texts, str))(defer)
-    return deferred
-
-
-def _check_values(given: dict[str, Any], texts: list[str]) -> None:
-    """Raises ValueError for a flag that needs a text and was given none: fire passes "True" for it."""
-    typed = [argument.rpartition("=")[2] for argument in sys.argv[1:]]
-    for name in texts:
-        if given.get(name) in ("True", "False") and given[name] not in typed:
-            raise ValueError(f"--{name} must have a value, got none; write --{name} VALUE")
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -9,7 +9,6 @@ https://github.com/EleutherAI/lm-evaluation-harness
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from llama import Llama, Message
-from llama.chat import B_INST, B_SYS, E_INST, E_SYS, StepChatFormat, built_in_format, check_dialog
+from llama.chat import StepChatFormat, built_in_format
 from llama.checkpoint.reading import find_tokenizer
 from llama.distributed import groups
 from llama.engine.lock import lock_of
@@ -48,6 +47,15 @@ _MAX_GEN_TOKS = 256  # the harness's default
 _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
 _ALIASES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "top_k": 0}
+# Llama 2's chat template as one text, which the harness asks for: see `chat.encode_dialog`.
+_LLAMA2 = (
+    "{% if messages[0].role == 'system' %}"
+    "{% set system, turns = '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n', messages[1:] %}"
+    "{% else %}{% set system, turns = '', messages %}{% endif %}"
+    "{% for turn in turns %}{% set text = ((system if loop.first else '') + turn.content) | trim %}"
+    "{{ bos_token ~ '[INST] ' ~ text ~ ' [/INST]' if turn.role == 'user' else ' ' ~ text ~ ' ' ~ eos_token }}"
+    "{% endfor %}"
+)
 
 
 @register_model("llama-meta")
@@ -100,13 +108,17 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
                 **build,
             )
         self.llama = llama
+        self.max_length: int = llama.model.params.max_seq_len
+        self.batch_size: int = llama.model.params.max_batch_size
+        self.max_gen_toks = _MAX_GEN_TOKS
         self._name = Path(ckpt_dir or "llama").resolve().name
-        self._format = llama.chat_format or built_in_format(llama.tokenizer)
-        self._is_rendered = False  # whether texts have been rendered by a template of the checkpoint's own
+        self._format = llama.chat_format or built_in_format(llama.tokenizer)  # checks dialogs
+        own = llama.chat_format
+        self._template = own if isinstance(own, TemplateChatFormat) else TemplateChatFormat(_LLAMA2, spaces=True)
+        self._is_rendered = False  # whether texts have been rendered by the template
         self._seed = seed
         self._add_bos_token = add_bos_token
         self._bos, self._eos = map(llama.tokenizer.token_piece, (self.prefix_token_id, self.eot_token_id))
-        self._controls = {self._bos: self.prefix_token_id, self._eos: self.eot_token_id}
 
     # ---- what the harness asks about the model ----
 
@@ -117,20 +129,6 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
     @property
     def prefix_token_id(self) -> int:
         return self.llama.tokenizer.bos_id
-
-    @property
-    def max_length(self) -> int:
-        length: int = self.llama.model.params.max_seq_len
-        return length
-
-    @property
-    def max_gen_toks(self) -> int:
-        return _MAX_GEN_TOKS
-
-    @property
-    def batch_size(self) -> int:
-        size: int = self.llama.model.params.max_batch_size
-        return size
 
     @property
     def tokenizer_name(self) -> str:
@@ -150,23 +148,16 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
     # ---- texts ----
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text. The names of BOS and EOS in it, which `apply_chat_template` writes, become those tokens.
+        """The ids of a text. Names of special tokens in it, which `apply_chat_template` writes, become those tokens.
 
         Args:
-            add_special_tokens: whether BOS goes in front; None: as the model was told, unless the text begins with it.
+            add_special_tokens: whether BOS goes in front; None: as the model was told, for a text that is not rendered
+                and does not begin with it.
         """
         if add_special_tokens is None:
-            add_special_tokens = self._add_bos_token and not string.startswith(self._bos)
-        if self._is_rendered and isinstance(self._format, TemplateChatFormat):
-            return self._format.encode_text(string, self.llama.tokenizer)
-        ids = [self.prefix_token_id] * bool(add_special_tokens)
-        pattern = "|".join(map(re.escape, self._controls))
-        for part in re.split(f"({pattern})", string):
-            if part in self._controls:
-                ids.append(self._controls[part])
-            elif part:
-                ids += self.llama.tokenizer.encode(part, bos=False, eos=False)
-        return ids
+            add_special_tokens = self._add_bos_token and not self._is_rendered and not string.startswith(self._bos)
+        ids = self._template.encode_text(string, self.llama.tokenizer)
+        return [self.prefix_token_id] * add_special_tokens + ids
 
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text of a dialog in the checkpoint's chat template, which `tok_encode` turns into the ids of a chat.
@@ -177,26 +168,17 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         if isinstance(self._format, StepChatFormat):
             raise ValueError("the chat template must be one text, got that of Code Llama 70B Instruct")
         history = list(chat_history)
-        answer = None if add_generation_prompt else history.pop()["content"].strip()
-        if isinstance(self._format, TemplateChatFormat):
-            self._is_rendered = True
-            self._format.check(history, "chat_history")
-            return self._format.render(history, self.llama.tokenizer) + (answer or "")
-        check_dialog(history, "chat_history")
-        texts = [message["content"] for message in history]
-        if history[0]["role"] == "system":
-            texts = [B_SYS + texts[0] + E_SYS + texts[1], *texts[2:]]
-        texts = [text.strip() for text in texts]
-        pairs = zip(texts[0:-1:2], texts[1::2], strict=True)
-        finished = [f"{self._bos}{B_INST} {user} {E_INST} {reply} {self._eos}" for user, reply in pairs]
-        last = f"{self._bos}{B_INST} {texts[-1]} {E_INST}"
-        return "".join([*finished, last] if answer is None else [*finished, last, " ", answer])
+        answer = "" if add_generation_prompt else history.pop()["content"].strip()
+        space = " " if answer and self._template is not self._format else ""  # Llama 2's answers begin with one
+        self._is_rendered = True
+        self._format.check(history, "chat_history")
+        return self._template.render(history, self.llama.tokenizer) + space + answer
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The checkpoint's template or its name, for the file of results."""
         if isinstance(chat_template, str):
             raise ValueError(f"the chat template must be the checkpoint's, without a name, got {quote(chat_template)}")
-        name = self._format.source if isinstance(self._format, TemplateChatFormat) else "Llama 2 chat"
+        name = self._template.source if self._template is self._format else "Llama 2 chat"
         return name if chat_template else None
 
     # ---- log-likelihoods ----
@@ -233,14 +215,11 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         order = sorted(by_tokens.items(), key=lambda item: -len(item[0]))
         asked: list[Row] = [(list(tokens), [rows[i][1] for i in of]) for tokens, of in order]
         results: list[Score] = [(0.0, False)] * len(requests)
-
-        def keep(number: int, scores: list[Score]) -> None:
+        for number, scores in self._share("loglikelihood", asked, self._score, disable_tqdm=disable_tqdm):
             for i, score in zip(order[number][1], scores, strict=True):
                 results[i] = score
                 if requests[i][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
-
-        self._share("loglikelihood", asked, self._score, keep, disable_tqdm=disable_tqdm)
         return results
 
     def _row(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
@@ -260,9 +239,12 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
             runner = ModelRunner(self.llama.model)
             for group, position, logits in logits_in_slices(runner, [tokens for tokens, _ in asked]):
                 for i, row in zip(group, logits, strict=True):
-                    for j, expected, first in _expected(*asked[i], position, position + len(row)):
-                        these = row[first - position : first - position + len(expected)]
-                        target = torch.tensor(expected, device=these.device)
+                    tokens, continuations = asked[i]
+                    for j, continuation in enumerate(continuations):
+                        first = len(tokens) - len(continuation) - position  # the row that predicts its first token
+                        expected = continuation[max(0, -first) : max(0, len(row) - first)]
+                        these = row[max(0, first) :][: len(expected)]
+                        target = torch.tensor(expected, dtype=torch.long, device=row.device)
                         sums[i][j] += float(logprobs_of(these, target).sum())
                         greedy[i][j] &= bool((these.argmax(-1) == target).all())
         return [list(zip(*both, strict=True)) for both in zip(sums, greedy, strict=True)]
@@ -273,18 +255,15 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         """Completions of contexts, each up to its first stop string or EOS."""
         jobs = [(i, self._job(i, *request.args)) for i, request in enumerate(requests)]
         results = [""] * len(requests)
-
-        def keep(number: int, text: str) -> None:
+        for number, text in self._share("generate_until", jobs, self._complete, disable_tqdm=disable_tqdm):
             results[number] = text
             self.cache_hook.add_partial("generate_until", requests[number].args, text)
-
-        self._share("generate_until", jobs, self._complete, keep, disable_tqdm=disable_tqdm)
         return results
 
     def _job(self, number: int, context: str, kwargs: Mapping[str, Any]) -> Job:
         given = dict(kwargs)
         lengths = [length for name in _ALIASES if (length := given.pop(name, None)) is not None]
-        max_gen_toks = int(lengths[0]) if lengths else _MAX_GEN_TOKS
+        max_gen_toks = int((lengths or [_MAX_GEN_TOKS])[0])
         room = self.max_length - max_gen_toks
         if room < 1:
             raise ValueError(
@@ -323,17 +302,11 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
     # ---- replicas ----
 
     def _share(
-        self,
-        name: str,
-        work: Sequence[Work],
-        do: Callable[[Sequence[Work]], list[T]],
-        keep: Callable[[int, T], None],
-        *,
-        disable_tqdm: bool,
-    ) -> None:
-        """Each replica does its share of the work; all ranks keep each result with its number.
+        self, name: str, work: Sequence[Work], do: Callable[[Sequence[Work]], list[T]], *, disable_tqdm: bool
+    ) -> Iterator[tuple[int, T]]:
+        """Does the work, each replica its share; yields the number of each piece of work and its result, on all ranks.
 
-        After each round, the results go into the harness's cache, so that a kill loses little.
+        It yields after each round, so that the harness's cache has the results, and a kill loses little.
 
         Raises:
             RankError: the ranks have different work, as with caches that differ.
@@ -347,20 +320,5 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
                 part = work[start : start + size]
                 shares = groups.gather_replicas(do(part[replica::n_replicas]))
                 for i in range(len(part)):
-                    keep(start + i, shares[i % n_replicas][i // n_replicas])
+                    yield start + i, shares[i % n_replicas][i // n_replicas]
                 bar.update(len(part))
-
-
-def _expected(
-    tokens: list[int], continuations: list[list[int]], start: int, end: int
-) -> Iterator[tuple[int, list[int], int]]:
-    """The parts of a row's continuations that positions from `start` to `end` predict.
-
-    Yields:
-        The index of the continuation, the tokens, and the position that predicts the first of them.
-    """
-    for i, continuation in enumerate(continuations):
-        first = len(tokens) - len(continuation)
-        low, high = max(first, start), min(len(tokens), end)
-        if low < high:
-            yield i, continuation[low - first : high - first], low
