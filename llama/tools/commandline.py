@@ -177,7 +177,7 @@ def _parse(functions: dict[str, Callable[..., Any]], name: str) -> Callable[[], 
         print(_help({chosen: functions[chosen]} if chosen in functions else functions, name))
         sys.exit(0)
     if chosen not in functions:
-        got = f", got {quote(chosen)}{did_you_mean(chosen, functions)}" if chosen else f"; {name} --help describes them"
+        got = f", got {quote(chosen)}{did_you_mean(chosen, functions)}" if chosen else f"; see {name} --help"
         stop(ValueError(f"one of {', '.join(functions)} must be given{got}"), status=2)
     function = functions[chosen]
     signature = inspect.signature(function)
@@ -195,6 +195,9 @@ def _parse(functions: dict[str, Callable[..., Any]], name: str) -> Callable[[], 
             takes_texts = decorators.SetParseFns(**dict.fromkeys(texts, str))  # as they are
             fire.Fire(takes_texts(record), arguments[bool(chosen) :], serialize=lambda _: None)
     except FireExit as exit:
+        if exit.code == 0:  # a flag of fire's own, such as `-- --trace`
+            print(shown.getvalue())
+            sys.exit(0)
         stop(ValueError(_explained(exit.trace.elements[-1].ErrorAsStr(), function, name)), status=2)
     typed = [argument.rpartition("=")[2] for argument in arguments]
     for text in texts:  # fire passes "True" for a flag without a value

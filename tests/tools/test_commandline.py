@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def test_one_of_several_functions_is_chosen_by_name(
     functions = {"echo": echo, "fails": fails}
     assert command(monkeypatch, functions, "echo", "x") == 0
     assert capsys.readouterr().out == "('x', None, 1, False)\n"
-    for arguments, got in (([], "; llama command --help"), (["ehco", "x"], ", got 'ehco'; did you mean echo?")):
+    for arguments, got in (([], "; see llama command --help"), (["ehco", "x"], ", got 'ehco'; did you mean echo?")):
         assert command(monkeypatch, functions, *arguments) == 2
         assert capsys.readouterr().err.startswith(f"error: one of echo, fails must be given{got}")
     assert command(monkeypatch, functions, "echo", "x", "--quite") == 2
@@ -209,6 +210,22 @@ def test_a_help_shows_every_text_to_its_last_full_stop(
         shown = " ".join(capsys.readouterr().out.split())
         for text in texts.values():
             assert " ".join(text.split()) in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_help_names_each_flag_once_and_no_letter_for_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """fire's own help has -s for `--stride` and again for `--seed`."""
+    tool = importlib.import_module(f"llama.tools.{name}")
+    monkeypatch.setattr(tool, "run", run, raising=False)
+    monkeypatch.setattr(sys, "argv", [f"llama {name}", *(["from_hf"] if name == "convert" else []), "--help"])
+    with pytest.raises(SystemExit):
+        tool.command()
+    shown = capsys.readouterr().out
+    flags = re.findall(r"^  (-.*?)(?: |$)", shown, re.MULTILINE)
+    assert len(flags) == len(set(flags)) >= 3 and all(flag.startswith("--") for flag in flags)
+    assert shown.startswith(f"usage: llama {name} ")
 
 
 _WITHOUT = """
