@@ -36,13 +36,13 @@ from llama.checkpoint.reading import check_range, magnitude, narrows
 from llama.checkpoint.releases import TRAINED_SEQ_LEN
 from llama.checkpoint.sharded import ShardedCheckpoint, same_bits
 from llama.checkpoint.tokenizer_files import load_tokenizer
-from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors, staged_folder, write_checklist
+from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors, write_checklist
 from llama.distributed.device import DTYPES
 from llama.errors import printable, quote, read_json_object
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run
-from llama.tools.progress import Progress
+from llama.tools.progress import writing
 from llama.tools.reshard import check_count, check_places, with_even_vocabulary
 
 MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file; beyond, the weights are spread over several
@@ -90,10 +90,7 @@ def from_hf(
 
     parts = {ours: _cast(ours, split(ours, source.layout[theirs])[0], target_dtype) for ours, theirs in names.items()}
     n_bytes = model_parallel_size * sum(part.nbytes for part in parts.values())
-    with (
-        staged_folder(output_dir, n_bytes) as folder,
-        Progress("convert", 2 * n_bytes, quiet=quiet) as progress,
-    ):
+    with writing("convert", output_dir, n_bytes, quiet=quiet) as (folder, progress):
         _write_json(folder / "params.json", _params(args))
         _copy_tokenizer(Path(hf_dir), folder, quiet=quiet)
         for name, content in described.items():
@@ -148,8 +145,7 @@ def to_hf(
     layout = {hf_name(name): _cast(name, source.layout[name], target_dtype) for name in names}
     n_bytes = sum(tensor.nbytes for tensor in layout.values())
     with (
-        staged_folder(output_dir, n_bytes) as folder,
-        Progress("convert", n_bytes, quiet=quiet) as progress,
+        writing("convert", output_dir, n_bytes, n_passes=1, quiet=quiet) as (folder, progress),
         ExitStack() as stack,
     ):
         config = args_to_config(source.args) | {"max_position_embeddings": max_position_embeddings}

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llama.checkpoint.format import stored_quantize
 from llama.checkpoint.memory import GIB, MemoryPlan, largest, plan_memory
@@ -19,7 +20,7 @@ from llama.distributed.device import DTYPES
 from llama.errors import quote
 from llama.layers.linear import QUANTIZED_FORMS
 from llama.model import ModelArgs
-from llama.tools.commandline import run
+from llama.tools.commandline import run, with_flags_of
 
 _UNITS = {"GiB": GIB, "G": GIB, "GB": 10**9, "MiB": 1024**2, "M": 1024**2, "MB": 10**6}
 _MOST = 2**20  # the largest batch or sequence that is tried
@@ -40,7 +41,8 @@ def memory_table(
 
     Args:
         ckpt_dir: folder of params.json and consolidated.NN.pth.
-        model: one of the published sizes: 7B, 13B, 70B, or CodeLlama-7b, -13b, -34b, -70b.
+        model: one of the published sizes: 7B, 13B, 70B, or CodeLlama-7b, -13b, -34b, -70b; also as released, such as
+            7B-chat, llama-2-7b, Llama-2-7b-chat-hf or CodeLlama-34b-Instruct.
         max_seq_len: as for `Llama.build`.
         max_batch_size: as for `Llama.build`.
         model_parallel_size: number of processes that share the model; by default that of the checkpoint's files.
@@ -102,9 +104,11 @@ def _of_checkpoint(ckpt_dir: str | Path, stored: str | None) -> tuple[ModelArgs,
 
 
 def _of_release(model: str) -> tuple[ModelArgs, int]:
-    if model not in RELEASES:
+    names = {name.lower(): name for name in RELEASES} | {"34b": "CodeLlama-34b"}
+    size = re.sub(r"^llama-?2-|-(chat|instruct|python|hf)(?![^-])", "", model.lower())
+    if size not in names:
         raise ValueError(f"model must be {', '.join(RELEASES)}, got {quote(model)}")
-    return RELEASES[model].args, RELEASES[model].model_parallel_size
+    return RELEASES[names[size]].args, RELEASES[names[size]].model_parallel_size
 
 
 def _table(plan: MemoryPlan, ranks: int) -> list[str]:
@@ -140,8 +144,19 @@ def _fit(args: ModelArgs, plan: Callable[[ModelArgs], MemoryPlan], available: in
     return lines
 
 
+@with_flags_of(memory_table)
+def main(**arguments: Any) -> int:
+    """Prints the memory that each rank needs; the exit status is 1 if it does not fit in `--device_memory`.
+
+    Args:
+    """
+    table = memory_table(**arguments)
+    print(table)
+    return int("\ndoes not fit" in table)
+
+
 def command() -> None:
-    run(memory_table, name="llama memory")
+    run(main, name="llama memory")
 
 
 if __name__ == "__main__":

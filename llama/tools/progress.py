@@ -1,10 +1,17 @@
-"""Progress bars on stderr, by tqdm where it is installed."""
+"""Progress bars on stderr, by tqdm where it is installed, and what a command wrote."""
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from llama.checkpoint.writing import staged_folder
+from llama.errors import printable
 
 try:
     from tqdm import tqdm
@@ -59,3 +66,25 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(n)
+
+
+@contextmanager
+def writing(
+    label: str, output_dir: str | Path, n_bytes: int, *, n_passes: int = 2, quiet: bool
+) -> Iterator[tuple[Path, Progress]]:
+    """Yields a `staged_folder` and its progress; prints what was written, and in what time.
+
+    Args:
+        n_passes: number of times that each byte counts: 2 if its checksum is computed too.
+    """
+    started = time.monotonic()
+    with (
+        staged_folder(output_dir, n_bytes) as folder,
+        Progress(label, n_passes * n_bytes, quiet=quiet) as progress,
+    ):
+        yield folder, progress
+    if not quiet:
+        sizes = [path.stat().st_size for path in Path(output_dir).iterdir()]
+        unit, size = ("GiB", 2**30) if sum(sizes) >= 2**30 else ("MiB", 2**20)
+        amount, seconds = f"{sum(sizes) / size:.1f} {unit}", time.monotonic() - started
+        print(f"wrote {len(sizes)} files, {amount}, to {printable(output_dir, 1000)} in {seconds:.0f} s")

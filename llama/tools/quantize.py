@@ -15,12 +15,12 @@ from torch import Tensor
 from llama.checkpoint.format import STORED_FORMS, is_linear, scales_of, stored_quantize, tensor_shapes
 from llama.checkpoint.reading import count_not_finite, list_shards, load_shard, page_release
 from llama.checkpoint.sharded import ShardedCheckpoint
-from llama.checkpoint.writing import TensorFile, copy_side_files, lay_out_pth, staged_folder, write_checklist
+from llama.checkpoint.writing import TensorFile, copy_side_files, lay_out_pth, write_checklist
 from llama.errors import quote, read_json_object
 from llama.layers.kernels import quantize_values
 from llama.model import ModelArgs
 from llama.tools.commandline import run
-from llama.tools.progress import Progress
+from llama.tools.progress import Progress, writing
 from llama.tools.reshard import check_places
 
 
@@ -59,7 +59,7 @@ def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *
     shards = list_shards(ckpt_dir)
     layout = _layout(source, form)
     n_bytes = len(shards) * sum(tensor.nbytes for tensor in layout.values())
-    with staged_folder(output_dir, n_bytes) as folder, Progress("quantize", 2 * n_bytes, quiet=quiet) as progress:
+    with writing("quantize", output_dir, n_bytes, quiet=quiet) as (folder, progress):
         params = read_json_object(Path(ckpt_dir) / "params.json") | {"quantize": form}
         (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
         copy_side_files(Path(ckpt_dir), folder)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from llama.checkpoint.format import padded, read_params, split_tensor
 from llama.checkpoint.sharded import ShardedCheckpoint
-from llama.checkpoint.writing import check_absent, copy_side_files, lay_out_pth, staged_folder, write_checklist
+from llama.checkpoint.writing import check_absent, copy_side_files, lay_out_pth, write_checklist
 from llama.errors import quote
 from llama.model import ModelArgs
 from llama.tools.commandline import run
-from llama.tools.progress import Progress
+from llama.tools.progress import writing
 
 
 def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: int, *, quiet: bool = False) -> None:
@@ -51,10 +51,7 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
 
     parts = {name: split(name, whole)[0] for name, whole in source.layout.items()}
     n_bytes = model_parallel_size * sum(part.nbytes for part in parts.values())
-    with (
-        staged_folder(output_dir, n_bytes) as folder,
-        Progress("reshard", 2 * n_bytes, quiet=quiet) as progress,
-    ):
+    with writing("reshard", output_dir, n_bytes, quiet=quiet) as (folder, progress):
         copy_side_files(Path(ckpt_dir), folder)
         shutil.copyfile(Path(ckpt_dir) / "params.json", folder / "params.json")
         if args.vocab_size != source.args.vocab_size:

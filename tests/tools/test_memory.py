@@ -135,6 +135,22 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) ->
         memory_table(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        ("7B-chat", "7B"),
+        ("llama-2-7b", "7B"),
+        ("Llama-2-13b-chat-hf", "13B"),
+        ("70b", "70B"),
+        ("34B", "CodeLlama-34b"),
+        ("CodeLlama-7b-Instruct-hf", "CodeLlama-7b"),
+        ("codellama-13b-python", "CodeLlama-13b"),
+    ],
+)
+def test_a_model_has_the_names_that_it_was_released_under(model: str, size: str) -> None:
+    assert memory_table(model=model).splitlines()[1:] == memory_table(model=size).splitlines()[1:]
+
+
 def test_the_module_is_a_command() -> None:
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "llama.tools.memory", *arguments]
@@ -143,6 +159,7 @@ def test_the_module_is_a_command() -> None:
     done = command("--model", "7B", "--device_memory", "24GiB")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == memory_table(model="7B", device_memory="24GiB") + "\n"
+    assert command("--model", "70B", "--device_memory", "1GiB").returncode == 1  # for `&&` in a script
     done = command("--model", "7B", "--device_memory", "24")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: device_memory must be") and done.stderr.count("\n") == 1

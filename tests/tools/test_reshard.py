@@ -416,6 +416,8 @@ def test_the_command(
     flags = ["--ckpt_dir", source, "--model_parallel_size", 4]
     assert command(monkeypatch, *flags, "--output_dir", "1e3") == 0  # a name, not a number
     assert_same_files(tmp_path / "1e3", folders[4])
+    n_files = len(os.listdir(tmp_path / "1e3"))
+    assert re.fullmatch(rf"wrote {n_files} files, \d+\.\d MiB, to 1e3 in \d+ s\n", capsys.readouterr().out)
     assert command(monkeypatch, *flags, "--output_dir", "1e3") == 1
     taken = "error: output_dir must be a new or an empty folder, got 1e3, which exists already\n"
     assert capsys.readouterr().err == taken
@@ -451,7 +453,7 @@ import resource, sys
 import torch
 from llama.tools.reshard import reshard
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-reshard(sys.argv[1], sys.argv[2], 2)
+reshard(sys.argv[1], sys.argv[2], 2, quiet=True)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
