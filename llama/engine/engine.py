@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,7 +148,7 @@ class Engine:
         try:
             self.add(call)
             if whole:
-                self._finish(call)
+                self._run_passes(call, until=lambda: call.is_finished)
             while (result := self.next_result(call)) is not None:
                 yield result
         finally:
@@ -161,26 +161,21 @@ class Engine:
         Raises:
             Exception: the error of a pass whose batch had one of the call's sequences.
         """
-        call.thread = threading.get_ident()
-        while not call.results:
-            if call.error is not None:
-                raise call.error
-            if call.is_finished:
-                return None
-            if self._lock.acquire(unless=lambda: bool(call.results) or call.is_finished):
-                try:
-                    self.step()
-                finally:
-                    self._lock.release()
-        return call.results.popleft()
+        if not call.results:
+            self._run_passes(call, until=lambda: bool(call.results) or call.is_finished)
+        if call.results:
+            return call.results.popleft()
+        if call.error is not None:
+            raise call.error
+        return None
 
-    def _finish(self, call: Call) -> None:
-        """Runs passes until the call has ended, in this thread or in another one that does so for its own call."""
+    def _run_passes(self, call: Call, *, until: Callable[[], bool]) -> None:
+        """Runs passes until the condition holds, in this thread or in another one that does so for its own call."""
         call.thread = threading.get_ident()
-        while self._lock.acquire(unless=lambda: call.is_finished):
+        while self._lock.acquire(unless=until):
             try:
                 self.step()
-                while not (call.is_finished or self._lock.is_wanted):
+                while not (until() or self._lock.is_wanted):
                     self.step()
             finally:
                 self._lock.release()
@@ -222,8 +217,18 @@ class Engine:
                     self._rows.lose()
                     self._in_flight = None
                 self._admit()
+            if with_pass and self._rows.running and self._runner is not None:
                 with self._threads:
-                    self._advance()
+                    if (started := self._in_flight) is None:
+                        rows, width = self._choose(self._runner)
+                        level = self._rows.running[: len(rows)]
+                        started = self._prefill(rows, width) if width else self._decode(level)
+                    ahead = self._may_look_ahead(started)
+                    self._in_flight = self._decode(started.sequences, after=started) if ahead else None
+                    self._record(started)
+                if not self._in_flight or all(sequence.is_finished for sequence in self._rows.running):
+                    self._in_flight = None
+                    self._remove_finished()
         except Exception as error:
             self._fail(error)
         self._is_in_step = False
@@ -235,19 +240,6 @@ class Engine:
         self._lock.last_writer = None
         if self.draft is not None:
             lock_of(self.draft.model).last_writer = None
-
-    def _advance(self) -> None:
-        """Runs a pass, or waits for the one in flight, and records its tokens."""
-        started, self._in_flight = self._in_flight or self._next_pass(), None
-        if started is None:
-            return
-        if self._may_look_ahead(started):
-            self._in_flight = self._decode(self._rows.running, after=started)
-        self._record(started)
-        if all(sequence.is_finished for sequence in self._rows.running):
-            self._in_flight = None
-        if not self._in_flight:
-            self._remove_finished()
 
     def _may_look_ahead(self, started: _Pass) -> bool:
         """Whether the next pass decodes the same rows whatever the tokens of this one are, which it need not know.
@@ -267,19 +259,21 @@ class Engine:
     def _record(self, started: _Pass) -> None:
         """Adds the tokens of a pass to its sequences. This alone moves `n_cached` forward, after the tokens."""
         sampled = started.sampled
-        results = dict(zip(map(id, sampled.sequences), sampled.on_host(), strict=True)) if sampled else {}
-        drafted = dict(zip(map(id, sampled.sequences), map(len, sampled.drafts), strict=True)) if sampled else {}
+        found = {}
+        if sampled:
+            for sequence, results, draft in zip(sampled.sequences, sampled.on_host(), sampled.drafts, strict=True):
+                found[id(sequence)] = results, len(draft)
         if self._speculator and started.width:
             seconds = time.perf_counter() - started.started
             self._speculator.costs.observe(len(started.sequences) * started.width, seconds)
         for sequence, n_cached in zip(started.sequences, started.n_cached, strict=True):
-            mine = results.get(id(sequence), [])
+            mine, n_drafted = found.get(id(sequence), ([], 0))
             if any(result.token == NOT_FINITE for result in mine):
                 self._clear_row(sequence)
             if sequence.is_finished:
                 continue
             if mine and self._speculator and sequence.draft_state:
-                self._speculator.observe(sequence, drafted[id(sequence)], len(mine) - 1)
+                self._speculator.observe(sequence, n_drafted, len(mine) - 1)
             for result in mine:
                 if result.token == NOT_FINITE and not sequence.is_finished:
                     where = f"after token {len(sequence.tokens)} of sequence {sequence.index}"
@@ -297,45 +291,42 @@ class Engine:
         self._runner.clear_row(self._rows.running.index(sequence))
         sequence.n_cached = 0
 
-    def _next_pass(self) -> _Pass | None:
-        """Runs the next pass: the sequences in front that lack their newest token alone, or some that lack more."""
-        running, runner = self._rows.running, self._runner
-        if not running or runner is None:
-            return None
-        if runner.one_position:
-            return self._pass_of_one_position()
+    def _choose(self, runner: ModelRunner) -> tuple[list[int], int]:
+        """The rows of the next pass, and how many tokens of each at most; 0 for a decode pass, of the newest token."""
+        running = self._rows.running
+        if runner.one_position:  # sequences keep their rows until all have ended
+            return list(range(len(running))), max(s.n_behind for s in running if not s.is_finished)
         if self._state is not None:
             self._state.is_same(thorough=False)  # notices a hook that is gone when the next sequence starts
         behind = [row for row, sequence in enumerate(running) if not sequence.is_level]
-        level = self._rows.level()
-        if not behind:
-            return self._decode(level)
+        level = list(range(self._rows.n_level))
         # The sequences of one call begin to decode together, as the rows of a batch do.
-        call = running[behind[0]].call
-        others_decode = any(s.n_generated > 1 or s.call is not call for s in level)
-        if others_decode and self._has_just_prefilled:
-            return self._decode(level)
-        return self._prefill(behind, in_chunks=others_decode)
+        call = running[behind[0]].call if behind else None
+        others_decode = any(running[row].n_generated > 1 or running[row].call is not call for row in level)
+        if not behind or (others_decode and self._has_just_prefilled):
+            return level, 0
+        group, width = runner.next_group([running[row].n_behind for row in behind], in_chunks=others_decode)
+        return [behind[i] for i in group], width
 
-    def _prefill(self, behind: list[int], *, in_chunks: bool) -> _Pass:
-        """Computes tokens of the first of these rows, and of others that lack about as many."""
-        running, runner = self._rows.running, self._runner
-        assert runner is not None
-        group, width = runner.next_group([running[row].n_behind for row in behind], in_chunks=in_chunks)
-        rows = [behind[i] for i in group]
-        self._batch = sequences = [running[row] for row in rows]
-        starts = [sequence.n_cached for sequence in sequences]
-        tokens = [s.tokens[start : start + width] for s, start in zip(sequences, starts, strict=True)]
-        logits = runner.prefill(tokens, rows, starts)
-        ends = [start + len(part) for start, part in zip(starts, tokens, strict=True)]
-        complete = [i for i, s in enumerate(sequences) if ends[i] == len(s.tokens)]
+    def _prefill(self, rows: list[int], width: int) -> _Pass:
+        """Computes up to `width` tokens of each of these rows."""
+        assert self._runner is not None
+        in_rows = [self._rows.running[row] for row in rows]
+        self._batch = sequences = [sequence for sequence in in_rows if not sequence.is_finished]
+        starts = [(sequences[0] if s.is_finished else s).n_cached for s in in_rows]
+        tokens = [
+            [0] * width if sequence.is_finished else sequence.tokens[start : start + width]
+            for sequence, start in zip(in_rows, starts, strict=True)
+        ]
+        logits = self._runner.prefill(tokens, rows, starts)
         self._has_just_prefilled = True
+        ends = [sequence.n_cached + min(width, sequence.n_behind) for sequence in sequences]
+        complete = [s for s, end in zip(sequences, ends, strict=True) if end == len(s.tokens)]
         if not complete:
             return _Pass(sequences, ends, None)
-        if len(complete) < len(sequences):
-            logits = logits[to_device(complete, logits.device)]
-        sampled = SampledTokens.sample(logits.unsqueeze(1), [sequences[i] for i in complete])
-        return _Pass(sequences, ends, sampled)
+        if len(complete) < len(in_rows):
+            logits = logits[to_device([in_rows.index(sequence) for sequence in complete], logits.device)]
+        return _Pass(sequences, ends, SampledTokens.sample(logits.unsqueeze(1), complete))
 
     def _decode(self, sequences: list[Sequence], *, after: _Pass | None = None) -> _Pass:
         """Computes the newest token of the sequences in the first rows, and drafted tokens after it.
@@ -357,18 +348,6 @@ class Engine:
         self._has_just_prefilled = False
         sampled = SampledTokens.sample(logits, sequences, drafts, ahead=int(after is not None))
         return _Pass(sequences, [start + 1 for start in starts], sampled, tokens.size(1), started)
-
-    def _pass_of_one_position(self) -> _Pass:
-        """A pass of a network that needs equal positions. Sequences keep their rows until all have ended."""
-        running, runner = self._rows.running, self._runner
-        assert runner is not None
-        self._batch = sequences = [sequence for sequence in running if not sequence.is_finished]
-        start, n = sequences[0].n_cached, sequences[0].n_behind
-        tokens = [[0] * n if sequence.is_finished else sequence.tokens[start:] for sequence in running]
-        logits = runner.prefill(tokens, range(len(running)), [start] * len(running))
-        going = [row for row, sequence in enumerate(running) if not sequence.is_finished]
-        sampled = SampledTokens.sample(logits[going].unsqueeze(1), sequences)
-        return _Pass(sequences, [start + n] * len(sequences), sampled)
 
     def _drafts(self, sequences: list[Sequence]) -> list[list[int]]:
         """Drafts tokens for each sequence; empty lists where nothing is drafted."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections import abc
-from itertools import takewhile
 from typing import Protocol
 
 from llama.engine.sampled import common_length
@@ -54,9 +53,10 @@ class Rows:
         for sequence in self.running:
             sequence.n_cached = 0
 
-    def level(self) -> list[Sequence]:
-        """The sequences in the first rows that are all level."""
-        return list(takewhile(lambda sequence: sequence.is_level, self.running))
+    @property
+    def n_level(self) -> int:
+        """The number of sequences in the first rows that are all level."""
+        return next((row for row, sequence in enumerate(self.running) if not sequence.is_level), len(self.running))
 
     def must_wait(self, tokens: abc.Sequence[int]) -> bool:
         """Whether a running sequence will soon hold much more of a prompt than any row does now."""
@@ -110,7 +110,7 @@ class Rows:
                 self._kept[row] = sequence.tokens[: sequence.n_cached]
                 self._used[row] = next(self._clock)
             self._shared.discard(id(sequence))
-            for source in (len(self.level()) - 1, len(self.running) - 1):
+            for source in (self.n_level - 1, len(self.running) - 1):
                 if source > row:
                     self._move(source, row, caches)
                     row = source

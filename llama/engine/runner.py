@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama.distributed.device import to_device
-from llama.engine.cuda_graphs import PlainStepper, Stepper
+from llama.engine.cuda_graphs import Stepper
 from llama.engine.lock import lock_of
 from llama.model import CachePositions, ModelArgs, takes_cache_positions
 
@@ -39,9 +39,8 @@ class ModelRunner:
         self.one_position = not takes_cache_positions(model)
         self.device = device_of(model)
         self._args = ModelArgs.of(model.params)
-        self._given = None if self.one_position else stepper
-        self._stepper = self._given or PlainStepper(self._call, self._args.max_seq_len)
-        self.looks_ahead = self._stepper.looks_ahead
+        self._stepper = None if self.one_position else stepper
+        self.looks_ahead = self._stepper is not None and self._stepper.looks_ahead
         self.max_batch_size = self._args.max_batch_size
         self.max_seq_len = self._args.max_seq_len
         self._lock = lock_of(model)
@@ -51,20 +50,12 @@ class ModelRunner:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for runners of one network that do the same."""
-        return self.one_position, self._given, self.device, self.max_batch_size, self.max_seq_len
+        return self.one_position, self._stepper, self.device, self.max_batch_size, self.max_seq_len
 
-    def run(self, tokens: Tensor, start_pos: int | CachePositions, last: Sequence[int] | None = None) -> Tensor:
-        """Runs one pass; returns the logits (bsz, seqlen, vocab) float32.
-
-        Args:
-            last: the index in `tokens` of the one token per row whose logits are returned; None for all. For networks
-                that accept `CachePositions`.
-        """
+    def run(self, tokens: Tensor, start_pos: int) -> Tensor:
+        """Runs one pass over the cache's first rows; returns the logits (bsz, seqlen, vocab) float32."""
         self._lock.last_writer = None  # if it is interrupted, nobody's keys are there
-        if last is None or tokens.size(1) == 1:
-            logits: Tensor = self._call(tokens, start_pos)
-        else:
-            logits = self._call(tokens, start_pos, last=to_device(last, tokens.device))
+        logits: Tensor = self._call(tokens, start_pos)
         self._note_cache()
         return logits.float()
 
@@ -83,17 +74,22 @@ class ModelRunner:
         """
         starts = starts or [0] * len(rows)
         padded = self.pad(tokens)
-        if self.one_position:  # all rows have as many tokens
-            return self.run(padded, starts[0])[:, -1]
         start_pos: int | CachePositions = starts[0]
-        if len(set(starts)) > 1 or list(rows) != list(range(len(rows))):
+        if not self.one_position and (len(set(starts)) > 1 or list(rows) != list(range(len(rows)))):
             start_pos = CachePositions(
                 start=to_device(starts, self.device),
                 kv_len=max(start + len(row) for start, row in zip(starts, tokens, strict=True)),
                 rows=to_device(rows, self.device),
                 from_zero=not any(starts),
             )
-        return self.run(padded, start_pos, [len(row) - 1 for row in tokens])[:, 0]
+        self._lock.last_writer = None  # if the pass is interrupted, nobody's keys are there
+        if self.one_position or padded.size(1) == 1:
+            logits: Tensor = self._call(padded, start_pos)[:, -1]
+        else:
+            last = to_device([len(row) - 1 for row in tokens], self.device)
+            logits = self._call(padded, start_pos, last=last)[:, 0]
+        self._note_cache()
+        return logits.float()
 
     def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Feeds tokens (bsz, width) to the first bsz rows of the cache, which already hold `lengths` tokens.
@@ -101,7 +97,14 @@ class ModelRunner:
         Returns:
             Logits (bsz, width, vocab) float32.
         """
-        logits = self._stepper(tokens, lengths)
+        if self._stepper is not None:
+            logits = self._stepper(tokens, lengths)
+        else:
+            end = max(lengths) + tokens.size(1)
+            start_pos: int | CachePositions = lengths[0]
+            if len(set(lengths)) > 1 or end > self.max_seq_len:  # where all rows share it, an int as in Meta's code
+                start_pos = CachePositions(to_device(lengths, tokens.device), kv_len=end)
+            logits = self._call(tokens, start_pos)
         self._note_cache()
         return logits.float()
 
