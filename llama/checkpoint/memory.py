@@ -150,17 +150,24 @@ def out_of_memory_explained(
     try:
         yield
     except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the work's tensors
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        plan = plan_memory(args, model_parallel_size, dtype)
-        raise MemoryError(
-            f"{where} ran out of memory ({str(error).splitlines()[0]})\n"
-            f"the plan of this model is {plan.total / GIB:.2f} GiB\n"
-            f"{_table(plan, args, model_parallel_size, dtype)}\n"
-            "use fewer or shorter prompts, or build with a lower max_batch_size or max_seq_len, or end the other "
-            "programs on the device"
-        ) from None
+        raise out_of_memory(error, args, model_parallel_size, dtype, where) from None
+
+
+def out_of_memory(
+    error: torch.OutOfMemoryError, args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, where: str
+) -> MemoryError:
+    """The error with the plan; frees the memory of the work that failed."""
+    traceback.clear_frames(error.__traceback__)  # they hold the work's tensors
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    plan = plan_memory(args, model_parallel_size, dtype)
+    return MemoryError(
+        f"{where} ran out of memory ({str(error).splitlines()[0]})\n"
+        f"the plan of this model is {plan.total / GIB:.2f} GiB\n"
+        f"{_table(plan, args, model_parallel_size, dtype)}\n"
+        "use fewer or shorter prompts, or build with a lower max_batch_size or max_seq_len, or end the other "
+        "programs on the device"
+    )
 
 
 def _advice_beyond_sizes(args: ModelArgs, fits: Callable[[ModelArgs], bool]) -> str:

@@ -4,37 +4,34 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.memory import out_of_memory_explained
 from llama.distributed import groups
 from llama.distributed.device import default_generator
 from llama.engine.constraints import Constraint, vocabulary_of
 from llama.engine.engine import Engine
-from llama.engine.lock import lock_of
-from llama.engine.output import Completion, Piece, TokenScore
+from llama.engine.output import Completion, Piece
 from llama.engine.processors import make_process
-from llama.engine.runner import device_of, dtype_of
+from llama.engine.runner import device_of
 from llama.engine.sampling import Sampler
-from llama.engine.scoring import score, score_top
+from llama.engine.scoring import PromptScores, score
 from llama.engine.sequence import Call, TokenResult
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.inputs import SamplingParams, n_usable_ids, n_words_of, vocab_size_of
-from llama.model import ModelArgs
 from llama.tokenizer import IncrementalDetokenizer
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 _stream_numbers = itertools.count()  # the same on all ranks, which open the same streams
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a call's prompts; 2**64 divided by the golden ratio
 
 
 class Completer:
-    """Completes, streams and scores prompts, given as token ids.
+    """Completes, streams and scores prompts, given as token ids. Each replica computes a share of them.
 
     Args:
         engine: runs the network.
@@ -44,136 +41,129 @@ class Completer:
 
     def __init__(self, engine: Engine, tokenizer: Any, draw: Callable[[Tensor, float], Tensor] | None) -> None:
         self._engine = engine
-        self._model = engine.model
         self._tokenizer = tokenizer
         self._draw = draw
 
     def complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
-        """Completes prompts; each replica computes a share of them. Returns completions in the order of the prompts."""
+        """Returns the completions of prompts, in their order."""
+        replica, n_replicas = groups.replica()
         with groups.rank_errors():
-            samplers = _CallSamplers(self._model, self._tokenizer, params, len(prompts), groups.replica(), self._draw)
-            rows = self._spread(prompts, lambda share: self._complete_share(share, params, samplers))
+            samplers = _CallSamplers(
+                self._engine.model, self._tokenizer, params, len(prompts), (replica, n_replicas), self._draw
+            )
+            share = prompts[replica::n_replicas]
+            request = Request(self._engine, self._tokenizer, share, params, sampler_of=samplers.sampler_and_noise_row)
+            for result in self._engine.run(request.call, whole=True):
+                request.add(result)
+            rows = _gathered(request.completions, len(prompts))
             samplers.end()
             return rows
 
-    def _complete_share(
-        self, prompts: list[list[int]], params: SamplingParams, samplers: _CallSamplers
-    ) -> list[Completion]:
-        rows = [self._completion(prompt, params) for prompt in prompts]
-        if params.logprobs and params.echo:
-            for row, logprobs in zip(rows, self._score_share(prompts), strict=True):
-                row.echo([(logprob, ()) for logprob in logprobs])
-        for result in self._results(prompts, params, samplers, rows, whole=True):
-            rows[result.sequence].add(result)
-        for row in rows:
-            row.finish()
-        return rows
-
     def stream(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
-        """Completes one prompt, yielding its text as it becomes final."""
+        """Completes one prompt, yielding its text as it becomes final. Every replica computes it."""
         pieces = self._pieces(prompt, params)
         next(pieces)  # enters its `with`, so that the other ranks learn of a stream closed before its first piece
         return pieces
 
     def _pieces(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
-        row = self._completion(prompt, params)
-        everywhere = (0, 1)  # every replica computes the stream
-        samplers = _CallSamplers(self._model, self._tokenizer, params, 1, everywhere, self._draw)
-        with closing(_InLockstep(self._results([prompt], params, samplers, [row]))) as results:
+        samplers = _CallSamplers(self._engine.model, self._tokenizer, params, 1, (0, 1), self._draw)
+        request = Request(self._engine, self._tokenizer, [prompt], params, sampler_of=samplers.sampler_and_noise_row)
+        with closing(_InLockstep(self._engine.run(request.call))) as results:
             yield ""
-            texts = row.echo_pieces
             for result in results:
-                yield from filter(None, [*texts, row.add(result).text])
-                texts = []
-        yield from filter(None, [*texts, row.finish()])
-
-    def _completion(self, prompt: list[int], params: SamplingParams) -> Completion:
-        echoed = prompt if params.echo else []
-        return Completion(new_detokenizer(self._tokenizer, params, echoed), prompt=echoed)
+                yield from (piece.text for piece in request.add(result) if piece.text)
 
     def score(self, rows: list[list[int]]) -> list[list[float]]:
-        """Returns the log-probability of each id given those before it; each replica computes a share of the rows."""
-        with groups.rank_errors():
-            return self._spread(rows, self._score_share)
-
-    def _score_share(self, rows: list[list[int]]) -> list[list[float]]:
-        with self._out_of_memory_explained(), lock_of(self._model):
-            return score(self._model, rows)
-
-    def _results(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        samplers: _CallSamplers,
-        rows: list[Completion],
-        *,
-        whole: bool = False,
-    ) -> Generator[TokenResult, None, None]:
-        if params.max_gen_len == 0:
-            return
-        call = Call(
-            new_sequence(
-                self._tokenizer,
-                prompt,
-                params,
-                row,
-                *samplers.sampler_and_noise_row(i),
-                vocab_size=vocab_size_of(self._model, self._tokenizer),
-            )
-            for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
-        )
-        with self._out_of_memory_explained():
-            yield from self._engine.run(call, whole=whole)
-
-    def _out_of_memory_explained(self) -> AbstractContextManager[None]:
-        args, mp = ModelArgs.of(self._model.params), groups.model_parallel_size()
-        return out_of_memory_explained(args, mp, dtype_of(self._model), str(device_of(self._model)))
-
-    def _spread(self, prompts: list[list[int]], work: Callable[[list[list[int]]], list[Result]]) -> list[Result]:
-        """Calls `work` with this replica's share of the prompts; returns all replicas' results, in prompt order."""
+        """Returns the log-probability of each id given those before it."""
         replica, n_replicas = groups.replica()
-        shares = groups.gather_replicas(work(prompts[replica::n_replicas]))
-        return [shares[i % n_replicas][i // n_replicas] for i in range(len(prompts))]
+        with groups.rank_errors():
+            return _gathered(score(self._engine, rows[replica::n_replicas]), len(rows))
 
 
-def new_sequence(
-    tokenizer: Any,
-    prompt: list[int],
-    params: SamplingParams,
-    completion: Completion,
-    sampler: Sampler,
-    noise_row: int = 0,
-    *,
-    vocab_size: int,
-    top_logprobs: int = 0,
-    continues: bool = False,
-) -> EngineSequence:
-    """Returns the engine's sequence for a prompt and its completion.
+def _gathered(share: list[T], n: int) -> list[T]:
+    """The results of all replicas, in the order of the call's n prompts."""
+    shares = groups.gather_replicas(share)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(n)]
+
+
+class Request:
+    """The sequences that complete prompts, and the completions that their results add up to.
 
     Args:
-        continues: whether the completion continues the prompt's text, and keeps its leading space.
+        prompts: token ids; prompt i has the completions `i * n` to `i * n + n - 1`.
+        n: number of completions of each prompt. With a seed, the j-th is the one that `n=1` gives with `seed + j`.
+        top_logprobs: number of most likely tokens to report at each position.
+        continues: whether a completion continues the prompt's text, and keeps its leading space.
+        sampler_of: returns the sampler and noise row of the i-th completion; None for samplers that depend on no other.
+
+    Attributes:
+        call: the request's sequences, in the order of the completions. The caller adds it to the engine.
+        completions: what their results add up to.
     """
-    stop_ids = params.ends(tokenizer)
-    constraint = None
-    if params.form is not None:
-        leading_space = not (continues or params.echo or params.keep_space)
-        matcher = vocabulary_of(tokenizer, vocab_size).matcher(
-            params.form, leading_space=leading_space, stop_ids=stop_ids
-        )
-        constraint = Constraint(matcher, len(prompt))
-    return EngineSequence(
-        list(prompt),
-        sampler,
-        noise_row,
-        params.max_gen_len,
-        stop_ids,
-        logprobs=params.logprobs,
-        top_logprobs=top_logprobs,
-        ends=completion.ends,
-        n_words=n_words_of(tokenizer),
-        speculative=params.speculative,
-        process=make_process(params, len(prompt), stop_ids, constraint),
-    )
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        top_logprobs: int = 0,
+        continues: bool = False,
+        sampler_of: Callable[[int], tuple[Sampler, int]] | None = None,
+    ) -> None:
+        self.completions: list[Completion] = []
+        self._scores: list[PromptScores | None] = []
+        stop_ids = params.ends(tokenizer)
+        vocab_size, n_words = vocab_size_of(engine.model, tokenizer), n_words_of(tokenizer)
+        sequences = []
+        for index, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
+            echoed = prompt if params.echo else []
+            text = new_detokenizer(tokenizer, params, prompt if continues else echoed)
+            completion = Completion(text, index=index, prompt=echoed, with_tokens=params.logprobs)
+            self.completions.append(completion)
+            scored = params.echo and params.logprobs
+            self._scores.append(PromptScores(prompt, index // n, top_logprobs, n_words) if scored else None)
+            sampler, noise_row = sampler_of(index) if sampler_of else (_own_sampler(engine.model, params, index % n), 0)
+            constraint = None
+            if params.form is not None:
+                keeps_space = continues or params.echo or params.keep_space
+                vocabulary = vocabulary_of(tokenizer, vocab_size)
+                matcher = vocabulary.matcher(params.form, leading_space=not keeps_space, stop_ids=stop_ids)
+                constraint = Constraint(matcher, len(prompt))
+            sequences.append(
+                EngineSequence(
+                    list(prompt),
+                    sampler,
+                    noise_row,
+                    params.max_gen_len,
+                    stop_ids,
+                    logprobs=params.logprobs,
+                    top_logprobs=top_logprobs,
+                    ends=completion.ends,
+                    n_words=n_words,
+                    speculative=params.speculative,
+                    on_logits=self._scores[-1],
+                    process=make_process(params, len(prompt), stop_ids, constraint),
+                )
+            )
+        self.call = Call(sequences)
+
+    def add(self, result: TokenResult) -> list[Piece]:
+        """Adds a result of the call; returns the pieces that it makes final, with echo first the one of the prompt."""
+        completion, sequence = self.completions[result.sequence], self.call.sequences[result.sequence]
+        pieces = []
+        if completion.lacks_echo:
+            scores = self._scores[result.sequence]
+            pieces.append(completion.echo(scores.scores if scores else ()))
+        piece = completion.add(result)
+        return [*pieces, replace(piece, n_reused=sequence.n_reused) if piece.finish_reason else piece]
+
+    def new_pieces(self) -> Iterator[Piece]:
+        """The pieces of the results that the engine has made since the last time."""
+        while self.call.results:
+            yield from self.add(self.call.results.popleft())
 
 
 def new_detokenizer(tokenizer: Any, params: SamplingParams, prefix: Sequence[int]) -> IncrementalDetokenizer:
@@ -187,80 +177,11 @@ def check_form(tokenizer: Any, vocab_size: int, params: SamplingParams) -> None:
         vocabulary_of(tokenizer, vocab_size).matcher(params.form, leading_space=True, stop_ids=params.ends(tokenizer))
 
 
-class Request:
-    """Several completions of several prompts in the engine, each with random numbers that depend on no other.
-
-    Args:
-        prompts: token ids; prompt i has the completions `i * n` to `i * n + n - 1`.
-        n: number of completions of each prompt. With a seed, the j-th is the one that `n=1` gives with `seed + j`.
-        top_logprobs: number of most likely tokens to report at each position.
-        continues: whether a completion continues the prompt's text, and keeps its leading space.
-
-    Attributes:
-        call: the request's sequences, in the order of the completions.
-        completions: what they add up to.
-        first_pieces: with echo, the pieces that have the prompts.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Any,
-        prompts: Sequence[list[int]],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        top_logprobs: int = 0,
-        continues: bool = False,
-    ) -> None:
-        self.completions: list[Completion] = []
-        self.first_pieces: list[Piece] = []
-        sequences: list[EngineSequence] = []
-        for prompt in prompts:
-            scores: list[TokenScore] = []
-            if params.echo and params.logprobs:
-                with lock_of(engine.model):
-                    (scores,) = score_top(engine.model, [prompt], top_logprobs, n_words_of(tokenizer))
-            echoed = prompt if params.echo else []
-            for i in range(n):
-                text = new_detokenizer(tokenizer, params, prompt if continues else echoed)
-                index = len(self.completions)
-                completion = Completion(text, index=index, prompt=echoed, with_tokens=params.logprobs)
-                if params.echo:
-                    self.first_pieces.append(completion.echo(scores))
-                sampler = _own_sampler(engine.model, params, i)
-                self.completions.append(completion)
-                sequences.append(
-                    new_sequence(
-                        tokenizer,
-                        prompt,
-                        params,
-                        completion,
-                        sampler,
-                        vocab_size=vocab_size_of(engine.model, tokenizer),
-                        top_logprobs=top_logprobs,
-                        continues=continues,
-                    )
-                )
-        self.call = Call(sequences)
-        engine.add(self.call)
-
-    def new_pieces(self) -> Iterator[Piece]:
-        """The pieces of the results that the engine has made since the last time."""
-        while self.call.results:
-            result = self.call.results.popleft()
-            piece = self.completions[result.sequence].add(result)
-            is_last = piece.finish_reason is not None
-            yield replace(piece, n_reused=self.call.sequences[result.sequence].n_reused) if is_last else piece
-
-
 def _own_sampler(model: Any, params: SamplingParams, index: int) -> Sampler:
     """The sampler of one of a request's completions of a prompt."""
-    device = device_of(model)
-    if params.seed is None or params.temperature == 0:
-        generator = default_generator(device)
-    else:
-        generator = torch.Generator(device).manual_seed((params.seed + index) % 2**64)
+    generator = default_generator(device_of(model))
+    if params.seed is not None and params.temperature > 0:
+        generator = torch.Generator(generator.device).manual_seed((params.seed + index) % 2**64)
     return Sampler(params.temperature, params.top_p, 1, generator)
 
 
@@ -301,7 +222,8 @@ class _CallSamplers:
             self._seed = int(torch.randint(2**62, (1,), generator=generator, device=self._device))
 
     def _sampler(self, n_rows: int, generator: torch.Generator) -> Sampler:
-        return Sampler(self._params.temperature, self._params.top_p, n_rows, generator, self._draw)
+        temperature = self._params.temperature if self._params.max_gen_len else 0.0  # which draws nothing
+        return Sampler(temperature, self._params.top_p, n_rows, generator, self._draw)
 
     def sampler_and_noise_row(self, i: int) -> tuple[Sampler, int]:
         """Returns the sampler and noise row of the i-th prompt in this replica's share."""

@@ -19,17 +19,19 @@ from typing import Any
 
 import torch
 
+from llama.checkpoint.memory import out_of_memory
 from llama.distributed.device import AdaptiveThreads, pause_workers, to_device
-from llama.distributed.groups import on_any_rank
+from llama.distributed.groups import model_parallel_size, on_any_rank
 from llama.engine.cuda_graphs import Stepper
 from llama.engine.lock import lock_of
 from llama.engine.network_state import NetworkState, has_hooks
 from llama.engine.rows import Cache, Rows
-from llama.engine.runner import ModelRunner, device_of
+from llama.engine.runner import ModelRunner, device_of, dtype_of
 from llama.engine.sampled import NOT_FINITE, SampledTokens
 from llama.engine.sequence import Call, Sequence, TokenResult
 from llama.engine.speculative import Counts, Speculator
 from llama.errors import NonFiniteLogitsError
+from llama.model import ModelArgs
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,9 @@ class Engine:
         others_decode = any(running[row].n_generated > 1 or running[row].call is not call for row in level)
         if not behind or (others_decode and self._has_just_prefilled):
             return level, 0
-        group, width = runner.next_group([running[row].n_behind for row in behind], in_chunks=others_decode)
+        all_logits = any(running[row].on_logits for row in behind)
+        limit = runner.positions_per_pass(in_chunks=others_decode, all_logits=all_logits)
+        group, width = runner.next_group([running[row].n_behind for row in behind], limit)
         return [behind[i] for i in group], width
 
     def _prefill(self, rows: list[int], width: int) -> _Pass:
@@ -318,15 +322,20 @@ class Engine:
             [0] * width if sequence.is_finished else sequence.tokens[start : start + width]
             for sequence, start in zip(in_rows, starts, strict=True)
         ]
-        logits = self._runner.prefill(tokens, rows, starts)
+        observed = [row for row, sequence in enumerate(in_rows) if sequence.on_logits and not sequence.is_finished]
+        logits = self._runner.prefill(tokens, rows, starts, all_logits=bool(observed))
         self._has_just_prefilled = True
+        for row in observed:
+            in_rows[row].show(starts[row], logits[row, : len(tokens[row])])
         ends = [sequence.n_cached + min(width, sequence.n_behind) for sequence in sequences]
         complete = [s for s, end in zip(sequences, ends, strict=True) if end == len(s.tokens)]
         if not complete:
             return _Pass(sequences, ends, None)
-        if len(complete) < len(in_rows):
-            logits = logits[to_device([in_rows.index(sequence) for sequence in complete], logits.device)]
-        return _Pass(sequences, ends, SampledTokens.sample(logits.unsqueeze(1), complete))
+        if observed or len(complete) < len(in_rows):
+            index = [in_rows.index(sequence) for sequence in complete]
+            last = [len(tokens[row]) - 1 if observed else 0 for row in index]
+            logits = logits[to_device(index, logits.device), to_device(last, logits.device)].unsqueeze(1)
+        return _Pass(sequences, ends, SampledTokens.sample(logits, complete))
 
     def _decode(self, sequences: list[Sequence], *, after: _Pass | None = None) -> _Pass:
         """Computes the newest token of the sequences in the first rows, and drafted tokens after it.
@@ -370,10 +379,10 @@ class Engine:
         reuse = self.reuse_prefixes and self._may_reuse()
         while self._waiting and len(rows.running) < runner.max_batch_size:
             sequence = self._waiting[0]
-            if reuse and rows.must_wait(sequence.tokens):
+            if reuse and not sequence.on_logits and rows.must_wait(sequence.tokens):
                 return
             if sequence not in rows.running:  # it is where an interruption came before the next line
-                rows.add(sequence, self._caches(), reuse=reuse)
+                rows.add(sequence, self._caches(), reuse=reuse and not sequence.on_logits)
             self._waiting.popleft()
             self.n_reused += sequence.n_reused
 
@@ -450,6 +459,9 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         """Ends the calls in the pass that failed; or of all running sequences, or of the first one that waits."""
+        if isinstance(error, torch.OutOfMemoryError):
+            model, mp = self.model, model_parallel_size()
+            error = out_of_memory(error, ModelArgs.of(model.params), mp, dtype_of(model), str(device_of(model)))
         for sequence in self._batch or self._rows.running or list(self._waiting)[:1]:
             if not sequence.is_finished:
                 sequence.call.abort(error)

@@ -116,6 +116,7 @@ class Completion:
         self._text = text
         self._index = index
         self._n_echoed = len(self.tokens)
+        self._has_echo = False
         self._with_tokens = with_tokens
         self._logprobs: list[float] = []
         self._pushed: list[tuple[int, str, bool]] = []  # each new token, what it made final, whether it was `at_start`
@@ -124,6 +125,11 @@ class Completion:
         self._held: deque[tuple[TokenResult, bool]] = deque()  # of tokens that may still be cut off at a stop string
         self._n_released = 0  # number of tokens in pieces so far
         self._n_chars_released = 0  # number of characters of these tokens
+
+    @property
+    def lacks_echo(self) -> bool:
+        """Whether the piece of an echoed prompt has not been asked for yet."""
+        return bool(self._n_echoed) and not self._has_echo
 
     @property
     def echo_pieces(self) -> list[str]:
@@ -162,6 +168,7 @@ class Completion:
         Args:
             scores: for each token of the prompt; none for no log-probabilities.
         """
+        self._has_echo = True
         texts = self._text.prefix_pieces
         self._logprobs = [logprob or 0.0 for logprob, _ in scores]
         found = zip(self.tokens, texts, scores, self._text.prefix_starts, strict=True) if scores else ()

@@ -13,6 +13,7 @@ from llama.engine.cuda_graphs import Stepper
 from llama.engine.lock import lock_of
 from llama.model import CachePositions, ModelArgs, takes_cache_positions
 
+_LOGIT_POSITIONS = 512  # maximum number of positions whose logits are in memory at a time
 # Fixed cost of a prefill pass, in positions: reading the weights and, on a GPU, launching kernels.
 PASS_COST = {"cpu": 32}
 _CHUNK_IN_PASS_COSTS = 16  # chunked prefill costs at most 1/16 more
@@ -39,6 +40,7 @@ class ModelRunner:
         self.one_position = not takes_cache_positions(model)
         self.device = device_of(model)
         self._args = ModelArgs.of(model.params)
+        self._pass_cost = PASS_COST.get(self.device.type, 512)
         self._stepper = None if self.one_position else stepper
         self.looks_ahead = self._stepper is not None and self._stepper.looks_ahead
         self.max_batch_size = self._args.max_batch_size
@@ -52,15 +54,13 @@ class ModelRunner:
         """Equal for runners of one network that do the same."""
         return self.one_position, self._stepper, self.device, self.max_batch_size, self.max_seq_len
 
-    def run(self, tokens: Tensor, start_pos: int) -> Tensor:
-        """Runs one pass over the cache's first rows; returns the logits (bsz, seqlen, vocab) float32."""
-        self._lock.last_writer = None  # if it is interrupted, nobody's keys are there
-        logits: Tensor = self._call(tokens, start_pos)
-        self._note_cache()
-        return logits.float()
-
     def prefill(
-        self, tokens: Sequence[Sequence[int]], rows: Sequence[int], starts: Sequence[int] | None = None
+        self,
+        tokens: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        starts: Sequence[int] | None = None,
+        *,
+        all_logits: bool = False,
     ) -> Tensor:
         """Computes tokens of several rows in one pass.
 
@@ -68,9 +68,10 @@ class ModelRunner:
             tokens: for each row, the tokens that follow those in the cache.
             rows: rows of the cache.
             starts: for each row, the number of tokens in the cache; None for 0.
+            all_logits: whether to return the logits after all tokens.
 
         Returns:
-            Logits (bsz, vocab) float32 after the last token of each row.
+            Logits (bsz, 1, vocab) float32 after the last token of each row, or (bsz, seqlen, vocab).
         """
         starts = starts or [0] * len(rows)
         padded = self.pad(tokens)
@@ -83,11 +84,13 @@ class ModelRunner:
                 from_zero=not any(starts),
             )
         self._lock.last_writer = None  # if the pass is interrupted, nobody's keys are there
-        if self.one_position or padded.size(1) == 1:
-            logits: Tensor = self._call(padded, start_pos)[:, -1]
+        if all_logits or self.one_position or padded.size(1) == 1:
+            logits: Tensor = self._call(padded, start_pos)
         else:
             last = to_device([len(row) - 1 for row in tokens], self.device)
-            logits = self._call(padded, start_pos, last=last)[:, 0]
+            logits = self._call(padded, start_pos, last=last)
+        if self.one_position and not all_logits:  # its rows have no padding
+            logits = logits[:, -1:]
         self._note_cache()
         return logits.float()
 
@@ -108,28 +111,35 @@ class ModelRunner:
         self._note_cache()
         return logits.float()
 
-    def next_group(self, lengths: Sequence[int], *, in_chunks: bool = False) -> tuple[list[int], int]:
+    def next_group(self, lengths: Sequence[int], limit: int) -> tuple[list[int], int]:
         """The part of a prefill that the next pass computes, given how many tokens each of several rows lacks.
 
         Args:
-            in_chunks: whether to split what is long, so that other sequences can be decoded between the passes.
+            limit: maximum number of positions.
 
         Returns:
             The indices of the rows that share the pass, among them the first, and the maximum number of tokens of each.
         """
-        if self.one_position:
-            return list(range(len(lengths))), max(lengths)
-        pass_cost = PASS_COST.get(self.device.type, 512)
-        limit = self._args.prefill_tokens
+        group = next(group for group in prefill_groups(lengths, limit, self._pass_cost) if group[0] == 0)
+        return group, min(max(lengths[i] for i in group), limit)
+
+    def positions_per_pass(self, *, in_chunks: bool, all_logits: bool) -> int:
+        """Maximum number of positions in a prefill pass.
+
+        Args:
+            in_chunks: whether other sequences are to be decoded between the passes.
+            all_logits: whether the logits after all positions are needed, which take much memory.
+        """
+        limits = [self._args.prefill_tokens]
         if in_chunks:
-            limit = min(limit, _CHUNK_IN_PASS_COSTS * pass_cost)
-        group = next(group for group in prefill_groups(lengths, limit, pass_cost) if group[0] == 0)
-        longest = max(lengths[i] for i in group)
-        return group, min(longest, limit)
+            limits.append(_CHUNK_IN_PASS_COSTS * self._pass_cost)
+        if all_logits:
+            limits.append(_LOGIT_POSITIONS)
+        return min(limits)
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Groups rows, given by their number of tokens, into passes: see `prefill_groups`."""
-        return prefill_groups(lengths, self._args.prefill_tokens, PASS_COST.get(self.device.type, 512))
+        return prefill_groups(lengths, self._args.prefill_tokens, self._pass_cost)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Right-pads rows to a tensor (bsz, longest) int64.

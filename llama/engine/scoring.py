@@ -1,74 +1,69 @@
-"""Computes the log-probabilities of given texts."""
+"""Computes the log-probabilities of given texts, as sequences of the engine that generate nothing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from llama.engine.engine import Engine
 from llama.engine.output import TokenScore, TopLogprobs
-from llama.engine.runner import ModelRunner
-from llama.engine.sampling import logprobs_of
+from llama.engine.sampling import Sampler, logprobs_of
+from llama.engine.sequence import Call
+from llama.engine.sequence import Sequence as EngineSequence
 from llama.errors import NonFiniteLogitsError
 
-_LOGIT_POSITIONS = 512  # maximum number of positions whose logits are in memory at a time
 
-
-def logits_in_slices(runner: ModelRunner, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], int, Tensor]]:
-    """Runs the network over given rows, which are grouped by length and right-padded. Overwrites the KV cache.
-
-    Causal attention hides the padding from the tokens before it.
-
-    Yields:
-        The indices of a group's rows, a position, and the logits (bsz, n, vocab) after the n tokens from there on.
-    """
-    for start in range(0, len(rows), runner.max_batch_size):
-        batch = rows[start : start + runner.max_batch_size]
-        for group in runner.groups([len(row) for row in batch]):
-            tokens = runner.pad([batch[i] for i in group])
-            n_positions = max(1, _LOGIT_POSITIONS // len(group))
-            for position in range(0, tokens.size(1), n_positions):
-                yield (
-                    [start + i for i in group],
-                    position,
-                    runner.run(tokens[:, position : position + n_positions], position),
-                )
-
-
-@torch.inference_mode()
-def score(model: Any, texts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Returns the log-probability of each token given those before it; 0.0 for the first token of each text.
-
-    Overwrites the KV cache.
-    """
-    return [[logprob or 0.0 for logprob, _ in scores] for scores in score_top(model, texts, 0)]
-
-
-@torch.inference_mode()
-def score_top(
-    model: Any, texts: Sequence[Sequence[int]], n_top: int, n_words: int | None = None
-) -> list[list[TokenScore]]:
-    """Returns each token's log-probability given those before it, and the `n_top` most likely tokens in its place.
-
-    The first token of each text gets (None, ()). Overwrites the KV cache.
+class PromptScores:
+    """The log-probability of each token of a prompt given those before it, to be called with the prompt's logits.
 
     Args:
+        index: its index in the call, for errors.
+        n_top: number of most likely tokens to report in the place of each token.
         n_words: number of leading ids that are tokens; None for all.
+
+    Attributes:
+        scores: by position; (None, ()) for the first token.
     """
-    scores: list[list[TokenScore]] = [[(None, ())] for _ in texts]
-    for group, position, logits in logits_in_slices(ModelRunner(model), [text[:-1] or text for text in texts]):
-        for i, row in zip(group, logits, strict=True):
-            targets = texts[i][position + 1 : position + 1 + len(row)]
-            row = row[: len(targets)]
-            if targets:
-                logprobs = logprobs_of(row, torch.tensor(targets, device=row.device)).tolist()
-                if not all(map(math.isfinite, logprobs)):
-                    raise NonFiniteLogitsError(f"in text {i}")
-                scores[i] += zip(logprobs, _top(row, n_top, n_words), strict=True)
-    return scores
+
+    def __init__(self, prompt: Sequence[int], index: int, n_top: int = 0, n_words: int | None = None) -> None:
+        self.scores: list[TokenScore] = [(None, ())]
+        self._index = index
+        self._prompt = prompt
+        self._n_top = n_top
+        self._n_words = n_words
+
+    def __call__(self, position: int, logits: Tensor) -> None:
+        """Takes the logits (n, vocab) after the tokens from `position` on; a position may come again."""
+        targets = self._prompt[position + 1 : position + 1 + len(logits)]
+        logits = logits[: len(targets)]
+        logprobs = logprobs_of(logits, torch.tensor(targets, dtype=torch.int64, device=logits.device)).tolist()
+        if not all(map(math.isfinite, logprobs)):
+            raise NonFiniteLogitsError(f"in text {self._index}")
+        top = _top(logits, self._n_top, self._n_words)
+        self.scores[position + 1 : position + 1 + len(targets)] = zip(logprobs, top, strict=True)
+
+
+def score(engine: Engine, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Returns the log-probability of each token given those before it; 0.0 for the first token of each text."""
+    scorers = [PromptScores(text, i) for i, text in enumerate(texts)]
+    observe_logits(engine, texts, scorers)
+    return [[logprob or 0.0 for logprob, _ in scorer.scores] for scorer in scorers]
+
+
+def observe_logits(
+    engine: Engine, texts: Sequence[Sequence[int]], observers: Sequence[Callable[[int, Tensor], None]]
+) -> None:
+    """Runs the network over texts, and calls each one's observer as `Sequence.on_logits`."""
+    greedy = Sampler(0.0, 1.0, len(texts), torch.Generator())
+    sequences = [
+        EngineSequence(list(text), greedy, i, 0, frozenset(), on_logits=observer)
+        for i, (text, observer) in enumerate(zip(texts, observers, strict=True))
+    ]
+    for _ in engine.run(Call(sequences), whole=True):
+        pass
 
 
 def _top(logits: Tensor, n: int, n_words: int | None) -> list[TopLogprobs]:

@@ -64,6 +64,9 @@ class Sequence:
             it, as at a stop string. Called again for a position whose token was not recorded, after Ctrl-C.
         n_words: number of leading ids that are tokens; the network may have more, which are never sampled. None: all.
         speculative: how to draft tokens: "prompt_lookup", "draft" (by the engine's draft model), or None.
+        on_logits: called in each pass over the prompt, with a position and the logits (n, vocab) float32 after the n
+            tokens from there on; None if nobody needs them. Positions may come again, after a lost cache. Such a prompt
+            is computed whole, some hundred positions per pass.
         process: what changes the logits before they are sampled from, see `processors.Process`; None for nothing. Such
             a sequence gets no drafts.
         call: the call that the sequence belongs to; set by `Call`.
@@ -85,6 +88,7 @@ class Sequence:
     ends: Callable[[int, int], bool] = _never
     n_words: int | None = None
     speculative: str | None = None
+    on_logits: Callable[[int, Tensor], None] | None = None
     process: Callable[[list[int], Tensor], Tensor] | None = None
     call: Call = field(init=False, repr=False)
     index: int = field(init=False)
@@ -122,6 +126,14 @@ class Sequence:
     def is_level(self) -> bool:
         """Whether a decode pass, which feeds the newest token, is all that the next token needs."""
         return self.n_behind <= 1 and self.n_cached > 0
+
+    def show(self, position: int, logits: Tensor) -> None:
+        """Calls `on_logits`, whose error ends the call alone."""
+        assert self.on_logits is not None
+        try:
+            self.on_logits(position, logits)
+        except Exception as error:
+            self.call.abort(error)
 
     def record(self, result: TokenResult) -> None:
         """Adds the token of a result, and has the call's reader receive the result, with its finish reason."""

@@ -239,8 +239,8 @@ class RunningJobs(Generic[Key]):
         self._tokenizer = llama.tokenizer
         self._requests: dict[Key, Request] = {}
 
-    def add(self, key: Key, job: Job) -> list[Piece]:
-        """Adds a job; returns the pieces of its prompts, which there are with echo."""
+    def add(self, key: Key, job: Job) -> None:
+        """Adds a job."""
         request = Request(
             self._engine,
             self._tokenizer,
@@ -251,7 +251,7 @@ class RunningJobs(Generic[Key]):
             continues=job.continues,
         )
         self._requests[key] = request
-        return request.first_pieces
+        self._engine.add(request.call)
 
     def advance(self) -> Iterator[tuple[Key, Piece | BaseException | None]]:
         """Runs a pass; yields each job's new pieces, and once it has ended, the error that ended it, or None."""
@@ -300,7 +300,8 @@ def as_completed(
                     may_come = False
                     break
                 number, (keys[number], job) = found
-                pieces[number] = running.add(number, job)
+                pieces[number] = []
+                running.add(number, job)
             for number, event in running.advance() if keys else ():
                 if isinstance(event, Piece):
                     pieces[number].append(event)

@@ -159,10 +159,9 @@ class Service:
         return True
 
     def _start(self, number: int, job: Job) -> None:
-        """Adds a request to the engine; passes the pieces of echoed prompts, or an error, to its listener."""
+        """Adds a request to the engine; passes an error to its listener."""
         try:
-            for piece in self._running.add(number, job):
-                self._tell(number, piece)
+            self._running.add(number, job)
         except Exception as error:
             self._end(number, error)
         finally:

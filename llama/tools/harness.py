@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from llama import Llama, Message
 from llama.chat import StepChatFormat, built_in_format
 from llama.checkpoint.reading import find_tokenizer
 from llama.distributed import groups
-from llama.engine.lock import lock_of
-from llama.engine.runner import ModelRunner
 from llama.engine.sampling import logprobs_of
-from llama.engine.scoring import logits_in_slices
+from llama.engine.scoring import observe_logits
 from llama.errors import missing_extra, quote
 from llama.inputs import SamplingParams
 from llama.serving.jobs import Job, as_completed
@@ -230,24 +229,11 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
             )
         return (context + continuation)[-(self.max_length + 1) :][:-1], continuation
 
-    @torch.inference_mode()
     def _score(self, asked: Sequence[Row]) -> list[list[Score]]:
         """For each row, the scores of the continuations that end it."""
-        sums = [[0.0] * len(continuations) for _, continuations in asked]
-        greedy = [[True] * len(continuations) for _, continuations in asked]
-        with lock_of(self.llama.model):
-            runner = ModelRunner(self.llama.model)
-            for group, position, logits in logits_in_slices(runner, [tokens for tokens, _ in asked]):
-                for i, row in zip(group, logits, strict=True):
-                    tokens, continuations = asked[i]
-                    for j, continuation in enumerate(continuations):
-                        first = len(tokens) - len(continuation) - position  # the row that predicts its first token
-                        expected = continuation[max(0, -first) : max(0, len(row) - first)]
-                        these = row[max(0, first) :][: len(expected)]
-                        target = torch.tensor(expected, dtype=torch.long, device=row.device)
-                        sums[i][j] += float(logprobs_of(these, target).sum())
-                        greedy[i][j] &= bool((these.argmax(-1) == target).all())
-        return [list(zip(*both, strict=True)) for both in zip(sums, greedy, strict=True)]
+        scorers = [_ContinuationScores(*row) for row in asked]
+        observe_logits(self.llama.engine, [tokens for tokens, _ in asked], scorers)
+        return [scorer.scores() for scorer in scorers]
 
     # ---- generation ----
 
@@ -322,3 +308,24 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
                 for i in range(len(part)):
                     yield start + i, shares[i % n_replicas][i // n_replicas]
                 bar.update(len(part))
+
+
+class _ContinuationScores:
+    """Scores the continuations that end one row of ids, from the logits of its passes."""
+
+    def __init__(self, tokens: list[int], continuations: list[list[int]]) -> None:
+        self._firsts = [(len(tokens) - len(continuation), continuation) for continuation in continuations]
+        self._found: list[dict[int, tuple[float, bool]]] = [{} for _ in continuations]  # by position
+
+    def __call__(self, position: int, logits: Tensor) -> None:
+        for (first, continuation), found in zip(self._firsts, self._found, strict=True):
+            low, high = max(first, position), min(first + len(continuation), position + len(logits))
+            if low < high:
+                these = logits[low - position : high - position]
+                target = torch.tensor(continuation[low - first : high - first], device=these.device)
+                is_best = (these.argmax(-1) == target).tolist()
+                found.update(enumerate(zip(logprobs_of(these, target).tolist(), is_best, strict=True), low))
+
+    def scores(self) -> list[Score]:
+        """For each continuation, the sum of its log-probabilities, and whether greedy decoding gives it."""
+        return [(sum(p for p, _ in found.values()), all(best for _, best in found.values())) for found in self._found]

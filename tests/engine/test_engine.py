@@ -17,7 +17,7 @@ from torch import Tensor
 from llama import ModelArgs, Transformer
 from llama.engine.calls import _InLockstep
 from llama.engine.cuda_graphs import MAX_WIDTH, StaticStepper
-from llama.engine.engine import Engine
+from llama.engine.engine import Engine, engine_of
 from llama.engine.sampling import Sampler
 from llama.engine.scoring import score
 from llama.engine.sequence import Call, Sequence, TokenResult
@@ -383,7 +383,7 @@ def test_a_compiled_network_gives_what_the_oracle_gives(make: Callable[..., Tran
 
 def test_scores_of_a_network_with_only_a_forward(state: oracle.State) -> None:
     texts = random_prompts(random.Random(2), 5)
-    for text, got in zip(texts, score(ForwardOnly(state, 2), texts), strict=True):
+    for text, got in zip(texts, score(engine_of(ForwardOnly(state, 2)), texts), strict=True):
         assert got == pytest.approx(oracle_scores(state, text), abs=1e-4)
 
 
@@ -398,7 +398,7 @@ def _disturb_by_decoding(model: Any) -> None:
 
 
 def _disturb_by_scoring(model: Any) -> None:
-    score(model, [[11] * MAX_SEQ_LEN])
+    score(engine_of(model), [[11] * MAX_SEQ_LEN])
 
 
 DISTURBANCES = {"call": _disturb_by_a_call, "decode": _disturb_by_decoding, "score": _disturb_by_scoring}
@@ -463,7 +463,7 @@ def test_scores_equal_the_oracles_for_any_number_of_texts(
     make: Callable[..., Transformer], state: oracle.State
 ) -> None:
     texts = [*random_prompts(random.Random(2), 9), [3], [4] * MAX_SEQ_LEN]
-    for text, got in zip(texts, score(make(4), texts), strict=True):
+    for text, got in zip(texts, score(engine_of(make(4)), texts), strict=True):
         assert got == pytest.approx(oracle_scores(state, text), abs=1e-4)
         assert got[0] == 0.0
 
@@ -473,7 +473,7 @@ def test_scores_of_a_long_text_have_no_seams(make: Callable[..., Transformer], s
     model, rng = make(2, max_seq_len=1100), random.Random(0)
     passes = _Passes(model)
     texts = [[rng.randrange(60) for _ in range(n)] for n in (1100, 513)]
-    for text, got in zip(texts, score(model, texts), strict=True):
+    for text, got in zip(texts, score(engine_of(model), texts), strict=True):
         assert got == pytest.approx(oracle_scores(state, text), abs=2e-4)
     assert max(passes.projected) < 1024
 
