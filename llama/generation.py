@@ -53,12 +53,11 @@ from llama.errors import PromptError, quote
 from llama.inputs import (
     SamplingOptions,
     SamplingParams,
-    check_flag,
     check_prompts,
     check_seed,
     check_stop_token,
-    encode_checked_dialog,
     encode_continuations,
+    encode_dialog,
     encode_dialogs,
     encode_infilling,
     encode_infillings,
@@ -303,25 +302,20 @@ class Llama:
             PromptError: an argument is out of its range; nothing was computed. It is a ValueError, and an
                 AssertionError as Meta's package raises.
         """
-        args = self.model.params
-
-        def check() -> tuple[list[list[int]], SamplingParams]:
-            n_ids = n_usable_ids(vocab_size_of(self.model, self.tokenizer), self.tokenizer)
-            params = self._params(
-                temperature,
-                top_p,
-                max_gen_len,
-                logprobs,
-                echo,
-                seed=seed,
-                speculative=speculative,
-                **options,
-                stop_ids=check_stop_token(stop_token, n_ids),
-            )
-            return check_prompts(prompt_tokens, n_ids, args.max_seq_len), params
-
-        prompts, params = self._same_on_all_ranks("generate", check)
-        rows = self._complete(prompts, params)
+        prompts, params = self._checked(
+            "generate",
+            lambda: check_prompts(prompt_tokens, self._n_ids, self.model.params.max_seq_len),
+            temperature,
+            top_p,
+            max_gen_len,
+            logprobs,
+            echo,
+            seed=seed,
+            speculative=speculative,
+            stop_token=stop_token,
+            **options,
+        )
+        rows = self._completer().complete(prompts, params)
         return [row.tokens for row in rows], [row.logprobs for row in rows] if logprobs else None
 
     def text_completion(
@@ -348,16 +342,20 @@ class Llama:
             For each prompt `{"generation": text, "finish_reason": "stop" or "length"}`; with logprobs also "tokens",
             the strings that joined give the text, and their "logprobs".
         """
-
-        def check() -> tuple[list[list[int]], SamplingParams]:
-            params = self._params(
-                temperature, top_p, self._max_gen_len(max_gen_len), logprobs, echo, stop, seed, speculative, **options
-            )
-            return self._encode(prompts, "prompts"), params
-
-        ids, params = self._same_on_all_ranks("text_completion", check)
-        rows = self._complete_texts(ids, params)
-        return [completion_prediction(row, params) for row in rows]
+        ids, params = self._checked(
+            "text_completion",
+            lambda: self._encode(prompts, "prompts"),
+            temperature,
+            top_p,
+            self._max_gen_len(max_gen_len),
+            logprobs,
+            echo,
+            stop,
+            seed,
+            speculative,
+            **options,
+        )
+        return [completion_prediction(row, params) for row in self._complete(ids, params)]
 
     def chat_completion(
         self,
@@ -385,23 +383,20 @@ class Llama:
             logprobs also "tokens" and "logprobs".
         """
         chat_format = self._chat_format()
-
-        def check() -> tuple[list[list[int] | None], SamplingParams]:
-            params = self._params(
-                temperature,
-                top_p,
-                self._max_gen_len(max_gen_len),
-                logprobs,
-                stop=stop,
-                seed=seed,
-                speculative=speculative,
-                **options,
-                stop_ids=chat_format.stop_ids(self.tokenizer),
-            )
-            return encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len, chat_format), params
-
-        prompts, params = self._same_on_all_ranks("chat_completion", check)
-        rows = iter(self._complete_texts([prompt for prompt in prompts if prompt is not None], params))
+        prompts, params = self._checked(
+            "chat_completion",
+            lambda: encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len, chat_format),
+            temperature,
+            top_p,
+            self._max_gen_len(max_gen_len),
+            logprobs,
+            stop=stop,
+            seed=seed,
+            speculative=speculative,
+            stop_ids=chat_format.stop_ids(self.tokenizer),
+            **options,
+        )
+        rows = iter(self._complete([prompt for prompt in prompts if prompt is not None], params))
         return [chat_prediction(None if prompt is None else next(rows), params, chat_format) for prompt in prompts]
 
     def stream_text_completion(
@@ -423,21 +418,18 @@ class Llama:
         stream then recomputes its part of the KV cache, which costs a prefill and may round differently outside of
         float32.
         """
-
-        def check() -> tuple[list[int], SamplingParams]:
-            params = self._params(
-                temperature,
-                top_p,
-                self._max_gen_len(max_gen_len),
-                echo=echo,
-                stop=stop,
-                seed=seed,
-                speculative=speculative,
-                **options,
-            )
-            return encode_text(prompt, "prompt", self.tokenizer, self.model.params.max_seq_len), params
-
-        ids, params = self._same_on_all_ranks("stream_text_completion", check)
+        ids, params = self._checked(
+            "stream_text_completion",
+            lambda: encode_text(prompt, "prompt", self.tokenizer, self.model.params.max_seq_len),
+            temperature,
+            top_p,
+            self._max_gen_len(max_gen_len),
+            echo=echo,
+            stop=stop,
+            seed=seed,
+            speculative=speculative,
+            **options,
+        )
         return self._completer().stream(ids, params)
 
     def stream_chat_completion(
@@ -454,22 +446,18 @@ class Llama:
     ) -> Generator[str, None, None]:
         """Answers one dialog, yielding the answer's pieces; otherwise as `stream_text_completion`."""
         chat_format = self._chat_format()
-
-        def check() -> tuple[list[int] | None, SamplingParams]:
-            params = self._params(
-                temperature,
-                top_p,
-                self._max_gen_len(max_gen_len),
-                stop=stop,
-                seed=seed,
-                speculative=speculative,
-                **options,
-                stop_ids=chat_format.stop_ids(self.tokenizer),
-            )
-            max_seq_len = self.model.params.max_seq_len
-            return encode_checked_dialog(dialog, "dialog", self.tokenizer, max_seq_len, chat_format), params
-
-        prompt, params = self._same_on_all_ranks("stream_chat_completion", check)
+        prompt, params = self._checked(
+            "stream_chat_completion",
+            lambda: encode_dialog(dialog, "dialog", self.tokenizer, self.model.params.max_seq_len, chat_format),
+            temperature,
+            top_p,
+            self._max_gen_len(max_gen_len),
+            stop=stop,
+            seed=seed,
+            speculative=speculative,
+            stop_ids=chat_format.stop_ids(self.tokenizer),
+            **options,
+        )
         return _refusal() if prompt is None else self._completer().stream(prompt, params)
 
     def text_infilling(
@@ -497,16 +485,22 @@ class Llama:
             For each pair `{"generation": text, "full_text": prefix + text + suffix, "finish_reason": ...}`; with
             logprobs also "tokens" and "logprobs".
         """
-
-        def check() -> tuple[list[tuple[str, str, list[int]]], SamplingParams]:
-            params = self._infilling_params(
-                temperature, top_p, max_gen_len, logprobs, stop=stop, seed=seed, speculative=speculative, **options
-            )
-            max_seq_len = self.model.params.max_seq_len
-            return encode_infillings(prefixes, suffixes, self.tokenizer, max_seq_len, suffix_first=suffix_first), params
-
-        prompts, params = self._same_on_all_ranks("text_infilling", check)
-        rows = self._complete_texts([ids for _, _, ids in prompts], params)
+        max_seq_len = self.model.params.max_seq_len
+        prompts, params = self._checked(
+            "text_infilling",
+            lambda: encode_infillings(prefixes, suffixes, self.tokenizer, max_seq_len, suffix_first=suffix_first),
+            temperature,
+            top_p,
+            self._max_gen_len(max_gen_len),
+            logprobs,
+            stop=stop,
+            seed=seed,
+            speculative=speculative,
+            stop_ids=infilling_stop_ids(self.tokenizer),
+            keep_space=True,
+            **options,
+        )
+        rows = self._complete([ids for _, _, ids in prompts], params)
         return [
             infilling_prediction(row, params, prefix, suffix)
             for row, (prefix, suffix, _) in zip(rows, prompts, strict=True)
@@ -527,16 +521,20 @@ class Llama:
         **options: Unpack[SamplingOptions],
     ) -> Generator[str, None, None]:
         """Writes what goes between two texts, yielding its pieces; otherwise as `stream_text_completion`."""
-
-        def check() -> tuple[list[int], SamplingParams]:
-            params = self._infilling_params(
-                temperature, top_p, max_gen_len, stop=stop, seed=seed, speculative=speculative, **options
-            )
-            max_seq_len, order = self.model.params.max_seq_len, check_flag(suffix_first, "suffix_first")
-            names = ("prefix", "suffix")
-            return encode_infilling(prefix, suffix, names, self.tokenizer, max_seq_len, suffix_first=order), params
-
-        ids, params = self._same_on_all_ranks("stream_text_infilling", check)
+        names, max_seq_len = ("prefix", "suffix"), self.model.params.max_seq_len
+        ids, params = self._checked(
+            "stream_text_infilling",
+            lambda: encode_infilling(prefix, suffix, names, self.tokenizer, max_seq_len, suffix_first=suffix_first),
+            temperature,
+            top_p,
+            self._max_gen_len(max_gen_len),
+            stop=stop,
+            seed=seed,
+            speculative=speculative,
+            stop_ids=infilling_stop_ids(self.tokenizer),
+            keep_space=True,
+            **options,
+        )
         return self._completer().stream(ids, params)
 
     def score(self, texts: Iterable[str], contexts: Iterable[str] | None = None) -> list[Score]:
@@ -571,23 +569,18 @@ class Llama:
         Args:
             prompt_tokens: any number of rows, each of 1 to `max_seq_len` ids.
         """
-        args = self.model.params
         rows = self._same_on_all_ranks(
-            "score_tokens",
-            lambda: check_prompts(
-                prompt_tokens, n_usable_ids(vocab_size_of(self.model, self.tokenizer), self.tokenizer), args.max_seq_len
-            ),
+            "score_tokens", lambda: check_prompts(prompt_tokens, self._n_ids, self.model.params.max_seq_len)
         )
         return self._completer().score(rows)
 
-    def _complete_texts(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
-        """`_complete`, through `generate` if a subclass or an assignment replaced that."""
-        if prompts and (type(self).generate is not _built_in_generate or "generate" in vars(self)):
-            return complete_by_generate(self.generate, prompts, params, self.tokenizer, self.model.params.max_seq_len)
-        return self._complete(prompts, params)
-
     def _complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
-        return self._completer().complete(prompts, params) if prompts else []  # dialogs that are all unsafe
+        """Completes prompts, through `generate` if a subclass or an assignment replaced that."""
+        if not prompts:  # dialogs that are all unsafe
+            return []
+        if type(self).generate is not _built_in_generate or "generate" in vars(self):
+            return complete_by_generate(self.generate, prompts, params, self.tokenizer, self.model.params.max_seq_len)
+        return self._completer().complete(prompts, params)
 
     def _completer(self) -> Completer:
         draw = None if sample_top_p is _built_in_sample_top_p else sample_top_p
@@ -604,26 +597,33 @@ class Llama:
         groups.compare_calls((name, checked))
         return checked
 
-    def _params(self, *args: Any, **kwargs: Any) -> SamplingParams:
-        params = SamplingParams(*args, **kwargs)
-        vocab_size = vocab_size_of(self.model, self.tokenizer)
-        params.check_ids(vocab_size)
-        check_form(self.tokenizer, vocab_size, params)
-        if params.speculative == "draft" and self._draft is None:
-            raise PromptError(
-                "speculative='draft' must have a draft model, got none; give draft_ckpt_dir to Llama.build"
-            )
-        return params
+    def _checked(
+        self, name: str, encode: Callable[[], Result], *args: Any, stop_token: int | None = None, **kwargs: Any
+    ) -> tuple[Result, SamplingParams]:
+        """A call's encoded prompts, and its `SamplingParams` from the other arguments."""
+
+        def check() -> tuple[Result, SamplingParams]:
+            if stop_token is not None:
+                kwargs["stop_ids"] = check_stop_token(stop_token, self._n_ids)
+            params = SamplingParams(*args, **kwargs)
+            vocab_size = vocab_size_of(self.model, self.tokenizer)
+            params.check_ids(vocab_size)
+            check_form(self.tokenizer, vocab_size, params)
+            if params.speculative == "draft" and self._draft is None:
+                raise PromptError(
+                    "speculative='draft' must have a draft model, got none; give draft_ckpt_dir to Llama.build"
+                )
+            return encode(), params
+
+        return self._same_on_all_ranks(name, check)
 
     def _chat_format(self) -> ChatFormat:
         return self.chat_format or built_in_format(self.tokenizer)
 
-    def _infilling_params(
-        self, temperature: float, top_p: float, max_gen_len: int | None, *args: Any, **kwargs: Any
-    ) -> SamplingParams:
-        stop_ids = infilling_stop_ids(self.tokenizer)
-        max_gen_len = self._max_gen_len(max_gen_len)
-        return self._params(temperature, top_p, max_gen_len, *args, stop_ids=stop_ids, keep_space=True, **kwargs)
+    @property
+    def _n_ids(self) -> int:
+        """The number of leading ids that are tokens."""
+        return n_usable_ids(vocab_size_of(self.model, self.tokenizer), self.tokenizer)
 
     def _encode(self, texts: Iterable[str], name: str) -> list[list[int]]:
         return encode_texts(texts, name, self.tokenizer, self.model.params.max_seq_len)

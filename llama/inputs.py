@@ -318,16 +318,21 @@ def _check_ids(prompt: Iterable[int], name: str, vocab_size: int, max_seq_len: i
     return ids
 
 
-def encode_text(text: str, name: str, tokenizer: Any, max_seq_len: int) -> list[int]:
-    """Checks and encodes a text, with BOS in front. `name` is the text's name in errors."""
-    if not isinstance(text, str):
-        raise PromptError(f"{name} must be a str, got {type(text).__name__}")
+def _encoded(encode: Callable[[], list[int]], name: str, max_seq_len: int) -> list[int]:
+    """What `encode` returns; its errors, and an unfit length, are those of the prompt with this name."""
     try:
-        ids = list(tokenizer.encode(text, bos=True, eos=False))
+        ids = encode()
     except ValueError as error:
         raise PromptError(f"{name}: {error}") from error
     _check_length(ids, name, max_seq_len)
     return ids
+
+
+def encode_text(text: str, name: str, tokenizer: Any, max_seq_len: int) -> list[int]:
+    """Checks and encodes a text, with BOS in front. `name` is the text's name in errors."""
+    if not isinstance(text, str):
+        raise PromptError(f"{name} must be a str, got {type(text).__name__}")
+    return _encoded(lambda: list(tokenizer.encode(text, bos=True, eos=False)), name, max_seq_len)
 
 
 def encode_texts(texts: Iterable[str], name: str, tokenizer: Any, max_seq_len: int) -> list[list[int]]:
@@ -337,29 +342,20 @@ def encode_texts(texts: Iterable[str], name: str, tokenizer: Any, max_seq_len: i
     ]
 
 
-def encode_checked_dialog(
-    dialog: Iterable[Message],
-    name: str,
-    tokenizer: Any,
-    max_seq_len: int,
-    chat_format: ChatFormat | None = None,
+def encode_dialog(
+    dialog: Iterable[Message], name: str, tokenizer: Any, max_seq_len: int, chat_format: ChatFormat | None = None
 ) -> list[int] | None:
     """Checks and encodes a dialog; returns None if it must not be run because it contains the template's tags.
 
     Args:
         chat_format: of the checkpoint; None for the tokenizer's built-in one.
     """
-    chat_format = chat_format or built_in_format(tokenizer)
-    dialog = _as_list(dialog, name, "messages")
-    chat_format.check(dialog, name)
-    if chat_format.is_unsafe(dialog):
+    form = chat_format or built_in_format(tokenizer)
+    messages = _as_list(dialog, name, "messages")
+    form.check(messages, name)
+    if form.is_unsafe(messages):
         return None
-    try:
-        ids = chat_format.encode(dialog, tokenizer)
-    except ValueError as error:
-        raise PromptError(f"{name}: {error}") from error
-    _check_length(ids, name, max_seq_len)
-    return ids
+    return _encoded(lambda: form.encode(messages, tokenizer), name, max_seq_len)
 
 
 def encode_dialogs(
@@ -367,7 +363,7 @@ def encode_dialogs(
 ) -> list[list[int] | None]:
     """Checks and encodes dialogs; None for each one that must not be run."""
     return [
-        encode_checked_dialog(dialog, f"dialogs[{i}]", tokenizer, max_seq_len, chat_format)
+        encode_dialog(dialog, f"dialogs[{i}]", tokenizer, max_seq_len, chat_format)
         for i, dialog in enumerate(_as_list(dialogs, "dialogs", "dialogs"))
     ]
 
@@ -410,17 +406,14 @@ def encode_infilling(
     prefix: str, suffix: str, names: tuple[str, str], tokenizer: Any, max_seq_len: int, *, suffix_first: bool
 ) -> list[int]:
     """Checks and encodes an infilling prompt. `names` are those of the two texts in errors."""
+    suffix_first = check_flag(suffix_first, "suffix_first")
     for text, name in zip((prefix, suffix), names, strict=True):
         if not isinstance(text, str):
             raise PromptError(f"{name} must be a str, got {type(text).__name__}")
     _infilling_ids(tokenizer)
-    name = " + ".join(names)
-    try:
-        ids = infilling_prompt_tokens(tokenizer, prefix, suffix, suffix_first=suffix_first)
-    except ValueError as error:
-        raise PromptError(f"{name}: {error}") from error
-    _check_length(ids, name, max_seq_len)
-    return ids
+    return _encoded(
+        lambda: infilling_prompt_tokens(tokenizer, prefix, suffix, suffix_first), " + ".join(names), max_seq_len
+    )
 
 
 def encode_infillings(
@@ -432,11 +425,12 @@ def encode_infillings(
         raise PromptError(
             f"suffixes must have one element per prefix, got {len(before)} prefixes and {len(after)} suffixes"
         )
-    options: dict[str, Any] = {"suffix_first": check_flag(suffix_first, "suffix_first")}
-    return [
-        (pre, suf, encode_infilling(pre, suf, (f"prefixes[{i}]", f"suffixes[{i}]"), tokenizer, max_seq_len, **options))
-        for i, (pre, suf) in enumerate(zip(before, after, strict=True))
-    ]
+    encoded = []
+    for i, (prefix, suffix) in enumerate(zip(before, after, strict=True)):
+        names = f"prefixes[{i}]", f"suffixes[{i}]"
+        ids = encode_infilling(prefix, suffix, names, tokenizer, max_seq_len, suffix_first=suffix_first)
+        encoded.append((prefix, suffix, ids))
+    return encoded
 
 
 def check_stop_token(stop_token: object, vocab_size: int) -> frozenset[int] | None:

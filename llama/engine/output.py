@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from llama.chat import UNSAFE_ERROR, ChatFormat, Message
 from llama.engine.sequence import FinishReason, TokenResult
@@ -226,19 +226,16 @@ def completion_prediction(row: Completion, params: SamplingParams) -> Completion
 
 def infilling_prediction(row: Completion, params: SamplingParams, prefix: str, suffix: str) -> InfillingPrediction:
     """Converts a completion to `text_infilling`'s result for one prefix and suffix."""
-    text = "".join(row.pieces)
-    result = InfillingPrediction(generation=text, full_text=prefix + text + suffix, finish_reason=row.finish_reason)
-    if params.logprobs:
-        result |= {"tokens": row.pieces, "logprobs": row.logprobs}
-    return result
+    result = completion_prediction(row, params)
+    return InfillingPrediction(**result, full_text=prefix + result["generation"] + suffix)
 
 
 def chat_prediction(row: Completion | None, params: SamplingParams, chat_format: ChatFormat) -> ChatPrediction:
     """Converts a completion to `chat_completion`'s result for one dialog; `row` is None if the dialog was not run."""
-    text = UNSAFE_ERROR if row is None else "".join(row.pieces)
-    result = ChatPrediction(
-        generation=chat_format.answer(text), finish_reason="stop" if row is None else row.finish_reason
-    )
-    if params.logprobs:
-        result |= {"tokens": [] if row is None else row.pieces, "logprobs": [] if row is None else row.logprobs}
-    return result
+    if row is None:
+        result = CompletionPrediction(generation=UNSAFE_ERROR, finish_reason="stop")
+        if params.logprobs:
+            result |= {"tokens": [], "logprobs": []}
+    else:
+        result = completion_prediction(row, params)
+    return cast(ChatPrediction, result | {"generation": chat_format.answer(result["generation"])})

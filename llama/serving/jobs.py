@@ -17,7 +17,7 @@ from llama.generation import Llama
 from llama.inputs import (
     SamplingOptions,
     SamplingParams,
-    encode_checked_dialog,
+    encode_dialog,
     encode_infilling,
     encode_text,
     infilling_stop_ids,
@@ -197,7 +197,7 @@ class Planner:
                 )
             answer = merged.pop()["content"].lstrip()
         try:
-            ids = encode_checked_dialog(merged, "messages", self.tokenizer, sys.maxsize, self.chat_format)
+            ids = encode_dialog(merged, "messages", self.tokenizer, sys.maxsize, self.chat_format)
             assert ids is not None  # it has none of the template's tags
             return ids + (self.chat_format.encode_beginning(answer, self.tokenizer) if answer else [])
         except ValueError as error:
