@@ -302,18 +302,11 @@ class Llama:
             PromptError: an argument is out of its range; nothing was computed. It is a ValueError, and an
                 AssertionError as Meta's package raises.
         """
+        given = dict(temperature=temperature, top_p=top_p, seed=seed, speculative=speculative, **options)
         prompts, params = self._checked(
             "generate",
             lambda: check_prompts(prompt_tokens, self._n_ids, self.model.params.max_seq_len),
-            temperature,
-            top_p,
-            max_gen_len,
-            logprobs,
-            echo,
-            seed=seed,
-            speculative=speculative,
-            stop_token=stop_token,
-            **options,
+            given | dict(max_gen_len=max_gen_len, logprobs=logprobs, echo=echo, stop_token=stop_token),
         )
         rows = self._completer().complete(prompts, params)
         return [row.tokens for row in rows], [row.logprobs for row in rows] if logprobs else None
@@ -342,18 +335,11 @@ class Llama:
             For each prompt `{"generation": text, "finish_reason": "stop" or "length"}`; with logprobs also "tokens",
             the strings that joined give the text, and their "logprobs".
         """
+        given = dict(temperature=temperature, top_p=top_p, stop=stop, seed=seed, speculative=speculative, **options)
         ids, params = self._checked(
             "text_completion",
             lambda: self._encode(prompts, "prompts"),
-            temperature,
-            top_p,
-            self._max_gen_len(max_gen_len),
-            logprobs,
-            echo,
-            stop,
-            seed,
-            speculative,
-            **options,
+            given | dict(max_gen_len=self._max_gen_len(max_gen_len), logprobs=logprobs, echo=echo),
         )
         return [completion_prediction(row, params) for row in self._complete(ids, params)]
 
@@ -383,18 +369,16 @@ class Llama:
             logprobs also "tokens" and "logprobs".
         """
         chat_format = self._chat_format()
+        given = dict(temperature=temperature, top_p=top_p, stop=stop, seed=seed, speculative=speculative, **options)
         prompts, params = self._checked(
             "chat_completion",
             lambda: encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len, chat_format),
-            temperature,
-            top_p,
-            self._max_gen_len(max_gen_len),
-            logprobs,
-            stop=stop,
-            seed=seed,
-            speculative=speculative,
-            stop_ids=chat_format.stop_ids(self.tokenizer),
-            **options,
+            given
+            | dict(
+                max_gen_len=self._max_gen_len(max_gen_len),
+                logprobs=logprobs,
+                stop_ids=chat_format.stop_ids(self.tokenizer),
+            ),
         )
         rows = iter(self._complete([prompt for prompt in prompts if prompt is not None], params))
         return [chat_prediction(None if prompt is None else next(rows), params, chat_format) for prompt in prompts]
@@ -418,17 +402,11 @@ class Llama:
         stream then recomputes its part of the KV cache, which costs a prefill and may round differently outside of
         float32.
         """
+        given = dict(temperature=temperature, top_p=top_p, stop=stop, seed=seed, speculative=speculative, **options)
         ids, params = self._checked(
             "stream_text_completion",
             lambda: encode_text(prompt, "prompt", self.tokenizer, self.model.params.max_seq_len),
-            temperature,
-            top_p,
-            self._max_gen_len(max_gen_len),
-            echo=echo,
-            stop=stop,
-            seed=seed,
-            speculative=speculative,
-            **options,
+            given | dict(max_gen_len=self._max_gen_len(max_gen_len), echo=echo),
         )
         return self._completer().stream(ids, params)
 
@@ -446,17 +424,11 @@ class Llama:
     ) -> Generator[str, None, None]:
         """Answers one dialog, yielding the answer's pieces; otherwise as `stream_text_completion`."""
         chat_format = self._chat_format()
+        given = dict(temperature=temperature, top_p=top_p, stop=stop, seed=seed, speculative=speculative, **options)
         prompt, params = self._checked(
             "stream_chat_completion",
             lambda: encode_dialog(dialog, "dialog", self.tokenizer, self.model.params.max_seq_len, chat_format),
-            temperature,
-            top_p,
-            self._max_gen_len(max_gen_len),
-            stop=stop,
-            seed=seed,
-            speculative=speculative,
-            stop_ids=chat_format.stop_ids(self.tokenizer),
-            **options,
+            given | dict(max_gen_len=self._max_gen_len(max_gen_len), stop_ids=chat_format.stop_ids(self.tokenizer)),
         )
         return _refusal() if prompt is None else self._completer().stream(prompt, params)
 
@@ -486,19 +458,17 @@ class Llama:
             logprobs also "tokens" and "logprobs".
         """
         max_seq_len = self.model.params.max_seq_len
+        given = dict(temperature=temperature, top_p=top_p, stop=stop, seed=seed, speculative=speculative, **options)
         prompts, params = self._checked(
             "text_infilling",
             lambda: encode_infillings(prefixes, suffixes, self.tokenizer, max_seq_len, suffix_first=suffix_first),
-            temperature,
-            top_p,
-            self._max_gen_len(max_gen_len),
-            logprobs,
-            stop=stop,
-            seed=seed,
-            speculative=speculative,
-            stop_ids=infilling_stop_ids(self.tokenizer),
-            keep_space=True,
-            **options,
+            given
+            | dict(
+                max_gen_len=self._max_gen_len(max_gen_len),
+                logprobs=logprobs,
+                stop_ids=infilling_stop_ids(self.tokenizer),
+                keep_space=True,
+            ),
         )
         rows = self._complete([ids for _, _, ids in prompts], params)
         return [
@@ -522,18 +492,14 @@ class Llama:
     ) -> Generator[str, None, None]:
         """Writes what goes between two texts, yielding its pieces; otherwise as `stream_text_completion`."""
         names, max_seq_len = ("prefix", "suffix"), self.model.params.max_seq_len
+        given = dict(temperature=temperature, top_p=top_p, stop=stop, seed=seed, speculative=speculative, **options)
         ids, params = self._checked(
             "stream_text_infilling",
             lambda: encode_infilling(prefix, suffix, names, self.tokenizer, max_seq_len, suffix_first=suffix_first),
-            temperature,
-            top_p,
-            self._max_gen_len(max_gen_len),
-            stop=stop,
-            seed=seed,
-            speculative=speculative,
-            stop_ids=infilling_stop_ids(self.tokenizer),
-            keep_space=True,
-            **options,
+            given
+            | dict(
+                max_gen_len=self._max_gen_len(max_gen_len), stop_ids=infilling_stop_ids(self.tokenizer), keep_space=True
+            ),
         )
         return self._completer().stream(ids, params)
 
@@ -598,14 +564,14 @@ class Llama:
         return checked
 
     def _checked(
-        self, name: str, encode: Callable[[], Result], *args: Any, stop_token: int | None = None, **kwargs: Any
+        self, name: str, encode: Callable[[], Result], sampling: dict[str, Any]
     ) -> tuple[Result, SamplingParams]:
         """A call's encoded prompts, and its `SamplingParams` from the other arguments."""
 
         def check() -> tuple[Result, SamplingParams]:
-            if stop_token is not None:
-                kwargs["stop_ids"] = check_stop_token(stop_token, self._n_ids)
-            params = SamplingParams(*args, **kwargs)
+            if (stop_token := sampling.pop("stop_token", None)) is not None:
+                sampling["stop_ids"] = check_stop_token(stop_token, self._n_ids)
+            params = SamplingParams(**sampling)
             vocab_size = vocab_size_of(self.model, self.tokenizer)
             params.check_ids(vocab_size)
             check_form(self.tokenizer, vocab_size, params)
