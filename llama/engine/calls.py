@@ -53,8 +53,9 @@ class Completer:
             )
             share = prompts[replica::n_replicas]
             request = Request(self._engine, self._tokenizer, share, params, sampler_of=samplers.sampler_and_noise_row)
-            for result in self._engine.run(request.call, whole=True):
-                request.add(result)
+            if params.max_gen_len or (params.echo and params.logprobs):
+                for result in self._engine.run(request.call, whole=True):
+                    request.add(result)
             rows = _gathered(request.completions, len(prompts))
             samplers.end()
             return rows
@@ -68,6 +69,10 @@ class Completer:
     def _pieces(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
         samplers = _CallSamplers(self._engine.model, self._tokenizer, params, 1, (0, 1), self._draw)
         request = Request(self._engine, self._tokenizer, [prompt], params, sampler_of=samplers.sampler_and_noise_row)
+        if params.max_gen_len == 0:
+            yield ""
+            yield from filter(None, [request.completions[0].echo().text])
+            return
         with closing(_InLockstep(self._engine.run(request.call))) as results:
             yield ""
             for result in results:

@@ -369,7 +369,7 @@ def test_a_stream_whose_cache_was_not_touched_recomputes_nothing(llama: Llama) -
 def test_a_stream_whose_cache_was_overwritten_recomputes_it_once(llama: Llama) -> None:
     stream = llama.stream_text_completion("The", temperature=0, max_gen_len=8)
     next(stream)
-    llama.score(["a b"])
+    llama.model(torch.zeros((1, 3), dtype=torch.int64), 0)
     with counted(llama) as passes:
         list(stream)
     assert [n > 1 for n in passes] == [True] + [False] * (len(passes) - 1)
