@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from llama.model import SPARE_POSITIONS, ModelArgs
+from llama.layers.cache import SPARE_POSITIONS
+from llama.model import ModelArgs
 
 GIB = 1024**3
 _CGROUP_FILES = (  # (limit, usage) of the container that this process may run in: version 2, version 1

@@ -30,9 +30,10 @@ from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper
 from llama.engine.network_state import has_hooks, same_objects
 from llama.errors import printable
 from llama.layers import int4, kernels, linear
+from llama.layers.cache import CachePositions
 from llama.layers.int4 import Int4Weight
 from llama.layers.kernels import Kernels, QuantizedWeight, onednn_int8_linear, row_bucket
-from llama.model import CachePositions, Transformer, TransformerBlock
+from llama.model import Transformer, TransformerBlock
 
 logger = logging.getLogger(__name__)
 
