@@ -199,7 +199,7 @@ def _hf_batching(python: str, job: Job, port: int) -> list[str]:
 
 _HF = (lambda job: str(job.hf_folder), "hf", "transformers fastapi", "'transformers[serving]'")
 SERVERS = {
-    "ours": Server(_ours, lambda job: "model", "ours", "fastapi", "'llama-reference[serve]'"),
+    "ours": Server(_ours, lambda job: "model", "ours", "starlette", "'llama-reference[serve]'"),
     "llama_cpp": Server(
         _llama_cpp, lambda job: "model", "llama_cpp", "llama_cpp.server gguf", "'llama-cpp-python[server]' gguf"
     ),

@@ -231,7 +231,7 @@ def test_a_scripted_network_writes_the_script(way: str | None, llama: Llama, job
 
 
 def test_a_round_of_serving_answers_every_request(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("fastapi", reason="needs the extra [serve]")
+    pytest.importorskip("starlette", reason="needs the extra [serve]")
     serving.main("tiny", n_requests=5, clients=(2,), batch=2, output_median=4, repeats=1, threads=1)
     *_, last = capsys.readouterr().out.splitlines()
     rounds = json.loads(last)["rounds"]

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -96,10 +96,12 @@ class Observe:
 
     Args:
         log: "text" or "json" for a line per request on stderr; None for none.
+        paths: those that are counted by themselves; the others are "other".
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, log: str | None) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, log: str | None, paths: Collection[str]) -> None:
         self._app = app
+        self._paths = paths
         self._metrics = metrics
         self._log = log
 
@@ -124,7 +126,7 @@ class Observe:
         try:
             await self._app(scope, receive, watch)
         finally:
-            path = getattr(scope.get("route"), "path", "other")
+            path = scope["path"] if scope["path"] in self._paths else "other"
             status = status if is_complete else LEFT
             self._metrics.requests.labels(path, str(status)).inc()
             if self._log:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
-from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from llama import __version__
@@ -45,7 +48,7 @@ _BODY_S = 30.0  # in which a client has to send its body
 _SMALL_BODY = 2**16  # bytes; what a body has beyond them counts towards the sum of all
 _OPEN_BODIES = 16  # that may have their maximum size at the same time
 _MOST_IGNORED = 1000  # names of ignored fields that are remembered
-_READ = ["GET", "HEAD"]
+Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 logger = logging.getLogger(__name__)
 
@@ -96,92 +99,73 @@ class Server:
         return self.service, self.planner
 
 
-def make_app(server: Server) -> FastAPI:
+def make_app(server: Server) -> Starlette:
     """The application, for an ASGI server such as uvicorn."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    routes = [*page_routes(), *_routes(server)]
+    middleware = [
+        Middleware(Observe, metrics=server.metrics, log=server.log, paths={route.path for route in routes}),
+        Middleware(Guard, hosts=server.allowed_hosts, origins=server.allowed_origins),
+    ]
     if server.allowed_origins:
-        app.add_middleware(
+        cors = Middleware(
             CORSMiddleware,
             allow_origins=server.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-ignored-fields", "retry-after"],
         )
-    app.add_middleware(Guard, hosts=server.allowed_hosts, origins=server.allowed_origins)
-    app.add_middleware(Observe, metrics=server.metrics, log=server.log)
-    for kind in (ApiError, HTTPException, ClientDisconnect, ClientLeftError, Exception):
-        app.add_exception_handler(kind, _answer_error)
-    for routes in (page_routes(), _open_routes(server), _guarded_routes(server)):
-        app.include_router(routes)
+        middleware.append(cors)
+    kinds = (ApiError, HTTPException, ClientDisconnect, ClientLeftError, Exception)
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=dict.fromkeys(kinds, _answer_error))
+    app.router.redirect_slashes = False
     return app
 
 
-def _open_routes(server: Server) -> APIRouter:
-    """The routes that need no key."""
-    routes = APIRouter()
-
-    @routes.api_route("/health", methods=_READ)
-    async def health() -> Response:
+def _routes(server: Server) -> list[Route]:
+    async def health(request: Request) -> Response:
         server.parts()
         return JSONResponse({"status": "ok"})
 
-    @routes.api_route("/ping", methods=[*_READ, "POST"])
-    async def ping() -> Response:
+    async def ping(request: Request) -> Response:
         server.parts()
         return Response()
 
-    @routes.api_route("/version", methods=_READ)
-    async def version() -> Response:
+    async def version(request: Request) -> Response:
         return JSONResponse({"version": __version__})
 
-    @routes.api_route("/openapi.json", methods=_READ)
-    async def openapi() -> Response:
+    async def openapi(request: Request) -> Response:
         return JSONResponse(describe(ignores_unknown=server.ignore_unknown))
 
-    return routes
-
-
-def _guarded_routes(server: Server) -> APIRouter:
-    """The routes that need the key, if one is set."""
-
-    async def has_key(request: Request) -> None:
-        check_key(request.headers, server.api_keys)
-
-    routes = APIRouter(dependencies=[Depends(has_key)])
-
-    @routes.api_route("/metrics", methods=_READ)
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         return Response(server.metrics.text(), media_type=CONTENT_TYPE)
 
-    @routes.api_route("/v1/models", methods=_READ)
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model(server)]})
 
-    @routes.api_route("/v1/models/{name:path}", methods=_READ)
-    async def model(name: str) -> Response:
-        check_model(name, server.model_name)
+    async def model(request: Request) -> Response:
+        check_model(request.path_params["name"], server.model_name)
         return JSONResponse(_model(server))
 
-    @routes.api_route("/tokenizer_info", methods=_READ)
-    async def info() -> Response:
+    async def info(request: Request) -> Response:
         return JSONResponse(tokenizer_info(server.parts()[1]))
 
-    @routes.post("/tokenize")
-    @routes.post("/detokenize")
-    async def tokens(request: Request) -> Response:
-        planner = server.parts()[1]
-        do = {"/tokenize": tokenize, "/detokenize": detokenize}[request.scope["route"].path]
-        async with _body_of(server, request) as raw:
-            answer = await asyncio.to_thread(lambda: do(parse_json(raw), planner, server.model_name))
-        return JSONResponse(answer)
+    def with_key(endpoint: Endpoint) -> Endpoint:
+        async def check_first(request: Request) -> Response:
+            check_key(request.headers, server.api_keys)
+            return await endpoint(request)
 
-    @routes.post(CHAT_URL)
-    @routes.post(COMPLETIONS_URL)
-    @routes.post(RESPONSES_URL)
-    async def completions(request: Request) -> Response:
-        return await _complete(server, request, request.scope["route"].path)
+        return check_first
 
-    return routes
+    no_key = {"/health": health, "/version": version, "/openapi.json": openapi}
+    gets = {"/metrics": metrics, "/v1/models": models, "/v1/models/{name:path}": model, "/tokenizer_info": info}
+    posts = {url: partial(_complete, server, url) for url in (CHAT_URL, COMPLETIONS_URL, RESPONSES_URL)}
+    posts |= {"/tokenize": partial(_convert, server, tokenize), "/detokenize": partial(_convert, server, detokenize)}
+    return [
+        Route("/ping", ping, methods=["GET", "POST"]),
+        *(Route(path, endpoint) for path, endpoint in no_key.items()),
+        *(Route(path, with_key(endpoint)) for path, endpoint in gets.items()),
+        *(Route(path, with_key(endpoint), methods=["POST"]) for path, endpoint in posts.items()),
+    ]
 
 
 def _model(server: Server) -> dict[str, Any]:
@@ -190,7 +174,15 @@ def _model(server: Server) -> dict[str, Any]:
     return model | {"max_model_len": context}
 
 
-async def _complete(server: Server, request: Request, url: str) -> Response:
+async def _convert(server: Server, convert: Callable[..., dict[str, Any]], request: Request) -> Response:
+    """Answers a request that takes no part of the network."""
+    _, planner = server.parts()
+    async with _body_of(server, request) as raw:
+        answer = await asyncio.to_thread(lambda: convert(parse_json(raw), planner, server.model_name))
+    return JSONResponse(answer)
+
+
+async def _complete(server: Server, url: str, request: Request) -> Response:
     """Answers a request for completions, as a whole or as a stream."""
     arrived = time.perf_counter()
     service, planner = server.parts()

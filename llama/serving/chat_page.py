@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Awaitable, Callable
 from importlib import resources
 
-from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _HEADERS = {
@@ -20,24 +22,25 @@ _HEADERS = {
 }
 
 
-def page_routes() -> APIRouter:
+def page_routes() -> list[Route]:
     """The routes of the page at `/` and of its scripts and styles below `/static/`. They need no key."""
-    routes = APIRouter()
+    routes = []
     static = resources.files("llama.serving").joinpath("static")
     for folder, url in ((static, "/static/"), (static.joinpath("vendor"), "/static/vendor/")):
         for file in folder.iterdir():
             suffix = "." + file.name.rpartition(".")[2]
             if suffix in _TYPES:
                 path = "/" if suffix == ".html" else url + file.name
-                _add(routes, path, file.read_bytes(), _TYPES[suffix])
+                routes.append(Route(path, _file(file.read_bytes(), _TYPES[suffix])))
     return routes
 
 
-def _add(routes: APIRouter, path: str, content: bytes, media_type: str) -> None:
+def _file(content: bytes, media_type: str) -> Callable[[Request], Awaitable[Response]]:
     headers = _HEADERS | {"ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"'}
 
-    @routes.api_route(path, methods=["GET", "HEAD"])
-    async def file(request: Request) -> Response:
+    async def answer(request: Request) -> Response:
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
         return Response(content, media_type=media_type, headers=headers)
+
+    return answer

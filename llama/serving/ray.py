@@ -29,10 +29,10 @@ from llama.serving.settings import ServerSettings
 
 try:
     import ray
-    from fastapi import FastAPI
     from ray import serve
     from ray.util import get_current_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    from starlette.applications import Starlette
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from llama.serving.app import Server, make_app
@@ -111,7 +111,7 @@ class Replica:
         self._worker = threading.Thread(target=_run, args=(self._server, self._service), name="llama", daemon=True)
         self._worker.start()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Starlette:
         routes = make_app(self._server)
         routes.add_middleware(_HoldAfterFailure, server=self._server)
         return routes

@@ -241,7 +241,12 @@ runpy.run_module(f"llama.tools.{sys.argv[1]}", run_name="__main__")
 
 @pytest.mark.parametrize(
     ("how", "tool", "package"),
-    [("llama", "batch", "pydantic"), ("-m", "batch", "pydantic"), ("llama", "serve", "fastapi")],
+    [
+        ("llama", "batch", "pydantic"),
+        ("-m", "batch", "pydantic"),
+        ("llama", "serve", "pydantic"),
+        ("-m", "serve", "uvicorn"),
+    ],
 )
 def test_a_missing_extra_is_one_line_that_says_what_to_install(how: str, tool: str, package: str) -> None:
     words = [sys.executable, "-c", _WITHOUT, package, how, "llama", tool]
