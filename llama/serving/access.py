@@ -9,8 +9,6 @@ import sys
 import time
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -18,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.errors import printable, quote
 from llama.serving.errors import ApiError
+from llama.serving.formats import Counts
 from llama.serving.metrics import Metrics
 
 LEFT = 499  # status of requests whose client left, as in nginx
@@ -72,23 +71,16 @@ class Guard:
             )
         if self._hosts is None:
             return None
-        host = headers.get("host", "").lower()
+        host, origin = headers.get("host", "").lower(), headers.get("origin")
         if host and re.sub(r":\d*$", "", host) not in self._hosts:
             expected = ", ".join(sorted(self._hosts))
             message = f"the header Host must be one of {expected}, got {quote(host)}; allow others by --allowed_hosts"
             return ApiError(message, status=403, code="host_not_allowed")
-        origin = headers.get("origin")
-        if origin is None or "*" in self._origins or origin in self._origins or _is_at(origin, host):
+        is_own = origin is None or origin.lower() in (f"http://{host}", f"https://{host}")
+        if is_own or "*" in self._origins or origin in self._origins:
             return None
         message = f"pages of other origins must be allowed by --allowed_origins, got {quote(origin)}"
         return ApiError(message, status=403, code="origin_not_allowed")
-
-
-def _is_at(origin: str, host: str) -> bool:
-    try:
-        return urlsplit(origin).netloc.lower() == host
-    except ValueError:
-        return False
 
 
 class Observe:
@@ -111,7 +103,7 @@ class Observe:
         started = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
-        state = scope.setdefault("state", {})
+        scope.setdefault("state", {})
         scope["path"] = scope["path"].rstrip("/") or "/"
         status, is_complete = LEFT, False
 
@@ -130,12 +122,11 @@ class Observe:
             status = status if is_complete else LEFT
             self._metrics.requests.labels(path, str(status)).inc()
             if self._log:
-                run = state.get("run")
-                tokens = (run.counts.n_prompt, run.counts.n_generated) if run else ()
-                counts = dict(zip(("prompt_tokens", "completion_tokens"), tokens, strict=False))
-                self._write(scope, status, time.perf_counter() - started, request_id, counts)
+                self._write(scope, status, time.perf_counter() - started, request_id)
 
-    def _write(self, scope: Scope, status: int, seconds: float, request_id: str, counts: dict[str, Any]) -> None:
+    def _write(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+        counts: Counts | None = scope["state"].get("counts")
+        tokens = {"prompt_tokens": counts.n_prompt, "completion_tokens": counts.n_generated} if counts else {}
         values = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "client": (scope.get("client") or ("-",))[0],
@@ -143,7 +134,7 @@ class Observe:
             "path": printable(scope["path"]),
             "status": status,
             "seconds": round(seconds, 4),
-            **counts,
+            **tokens,
             "request_id": request_id,
         }
         line = json.dumps(values) if self._log == "json" else " ".join(f"{k}={v}" for k, v in values.items())

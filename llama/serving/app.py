@@ -191,7 +191,7 @@ async def _complete(server: Server, url: str, request: Request) -> Response:
     async with _body_of(server, request) as raw:
         asked = await asyncio.to_thread(lambda: read_request(url, parse_json(raw), *rest))
     run = Run(service, asked.job, server.metrics, arrived=arrived, timeout_s=server.timeout_s)
-    request.state.run = run
+    request.state.counts = run.counts
     headers = _note_ignored(server, unknown.ignored)
     if asked.is_stream:
         return _EventStream(run, asked.answer, server.timeout_s, headers)

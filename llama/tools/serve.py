@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,58 +39,48 @@ class FirstRank:
 
     Args:
         server: the state that the routes share.
-        build: loads the network; called in the second thread.
-        max_waiting: as in `Service`.
-        grace_s: time to finish requests after a signal.
+        load: loads the network; called in the second thread.
     """
 
-    def __init__(self, server: Server, build: Callable[[], Llama], *, max_waiting: int, grace_s: float) -> None:
-        self._server = server
-        self._build = build
-        self._max_waiting = max_waiting
-        self._grace_s = grace_s
-        self._worker = threading.Thread(target=self._work, name="llama", daemon=True)
-        self._service: Service | None = None
-        self._error: BaseException | None = None
-        self._has_ended = threading.Event()
-        self._end_http: Callable[[], None] = lambda: None
-
-    def serve(self, listener: socket.socket) -> None:
-        """Serves until a signal comes; raises the error that ended the network, if that came first."""
-        asyncio.run(self._listen(listener))
-        if not self._service and not self._error:  # nothing can interrupt the loading
-            sys.stderr.flush()
-            os._exit(128 + signal.SIGTERM)
-        if self._service:
-            self._service.stop()
-        self._worker.join()
-        if self._error:
-            raise self._error
-
-    async def _listen(self, listener: socket.socket) -> None:
+    def __init__(self, server: Server, load: Callable[[], tuple[Llama, str]], settings: ServerSettings) -> None:
         import uvicorn
 
         from llama.serving.app import make_app
         from llama.serving.connections import IDLE_S, Connection, raise_file_limit
 
+        self._server = server
+        self._load = load
+        self._settings = settings
+        self._troubles = Connection.troubles
         Connection.limit = raise_file_limit()
         config = uvicorn.Config(
-            make_app(self._server),
+            make_app(server),
             http=Connection,
             timeout_keep_alive=round(IDLE_S),
             log_level="error",
             access_log=False,
             lifespan="off",
             server_header=False,
-            timeout_graceful_shutdown=round(self._grace_s + _LAST_EVENTS_S),
+            timeout_graceful_shutdown=round(settings.grace_s + _LAST_EVENTS_S),
         )
-        http = uvicorn.Server(config)
-        http.capture_signals = nullcontext  # type: ignore[method-assign, assignment]  # see below
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(Connection.troubles.handle)
+        self._http = uvicorn.Server(config)
+        self._http.capture_signals = nullcontext  # type: ignore[method-assign, assignment]  # see `_listen`
 
-        def end_http() -> None:
-            http.should_exit = True
+    def serve(self, listener: socket.socket) -> None:
+        """Serves until a signal comes; raises the error that ended the network, if that came first."""
+        worker = threading.Thread(target=self._work, name="llama", daemon=True)
+        asyncio.run(self._listen(listener, worker))
+        if not self._server.service and not self._server.error:  # nothing can interrupt the loading
+            sys.stderr.flush()
+            os._exit(128 + signal.SIGTERM)
+        self._stop_service()
+        worker.join()
+        if self._server.error:
+            raise self._server.error
+
+    async def _listen(self, listener: socket.socket, worker: threading.Thread) -> None:
+        loop, http = asyncio.get_running_loop(), self._http
+        loop.set_exception_handler(self._troubles.handle)
 
         def leave_stuck() -> None:
             """Lets go of clients that do not read that the server ends, before uvicorn reports them as errors."""
@@ -103,39 +93,32 @@ class FirstRank:
                 http.force_exit = True
             elif not http.should_exit:
                 print("shutting down; running requests may finish", file=sys.stderr, flush=True)
-                loop.call_later(self._grace_s, self._stop_service)
-                loop.call_later(self._grace_s + _LAST_EVENTS_S / 2, leave_stuck)
+                loop.call_later(self._settings.grace_s, self._stop_service)
+                loop.call_later(self._settings.grace_s + _LAST_EVENTS_S / 2, leave_stuck)
                 http.should_exit = True
 
-        self._end_http = lambda: _call_soon(loop, end_http)
         for number in _ENDING:
             if signal.getsignal(number) != signal.SIG_IGN:
                 loop.add_signal_handler(number, end, number)
-        self._worker.start()
+        worker.start()
         await http.serve(sockets=[listener])
 
     def _stop_service(self) -> None:
-        if self._service:
-            self._service.stop()
+        if self._server.service:
+            self._server.service.stop()
 
     def _work(self) -> None:
         """The second thread: loads the network and serves on it."""
         try:
-            service = Service(self._build(), max_waiting=self._max_waiting)
+            llama, self._server.fingerprint = self._load()
+            service = Service(llama, max_waiting=self._settings.max_waiting)
             self._server.ready(service)
-            self._service = service
             print("ready", file=sys.stderr, flush=True)
             service.run()
         except BaseException as error:
-            self._error = error
             self._server.failed(error)
         finally:
-            self._end_http()
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-    with suppress(RuntimeError):  # the loop has been closed
-        loop.call_soon_threadsafe(function)
+            self._http.should_exit = True
 
 
 def _follow(load: Callable[[], tuple[Llama, str]]) -> None:
@@ -169,10 +152,6 @@ def _check_ranks(ckpt_dir: str, model_parallel_size: int | None) -> None:
             f"a server must have one process per checkpoint file, {size}, got {n_ranks} processes; for replicas, start "
             f"one server each, with torchrun --nproc_per_node {size} and a --port of its own"
         )
-
-
-def _is_loopback(listener: socket.socket) -> bool:
-    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 @partial(commandline.with_build_flags, reuse_prefixes=True, compile="background")
@@ -212,19 +191,16 @@ def main(
     if groups.world_size() > 1 and not groups.is_first_rank():
         return _follow(load)
 
-    def build_first() -> Llama:
-        llama, server.fingerprint = load()
-        return llama
-
     with _open_port(host, port) as listener:
-        is_open = not server.api_keys and not _is_loopback(listener)
+        is_loopback = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+        is_open = not server.api_keys and not is_loopback
         if is_open:
             print("warning: everybody who can reach this address can use it; set LLAMA_API_KEY", file=sys.stderr)
         address = f"[{host}]" if ":" in host else host
         if allowed_hosts or not (server.api_keys or is_open):
             server.allowed_hosts = {*LOOPBACK_HOSTS, address, *names_in(allowed_hosts)}
         print(f"{server.model_name} at http://{address}:{listener.getsockname()[1]}, once it is loaded", flush=True)
-        FirstRank(server, build_first, max_waiting=settings.max_waiting, grace_s=settings.grace_s).serve(listener)
+        FirstRank(server, load, settings).serve(listener)
 
 
 def command() -> None:
