@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import pickle
+import shutil
 import signal
 import stat
 import subprocess
@@ -128,9 +129,7 @@ class Compiler:
 
 def has_cpp_compiler() -> bool:
     """Whether there is the C++ compiler that inductor would call: `CXX`, else the system's default."""
-    from shutil import which
-
-    return which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
 
 
 def private_folder() -> Path:
@@ -174,8 +173,9 @@ def _compile_in_process(folder: Path, jobs: dict[str, Job], done: Callable[[Path
         end = partial(_end, process, threading.current_thread())
         atexit.register(end)
         try:
-            with suppress(BrokenPipeError), process.stdin as stdin:
-                pickle.dump((scratch, jobs), stdin)
+            with suppress(BrokenPipeError):
+                pickle.dump((scratch, jobs), process.stdin)
+                process.stdin.flush()  # and stays open: its end tells the process that this one is gone
             for line in process.stdout:
                 name = line.decode(errors="replace").strip()
                 if name in jobs:
@@ -186,6 +186,8 @@ def _compile_in_process(folder: Path, jobs: dict[str, Job], done: Callable[[Path
             ended = stop.is_alive()
             stop.cancel()
             _kill(process)
+            with suppress(BrokenPipeError):
+                process.stdin.close()
             atexit.unregister(end)
         if not ended:
             raise CompileError(f"the compiler must end within {_LONGEST_S} seconds")
@@ -233,6 +235,7 @@ def compile_jobs() -> None:
     """Compile the jobs of standard input into a folder, and print the name of each when it is there."""
     os.nice(19)
     folder, jobs = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     report, sys.stdout = sys.stdout, sys.stderr
     try:
         for name, job in jobs.items():
@@ -241,6 +244,15 @@ def compile_jobs() -> None:
     except Exception as error:  # its last line is the reason that the other process gives
         print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _end_with_parent(folder: str) -> None:
+    """Ends this process, and the C++ compiler that it runs, once the one that started it has gone."""
+    os.read(sys.stdin.fileno(), 1)
+    shutil.rmtree(folder, ignore_errors=True)
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def export_job(job: Job, device: torch.device) -> torch.export.ExportedProgram:

@@ -89,11 +89,14 @@ class Server:
         """Refuses all requests from now on."""
         self.error = error
 
+    @property
+    def failure(self) -> BaseException | None:
+        return self.error or (self.service.error if self.service else None)
+
     def parts(self) -> tuple[Service, Planner]:
         """Raises ApiError unless requests can be served."""
-        error = self.error or (self.service.error if self.service else None)
-        if error is not None:
-            raise ApiError(f"the server has failed: {printable(error)}", status=503, code="failed")
+        if self.failure is not None:
+            raise ApiError(f"the server has failed: {printable(self.failure)}", status=503, code="failed")
         if self.service is None or self.planner is None:
             raise BusyError("the network is being loaded", "loading")
         return self.service, self.planner

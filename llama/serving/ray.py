@@ -135,7 +135,7 @@ class _HoldAfterFailure:
         self._server = server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._server.error is not None:
+        if self._server.failure is not None:  # before its clients are told so
             await asyncio.sleep(10 * _LAST_EVENTS_S)  # the process ends before
         await self._app(scope, receive, send)
 
