@@ -24,7 +24,7 @@ class Message(_Message, total=False):
     destination: str  # Code Llama 70B: whom the message is for
 
 
-Dialog = Sequence[Message]
+Dialog = Sequence[Message | Mapping[str, str]]
 
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"

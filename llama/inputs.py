@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from operator import index
 from typing import Any, TypedDict
 
-from llama.chat import ChatFormat, Dialog, Message, built_in_format
+from llama.chat import ChatFormat, Dialog, built_in_format
 from llama.errors import PromptError, quote
 from llama.tokenizer import stop_ids
 
@@ -343,7 +343,7 @@ def encode_texts(texts: Iterable[str], name: str, tokenizer: Any, max_seq_len: i
 
 
 def encode_dialog(
-    dialog: Iterable[Message], name: str, tokenizer: Any, max_seq_len: int, chat_format: ChatFormat | None = None
+    dialog: Dialog, name: str, tokenizer: Any, max_seq_len: int, chat_format: ChatFormat | None = None
 ) -> list[int] | None:
     """Checks and encodes a dialog; returns None if it must not be run because it contains the template's tags.
 

@@ -8,11 +8,11 @@ every pass: hooks run, and replaced modules and edited weights take effect.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from operator import index
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -405,6 +405,8 @@ class Transformer(nn.Module):
             than max_seq_len + `SPARE_POSITIONS`.
     """
 
+    layers: MutableSequence[TransformerBlock]  # a ModuleList, of whose items type checkers know no attributes
+
     @torch.inference_mode(False)  # inference tensors could not be used outside of inference mode
     def __init__(self, params: ModelArgs) -> None:
         super().__init__()
@@ -416,7 +418,8 @@ class Transformer(nn.Module):
         self.vocab_size = sizes.vocab_size
         self.n_layers = sizes.n_layers
         self.tok_embeddings = parallel_embedding(ParallelEmbedding, sizes.vocab_size, sizes.dim)
-        self.layers = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(sizes.n_layers))
+        blocks = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(sizes.n_layers))
+        self.layers = cast("MutableSequence[TransformerBlock]", blocks)
         self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.output = column_parallel(ColumnParallelLinear, sizes.dim, sizes.vocab_size, gather_output=True)
         # Twice max_seq_len, as in Meta's code; positions reach half of it, and padding a little further. Not a buffer:

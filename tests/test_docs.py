@@ -11,8 +11,12 @@ import io
 import json
 import re
 import runpy
+import shutil
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "inspecting.md"
 PAGES = {PAGE: 10, ROOT / "docs" / "sampling.md": 3}  # with the least number of snippets
 PACKAGES = ("transformers", "peft", "captum", "nnsight")  # that a snippet needs, by a comment in front of it
-BLOCK = re.compile(r"(?:^<!-- needs: (\w+) -->\n)?^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"(?:^<!-- needs: ([\w ]+) -->\n)?^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Snippet:
 def snippets(page: str) -> list[Snippet]:
     blocks = list(BLOCK.finditer(page))
     found = []
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+    for block, following in zip_longest(blocks, blocks[1:]):
         needs, language, code = block.groups()
         if language == "python":
             output = following[3] if following and following[2] == "text" else ""
@@ -107,6 +111,21 @@ def test_a_snippet_of_another_package_runs_where_it_is_installed(
         source = tmp_path / "snippet.py"  # nnsight reads it
         source.write_text("\n" * (snippet.line - 1) + snippet.code, encoding="utf-8")
         snippet.run(source, names)
+
+
+@pytest.mark.skipif(shutil.which("pyright") is None, reason="needs pyright: pip install pyright")
+def test_pyright_finds_no_wrong_type_in_the_snippets(tmp_path: Path) -> None:
+    pages = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "api.md")]
+    for page in pages:
+        found = snippets(page.read_text(encoding="utf-8"))
+        together = "\n".join(snippet.code for snippet in found if snippet.needs is None)
+        others = [snippet.code for snippet in found if snippet.needs == "a running server"]
+        for i, code in enumerate([together, *others]):
+            (tmp_path / f"{page.stem}_{i}.py").write_text(code, encoding="utf-8")
+    (tmp_path / "llama").symlink_to(ROOT / "llama")
+    command = ["pyright", "--pythonpath", sys.executable, *map(str, tmp_path.glob("*.py"))]
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_output_after_a_snippet_belongs_to_it() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +143,7 @@ class CompiledStepper:
         return True
 
     def _graph(self, several_rows: bool) -> Compiled | None:
-        block = cast(TransformerBlock, self._model.layers[0])
+        block = self._model.layers[0]
         if not _is_compiled_ahead(block):
             return _compile_here(_job(block, several_rows=several_rows), _cache_of(block).device)
         if self._compiler is None:
@@ -153,7 +153,7 @@ class CompiledStepper:
 
     def _start(self) -> None:
         """Has the graphs loaded, or compiled."""
-        block = cast(TransformerBlock, self._model.layers[0])
+        block = self._model.layers[0]
         _operators()  # loaded code asks for them
         sources = (__file__, network.__file__, linear.__file__, kernels.__file__, int4.__file__)
         code = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()

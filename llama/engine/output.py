@@ -16,32 +16,31 @@ TopLogprobs = tuple[tuple[int, float], ...]
 TokenScore = tuple[float | None, TopLogprobs]  # a log-probability, None for a prompt's first token
 
 
-class CompletionPrediction(TypedDict, total=False):
-    """A result of `Llama.text_completion`."""
+class _WithLogprobs(TypedDict, total=False):
+    tokens: list[str]
+    logprobs: list[float]
+
+
+class CompletionPrediction(_WithLogprobs):
+    """A result of `Llama.text_completion`; `tokens` and `logprobs` are there with `logprobs=True`."""
 
     generation: str
     finish_reason: FinishReason  # "stop", or "length" where the limit of tokens ended it
-    tokens: list[str]  # with logprobs
-    logprobs: list[float]  # with logprobs
 
 
-class ChatPrediction(TypedDict, total=False):
+class ChatPrediction(_WithLogprobs):
     """A result of `Llama.chat_completion`."""
 
     generation: Message
     finish_reason: FinishReason
-    tokens: list[str]  # with logprobs
-    logprobs: list[float]  # with logprobs
 
 
-class InfillingPrediction(TypedDict, total=False):
+class InfillingPrediction(_WithLogprobs):
     """A result of `Llama.text_infilling`."""
 
     generation: str  # the text between prefix and suffix
     full_text: str  # prefix, generation and suffix
     finish_reason: FinishReason
-    tokens: list[str]  # with logprobs
-    logprobs: list[float]  # with logprobs
 
 
 class Score(TypedDict):

@@ -232,6 +232,8 @@ def collected(llama: Llama, call: Callable[[Llama], Any], n_tried: int | None) -
 
             assert in_a_thread(work) == expected, at.place
             gc.collect()
+            if call is CALLS["score"]:  # holds the network, and takes no step that would free the stream's row
+                llama.engine.advance()
             assert llama.engine.is_idle, at.place
     finally:
         gc.unfreeze()
