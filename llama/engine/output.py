@@ -22,21 +22,21 @@ class _WithLogprobs(TypedDict, total=False):
 
 
 class CompletionPrediction(_WithLogprobs):
-    """A result of `Llama.text_completion`; `tokens` and `logprobs` are there with `logprobs=True`."""
+    """A result of `Llama.text_completion`; with `logprobs=True` also `tokens: list[str]`, `logprobs: list[float]`."""
 
     generation: str
     finish_reason: FinishReason  # "stop", or "length" where the limit of tokens ended it
 
 
 class ChatPrediction(_WithLogprobs):
-    """A result of `Llama.chat_completion`."""
+    """A result of `Llama.chat_completion`; with `logprobs=True` also `tokens: list[str]`, `logprobs: list[float]`."""
 
     generation: Message
     finish_reason: FinishReason
 
 
 class InfillingPrediction(_WithLogprobs):
-    """A result of `Llama.text_infilling`."""
+    """A result of `Llama.text_infilling`; with `logprobs=True` also `tokens: list[str]`, `logprobs: list[float]`."""
 
     generation: str  # the text between prefix and suffix
     full_text: str  # prefix, generation and suffix
