@@ -21,7 +21,7 @@ PADDED_ROWS = 5  # what fewer rows are padded to where that pays
 _PROBE_BYTES = 96 * MiB  # weights that are read for a timing: more than most caches hold
 _CLEARLY = 0.97  # of another time, to be preferred to it
 _MOST_ROTATED = 32  # inputs per block of the rotation before quantization
-QUANTIZED_ELEMENTS = 1 << 18  # of a weight that are quantized at a time, so that they stay in the processor's caches
+QUANTIZED_ELEMENTS = 1 << 17  # that a thread quantizes at a time, so that they stay in the caches of its core
 
 _ROUNDING = torch.tensor(1.5 * 2**23 + 128, dtype=torch.float32, device="cpu")
 _NO_ZERO_POINT = torch.zeros(1, dtype=torch.int64, device="cpu")  # of symmetric weights
@@ -161,18 +161,36 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     Each row of x is rotated and quantized to int8 by its own largest value; the sums are those of integers. A row's
     result does not depend on the other rows.
     """
-    rotation = weight.rotation
-    rows = (x.reshape(-1, rotation.size(0)).float() @ rotation).view(-1, x.size(-1))
-    peaks = rows.abs().amax(-1, keepdim=True)
+    rows = x.reshape(-1, x.size(-1))
+    n_rows, n_in = rows.shape
+    at_once = max(1, QUANTIZED_ELEMENTS * torch.get_num_threads() // n_in)
+    if n_rows <= at_once:
+        rounded, peaks = _rotated_and_rounded(rows, weight.rotation)
+        quantized = rounded.to(torch.int8)
+        if (padded := row_bucket(n_rows)) != n_rows:
+            quantized = F.pad(quantized, (0, 0, 0, padded - n_rows))
+    else:
+        quantized = torch.empty((row_bucket(n_rows), n_in), dtype=torch.int8, device="cpu")
+        peaks = torch.empty((n_rows, 1), dtype=torch.float32, device="cpu")
+        for first in range(0, n_rows, at_once):
+            part = slice(first, min(first + at_once, n_rows))
+            rounded, peaks[part] = _rotated_and_rounded(rows[part], weight.rotation)
+            quantized[part] = rounded
+    out = onednn_int8_linear(quantized.view(torch.uint8), weight.blocked, weight.scales)[:n_rows]
+    return out.mul_(peaks).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _rotated_and_rounded(rows: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row (n, in), rotated, as uint8 numbers around 128, and its peak (n, 1), which 127 stands for.
+
+    The numbers are the low bits of the returned int32. Converted to int8 and seen as uint8 they are what they should
+    be; to uint8 itself takes five times as long.
+    """
+    rotated = (rows.reshape(-1, rotation.size(0)).float() @ rotation).view(rows.shape)
+    peaks = rotated.abs().amax(-1, keepdim=True)
     # Adding 1.5 * 2^23 rounds to whole numbers, and leaves them in the low bits; adding 128 more is the zero point. A
     # row of zeros is not a number here, and becomes any uint8; its peak makes the products 0.
-    rounded = torch.add(_ROUNDING, rows.div_(peaks), alpha=127).view(torch.int32)
-    quantized = rounded.to(torch.int8).view(torch.uint8)  # the low bits: to uint8 itself takes five times as long
-    n_rows = len(quantized)
-    if (padded := row_bucket(n_rows)) != n_rows:
-        quantized = F.pad(quantized, (0, 0, 0, padded - n_rows))
-    out = onednn_int8_linear(quantized, weight.blocked, weight.scales)[:n_rows]
-    return out.mul_(peaks).to(x.dtype).view(*x.shape[:-1], -1)
+    return torch.add(_ROUNDING, rotated.div_(peaks), alpha=127, out=rotated).view(torch.int32), peaks
 
 
 def onednn_int8_linear(x: Tensor, blocked: Tensor, scales: Tensor) -> Tensor:

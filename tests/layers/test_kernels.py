@@ -146,6 +146,14 @@ def test_a_row_has_the_same_int8_product_whatever_the_other_rows(n_in: int, n_ou
 
 
 @needs_int8
+def test_rows_that_are_quantized_part_by_part_are_quantized_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = normal(21, IN), quantize_weight(normal(OUT, IN, seed=1))
+    expected = quantized_linear(x, weight)
+    monkeypatch.setattr(kernels, "QUANTIZED_ELEMENTS", 4 * IN)
+    assert torch.equal(quantized_linear(x, weight), expected)
+
+
+@needs_int8
 @pytest.mark.parametrize("shape", [(IN,), (1, IN), (1, 3, IN), (3, 1, IN), (17, IN), (3, 11, IN)], ids=str)
 def test_an_int8_product_has_the_inputs_shape(shape: tuple[int, ...]) -> None:
     weight, x = quantize_weight(normal(OUT, IN)), normal(*shape, seed=1)
