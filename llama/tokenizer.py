@@ -55,9 +55,8 @@ class Tokenizer:
     def __init__(self, model_path: str | Path, *, added_tokens: Mapping[str, int] | None = None) -> None:
         """
         Args:
-            added_tokens: names and ids of the tokens that a fine-tune added to the SentencePiece model. It may name
-                pieces of the model too, which chat templates then write by name. None for those that Hugging Face's
-                files beside the model list: see `read_added_tokens`.
+            added_tokens: names and ids of tokens that a fine-tune added to the model, and of pieces that chat templates
+                write by name; None for those that Hugging Face's files beside the model list.
         """
         self.sp_model: Any = _load(Path(model_path))
         n_pieces: int = self.sp_model.vocab_size()
@@ -163,8 +162,8 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Names and ids of the tokens that a chat template writes by name: control pieces and added tokens."""
-        pieces = range(self.sp_model.vocab_size())
-        control = [i for i in pieces if self.sp_model.is_control(i) or self.sp_model.is_unknown(i)]
+        sp = self.sp_model
+        control = [i for i in range(sp.vocab_size()) if sp.is_control(i) or sp.is_unknown(i)]
         return {self.token_piece(i): i for i in control} | self._named_tokens
 
 
@@ -352,8 +351,8 @@ class IncrementalDetokenizer:
         Args:
             tokenizer: any object with `decode`.
             stop: stop strings; none may be empty.
-            prefix: ids before the completion. They are not searched for stop strings; if there are any, the leading
-                space of the completion's first piece is kept.
+            prefix: ids before the completion, which are not searched for stop strings. With some, the leading space
+                of the completion's first piece is kept.
             at_start: False to keep that space without a prefix, as in infilling.
         """
         self._given = tokenizer, tuple(stop), prefix, at_start
@@ -398,22 +397,16 @@ class IncrementalDetokenizer:
     def _release(self, text: str, *, final: bool) -> str:
         """Adds text to what is held back; returns the part that cannot become a stop string any more."""
         held = self._held + text
-        end = min((held.find(stop) for stop in self._stop if stop in held), default=None)
-        if end is not None:
+        end = len(held)
+        if found := [held.find(stop) for stop in self._stop if stop in held]:
             self.stopped = True
+            end = min(found)
             self._cut(len(held) - end)
-        elif final:
-            end = len(held)
-        else:
-            end = len(held) - self._possible_stop(held)
+        elif not final:
+            may_stop = (i for i in range(len(held)) if any(stop.startswith(held[i:]) for stop in self._stop))
+            end = next(may_stop, end)
         self._held = held[end:]
         return held[:end]
-
-    def _possible_stop(self, text: str) -> int:
-        """Length of the longest suffix of `text` that is a prefix of a stop string."""
-        longest = min(len(text), max(map(len, self._stop), default=0))
-        ends = (n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stop))
-        return next(ends, 0)
 
     def _cut(self, n_chars: int) -> None:
         """Removes the last `n_chars` characters of `pieces`, and any empty pieces that are then last."""

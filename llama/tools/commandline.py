@@ -34,12 +34,11 @@ from llama.tools.toy import toy_checkpoint
 
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError, NonFiniteLogitsError)
 Function = TypeVar("Function", bound=Callable[..., Any])
-INTERRUPTED = 130  # status that a shell reports for a program that Ctrl-C ended
 _MAX_MESSAGE = 4000  # characters of an error that are printed
 _ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # SIGHUP: the terminal was closed
 
 
-def with_flags_of(callee: Callable[..., Any], **defaults: Any) -> Callable[[Function], Function]:
+def with_flags_of(callee: Callable[..., Any], function: Function, **defaults: Any) -> Function:
     """Gives a command the optional arguments of `callee` as flags, by their names, defaults and documentation.
 
     The function gets those that are given as keywords, and passes them on. A flag of the function's own goes before
@@ -48,32 +47,27 @@ def with_flags_of(callee: Callable[..., Any], **defaults: Any) -> Callable[[Func
     Args:
         defaults: other defaults than the callee's, which the function then gets too.
     """
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    given = inspect.signature(callee).parameters.values()
+    optional = [p for p in given if p.default is not p.empty and p.name not in signature.parameters]
+    added = [p.replace(kind=p.KEYWORD_ONLY, default=defaults.get(p.name, p.default)) for p in optional]
 
-    def decorate(function: Function) -> Function:
-        signature = inspect.signature(function)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        given = inspect.signature(callee).parameters.values()
-        optional = [p for p in given if p.default is not p.empty and p.name not in signature.parameters]
-        added = [p.replace(kind=p.KEYWORD_ONLY, default=defaults.get(p.name, p.default)) for p in optional]
+    @functools.wraps(function)
+    def with_defaults(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **(defaults | kwargs))
 
-        @functools.wraps(function)
-        def with_defaults(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **(defaults | kwargs))
-
-        flagged = cast(Function, with_defaults)
-        flagged.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
-        texts = _documented(callee)
-        if flagged.__doc__ and texts:  # not under python -OO
-            lines = [f"        {p.name}: {texts[p.name]}" for p in added]
-            flagged.__doc__ = "\n".join([flagged.__doc__.rstrip(), *lines, "    "])
-        return flagged
-
-    return decorate
+    texts = _documented(callee)
+    if function.__doc__ and texts:  # not under python -OO
+        lines = [f"        {p.name}: {texts[p.name]}" for p in added]
+        with_defaults.__doc__ = "\n".join([function.__doc__.rstrip(), *lines, "    "])
+    with_defaults.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
+    return cast(Function, with_defaults)
 
 
 def with_build_flags(function: Function, **defaults: Any) -> Function:
     """Gives a command the optional arguments of `Llama.build` as flags; see `with_flags_of`."""
-    return with_flags_of(Llama.build, **defaults)(function)
+    return with_flags_of(Llama.build, function, **defaults)
 
 
 def _documented(function: Callable[..., Any]) -> dict[str, str]:
@@ -140,7 +134,7 @@ def run(
         stop(error)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(130)  # as a shell reports a program that Ctrl-C ended
     except Exception as error:
         groups.report_to_launcher(error)
         raise

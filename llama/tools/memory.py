@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def _fit(args: ModelArgs, plan: Callable[[ModelArgs], MemoryPlan], available: in
     return lines
 
 
-@with_flags_of(memory_table)
+@partial(with_flags_of, memory_table)
 def main(**arguments: Any) -> int:
     """Prints the memory that each rank needs; the exit status is 1 if it does not fit in `--device_memory`.
 

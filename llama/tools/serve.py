@@ -155,7 +155,7 @@ def _check_ranks(ckpt_dir: str, model_parallel_size: int | None) -> None:
 
 
 @partial(commandline.with_build_flags, reuse_prefixes=True, compile="background")
-@commandline.with_flags_of(ServerSettings)
+@partial(commandline.with_flags_of, ServerSettings)
 def main(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
