@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 from llama import Dialog, Llama
-from llama.checkpoint.chat_format import read_chat_format
 from llama.distributed.groups import is_first_rank
 from llama.inputs import encode_dialogs
+from llama.text.chat_format import read_chat_format
 from llama.tools import commandline
 
 PARIS = """\

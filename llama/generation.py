@@ -28,7 +28,6 @@ from llama.chat import (
     built_in_format,
     dialog_prompt_tokens,
 )
-from llama.checkpoint.chat_format import read_chat_format
 from llama.checkpoint.loading import load_networks
 from llama.distributed import groups
 from llama.distributed.device import pause_workers
@@ -69,6 +68,7 @@ from llama.inputs import (
     vocab_size_of,
 )
 from llama.model import Transformer
+from llama.text.chat_format import read_chat_format
 from llama.tokenizer import Tokenizer, pieces
 
 if TYPE_CHECKING:

@@ -31,7 +31,6 @@ from llama.checkpoint.reading import (
     narrows,
     page_release,
 )
-from llama.checkpoint.tokenizer_files import load_tokenizer
 from llama.distributed import groups
 from llama.distributed.device import check_threads, processes_on, select_device, select_dtype, set_threads
 from llama.errors import quote
@@ -39,6 +38,7 @@ from llama.layers.int4 import GROUP, OUTPUTS, Int4Weight, can_quantize_int4, mea
 from llama.layers.kernels import Kernels, can_pack, can_quantize, measure_kernels
 from llama.layers.linear import QUANTIZED_FORMS, packable_layers
 from llama.model import ModelArgs, Transformer
+from llama.text.tokenizer_json import load_tokenizer
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -46,7 +46,7 @@ class TemplateChatFormat(ChatFormat):
         check_messages(dialog, name)
 
     def check_usable(self) -> None:
-        _compiled(self.source)
+        compiled(self.source)
 
     def encode(self, dialog: Dialog, tokenizer: Any) -> list[int]:
         return self.encode_text(self.render(dialog, tokenizer), tokenizer)
@@ -64,7 +64,7 @@ class TemplateChatFormat(ChatFormat):
         piece = getattr(tokenizer, "token_piece", None)  # a tokenizer of another class has none
         names = {} if piece is None else {"bos_token": piece(tokenizer.bos_id), "eos_token": piece(tokenizer.eos_id)}
         settings = {"tools": None, "documents": None, "add_generation_prompt": True} | names | self.variables
-        text: str = _compiled(self.source).render(messages=messages, **settings)
+        text: str = compiled(self.source).render(messages=messages, **settings)
         return text
 
     def encode_text(self, text: str, tokenizer: Any) -> list[int]:
@@ -95,7 +95,8 @@ class TemplateChatFormat(ChatFormat):
 
 
 @lru_cache(maxsize=16)
-def _compiled(source: str) -> Any:
+def compiled(source: str) -> Any:
+    """The `Template` of a Jinja text."""
     from llama.text.sandbox import Template  # the extra [chat]; its error names it
 
     return Template(source)

@@ -1,4 +1,6 @@
-"""A `tokenizer.json` alone: byte-level BPE, as SmolLM and others have it, with the package tokenizers."""
+"""Loads a checkpoint's tokenizer: SentencePiece's, or a `tokenizer.json` of byte-level BPE, as SmolLM has it, with the
+package tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llama.errors import missing_extra, printable, quote, read_json_object
+from llama.errors import missing_extra, printable, quote
+from llama.text.chat_format import read_settings, read_stop_ids, token_names
 from llama.tokenizer import Tokenizer, checked_text
 
-_NAMES_FILES = ("special_tokens_map.json", "tokenizer_config.json", "chat_format.json")  # the last one counts
+
+def load_tokenizer(
+    tokenizer_path: str | Path, ckpt_dir: str | Path, tokenizer_class: type[Tokenizer] = Tokenizer
+) -> Tokenizer:
+    """The tokenizer, with the tokens that end an answer; errors as in `Tokenizer` and `JsonTokenizer`."""
+    path = Path(tokenizer_path)
+    is_json = False
+    if path.is_file():
+        with path.open("rb") as file:
+            is_json = file.read(64).lstrip().startswith(b"{")  # a SentencePiece model begins with another byte
+    tokenizer = JsonTokenizer(path) if is_json else tokenizer_class(path)
+    tokenizer.more_stop_ids = read_stop_ids([path.parent, ckpt_dir], tokenizer.special_tokens)
+    return tokenizer
 
 
 class JsonTokenizer(Tokenizer):
@@ -41,7 +56,7 @@ class JsonTokenizer(Tokenizer):
         self._pieces = {token: piece for piece, token in vocabulary.items()} | self._added_texts
         self.n_words = max(self._pieces, default=-1) + 1
         ids_by_text = vocabulary | self.added_tokens
-        names = _names(Path(path).parent).items()
+        names = token_names(read_settings(Path(path).parent)).items()
         ids = {name: ids_by_text[text] for name, text in names if text in ids_by_text}
         if "eos_token" not in ids:
             raise ValueError(
@@ -118,15 +133,3 @@ def _load(path: Path, whole: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"{path} must be a tokenizer of the package tokenizers, got one that is damaged ({printable(error)})"
         ) from error
-
-
-def _names(folder: Path) -> dict[str, str]:
-    """The texts of BOS, EOS and padding by the files beside the tokenizer."""
-    names: dict[str, str] = {}
-    for name in _NAMES_FILES:
-        content = read_json_object(folder / name) if (folder / name).is_file() else {}
-        for key, value in content.items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if key in ("bos_token", "eos_token", "pad_token") and isinstance(text, str):
-                names[key] = text
-    return names

@@ -17,9 +17,9 @@ from typing import Any
 
 from llama import Dialog, Llama, Message
 from llama.chat import ChatFormat, built_in_format
-from llama.checkpoint.chat_format import read_chat_format
 from llama.distributed.groups import broadcast_object, is_first_rank
 from llama.errors import quote
+from llama.text.chat_format import read_chat_format
 from llama.tokenizer import Tokenizer
 from llama.tools import commandline
 

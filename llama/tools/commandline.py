@@ -24,11 +24,11 @@ from fire import decorators
 from fire.core import FireExit
 
 from llama.checkpoint.reading import find_tokenizer, list_shards, model_args
-from llama.checkpoint.tokenizer_files import load_tokenizer
 from llama.distributed import groups
 from llama.errors import NonFiniteLogitsError, RankError, printable, quote
 from llama.generation import Llama
 from llama.inputs import SamplingParams, check_speculative
+from llama.text.tokenizer_json import load_tokenizer
 from llama.tokenizer import Tokenizer
 from llama.tools.toy import toy_checkpoint
 

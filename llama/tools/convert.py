@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint.chat_format import CHAT_FORMAT_FILE, copy_chat_format, read_stop_ids
 from llama.checkpoint.format import padded, split_tensor, tensor_shapes
 from llama.checkpoint.huggingface import (
     EMBEDDING,
@@ -35,11 +34,12 @@ from llama.checkpoint.huggingface import (
 from llama.checkpoint.reading import check_range, magnitude, narrows
 from llama.checkpoint.releases import TRAINED_SEQ_LEN
 from llama.checkpoint.sharded import ShardedCheckpoint, same_bits
-from llama.checkpoint.tokenizer_files import load_tokenizer
 from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors, write_checklist
 from llama.distributed.device import DTYPES
 from llama.errors import printable, quote, read_json_object
 from llama.model import ModelArgs
+from llama.text.chat_format import CHAT_FORMAT_FILE, copy_chat_format, read_stop_ids
+from llama.text.tokenizer_json import load_tokenizer
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run
 from llama.tools.progress import writing
@@ -62,7 +62,7 @@ def from_hf(
     Args:
         hf_dir: folder of config.json and *.safetensors (or pytorch_model*.bin); tokenizer.model is copied if it is
             there, with what is said of added tokens, and a chat template if it is not Llama 2's (see
-            `llama.checkpoint.chat_format`).
+            `llama.text.chat_format`).
         output_dir: folder to make; it appears when it is complete.
         model_parallel_size: number of files to write, one per process (GPU) that will run the model. Where the
             vocabulary is no multiple of it, tokens of zeros are added, which are never sampled.

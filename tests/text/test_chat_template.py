@@ -12,8 +12,8 @@ import pytest
 
 from llama import Tokenizer
 from llama.chat import ChatFormat
-from llama.checkpoint.chat_format import read_chat_format
 from llama.errors import PromptError
+from llama.text.chat_format import read_chat_format
 from llama.text.chat_template import TemplateChatFormat
 from tests.support.templates import CHATML, IM, LLAMA2, MISTRAL, VICUNA, ZEPHYR, hf_folder
 from tests.support.tokenizers import Foreign

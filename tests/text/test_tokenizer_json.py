@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from llama import Llama, Tokenizer
-from llama.checkpoint.chat_format import read_chat_format
 from llama.checkpoint.reading import find_tokenizer
-from llama.checkpoint.tokenizer_files import load_tokenizer
+from llama.text.chat_format import read_chat_format
 from llama.text.chat_template import TemplateChatFormat
-from llama.text.tokenizer_json import JsonTokenizer
+from llama.text.tokenizer_json import JsonTokenizer, load_tokenizer
 from llama.tokenizer import StreamDecoder
 from llama.tools.convert import from_hf
 from tests.support.templates import CHATML, IM

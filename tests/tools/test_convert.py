@@ -26,7 +26,7 @@ from llama.checkpoint.huggingface import (
     to_interleaved,
     with_hidden_dim,
 )
-from llama.checkpoint.tokenizer_files import load_tokenizer
+from llama.text.tokenizer_json import load_tokenizer
 from llama.tools import convert
 from llama.tools.commandline import run
 from llama.tools.convert import from_hf, to_hf

@@ -17,8 +17,8 @@ import torch
 
 from llama import Llama, Message
 from llama.chat import encode_dialog
-from llama.checkpoint.chat_format import CHAT_FORMAT_FILE
 from llama.checkpoint.format import read_params
+from llama.text.chat_format import CHAT_FORMAT_FILE
 from llama.tools import evaluate
 from llama.tools.convert import to_hf
 from tests.conftest import ROOT, TEXT

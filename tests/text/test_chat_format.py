@@ -12,12 +12,11 @@ import pytest
 
 from llama import Llama
 from llama.chat import encode_dialog
-from llama.checkpoint import chat_format
-from llama.checkpoint.chat_format import CHAT_FORMAT_FILE, copy_chat_format, read_chat_format, read_stop_ids
 from llama.errors import PromptError
 from llama.serving.batch_file import Reader, read_line
 from llama.serving.jobs import Planner
-from llama.text import chat_template
+from llama.text import chat_format, chat_template
+from llama.text.chat_format import CHAT_FORMAT_FILE, copy_chat_format, read_chat_format, read_stop_ids
 from llama.text.chat_template import TemplateChatFormat
 from llama.tools import chat
 from tests.support.templates import CHATML, LLAMA2, MISTRAL, VICUNA, write_settings
@@ -156,7 +155,7 @@ def test_the_chat_tool_refuses_a_damaged_template_before_it_loads(
 def test_a_missing_jinja2_names_the_extra_where_a_template_is_used_alone(
     foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chat_template._compiled.cache_clear()
+    chat_template.compiled.cache_clear()
     monkeypatch.delitem(sys.modules, "llama.text.sandbox", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "jinja2"]:
         monkeypatch.delitem(sys.modules, name)

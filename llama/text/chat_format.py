@@ -12,7 +12,7 @@ from typing import Any
 
 from llama.chat import B_INST, B_SYS, E_INST, E_SYS, ChatFormat
 from llama.errors import PromptError, read_json_object
-from llama.text.chat_template import TemplateChatFormat
+from llama.text.chat_template import TemplateChatFormat, compiled
 
 CHAT_FORMAT_FILE = "chat_format.json"
 _GENERATION = "generation_config.json"
@@ -39,9 +39,7 @@ def read_chat_format(ckpt_dir: str | Path) -> ChatFormat | None:
     template = _template(settings)
     if template is None or _is_llama2(template):
         return None
-    variables = {name: _text(value) for name, value in settings.items() if name.endswith("_token")}
-    named = {name: text for name, text in variables.items() if text is not None}
-    return TemplateChatFormat(template, named, spaces=settings.get("legacy") is True)
+    return TemplateChatFormat(template, token_names(settings), spaces=settings.get("legacy") is True)
 
 
 def read_stop_ids(folders: Iterable[str | Path], special_tokens: Mapping[str, int]) -> frozenset[int]:
@@ -55,7 +53,7 @@ def read_stop_ids(folders: Iterable[str | Path], special_tokens: Mapping[str, in
     for folder in folders:
         listed = _read(Path(folder) / _GENERATION).get("eos_token_id")
         ids |= {i for i in (listed if isinstance(listed, list) else [listed]) if isinstance(i, int)}
-        named = special_tokens.get(_text(read_settings(folder).get("eos_token")) or "")
+        named = special_tokens.get(token_names(read_settings(folder)).get("eos_token", ""))
         ids |= set() if named is None else {named}
     return frozenset(ids)
 
@@ -73,8 +71,7 @@ def copy_chat_format(hf_dir: Path, folder: Path) -> bool:
     template = _template(settings)
     if template is None or _is_llama2(template):
         return False
-    kept = {name: text for name, value in settings.items() if name.endswith("_token") and (text := _text(value))}
-    content = {"chat_template": template, **kept, "legacy": settings.get("legacy") is True}
+    content = {"chat_template": template, **token_names(settings), "legacy": settings.get("legacy") is True}
     (folder / CHAT_FORMAT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return True
 
@@ -89,6 +86,13 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     return settings | _read(folder / CHAT_FORMAT_FILE)
 
 
+def token_names(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of special tokens by these settings, such as `eos_token`; a token may have settings of its own."""
+    found = {name: value for name, value in settings.items() if name.endswith("_token")}
+    texts = {name: token.get("content") if isinstance(token, Mapping) else token for name, token in found.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
 def _read(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
@@ -101,24 +105,15 @@ def _template(settings: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _text(token: Any) -> str | None:
-    """The text of a token, which may have settings."""
-    text = token.get("content") if isinstance(token, Mapping) else token
-    return text if isinstance(text, str) else None
-
-
 def _is_llama2(template: str) -> bool:
     """Whether example dialogs have the same texts in both templates. A template that cannot be rendered is another."""
     try:
-        from llama.text.sandbox import Template  # the extra [chat]
-
-        compiled = Template(template)
-        return all(_render(compiled, dialog) == text for dialog, text in _EXAMPLES)
+        return all(_render(template, dialog) == text for dialog, text in _EXAMPLES)
     except (ImportError, PromptError):
         return False
 
 
-def _render(template: Any, dialog: list[tuple[str, str]]) -> str:
+def _render(template: str, dialog: list[tuple[str, str]]) -> str:
     messages = [{"role": role, "content": content} for role, content in dialog]
-    text: str = template.render(messages=messages, bos_token=_BOS, eos_token=_EOS, add_generation_prompt=True)
-    return text
+    tokens = {"bos_token": _BOS, "eos_token": _EOS}
+    return str(compiled(template).render(messages=messages, add_generation_prompt=True, **tokens))
