@@ -40,11 +40,11 @@ def main(
         ckpt_dir: folder of params.json and consolidated.NN.pth; start one process per file. By default the toy one.
         tokenizer_path: the checkpoint's tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         temperature: of sampling; 0 for greedy decoding.
-        top_p: samples from the smallest set of tokens whose probabilities exceed it in sum (nucleus sampling).
+        top_p: samples from the smallest set of tokens whose probability mass exceeds it (nucleus sampling).
         max_seq_len: maximum number of tokens of a prompt and its completion.
         max_gen_len: maximum number of tokens of a completion.
         max_batch_size: maximum number of prompts that run at a time.
-        speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
+        speculative: prompt_lookup, or draft with draft_ckpt_dir, verifies several drafted tokens per pass: the
             same text, often in less time.
     """
     sampling = commandline.checked_sampling(

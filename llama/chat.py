@@ -62,7 +62,7 @@ class ChatFormat:
         return encode_dialog(dialog, tokenizer)
 
     def encode_beginning(self, answer: str, tokenizer: Any) -> list[int]:
-        """Encodes the beginning of an answer, which goes behind the prompt."""
+        """Encodes the beginning of an answer, which follows the prompt."""
         return list(tokenizer.encode(answer, bos=False, eos=False))
 
     def stop_ids(self, tokenizer: Any) -> frozenset[int] | None:

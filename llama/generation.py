@@ -182,26 +182,25 @@ class Llama:
                 `max_batch_size` times as many.
             max_batch_size: maximum number of prompts that run at a time.
             model_parallel_size: number of ranks that share the network; None: all processes (`WORLD_SIZE`, else 1).
-            seed: for torch's default generators, which calls without a seed of their own draw from; None leaves
+            seed: for torch's default generators, which calls without `seed` draw from; None leaves
                 them as they are.
             device: "cpu", "cuda", "cuda:N" or "mps"; None: the fastest available, by `LOCAL_RANK` among several.
             dtype: "float16", "bfloat16" or "float32", of weights and cache; None: bfloat16 on CPU, else float16.
             cuda_graphs: whether steps on CUDA are captured once and replayed; without effect elsewhere.
-            quantize: "int8" computes the linear layers with weights and inputs rounded to int8, on CPUs with VNNI:
-                faster, in half the memory, and not faithful to the checkpoint. "int4" rounds weights to int4, except
-                those of `output`, which are as with "int8": for bfloat16, in a third of the memory, and less exact.
-                None for no such rounding, or for the form of a checkpoint that `llama.tools.quantize` wrote.
-            draft_ckpt_dir: folder of a smaller checkpoint with the same vocabulary and as many files, which drafts
-                tokens for calls with `speculative="draft"`; it gets a KV cache of the same sizes.
-            compile: whether steps of one token per row run through blocks that torch's compiler, inductor, made; on a
-                CPU with a C++ compiler or on CUDA, in one process. The first steps wait for it; later processes find
-                what it made on disk. "background", on a CPU: no step waits, steps run uncompiled until the compiler,
-                another process of low priority, is done. Rounds differently outside of float32.
-            reuse_prefixes: whether a prompt takes the keys and values of a prefix of 16 tokens or more that the KV
-                cache holds already, instead of computing them again: of the earlier turns of a chat, or a system prompt
-                that requests have in common. Only while the network has no hooks and is unchanged.
-            threads: number of CPU threads, which stays; None: the process's share of the cores, but one thread for
-                small networks, and while other programs keep the cores busy.
+            quantize: "int8" rounds weights and inputs of the linear layers to int8, on CPUs with VNNI: faster, in half
+                the memory, and not faithful to the checkpoint. "int4" rounds weights to int4 (`output` to int8), in a
+                third of bfloat16's memory, and is less exact. None loads the weights as they are in the checkpoint.
+            draft_ckpt_dir: folder of a smaller checkpoint with the same vocabulary and number of files, which drafts
+                tokens for calls with `speculative="draft"`; its KV cache has the same sizes.
+            compile: whether decode steps run through blocks compiled by inductor, torch's compiler, on a CPU with a C++
+                compiler or on CUDA, in one process. The first steps wait for the compiler, whose result is cached on
+                disk. With "background", on a CPU, steps run uncompiled until it is done. Rounds differently outside of
+                float32.
+            reuse_prefixes: whether a prompt reuses the keys and values of a prefix of 16 tokens or more that the KV
+                cache still holds, such as earlier turns of a chat or a shared system prompt. Only while the network has
+                no hooks and is unchanged.
+            threads: fixed number of CPU threads; None for the process's share of the cores, but one thread for small
+                networks and while other programs keep the cores busy.
 
         Raises:
             AssertionError: `ckpt_dir` holds no `*.pth` file, or not `model_parallel_size` of them.
@@ -281,16 +280,16 @@ class Llama:
             max_gen_len: maximum number of new tokens per prompt; a row of the cache may have room for fewer. With 0,
                 nothing is generated, and `echo` and `logprobs` together score the prompts.
             temperature: 0 for greedy decoding; otherwise the logits are divided by it before the softmax.
-            top_p: tokens are drawn from the smallest set whose probabilities exceed it in sum (nucleus sampling).
+            top_p: tokens are drawn from the smallest set whose probability mass exceeds it (nucleus sampling).
             logprobs: whether to return log-probabilities too: log-softmax of the raw logits of each returned token
                 given what precedes it; 0.0 for the first token of an echoed prompt.
             echo: whether the prompt is returned in front.
             stop_token: the only id that ends a row, in place of EOS; -1 for none.
             seed: of this call alone; None draws from torch's default generator of the device, which `build` and
                 `torch.manual_seed` seed.
-            speculative: has tokens drafted and verified several at a time, which gives the same text, often in less
-                time: "prompt_lookup" drafts what followed earlier text that ended alike, "draft" has the model of
-                `draft_ckpt_dir` draft. None for one token per pass.
+            speculative: verifies several drafted tokens per pass, which gives the same text, often in less time:
+                "prompt_lookup" drafts the continuation of the longest earlier match, "draft" drafts with the model of
+                `draft_ckpt_dir`. None for one token per pass.
             options: further sampling parameters: top_k, min_p, typical_p, repetition_penalty, presence_penalty,
                 frequency_penalty, logit_bias, min_tokens, ignore_eos, stop_token_ids, logits_processors,
                 response_format and structured_outputs, defined in `docs/sampling.md`.
@@ -450,7 +449,7 @@ class Llama:
         """Writes what goes between each prefix and its suffix, with Code Llama 7B or 13B; arguments as in `generate`.
 
         Args:
-            suffix_first: whether the suffix stands in front in the prompt, and the prefix runs on into the answer.
+            suffix_first: whether the suffix comes first in the prompt, so that the answer continues the prefix.
             stop: strings; an answer ends before the first of them in its text, as it does at `<EOT>`.
 
         Returns:
@@ -530,7 +529,7 @@ class Llama:
         return [Score(logprob=sum(logprobs, 0.0), tokens=tokens, logprobs=logprobs) for tokens, logprobs in scored]
 
     def score_tokens(self, prompt_tokens: Iterable[Iterable[int]]) -> list[list[float]]:
-        """The log-probability of each id given those before it; 0.0 for the first of each row.
+        """The log-probability of each id given the ids before it; 0.0 for the first of each row.
 
         Args:
             prompt_tokens: any number of rows, each of 1 to `max_seq_len` ids.

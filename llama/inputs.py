@@ -319,7 +319,7 @@ def _check_ids(prompt: Iterable[int], name: str, vocab_size: int, max_seq_len: i
 
 
 def _encoded(encode: Callable[[], list[int]], name: str, max_seq_len: int) -> list[int]:
-    """What `encode` returns; its errors, and an unfit length, are those of the prompt with this name."""
+    """What `encode` returns; its errors, and an unfit length, name this prompt."""
     try:
         ids = encode()
     except ValueError as error:
@@ -405,7 +405,7 @@ def infilling_stop_ids(tokenizer: Any) -> frozenset[int] | None:
 def encode_infilling(
     prefix: str, suffix: str, names: tuple[str, str], tokenizer: Any, max_seq_len: int, *, suffix_first: bool
 ) -> list[int]:
-    """Checks and encodes an infilling prompt. `names` are those of the two texts in errors."""
+    """Checks and encodes an infilling prompt. `names` are what errors call the two texts."""
     suffix_first = check_flag(suffix_first, "suffix_first")
     for text, name in zip((prefix, suffix), names, strict=True):
         if not isinstance(text, str):

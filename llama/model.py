@@ -1,6 +1,6 @@
 """The Llama 2 network (Touvron et al., 2023): its hyperparameters, its parts, the blocks, then the whole network.
 
-Names, signatures and call order are those of Meta's `llama.model`; parameters have the names of the released
+Names, signatures and call order are as in Meta's `llama.model`; parameters have the names of the released
 checkpoints. Each rank of the model-parallel group holds its shard of every layer. Every module in the tree is called in
 every pass: hooks run, and replaced modules and edited weights take effect.
 """
@@ -34,14 +34,14 @@ from llama.layers.linear import (
 
 PREFILL_TOKENS = 1024  # enough to be compute-bound; more would only take more memory
 LONGEST_PREFILL = 8192  # longer prompts are prefilled in parts, since masks grow with the square of the length
-_FEW_POSITIONS = 16  # with more, copying keys for each query head of a group costs little beside the matrix products
+_FEW_POSITIONS = 16  # with more, copying keys for each query head of a group costs little in proportion
 
 
 @dataclass
 class ModelArgs:
     """The hyperparameters in `params.json`, and the two sizes of the KV cache.
 
-    Field names and defaults are those of Meta's package. Fields may be assigned, and a subclass may add more;
+    Field names and defaults are the same as in Meta's package. Fields may be assigned, and a subclass may add more;
     `validate` is called when a network is created.
 
     Attributes:
@@ -385,7 +385,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, start_pos: int | CachePositions | None, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Arguments and result are those of `Attention.forward`."""
+        """Takes and returns the same as `Attention.forward`."""
         h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         out: Tensor = h + self.feed_forward(self.ffn_norm(h))
         return out
@@ -594,6 +594,6 @@ def _causal_mask(seqlen: int, start_pos: int, h: Tensor) -> Tensor:
 
 
 def _is_causal(mask: Tensor | None) -> bool:
-    """Whether a mask is that of `_causal_mask` from position 0, unedited: kernels for causal attention are faster."""
+    """Whether a mask comes from `_causal_mask`, from position 0, unedited: kernels for causal attention are faster."""
     unedited = getattr(mask, "unedited", None)
     return mask is not None and unedited is not None and unedited[0] == id(mask) and unedited[1] == mask._version

@@ -21,7 +21,7 @@ from llama.errors import check_link, check_not_pointer, printable, quote, read_j
 
 _SPACE = "\u2581"  # LOWER ONE EIGHTH BLOCK, which stands for a space in SentencePiece's pieces
 _REPLACEMENT = "\ufffd"
-_MARK = "\u263a"  # a character that merges with none after it; a text behind it gets no leading space
+_MARK = "\u263a"  # a character that merges with none after it; a text after it gets no leading space
 ADDED_TOKENS_FILES = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")  # Hugging Face's
 _MEND_ADDED = f"correct {', '.join(ADDED_TOKENS_FILES)}, or remove them"
 _MAX_FILE_SIZE = 2**28  # bytes; the released model has half a million
@@ -56,7 +56,7 @@ class Tokenizer:
         """
         Args:
             added_tokens: names and ids of tokens that a fine-tune added to the model, and of pieces that chat templates
-                write by name; None for those that Hugging Face's files beside the model list.
+                write by name; None to read them from Hugging Face's files next to the model.
         """
         self.sp_model: Any = _load(Path(model_path))
         n_pieces: int = self.sp_model.vocab_size()

@@ -204,7 +204,7 @@ def _read_entry(file: BinaryIO, directory: bytes, at: int, directory_start: int)
 
 
 def _content(file: BinaryIO, header: int, name: bytes, size: int, flags: int) -> tuple[int, int]:
-    """Returns the offsets of a record's content and of the checksum beside it, and checks the record's own name."""
+    """Returns the offsets of a record's content and its checksum, and checks the record's own name."""
     local = _unpack(_LOCAL, file, header, b"PK\x03\x04")
     offset = header + _LOCAL.size + local[-2] + local[-1]
     if file.read(len(name)) != name or local[-2] != len(name):

@@ -55,7 +55,7 @@ def shard_dim(name: str) -> int | None:
 
 
 def is_known_extra(name: object) -> bool:
-    """Whether files may hold this tensor beside the network's; it is not used."""
+    """Whether files may hold this tensor besides the network's; it is not used."""
     return isinstance(name, str) and _KNOWN_EXTRA.fullmatch(name) is not None
 
 

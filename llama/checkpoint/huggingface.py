@@ -49,7 +49,7 @@ INDEX_SUFFIX = ".index.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or an index of that name, which lists several files
 _KNOWN_EXTRA = "rotary_emb.inv_freq"  # older folders carry it, once or in each layer; it follows from config.json
 
-# The values that these fields of config.json may have; the first is that of a missing field.
+# The values that these fields of config.json may have; the first is a missing field's.
 _TAKEN: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish"),  # two names of one function
     "attention_bias": (False,),
@@ -79,7 +79,7 @@ def hf_name(name: str) -> str:
 
 
 def is_known_extra(name: str) -> bool:
-    """Whether a folder may hold this tensor beside those that the network needs."""
+    """Whether a folder may hold this tensor besides what the network needs."""
     return name.endswith(_KNOWN_EXTRA)
 
 
@@ -148,7 +148,7 @@ def config_to_args(config: Mapping[str, Any]) -> ModelArgs:
 def with_hidden_dim(args: ModelArgs, hidden_dim: int) -> ModelArgs:
     """`args` with a multiple_of and, where needed, a ffn_dim_multiplier that give exactly this hidden size.
 
-    Tries no multiplier, that of the released 70B, and decimal ones from the shortest on.
+    Tries no multiplier, the released 70B's, and decimal ones from the shortest on.
     """
     multiples = [multiple for multiple in _MULTIPLES if hidden_dim % multiple == 0]
     candidates = [(multiple, multiplier) for multiplier in (None, _RELEASED_MULTIPLIER) for multiple in multiples]

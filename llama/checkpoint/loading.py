@@ -266,7 +266,7 @@ def load_to_device(state: dict[str, Tensor], path: Path, *, device: torch.device
 class _PinnedCopy:
     """Copies tensors to a CUDA device through pinned memory: one buffer is filled while the other one travels.
 
-    The driver would otherwise copy mapped pages to a small pinned buffer of its own, with the device waiting for it.
+    The driver would otherwise copy mapped pages to a small pinned buffer, with the device waiting for it.
     """
 
     def __init__(self, device: torch.device, buffer_bytes: int = 64 * 1024**2) -> None:

@@ -20,7 +20,7 @@ class ShardedCheckpoint:
     Quantized checkpoints have no whole tensors: each file's scales are for its own part of a layer's inputs.
 
     Attributes:
-        args: the network; its vocabulary is that of the embedding where params.json has -1.
+        args: the network; its vocabulary is the embedding's where params.json has -1.
         n_files: number of files.
         names: names of the tensors, in the released order; `rope.freqs` and the like last, if the files have them.
         layout: every whole tensor's shape and dtype, as tensors on the meta device.

@@ -1,7 +1,7 @@
 """Writes files of tensors one tensor at a time, into a folder that is complete or absent.
 
 A file is laid out in full before the first value is there; then each tensor's bytes go to their place. The folder is
-written beside its place under another name, then renamed.
+written next to its place under another name, then renamed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch
 class TensorFile:
     """A laid-out file, open for the values. A context manager; at its end every tensor has to be written.
 
-    Flushes run beside the writing, not after it. At most twice `_FLUSH` and a tensor are not on the disk yet, so that
+    Flushes run during the writing, not after it. At most twice `_FLUSH` and a tensor are not on the disk yet, so that
     Ctrl-C ends the program soon.
 
     Args:
@@ -131,7 +131,7 @@ def lay_out_pth(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
 def lay_out_safetensors(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
     """Lays out a safetensors file for tensors that need no values: a JSON header, its length before it.
 
-    Their dtypes are those of `SAFETENSORS_DTYPES`.
+    Their dtypes must be in `SAFETENSORS_DTYPES`.
     """
     codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
@@ -155,7 +155,7 @@ def lay_out_safetensors(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
 def staged_folder(output_dir: str | Path, n_bytes: int) -> Iterator[Path]:
     """Yields a folder to write into, which becomes `output_dir` when the block ends, or is removed if it raises.
 
-    The folder is beside `output_dir`, so that renaming it copies nothing. A process that is killed leaves it behind;
+    The folder is next to `output_dir`, so that renaming it copies nothing. A process that is killed leaves it behind;
     the next run for the same `output_dir` replaces it.
 
     Args:

@@ -244,7 +244,7 @@ def _cpu_quota() -> float | None:
             continue
         top = _CGROUPS / "cpu" if controllers else _CGROUPS
         folder = top / path.lstrip("/")
-        for group in (folder, *folder.parents):  # in a container the path may be that of the host; the top one exists
+        for group in (folder, *folder.parents):  # in a container the path may be the host's; the top one exists
             with suppress(OSError, ValueError):
                 if controllers:  # version 1
                     limit, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))

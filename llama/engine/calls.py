@@ -239,7 +239,7 @@ class _CallSamplers:
         return self._sampler(1, torch.Generator(self._device).manual_seed(seed)), 0
 
     def end(self) -> None:
-        """Brings the generators of all replicas to the same state, that of the replica that drew the most."""
+        """Brings the generators of all replicas to the state of the replica that drew the most."""
         max_steps = max(groups.gather_replicas(self._shared.steps))
         self._shared.skip_to(max_steps, self._n_words)
 

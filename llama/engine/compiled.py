@@ -38,7 +38,7 @@ from llama.model import Transformer, TransformerBlock
 logger = logging.getLogger(__name__)
 
 # Of inductor. On a CPU, operations of fewer elements than these per thread are left to one: starting others takes
-# longer. On CUDA, with this tuning it computes products of a single row by kernels of its own, which read faster.
+# longer. On CUDA, with this tuning it has separate kernels for products of a single row, which read faster.
 _OPTIONS = {"cpp.min_chunk_size": 16384, "cpp.dynamic_threads": True, "aot_inductor.compile_wrapper_opt_level": "O0"}
 _CUDA_OPTIONS: dict[str, Any] = {"size_asserts": False, "nan_asserts": False, "coordinate_descent_tuning": True}
 _CACHES = (".keys", ".values")  # names of a block's buffers end with these

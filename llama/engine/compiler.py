@@ -163,7 +163,7 @@ def _processor() -> str:
 
 
 def _compile_in_process(folder: Path, jobs: dict[str, Job], done: Callable[[Path], bool]) -> None:
-    """Compile jobs in a process of its own; calls `done` with each result's path as soon as it is there."""
+    """Compile jobs in a separate process; calls `done` with each result's path as soon as it is there."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch, tempfile.TemporaryFile() as errors:
         process = _start_process(folder, errors)
         assert process.stdin and process.stdout

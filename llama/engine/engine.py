@@ -2,8 +2,8 @@
 
 A sequence is its tokens and `n_cached`, how many of them have their keys and values in its row of the KV cache. A pass
 of the network moves `n_cached` forward. A new prompt, a chunk of a long one, a cache that somebody else overwrote, an
-interrupted pass and a decode step differ only in how far behind a sequence is. Calls from several threads share the
-batch: any thread that waits for a token runs the next pass for all of them.
+interrupted pass and a decode step differ only in how many tokens are not cached yet. Calls from several threads share
+the batch: any thread that waits for a token runs the next pass for all of them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Engine:
     """Generates tokens for all sequences of a network together.
 
     Calls may be added and aborted at any time, from any thread; this takes effect before the next pass. The engine has
-    no thread of its own: a thread that waits for a token runs passes for all. In float32 the greedy tokens of a
+    no thread: a thread that waits for a token runs passes for all. In float32 the greedy tokens of a
     sequence do not depend on the others; in other dtypes the number of rows can affect rounding.
 
     Others may use the network between two passes: keys and values that they overwrite are computed again.

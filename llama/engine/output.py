@@ -102,7 +102,7 @@ class Completion:
         with_tokens: whether pieces contain tokens.
 
     Attributes:
-        tokens: ids, those of an echoed prompt first.
+        tokens: ids, an echoed prompt's first.
         logprobs: the log-probability of each token; empty if not asked for.
         finish_reason: why generation ended.
     """

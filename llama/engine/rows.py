@@ -71,7 +71,7 @@ class Rows:
         """Gives a sequence the row after the running ones, with the longest prefix of its prompt that a row holds.
 
         Args:
-            caches: the network's, and those of a draft model.
+            caches: the network's and a draft model's.
             reuse: whether to look for a prefix, and to let others take this sequence's.
         """
         row = len(self.running)

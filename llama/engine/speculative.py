@@ -3,7 +3,7 @@
 A pass has to read all weights anyway, so computing a few more positions costs little. Tokens are drafted by prompt
 lookup, which repeats what followed similar text before, or by a smaller network. The network samples at each drafted
 position with the noise that plain decoding would use there, and drafted tokens are accepted up to the first that
-differs from the sampled one. So the output is that of plain decoding, whatever is drafted, except that outside of
+differs from the sampled one. So the output equals plain decoding's, whatever is drafted, except that outside of
 float32 the number of rows in a pass can affect rounding.
 """
 

@@ -16,7 +16,7 @@ class CachePositions:
     """The rows and positions of a pass in the KV cache, for rows that do not share one int `start_pos`.
 
     Attributes:
-        start: (bsz,) int64, the position of each row's first token. Padding behind a row's tokens may reach up to
+        start: (bsz,) int64, the position of each row's first token. Padding after a row's tokens may reach up to
             `SPARE_POSITIONS` beyond max_seq_len.
         kv_len: number of cached positions to attend to; above the position of every token that is not padding.
         rows: (bsz,) int64, the cache row of each sequence; None for the first bsz rows.
@@ -34,7 +34,7 @@ class CachePositions:
 
 
 class KVCache(nn.Module):
-    """The keys and values of one layer: stores those of each pass, and returns those to attend to.
+    """The keys and values of one layer: stores them in each pass, and returns all to attend to.
 
     Attributes:
         keys, values: (max_batch_size, n_local_kv_heads, max_seq_len + SPARE_POSITIONS, head_dim); None where the memory

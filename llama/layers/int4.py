@@ -1,4 +1,4 @@
-"""int4 weights on a CPU, in groups with scales and zero points of their own, and their products with bfloat16 inputs.
+"""int4 weights on a CPU, in groups with a scale and a zero point each, and their products with bfloat16 inputs.
 
 torch's operators for them are not documented: `can_quantize_int4` tries them before they are used.
 """

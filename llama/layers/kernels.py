@@ -158,7 +158,7 @@ def block_quantized(values: Tensor, scales: Tensor) -> QuantizedWeight:
 def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """x (..., in) times a weight of `quantize_weight`, transposed: (..., out), in the dtype of x.
 
-    Each row of x is rotated and quantized to int8 by its own largest value; the sums are those of integers. A row's
+    Each row of x is rotated and quantized to int8 by its own largest value; the sums are integers. A row's
     result does not depend on the other rows.
     """
     rows = x.reshape(-1, x.size(-1))
@@ -257,7 +257,7 @@ def can_quantize(device: torch.device) -> bool:
 def is_slow_reference(product: Callable[[], object], plain: Callable[[], object]) -> bool:
     """Whether an operator's code was not made for this processor, by the duration of a small product.
 
-    Such a product takes up to 3 times as long as that of float32, `plain`, and a reference a hundred times or more.
+    Such a product takes up to 3 times as long as float32's, `plain`, and a reference a hundred times or more.
     """
     for work in (product, plain):
         work()
@@ -321,5 +321,5 @@ def _is_faster(work: Callable[[], None], other: Callable[[], None]) -> bool:
 
 
 def median_ratio(work: Callable[[], object], other: Callable[[], object]) -> float:
-    """The duration of one function divided by that of another: the median over neighboring runs."""
+    """The ratio of two functions' durations: the median over neighboring runs."""
     return statistics.median([duration(work) / duration(other) for _ in range(5)])

@@ -186,7 +186,7 @@ class _OwnsPackedForm(nn.Module):
         return None if packed is None else packed.form
 
     def _current(self, weight: Tensor) -> _Packed | None:
-        """The packed form and its sources if they are those of now; drops it otherwise."""
+        """The packed form and its sources, or None, dropping it, if the weight has changed."""
         packed = self._packed
         if packed is None or packed.is_of(weight, self):
             return packed
@@ -223,7 +223,7 @@ class _OwnsPackedForm(nn.Module):
 
 
 class ColumnParallelLinear(_OwnsPackedForm, fairscale_layers.ColumnParallelLinear):  # type: ignore[misc]
-    """A linear layer whose outputs are split over the ranks; fairscale's, with a packed form of its own."""
+    """A linear layer whose outputs are split over the ranks; fairscale's, with a packed form."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.model_parallel_size == 1:
@@ -391,7 +391,7 @@ def pack_layers(
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(n_threads)  # torch keeps a number for the process beside that of each thread
+        torch.set_num_threads(n_threads)  # torch keeps a number for the process and one per thread
 
 
 def _packed_values(values: Tensor, dtype: torch.dtype, scratch: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Completes files of requests in OpenAI's batch format, with all replicas of the network.
 
-The bodies of requests and results are those of the server, see `llama.serving`.
+The bodies of requests and results are as in the server, see `llama.serving`.
 https://platform.openai.com/docs/api-reference/batch
 """
 
@@ -178,7 +178,7 @@ class BatchWork:
     Args:
         lines: the requests without results, on the first rank; ignored on the others.
         read: checks a request.
-        write: called on the first rank with each result; those of the other replicas come at the end of a round.
+        write: called on the first rank with each result; the other replicas' come at the end of a round.
     """
 
     def __init__(self, llama: Llama, lines: Iterable[Line], read: Reader, write: Callable[[Result], None]) -> None:

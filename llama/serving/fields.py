@@ -80,7 +80,7 @@ class Unknown:
     def select(
         self, values: Mapping[str, Any], supported: Collection[str], neutral: Table, *, prefix: str = ""
     ) -> dict[str, Any]:
-        """The supported fields of an object; notes what else it has. `prefix` is that of the names in errors."""
+        """The supported fields of an object; notes what else it has. `prefix` goes before names in errors."""
         known = [name for name in values if name in supported or name in neutral]
         self.refused += [
             prefix + name

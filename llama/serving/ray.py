@@ -141,7 +141,7 @@ class _HoldAfterFailure:
 
 
 class Follower:
-    """Another rank of a replica, in an actor of its own, which Ray ends with the replica."""
+    """Another rank of a replica, in another actor, which Ray ends with the replica."""
 
     def follow(
         self, rank: int, port: int, settings: ServerSettings, flags: dict[str, Any], each: dict[str, Any]

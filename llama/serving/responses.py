@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: stateless, of texts alone. A request becomes a chat; its answer has a form of its own.
+"""OpenAI's Responses API: stateless, of texts alone. A request becomes a chat; its answer has another form.
 
 https://platform.openai.com/docs/api-reference/responses
 """

@@ -34,8 +34,8 @@ class ServerSettings:
         max_seq_len: maximum number of tokens of a prompt and its completion; by default what the checkpoint was trained
             for, 4096 for Llama 2 and 16384 for Code Llama, or less where the memory is too small for that.
         max_batch_size: maximum number of completions that are generated at a time.
-        model_name: name of the network in requests; by default that of ckpt_dir.
-        api_key: key that clients must send; by default that of the environment variable LLAMA_API_KEY, which other
+        model_name: name of the network in requests; by default the name of ckpt_dir.
+        api_key: key that clients must send; by default the environment variable LLAMA_API_KEY, which other
             users of this machine cannot see, else none.
         api_key_file: file of further keys, one per line.
         max_waiting: maximum number of completions that wait for a slot; further ones are refused.
@@ -47,7 +47,7 @@ class ServerSettings:
         unknown_fields: refuse requests with fields that nobody knows, or ignore these fields.
         log_requests: write a line per request to stderr.
         log_format: text, or json for lines of JSON.
-        speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
+        speculative: prompt_lookup, or draft with draft_ckpt_dir, verifies several drafted tokens per pass: the
             same text, often in less time.
     """
 

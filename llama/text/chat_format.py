@@ -30,7 +30,7 @@ _EXAMPLES: list[tuple[list[tuple[str, str]], str]] = [
 
 
 def read_chat_format(ckpt_dir: str | Path) -> ChatFormat | None:
-    """The format of a chat template beside a checkpoint; None if there is none, or if it is Llama 2's.
+    """The chat template next to a checkpoint; None if there is none, or if it is Llama 2's.
 
     The template is that of chat_format.json, chat_template.jinja, chat_template.json or tokenizer_config.json, of the
     first that has one.
@@ -87,7 +87,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def token_names(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The texts of special tokens by these settings, such as `eos_token`; a token may have settings of its own."""
+    """The texts of special tokens by these settings, such as `eos_token`; a token may have separate settings."""
     found = {name: value for name, value in settings.items() if name.endswith("_token")}
     texts = {name: token.get("content") if isinstance(token, Mapping) else token for name, token in found.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -33,7 +33,7 @@ class JsonTokenizer(Tokenizer):
     """Byte-level BPE. Any id is some bytes, so that no space is added in front of a text, and none is dropped.
 
     Attributes:
-        bos_id: as the files beside it name it; `eos_id` if they name none.
+        bos_id: as the files next to it name it; `eos_id` if they name none.
         adds_bos: whether texts begin with BOS. Where they do not, only the empty text does.
 
     Raises:
@@ -129,7 +129,7 @@ def _load(path: Path, whole: Mapping[str, Any]) -> Any:
         raise missing_extra("chat", error) from error
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(whole))
-    except Exception as error:  # the package raises no kind of its own
+    except Exception as error:  # the package has no exception type
         raise ValueError(
             f"{path} must be a tokenizer of the package tokenizers, got one that is damaged ({printable(error)})"
         ) from error

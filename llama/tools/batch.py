@@ -92,9 +92,9 @@ def main(
         tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         max_seq_len: maximum number of tokens of a prompt and its completion.
         max_batch_size: maximum number of completions that each replica generates at a time.
-        model: name of the checkpoint in requests and results; by default that of its folder.
+        model: name of the checkpoint in requests and results; by default the name of its folder.
         seed: for requests without a seed: each gets one derived from this and its custom_id.
-        speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
+        speculative: prompt_lookup, or draft with draft_ckpt_dir, verifies several drafted tokens per pass: the
             same text, often in less time.
     """
     check_speculative(speculative, build)

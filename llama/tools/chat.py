@@ -243,10 +243,10 @@ def main(
         tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         system: system prompt; it stays when older turns are dropped.
         temperature: of sampling; 0 for greedy decoding.
-        top_p: samples from the smallest set of tokens whose probabilities exceed it in sum (nucleus sampling).
+        top_p: samples from the smallest set of tokens whose probability mass exceeds it (nucleus sampling).
         max_seq_len: maximum number of tokens of the remembered turns and the answer.
         answer_len: number of these that are kept free for the answer; by default a quarter.
-        speculative: prompt_lookup, or draft with draft_ckpt_dir, has tokens drafted and verified several at a time: the
+        speculative: prompt_lookup, or draft with draft_ckpt_dir, verifies several drafted tokens per pass: the
             same text, often in less time.
         stats: prints the number of tokens of each prompt, how many of them were cached, and the times of its answer.
     """

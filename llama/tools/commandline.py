@@ -78,7 +78,7 @@ def _documented(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[str, str]:
-    """The folder and the tokenizer that a command uses: by default the toy checkpoint's, and that of the folder."""
+    """The folder and the tokenizer that a command uses: by default the toy checkpoint, and the folder's tokenizer."""
     folder = ckpt_dir or toy_checkpoint()
     return folder, tokenizer_path or str(find_tokenizer(folder))
 

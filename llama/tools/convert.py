@@ -250,7 +250,7 @@ def _chat_template(ckpt_dir: Path) -> dict[str, Any]:
 def _write_descriptions(
     folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, dtype: torch.dtype, settings: Mapping[str, Any]
 ) -> None:
-    """The small files that transformers reads beside the weights; `settings` of the tokenizer go before its own."""
+    """The small files that transformers reads with the weights; `settings` override the tokenizer's."""
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     _write_json(folder / "config.json", {**config, **ids, "torch_dtype": str(dtype).removeprefix("torch.")})
     ends = sorted(tokenizer.more_stop_ids - {tokenizer.eos_id})

@@ -46,7 +46,7 @@ def memory_table(
             7B-chat, llama-2-7b, Llama-2-7b-chat-hf or CodeLlama-34b-Instruct.
         max_seq_len: as for `Llama.build`.
         max_batch_size: as for `Llama.build`.
-        model_parallel_size: number of processes that share the model; by default that of the checkpoint's files.
+        model_parallel_size: number of processes that share the model; by default the number of the checkpoint's files.
         dtype: float16, bfloat16 or float32, of weights and cache.
         quantize: "int8" or "int4" for such weights of the linear layers, as for `Llama.build` on a CPU; by default the
             form of the checkpoint.
