@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import runpy
 import textwrap
 from functools import cached_property
 from pathlib import Path
@@ -103,10 +104,8 @@ def entry(name: str, item: Any) -> str:
 
 def command(name: str) -> str:
     """A command of the console script, with its flags; those of `Llama.build` by name alone."""
-    tool = f"llama.tools.{name}"
-    module = importlib.import_module(tool)
-    with mock.patch("llama.tools.commandline.run") as run, mock.patch(f"{tool}.run", run, create=True):
-        module.command()
+    with mock.patch("llama.tools.commandline.run") as run:
+        runpy.run_path(str(PAGE.parents[1] / "llama" / "tools" / f"{name}.py"), run_name="__main__")
     function = run.call_args.args[0]
     build = sections(Llama.build.__doc__)[1]["Args"]
     parts = []

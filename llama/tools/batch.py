@@ -159,9 +159,5 @@ def _lead(llama: Llama, input: Path, read: Reader, results: Results, completed: 
     )
 
 
-def command() -> None:
-    commandline.run(main, name="llama batch")
-
-
 if __name__ == "__main__":
-    command()
+    commandline.run(main, name="llama batch")

@@ -270,9 +270,5 @@ def main(
         _lead(llama, history, terminal, settings, stats=stats)
 
 
-def command() -> None:
-    commandline.run(main, name="llama chat")
-
-
 if __name__ == "__main__":
-    command()
+    commandline.run(main, name="llama chat")

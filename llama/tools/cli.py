@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import runpy
 import sys
 
 import llama
-from llama.tools.commandline import MISTAKES, did_you_mean, stop
+from llama.tools.commandline import did_you_mean, stop
 
 COMMANDS = {
     "chat": "chat with a model in the terminal",
@@ -30,12 +30,8 @@ def main() -> None:
     elif name == "--version":
         print(f"llama {llama.__version__}")
     elif name in COMMANDS:
-        sys.argv = [f"llama {name}", *arguments]
-        try:
-            tool = importlib.import_module(f"llama.tools.{name}")
-        except MISTAKES as error:  # a missing extra
-            stop(error)
-        tool.command()
+        sys.argv[1:] = arguments
+        runpy.run_module(f"llama.tools.{name}", run_name="__main__", alter_sys=True)
     else:
         guess = did_you_mean(name, COMMANDS) or "; llama --help lists the commands"
         stop(ValueError(f"there is no command {name!r}{guess}"), status=2)

@@ -292,9 +292,5 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def command() -> None:
-    run({"from_hf": from_hf, "to_hf": to_hf}, n_threads=1, name="llama convert")
-
-
 if __name__ == "__main__":
-    command()
+    run({"from_hf": from_hf, "to_hf": to_hf}, n_threads=1, name="llama convert")

@@ -111,9 +111,5 @@ def _report(results: dict[str, Any], output: str | None) -> None:
         Path(output).write_text(text + "\n", encoding="utf-8")
 
 
-def command() -> None:
-    commandline.run(main, name="llama evaluate")
-
-
 if __name__ == "__main__":
-    command()
+    commandline.run(main, name="llama evaluate")

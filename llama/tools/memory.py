@@ -156,9 +156,5 @@ def main(**arguments: Any) -> int:
     return int("\ndoes not fit" in table)
 
 
-def command() -> None:
-    run(main, name="llama memory")
-
-
 if __name__ == "__main__":
-    command()
+    run(main, name="llama memory")

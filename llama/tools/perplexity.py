@@ -88,9 +88,5 @@ def main(
         print(f"perplexity {value:.4f} over {n_tokens} tokens, windows of {max_seq_len}")
 
 
-def command() -> None:
-    commandline.run(main, name="llama perplexity")
-
-
 if __name__ == "__main__":
-    command()
+    commandline.run(main, name="llama perplexity")

@@ -92,9 +92,5 @@ def _quantize_file(path: Path, args: ModelArgs, n_files: int, file: TensorFile, 
         release(tensor)
 
 
-def command() -> None:
-    run(quantize, name="llama quantize")
-
-
 if __name__ == "__main__":
-    command()
+    run(quantize, name="llama quantize")

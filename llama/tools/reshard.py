@@ -92,9 +92,5 @@ def check_count(model_parallel_size: int) -> None:
         raise ValueError(f"model_parallel_size must be an integer of at least 1, got {quote(model_parallel_size)}")
 
 
-def command() -> None:
-    run(reshard, n_threads=1, name="llama reshard")
-
-
 if __name__ == "__main__":
-    command()
+    run(reshard, n_threads=1, name="llama reshard")

@@ -203,9 +203,5 @@ def main(
         FirstRank(server, load, settings).serve(listener)
 
 
-def command() -> None:
-    commandline.run(main, name="llama serve")
-
-
 if __name__ == "__main__":
-    command()
+    commandline.run(main, name="llama serve")

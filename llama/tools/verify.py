@@ -245,9 +245,5 @@ def main(ckpt_dir: str, *, tokenizer_path: str | None = None, quiet: bool = Fals
     return int(bool(found.problems))
 
 
-def command() -> None:
-    run(main, n_threads=1, name="llama verify")
-
-
 if __name__ == "__main__":
-    command()
+    run(main, n_threads=1, name="llama verify")

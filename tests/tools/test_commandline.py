@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,7 +17,7 @@ import pytest
 
 from llama import Llama
 from llama.inputs import check_speculative
-from llama.tools import commandline
+from llama.tools import cli, commandline
 from llama.tools.cli import COMMANDS
 from llama.tools.commandline import run, with_build_flags
 from tests.conftest import ROOT
@@ -195,13 +195,12 @@ def test_a_help_shows_every_text_to_its_last_full_stop(
 ) -> None:
     """fire ends a description at a colon."""
     ran: list[Any] = []
-    monkeypatch.setattr(commandline, "run", lambda commands, **options: ran.append(commands))
-    tool = importlib.import_module(f"llama.tools.{name}" if name in COMMANDS else name)
-    if hasattr(tool, "run"):
-        monkeypatch.setattr(tool, "run", commandline.run)
-    if name in COMMANDS:
-        tool.command()
-    for function in ran[0].values() if ran and isinstance(ran[0], dict) else ran or [tool.main]:
+    with monkeypatch.context() as patched:
+        patched.setattr(commandline, "run", lambda commands, **options: ran.append(commands))
+        runpy.run_path(
+            str(ROOT / (f"llama/tools/{name}.py" if name in COMMANDS else f"{name}.py")), run_name="__main__"
+        )
+    for function in ran[0].values() if isinstance(ran[0], dict) else ran:
         texts, of_build = documented(function), documented(Llama.build)
         parameters = inspect.signature(function).parameters
         texts |= {flag: of_build[flag] for flag in parameters if flag in of_build and flag not in texts}
@@ -212,16 +211,15 @@ def test_a_help_shows_every_text_to_its_last_full_stop(
             assert " ".join(text.split()) in shown
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # other tests have imported the module
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_help_names_each_flag_once_and_no_letter_for_two(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     """fire's own help has -s for `--stride` and again for `--seed`."""
-    tool = importlib.import_module(f"llama.tools.{name}")
-    monkeypatch.setattr(tool, "run", run, raising=False)
-    monkeypatch.setattr(sys, "argv", [f"llama {name}", *(["from_hf"] if name == "convert" else []), "--help"])
+    monkeypatch.setattr(sys, "argv", ["llama", name, *(["from_hf"] if name == "convert" else []), "--help"])
     with pytest.raises(SystemExit):
-        tool.command()
+        cli.main()
     shown = capsys.readouterr().out
     flags = re.findall(r"^  (-.*?)(?: |$)", shown, re.MULTILINE)
     assert len(flags) == len(set(flags)) >= 3 and all(flag.startswith("--") for flag in flags)
