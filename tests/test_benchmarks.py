@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from benchmarks import bench, report, serving, speculative
+from benchmarks import bench, busy, report, serving, speculative
 from benchmarks.networks import SHAPES, bytes_per_decode_step
 from benchmarks.peers import ENGINES, Ours
 from benchmarks.report import Line
@@ -246,3 +246,9 @@ def test_prefix_reuse_is_measured_in_turn(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setattr(serving, "ANSWER_TOKENS", 5)
     serving.main("tiny", batch=2, repeats=1, threads=1, dtype="float32", prefixes=True)
     assert capsys.readouterr().out.count("s without reuse") == 2
+
+
+def test_answers_beside_busy_loops_are_compared_with_idle_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    busy.main("toy", loops=1, repeats=1, tokens=2, wait=0)
+    name, idle, loaded, ratio = capsys.readouterr().out.splitlines()[-1].split()
+    assert name == "toy" and float(idle) > 0 and float(loaded) > 0 and float(ratio) > 0

@@ -25,6 +25,7 @@ from fire.core import FireExit
 
 from llama.checkpoint.reading import find_tokenizer, list_shards, model_args
 from llama.distributed import groups
+from llama.distributed.device import check_threads
 from llama.errors import NonFiniteLogitsError, RankError, printable, quote
 from llama.generation import Llama
 from llama.inputs import SamplingParams, check_speculative
@@ -42,7 +43,7 @@ def with_flags_of(callee: Callable[..., Any], function: Function, **defaults: An
     """Gives a command the optional arguments of `callee` as flags, by their names, defaults and documentation.
 
     The function gets those that are given as keywords, and passes them on. A flag of the function's own goes before
-    the callee's of that name. The arguments have to be the last section of its docstring.
+    the callee's of that name. In its docstring, only a section Raises may follow the arguments.
 
     Args:
         defaults: other defaults than the callee's, which the function then gets too.
@@ -60,7 +61,8 @@ def with_flags_of(callee: Callable[..., Any], function: Function, **defaults: An
     texts = _documented(callee)
     if function.__doc__ and texts:  # not under python -OO
         lines = [f"        {p.name}: {texts[p.name]}" for p in added]
-        with_defaults.__doc__ = "\n".join([function.__doc__.rstrip(), *lines, "    "])
+        before, *raises = re.split(r"\n(?=\n    Raises:)", function.__doc__.rstrip())
+        with_defaults.__doc__ = "\n".join([before, *lines, *raises, "    "])
     with_defaults.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
     return cast(Function, with_defaults)
 
@@ -68,6 +70,30 @@ def with_flags_of(callee: Callable[..., Any], function: Function, **defaults: An
 def with_build_flags(function: Function, **defaults: Any) -> Function:
     """Gives a command the optional arguments of `Llama.build` as flags; see `with_flags_of`."""
     return with_flags_of(Llama.build, function, **defaults)
+
+
+def _limit_threads(threads: int | None = None) -> None:
+    """Set the number of torch's threads, which stays.
+
+    Args:
+        threads: number of CPU threads; None: torch's choice.
+    """
+    check_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _with_threads(function: Callable[..., Any], default: int | None) -> Callable[..., Any]:
+    """Give a command the flag `--threads`, unless it has one."""
+    if "threads" in inspect.signature(function).parameters:
+        return function
+
+    @functools.wraps(function)
+    def limited(*args: Any, threads: int | None, **kwargs: Any) -> Any:
+        _limit_threads(threads)
+        return function(*args, **kwargs)
+
+    return with_flags_of(_limit_threads, limited, threads=default)
 
 
 def _documented(function: Callable[..., Any]) -> dict[str, str]:
@@ -115,19 +141,19 @@ def run(
     Args:
         commands: the function, or several by name, of which the first argument of the command line chooses one.
         name: what the help calls the command; None: the name of the script.
-        n_threads: number of threads of torch; None leaves it unchanged. Commands that copy files pass 1, since more
-            threads slow the disk down.
+        n_threads: the default of `--threads`, which commands get that do not have it; None leaves the number unchanged.
+            Commands that copy files pass 1, since more threads slow the disk down.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    call = _parse(commands if isinstance(commands, dict) else {"": commands}, name or Path(sys.argv[0]).name)
+    functions = commands if isinstance(commands, dict) else {"": commands}
+    functions = {key: _with_threads(function, n_threads) for key, function in functions.items()}
+    call = _parse(functions, name or Path(sys.argv[0]).name)
     for number in _ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _terminate)
     atexit.register(gc.freeze)  # else the interpreter searches all of torch for garbage at its end, for 0.4 s
-    if n_threads is not None:
-        torch.set_num_threads(n_threads)
     try:
         result = call()
     except (*MISTAKES, RankError) as error:  # the rank that a RankError names reports its own error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llama import Llama
 from llama.inputs import check_speculative
@@ -174,6 +175,18 @@ def test_flags_of_the_build_are_documented_and_others_refused(
     assert capsys.readouterr().err.startswith("error: there is no flag --no_such_flag")
 
 
+def test_every_command_takes_a_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert command(monkeypatch, lambda: torch.get_num_threads() + 10, "--threads", "1") == 11
+    finally:
+        torch.set_num_threads(before)
+    assert command(monkeypatch, lambda: 0, "--threads", "0") == 1
+    assert capsys.readouterr().err.startswith("error: threads must be a whole number of at least 1")
+
+
 def documented(function: Any) -> dict[str, str]:
     """The text of each argument in a docstring, by indentation alone."""
     lines = inspect.cleandoc(function.__doc__).partition("Args:\n")[2].splitlines()
@@ -223,6 +236,7 @@ def test_a_help_names_each_flag_once_and_no_letter_for_two(
     shown = capsys.readouterr().out
     flags = re.findall(r"^  (-.*?)(?: |$)", shown, re.MULTILINE)
     assert len(flags) == len(set(flags)) >= 3 and all(flag.startswith("--") for flag in flags)
+    assert "--threads" in flags
     assert shown.startswith(f"usage: llama {name} ")
 
 
