@@ -39,24 +39,17 @@ DATA = (property, cached_property)
 METHODS = (staticmethod, classmethod, FunctionType)
 
 
-class Bare(str):
-    """An annotation that is shown without quotes."""
-
-    __repr__ = str.__str__
-
-
 def signature(function: Any, name: str) -> str:
     """A call as code; one argument per line where it would be too long."""
     whole = inspect.signature(function)
     given = [p for p in whole.parameters.values() if p.name not in ("self", "cls")]
-    given = [p if p.annotation is p.empty else p.replace(annotation=Bare(p.annotation)) for p in given]
-    result = "" if whole.return_annotation in (whole.empty, "None") else f" -> {whole.return_annotation}"
-    call = name + str(whole.replace(parameters=given, return_annotation=whole.empty)) + result
-    if len(call) > 100:
+    call = name + str(whole.replace(parameters=given))
+    if len(call) > 110:
         named = next((i for i, p in enumerate(given) if p.kind is p.KEYWORD_ONLY), len(given))
         parts = [*map(str, given[:named]), *["*"] * (named < len(given)), *map(str, given[named:])]
-        call = f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){result}"
-    return f"```python\n{call}\n```\n"
+        call = f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + ")" + call[call.rfind(" -> ") :]
+    unquoted = re.sub(r"(: |-> )(['\"])(.*?)\2", r"\1\3", call)  # annotations are texts
+    return f"```python\n{unquoted.removesuffix(' -> None')}\n```\n"
 
 
 def sections(doc: str | None) -> tuple[str, dict[str, dict[str, str]]]:
