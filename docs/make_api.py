@@ -108,6 +108,7 @@ def command(name: str) -> str:
         lines, shared = [f"### `llama {name} {title}".rstrip() + "`\n", f"{text}\n"], []
         for flag, parameter in inspect.signature(called).parameters.items():
             value = "required" if parameter.default is parameter.empty else f"`{parameter.default}`"
+            value = "optional" if parameter.default in (None, "") else value
             if texts[flag] == build.get(flag):
                 shared.append(f"`--{flag}` ({value})")
             else:

@@ -40,11 +40,11 @@ class ServerSettings:
         api_key_file: file of further keys, one per line.
         max_waiting: maximum number of completions that wait for a slot; further ones are refused.
         max_body_bytes: maximum size of a request; by default what max_seq_len and max_batch_size need, at least 1 MiB.
-        timeout_s: maximum time of a request in seconds, waiting included.
-        grace_s: time in seconds to finish requests when the server is asked to end.
+        timeout_s: maximum seconds of a request, waiting included.
+        grace_s: seconds that running requests have when the server is asked to end.
         allowed_origins: origins of web pages that may use the server, such as http://localhost:3000, with commas
             between them; * for all. By default its own chat page alone.
-        unknown_fields: refuse requests with fields that nobody knows, or ignore these fields.
+        unknown_fields: refuse requests with unknown fields, or ignore these fields.
         log_requests: write a line per request to stderr.
         log_format: text, or json for lines of JSON.
         speculative: prompt_lookup, or draft with draft_ckpt_dir, verifies several drafted tokens per pass: the

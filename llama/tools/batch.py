@@ -83,12 +83,12 @@ def main(
     speculative: str | None = None,
     **build: Any,
 ) -> None:
-    """Completes the requests of a file in OpenAI's batch format. After an interruption, the same command continues.
+    """Complete the requests of a file in OpenAI's batch format. After an interruption, the same command continues.
 
     Args:
         input: path of the requests, one JSON object per line.
-        output: path of the results, to which they are appended as they come.
-        ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy checkpoint of the repository.
+        output: path of the results, which are appended as they come.
+        ckpt_dir: folder of params.json and consolidated.NN.pth; by default the toy one.
         tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         max_seq_len: maximum number of tokens of a prompt and its completion.
         max_batch_size: maximum number of completions that each replica generates at a time.

@@ -245,10 +245,10 @@ def main(
         temperature: of sampling; 0 for greedy decoding.
         top_p: samples from the smallest set of tokens whose probability mass exceeds it (nucleus sampling).
         max_seq_len: maximum number of tokens of the remembered turns and the answer.
-        answer_len: number of these that are kept free for the answer; by default a quarter.
+        answer_len: number of tokens kept free for the answer; by default a quarter of max_seq_len.
         speculative: prompt_lookup, or draft with draft_ckpt_dir, verifies several drafted tokens per pass: the
             same text, often in less time.
-        stats: prints the number of tokens of each prompt, how many of them were cached, and the times of its answer.
+        stats: prints each prompt's number of tokens, how many were cached, and the times of its answer.
     """
     if sys.stdin is None:
         raise ValueError("standard input must be a terminal, a file or a pipe, got a closed one")

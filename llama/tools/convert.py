@@ -60,14 +60,14 @@ def from_hf(
     """Writes a Hugging Face Llama folder in the released layout, which `Llama.build` loads.
 
     Args:
-        hf_dir: folder of config.json and *.safetensors (or pytorch_model*.bin); tokenizer.model is copied if it is
+        hf_dir: folder of config.json and `*.safetensors` (or `pytorch_model*.bin`); tokenizer.model is copied if it is
             there, with what is said of added tokens, and a chat template if it is not Llama 2's (see
             `llama.text.chat_format`).
         output_dir: folder to make; it appears when it is complete.
         model_parallel_size: number of files to write, one per process (GPU) that will run the model. Where the
             vocabulary is no multiple of it, tokens of zeros are added, which are never sampled.
-        dtype: float16, bfloat16 or float32; by default each tensor keeps its own.
-        quiet: whether to show no progress bar.
+        dtype: float16, bfloat16 or float32; by default each tensor's own.
+        quiet: shows no progress bar.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -124,9 +124,9 @@ def to_hf(
         ckpt_dir: folder of params.json and consolidated.NN.pth, any number of them.
         tokenizer_path: its tokenizer.model.
         output_dir: folder to make; it appears when it is complete.
-        dtype: float16, bfloat16 or float32; by default each tensor keeps its own.
+        dtype: float16, bfloat16 or float32; by default each tensor's own.
         max_position_embeddings: length of the context in config.json; params.json does not have it.
-        quiet: whether to show no progress bar.
+        quiet: shows no progress bar.
 
     Raises:
         AssertionError: `ckpt_dir` holds no checkpoint files.

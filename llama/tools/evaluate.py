@@ -33,7 +33,7 @@ def main(
     add_bos_token: bool = True,
     **build: Any,
 ) -> None:
-    """Prints the harness's table of results.
+    """Score a checkpoint on tasks of the harness, and print its table of results.
 
     Args:
         tasks: names of tasks or groups, with commas between them.
@@ -43,12 +43,12 @@ def main(
         max_batch_size: maximum number of requests that each replica computes at a time.
         include_path: folder of further tasks, as YAML files.
         num_fewshot: number of examples in the context; by default the task's.
-        limit: number of documents per task, or their share if it is below 1; for trying a task out.
+        limit: number of documents per task, or their share if below 1.
         apply_chat_template: puts contexts into the checkpoint's chat template, by default Llama 2's.
         system_instruction: text in front of the context, or system message of the template.
         gen_kwargs: overrides of the tasks' generation arguments, such as temperature=0,max_gen_toks=64.
         output: path of a JSON file for the results.
-        log_samples: whether that file also has the results of each document.
+        log_samples: adds each document's results to that file.
         use_cache: path of a cache of results; an interrupted evaluation continues from it. One per checkpoint.
         add_bos_token: whether texts begin with BOS, as the checkpoints expect.
     """

@@ -69,7 +69,7 @@ def main(
     stride: int | None = None,
     **build: Any,
 ) -> None:
-    """Prints the perplexity of a text file.
+    """Print the perplexity of a text file.
 
     Args:
         text: path of a text file in UTF-8.

@@ -37,7 +37,7 @@ def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *
         ckpt_dir: folder of params.json and consolidated.NN.pth, any number of them.
         output_dir: folder to make. What ckpt_dir has of tokenizer and chat format is copied there, and checklist.chk
             is written.
-        form: "int8", of the weights of linear layers; everything else stays as it is.
+        form: form of the linear layers' weights, int8.
         quiet: shows no progress.
 
     Raises:

@@ -29,10 +29,10 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
     Args:
         ckpt_dir: folder of params.json and consolidated.NN.pth, any number of them.
         output_dir: folder to make. params.json is copied there, and what ckpt_dir has of tokenizer and chat format;
-            checklist.chk is written anew.
+            checklist.chk is written.
         model_parallel_size: number of files to write, one per process (GPU) that will run the model. Where the
             vocabulary is no multiple of it, tokens of zeros are added, which are never sampled.
-        quiet: whether to show no progress bar.
+        quiet: shows no progress bar.
 
     Raises:
         AssertionError: `ckpt_dir` holds no checkpoint files.

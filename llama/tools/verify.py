@@ -234,7 +234,7 @@ def main(ckpt_dir: str, *, tokenizer_path: str | None = None, quiet: bool = Fals
 
     Args:
         ckpt_dir: folder of params.json and consolidated.NN.pth.
-        tokenizer_path: its tokenizer.model; by default that in ckpt_dir or in the folder above.
+        tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
         quiet: shows no progress.
     """
     found = verify(ckpt_dir, tokenizer_path=tokenizer_path, quiet=quiet)
