@@ -4,8 +4,8 @@
 describes the tensors; `NAME/data/N`, their values; and a few small records. Oversized records are refused before torch
 reads them, and so are compressed ones, which can expand from kilobytes to gigabytes.
 
-Format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3, restricted to what torch writes: the directory is right before
-the end record, and nothing follows that.
+Format: PKWARE's APPNOTE.TXT, section 4.3, restricted to what torch writes: the directory is right before the end
+record, and nothing follows that. So torch's reader and Python's, which parses the directory here, see the same one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import io
 import pickletools
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,12 +31,11 @@ _LEGACY_PICKLES = 5  # in files from before torch 1.6: magic number, version, sy
 _END = struct.Struct("<4s4H2LH")  # signature, disks, entries on disk and total, directory size and offset, comment
 _END_64_LOCATOR = struct.Struct("<4sLQL")  # signature, disk, offset of the 64-bit end record, disks
 _END_64 = struct.Struct("<4sQ2H2L4Q")  # the 64-bit version of _END
-_ENTRY = struct.Struct("<4s6H3L5H2L")  # directory entry
-_LOCAL = struct.Struct("<4s5H3L2H")  # local header, in front of a record's content
+_LOCAL = struct.Struct("<4s22x2H")  # header in front of a record's content: signature, sizes of name and extra field
 _DESCRIPTOR = struct.Struct("<4sL")  # after the content, if the checksum was not known when the header was written
+_ENTRY_BYTES = 46  # of a directory entry, without name, extra field and comment
 _CHECKSUM_AT, _LOCAL_CHECKSUM_AT = 16, 14  # byte offsets in a directory entry and in a local header
-_IN_EXTRA_FIELD = 0xFFFFFFFF  # marks a value that does not fit in 32 bits; it is in the 64-bit extra field
-_ENCRYPTED, _HAS_DESCRIPTOR = 1, 8  # bits of an entry's flags
+_ENCRYPTED, _HAS_DESCRIPTOR, _IS_UTF8 = 1, 8, 2048  # bits of an entry's flags
 
 
 class ArchiveError(ValueError):
@@ -50,19 +50,21 @@ class Record:
         name: the record's name, starting with the archive's own name.
         size: size of the content in bytes.
         offset: byte offset of the content in the file.
-        checksum_offsets: byte offsets of the two places in the file that hold the content's CRC-32.
+        checksum: CRC-32 of the content; 0 in files without checksums.
+        checksum_offsets: byte offsets of the two places in the file that hold the checksum.
     """
 
     name: str
     size: int
     offset: int
-    checksum_offsets: tuple[int, ...]
+    checksum: int
+    checksum_offsets: tuple[int, int]
 
 
-def is_archive(file: BinaryIO) -> bool:
-    """Whether the file is a zip archive, as written since torch 1.6; older files cannot be memory-mapped."""
-    file.seek(0)
-    return file.read(2) == b"PK"
+def is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, as written since torch 1.6; older files cannot be memory-mapped."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def read_records(path: Path) -> list[Record]:
@@ -72,22 +74,18 @@ def read_records(path: Path) -> list[Record]:
         ArchiveError: a check failed, or the file is damaged; the message names the record, not the file.
     """
     with path.open("rb") as file:
-        start, end, n_entries = _directory(file)
-        file.seek(start)
-        directory = file.read(end - start)
+        start, entries = _read_directory(file)
         records: dict[str, Record] = {}
-        at = 0
-        for _ in range(n_entries):
-            record, at = _read_entry(file, directory, at, start)
+        at = start
+        for entry in entries:
+            record = _read_record(file, entry, at, start)
             if record.name.lower() in records:  # torch's reader ignores case
                 raise ArchiveError(f"record names must be unique, got two records named {quote(record.name)}")
             records[record.name.lower()] = record
-    if at != len(directory) or not records:
-        raise ArchiveError("the directory is empty or does not have the size that its end record states")
-    listed = list(records.values())
-    _check_sizes(listed)
-    _check_overlaps(listed)
-    return listed
+            at += _ENTRY_BYTES + len(_raw_name(entry)) + len(entry.extra) + len(entry.comment)
+    _check_sizes(list(records.values()))
+    _check_overlaps(list(records.values()))
+    return list(records.values())
 
 
 def count_records(path: Path) -> int:
@@ -97,7 +95,7 @@ def count_records(path: Path) -> int:
         ArchiveError: the file is damaged or cut short.
     """
     with path.open("rb") as file:
-        return _directory(file)[2]
+        return len(_read_directory(file)[1])
 
 
 def content_digest(path: Path) -> bytes | None:
@@ -109,19 +107,11 @@ def content_digest(path: Path) -> bytes | None:
         ArchiveError: the file is damaged or cut short.
     """
     with path.open("rb") as file:
-        start, end, n_entries = _directory(file)
-        file.seek(start)
-        directory = file.read(end - start)
-    at = largest = 0
-    has_checksum = False
-    for _ in range(n_entries):
-        if len(directory) < at + _ENTRY.size:
-            raise ArchiveError("an entry of the directory is damaged")
-        fields = _ENTRY.unpack_from(directory, at)
-        if fields[9] > largest:
-            largest, has_checksum = fields[9], fields[7] != 0
-        at += _ENTRY.size + fields[10] + fields[11] + fields[12]
-    return hashlib.sha256(directory).digest() if has_checksum else None
+        _, entries = _read_directory(file)
+    if not max(entries, key=lambda entry: entry.file_size).CRC:
+        return None
+    content = [(entry.filename, entry.file_size, entry.CRC) for entry in entries]
+    return hashlib.sha256(repr(content).encode(errors="replace")).digest()
 
 
 def check_pickles(path: Path) -> None:
@@ -138,19 +128,16 @@ def check_pickles(path: Path) -> None:
 
 
 def _pickles(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
-    if not is_archive(file):
-        file.seek(0)
+    if not is_archive(path):
         head = io.BytesIO(file.read(_LEGACY_PICKLES * MAX_PICKLE_BYTES))
         for _ in range(_LEGACY_PICKLES):
             yield head  # `genops` stops at the end of a pickle, which is where the next one starts
         return
     for record in read_records(path):
         if _is_pickle(record.name):
-            file.seek(record.checksum_offsets[0])
-            stated = int.from_bytes(file.read(4), "little")
             file.seek(record.offset)
             content = file.read(record.size)
-            if stated and stated != zlib.crc32(content):
+            if record.checksum and record.checksum != zlib.crc32(content):
                 raise ArchiveError(f"record {quote(record.name)} does not match its checksum")
             yield io.BytesIO(content)
 
@@ -159,74 +146,50 @@ def _is_pickle(name: str) -> bool:
     return name.lower().endswith("/data.pkl")
 
 
-def _directory(file: BinaryIO) -> tuple[int, int, int]:
-    """Returns the byte offsets of the directory's start and end, and its number of entries."""
-    size = file.seek(0, io.SEEK_END)
-    end_at = size - _END.size
-    end = _unpack(_END, file, end_at, b"PK\x05\x06")
-    n_entries, directory_size, start, comment_size = end[4:]
+def _read_directory(file: BinaryIO) -> tuple[int, list[zipfile.ZipInfo]]:
+    """Returns the directory's byte offset and its entries."""
+    end_at = file.seek(0, io.SEEK_END) - _END.size
+    n_entries, directory_size, start, comment_size = _unpack(_END, file, end_at, b"PK\x05\x06")[4:]
     directory_end = end_at
     locator_at = end_at - _END_64_LOCATOR.size
-    if locator_at >= 0 and _peek(file, locator_at) == b"PK\x06\x07":
+    if locator_at >= 0 and _read(file, locator_at, 4) == b"PK\x06\x07":
         directory_end = _unpack(_END_64_LOCATOR, file, locator_at, b"PK\x06\x07")[2]
         if directory_end != locator_at - _END_64.size:
             raise ArchiveError("the end record is out of place")
         n_entries, directory_size, start = _unpack(_END_64, file, directory_end, b"PK\x06\x06")[7:]
     if comment_size or start + directory_size != directory_end:
         raise ArchiveError("the directory is out of place")
-    if directory_size > _MAX_DIRECTORY_BYTES or n_entries * _ENTRY.size > directory_size:
+    if directory_size > _MAX_DIRECTORY_BYTES or n_entries * _ENTRY_BYTES > directory_size:
         raise ArchiveError(f"a directory of {n_entries} records in {directory_size} bytes is not possible")
-    return start, directory_end, n_entries
+    try:
+        entries = zipfile.ZipFile(file).infolist()
+    except Exception as error:  # of many kinds, over a damaged file
+        raise ArchiveError("an entry of the directory is damaged") from error
+    if not entries or len(entries) != n_entries:  # torch's reader goes by the number, Python's by the size
+        raise ArchiveError("the directory is empty or does not have the size that its end record states")
+    return start, entries
 
 
-def _read_entry(file: BinaryIO, directory: bytes, at: int, directory_start: int) -> tuple[Record, int]:
-    """Returns the record that the directory entry at `at` describes, and the offset of the next entry."""
-    if len(directory) < at + _ENTRY.size or directory[at : at + 4] != b"PK\x01\x02":
-        raise ArchiveError("an entry of the directory is damaged")
-    fields = _ENTRY.unpack_from(directory, at)
-    flags, method, packed, size, header = (fields[i] for i in (3, 4, 8, 9, 16))
-    name_at = at + _ENTRY.size
-    extra_at = name_at + fields[10]
-    comment_at = extra_at + fields[11]
-    next_at = comment_at + fields[12]
-    if next_at > len(directory):
-        raise ArchiveError("an entry of the directory is damaged")
-    name = directory[name_at:extra_at].decode("utf-8", "replace")
-    size, packed, header = _widened(directory[extra_at:comment_at], size, packed, header)
-    if method or packed != size or flags & _ENCRYPTED:
+def _read_record(file: BinaryIO, entry: zipfile.ZipInfo, entry_at: int, directory_start: int) -> Record:
+    """Returns the record of a directory entry, after comparing it with the record's own header."""
+    name, size, flags = entry.filename, entry.file_size, entry.flag_bits
+    if entry.compress_type or entry.compress_size != size or flags & _ENCRYPTED:
         raise ArchiveError(f"record {quote(name)} must be stored uncompressed")
-    offset, checksum_offset = _content(file, header, directory[name_at:extra_at], size, flags)
-    stated = (directory_start + at + _CHECKSUM_AT, checksum_offset)
-    file.seek(checksum_offset)
-    if offset + size > directory_start or file.read(4) != directory[at + _CHECKSUM_AT : at + _CHECKSUM_AT + 4]:
+    _, name_size, extra_size = _unpack(_LOCAL, file, entry.header_offset, b"PK\x03\x04")
+    if file.read(name_size) != _raw_name(entry):
+        raise ArchiveError(f"record {quote(name)} has a different name in its local header")
+    offset = entry.header_offset + _LOCAL.size + name_size + extra_size
+    checksum_at = entry.header_offset + _LOCAL_CHECKSUM_AT
+    if flags & _HAS_DESCRIPTOR:
+        _unpack(_DESCRIPTOR, file, offset + size, b"PK\x07\x08")
+        checksum_at = offset + size + 4
+    if offset + size > directory_start or _read(file, checksum_at, 4) != entry.CRC.to_bytes(4, "little"):
         raise ArchiveError(f"record {quote(name)} is not where the directory says")
-    return Record(name, size, offset, stated), next_at
+    return Record(name, size, offset, entry.CRC, (entry_at + _CHECKSUM_AT, checksum_at))
 
 
-def _content(file: BinaryIO, header: int, name: bytes, size: int, flags: int) -> tuple[int, int]:
-    """Returns the offsets of a record's content and its checksum, and checks the record's own name."""
-    local = _unpack(_LOCAL, file, header, b"PK\x03\x04")
-    offset = header + _LOCAL.size + local[-2] + local[-1]
-    if file.read(len(name)) != name or local[-2] != len(name):
-        raise ArchiveError(f"record {quote(name.decode('utf-8', 'replace'))} has a different name in its local header")
-    if not flags & _HAS_DESCRIPTOR:
-        return offset, header + _LOCAL_CHECKSUM_AT
-    _unpack(_DESCRIPTOR, file, offset + size, b"PK\x07\x08")
-    return offset, offset + size + 4
-
-
-def _widened(extra: bytes, *values: int) -> Iterator[int]:
-    """Yields an entry's sizes and offset; those too large for 32 bits are read from extra field 1, in this order."""
-    wide = b""
-    while len(extra) >= 4 and not wide:
-        kind, size = struct.unpack_from("<2H", extra)
-        wide, extra = (extra[4 : 4 + size] if kind == 1 else b""), extra[4 + size :]
-    for value in values:
-        if value == _IN_EXTRA_FIELD and len(wide) >= 8:
-            yield int.from_bytes(wide[:8], "little")
-            wide = wide[8:]
-        else:
-            yield value
+def _raw_name(entry: zipfile.ZipInfo) -> bytes:
+    return entry.orig_filename.encode("utf-8" if entry.flag_bits & _IS_UTF8 else "cp437")
 
 
 def _check_sizes(records: list[Record]) -> None:
@@ -248,15 +211,12 @@ def _check_overlaps(records: list[Record]) -> None:
 
 def _unpack(layout: struct.Struct, file: BinaryIO, offset: int, signature: bytes) -> tuple[int, ...]:
     """Returns the fields at `offset`, after checking that the first one is `signature`."""
-    content = b""
-    if 0 <= offset < 2**63 - layout.size:
-        file.seek(offset)
-        content = file.read(layout.size)
+    content = _read(file, offset, layout.size) if 0 <= offset < 2**63 - layout.size else b""
     if len(content) < layout.size or content[:4] != signature:
         raise ArchiveError("a part of the zip archive is missing or out of place")
     return layout.unpack(content)
 
 
-def _peek(file: BinaryIO, offset: int) -> bytes:
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
-    return file.read(4)
+    return file.read(size)

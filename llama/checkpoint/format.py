@@ -74,17 +74,12 @@ def is_repeated(name: str) -> bool:
     return not name.endswith(_SCALES) and shard_dim(name) is None
 
 
-def split_tensor(name: str, whole: Tensor, parts: int) -> list[Tensor]:
-    """What each of `parts` files holds of a tensor; views."""
+def split_tensor(name: str, whole: Tensor, parts: int, vocab_size: int) -> list[Tensor]:
+    """What each of `parts` files holds of a tensor: views, unless rows of zeros complete the vocabulary."""
     dim = shard_dim(name)
+    if name in ("tok_embeddings.weight", "output.weight") and whole.size(0) < vocab_size:
+        whole = torch.cat([whole, whole.new_zeros(vocab_size - whole.size(0), whole.size(1))])
     return [whole] * parts if dim is None else list(whole.chunk(parts, dim))
-
-
-def padded(name: str, whole: Tensor, vocab_size: int) -> Tensor:
-    """A whole tensor with rows of zeros at its end up to `vocab_size`, if it has a row per token."""
-    if name not in ("tok_embeddings.weight", "output.weight") or whole.size(0) >= vocab_size:
-        return whole
-    return torch.cat([whole, whole.new_zeros(vocab_size - whole.size(0), whole.size(1))])
 
 
 def join_tensor(name: str, parts: list[Tensor]) -> Tensor:

@@ -12,10 +12,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
 
+from llama.checkpoint.format import is_linear, tensor_shapes
 from llama.layers.cache import SPARE_POSITIONS
 from llama.model import ModelArgs
 
@@ -58,34 +60,22 @@ def plan_memory(
 
 
 def _weight_bytes(args: ModelArgs, model_parallel_size: int, size: int, quantize: str | None) -> int:
-    kv_dim = args.kv_heads * args.head_dim
-    attention = 2 * args.dim * args.dim + 2 * args.dim * kv_dim  # wq, wo; wk, wv
-    feed_forward = 3 * args.dim * args.hidden_dim  # w1, w2, w3
-    embedding = args.vocab_size * args.dim
-    linear = args.n_layers * (attention + feed_forward) + args.vocab_size * args.dim  # the last: output
-    norms = (2 * args.n_layers + 1) * args.dim  # on every rank
-    if quantize is None:
-        return size * ((linear + embedding) // model_parallel_size + norms)
-    split_outputs = args.n_layers * (args.dim + 2 * kv_dim + 2 * args.hidden_dim) + args.vocab_size
-    scales = split_outputs // model_parallel_size + 2 * args.n_layers * args.dim  # wo and w2 have all outputs
-    others = size * (embedding // model_parallel_size + norms)
-    if quantize == "int4":  # 4 bits, and 2 + 2 bytes per group of 32; output is int8
-        output = embedding // model_parallel_size
-        return (
-            (linear // model_parallel_size - output) * 5 // 8
-            + output
-            + 4 * args.vocab_size // model_parallel_size
-            + others
-        )
-    return linear // model_parallel_size + 4 * scales + others
+    total = 0
+    for name, shape in tensor_shapes(replace(args, n_layers=1), model_parallel_size).items():
+        n_bytes = prod(shape) * size
+        if quantize is not None and is_linear(name):
+            is_int4 = quantize == "int4" and name != "output.weight"
+            # int4: 4 bits, and 2 + 2 bytes per group of 32. int8: a byte, and a scale in float32 per row.
+            n_bytes = prod(shape) * 5 // 8 if is_int4 else prod(shape) + 4 * shape[0]
+        total += n_bytes * (args.n_layers if name.startswith("layers.") else 1)
+    return total
 
 
 def _activation_bytes(args: ModelArgs, model_parallel_size: int, size: int, quantize: str | None) -> int:
     """The widest moment of a pass: the feed-forward of a prefill, or the sampling over a batch's logits."""
     residual_and_norm = args.dim * (3 * size + 2 * 4)  # x, h and the normed x; the norm itself in float32
-    attention = (
-        (args.dim + 2 * args.kv_heads * args.head_dim) // model_parallel_size * (size + 2 * 4)
-    )  # rotary: float32
+    heads = (args.dim + 2 * args.kv_heads * args.head_dim) // model_parallel_size
+    attention = heads * (size + 2 * 4)  # rotary: float32
     feed_forward = 3 * args.hidden_dim // model_parallel_size * size  # w1 x, silu of it, w3 x
     if quantize is not None:  # the input of w2, twice in float32 and once as int8, its output in float32
         feed_forward = max(feed_forward, args.hidden_dim // model_parallel_size * (size + 10)) + args.dim * 8
@@ -119,8 +109,13 @@ def check_memory(
 
     batch = largest(args.max_batch_size, lambda n: fits(replace(args, max_batch_size=n)))
     seq = largest(args.max_seq_len, lambda n: fits(replace(args, max_seq_len=n)))
+    both = largest(args.max_seq_len, lambda n: fits(replace(args, max_batch_size=1, max_seq_len=n)))
     ways = [f"max_batch_size to {batch}"] * (batch > 0) + [f"max_seq_len to {seq}"] * (seq > 0)
-    advice = f"lower {' or '.join(ways)}" if ways else _advice_beyond_sizes(args, fits)
+    advice = f"lower {' or '.join(ways) or f'max_batch_size to 1 and max_seq_len to {both}'}"
+    if not both:
+        advice = (
+            "the weights leave no room: use a dtype of fewer bytes, more memory, or a checkpoint split over more ranks"
+        )
     raise MemoryError(
         f"this model needs {plan.total / GIB:.2f} GiB on {where}, which has {available / GIB:.2f} GiB available\n"
         f"{_table(plan, args, model_parallel_size, dtype, quantize)}\n{advice}"
@@ -131,11 +126,11 @@ def _table(
     plan: MemoryPlan, args: ModelArgs, model_parallel_size: int, dtype: torch.dtype, quantize: str | None = None
 ) -> str:
     """One line per part, with the arguments that it depends on."""
-    dtype_name = str(dtype).removeprefix("torch.") + (f", quantize={quantize}" if quantize else "")
+    form = str(dtype).removeprefix("torch.") + (f", quantize={quantize}" if quantize else "")
+    sizes = f"(max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len})"
     return (
-        f"  weights      {plan.weights / GIB:8.2f} GiB  ({dtype_name}, MP={model_parallel_size})\n"
-        f"  KV cache     {plan.kv_cache / GIB:8.2f} GiB  "
-        f"(max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len})\n"
+        f"  weights      {plan.weights / GIB:8.2f} GiB  ({form}, MP={model_parallel_size})\n"
+        f"  KV cache     {plan.kv_cache / GIB:8.2f} GiB  {sizes}\n"
         f"  activations  {plan.activations / GIB:8.2f} GiB"
     )
 
@@ -169,13 +164,6 @@ def out_of_memory(
         "use fewer or shorter prompts, or build with a lower max_batch_size or max_seq_len, or end the other "
         "programs on the device"
     )
-
-
-def _advice_beyond_sizes(args: ModelArgs, fits: Callable[[ModelArgs], bool]) -> str:
-    seq = largest(args.max_seq_len, lambda n: fits(replace(args, max_batch_size=1, max_seq_len=n)))
-    if seq:
-        return f"lower max_batch_size to 1 and max_seq_len to {seq}"
-    return "the weights leave no room: use a dtype of fewer bytes, more memory, or a checkpoint split over more ranks"
 
 
 def largest(upper: int, fits: Callable[[int], bool]) -> int:

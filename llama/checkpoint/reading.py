@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,33 +121,34 @@ def model_args(
         ValueError: a value of the file is wrong, or its `vocab_size` is below the tokenizer's, or it describes more
             layers than a checkpoint file has tensors.
     """
+    path, shards = Path(ckpt_dir) / "params.json", sorted(Path(ckpt_dir).glob("*.pth"))
     params = read_params(ckpt_dir)
     if params.get("vocab_size", -1) == -1:
-        params["vocab_size"] = max(n_words, _embedding_rows(ckpt_dir))
-    try:
-        args = ModelArgs.of(ModelArgs(**params))
-    except ValueError as error:
-        raise ValueError(f"{Path(ckpt_dir) / 'params.json'}: {error}") from error
+        params["vocab_size"] = max(n_words, _embedding_rows(shards))
+    args = _to_args(path, params)
     if args.vocab_size < n_words:
         tokenizer = "the tokenizer" if tokenizer_path is None else f"the tokenizer {tokenizer_path}"
         raise ValueError(
-            f"{Path(ckpt_dir) / 'params.json'}: vocab_size must be at least the tokenizer's number of pieces, got "
-            f"{args.vocab_size} where {tokenizer} has {n_words} pieces and added tokens; "
+            f"{path}: vocab_size must be at least the tokenizer's number of pieces, got {args.vocab_size} where "
+            f"{tokenizer} has {n_words} pieces and added tokens; "
             "give the tokenizer.model that this checkpoint was trained with"
         )
-    shards = sorted(Path(ckpt_dir).glob("*.pth"))
-    for path in shards:
-        _check_records(path, args)
+    for shard in shards:  # their ends, so that one cut short is an error on all ranks, before anything is planned
+        check_link(shard)
+        if _is_mappable(shard):
+            try:
+                check_layer_count(shard, args, count_records(shard))
+            except ArchiveError as error:
+                raise _unreadable(shard, error) from error
     check_distinct(shards)
     return ModelArgs.of(replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len))
 
 
-def _embedding_rows(ckpt_dir: str | Path) -> int:
-    """The number of rows of a checkpoint's embedding; 0 if it is not in a file that can be mapped."""
-    first = next(iter(sorted(Path(ckpt_dir).glob("*.pth"))), None)
-    if first is None or not first.is_file() or not _is_mappable(first):
+def _embedding_rows(shards: list[Path]) -> int:
+    """The number of rows of the embedding; 0 if it is not in a file that can be mapped."""
+    if not shards or not _is_mappable(shards[0]):
         return 0
-    embedding = read_shard(first).get("tok_embeddings.weight")
+    embedding = read_shard(shards[0]).get("tok_embeddings.weight")
     return embedding.size(0) if embedding is not None and embedding.dim() else 0
 
 
@@ -157,10 +159,7 @@ def network_args(ckpt_dir: str | Path, state: dict[str, Tensor]) -> ModelArgs:
         state: the tensors of one of the files.
     """
     path = Path(ckpt_dir) / "params.json"
-    try:
-        args = ModelArgs.of(ModelArgs(**read_params(ckpt_dir)))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    args = _to_args(path, read_params(ckpt_dir))
     check_layer_count(list_shards(ckpt_dir)[0], args, len(state))
     if args.vocab_size != -1:
         return args
@@ -170,21 +169,11 @@ def network_args(ckpt_dir: str | Path, state: dict[str, Tensor]) -> ModelArgs:
     return replace(args, vocab_size=embedding.size(0))
 
 
-def _check_records(path: Path, args: ModelArgs) -> None:
-    """Checks a file's end, so that one cut short is an error on all ranks, and that there are tensors for the layers.
-
-    It comes before anything is planned or made for a number of layers that a damaged `params.json` may state.
-    """
-    check_link(path)
-    if not path.is_file():
-        return
+def _to_args(path: Path, params: dict[str, Any]) -> ModelArgs:
     try:
-        with path.open("rb") as file:
-            archive = is_archive(file)
-        n_records = count_records(path) if archive else args.n_layers
-    except ArchiveError as error:
-        raise _unreadable(path, error) from error
-    check_layer_count(path, args, n_records)
+        return ModelArgs.of(ModelArgs(**params))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def check_distinct(shards: Iterable[Path]) -> None:
@@ -192,7 +181,7 @@ def check_distinct(shards: Iterable[Path]) -> None:
     known: dict[bytes, Path] = {}
     for path in shards:
         try:
-            digest = content_digest(path) if path.is_file() and _is_mappable(path) else None
+            digest = content_digest(path) if _is_mappable(path) else None
         except ArchiveError:  # its reader says more
             continue
         if digest is not None and (other := known.setdefault(digest, path)) is not path:
@@ -238,12 +227,12 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} must be a regular file, got a folder, pipe or device")
     check_not_pointer(path)
-    mappable = _is_mappable(path)
     try:
         check_pickles(path)
-        with path.open("rb") as file:  # by its number, as torch takes no path that is not UTF-8
-            name = path if _is_utf8(path) else f"/dev/fd/{file.fileno()}"
-            state = torch.load(name, map_location="cpu", weights_only=True, mmap=mappable)
+        with path.open("rb") as file:
+            is_utf8 = not any("\ud800" <= character <= "\udfff" for character in str(path))
+            name = path if is_utf8 else f"/dev/fd/{file.fileno()}"  # torch takes no other path
+            state = torch.load(name, map_location="cpu", weights_only=True, mmap=_is_mappable(path))
     except pickle.UnpicklingError as error:
         raise ValueError(  # torch's own words advise to load without `weights_only`, which runs code of the file
             f"{path} must hold tensors alone, got other objects, which are not loaded, or damage; compare its checksum"
@@ -255,17 +244,8 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _is_utf8(path: Path) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _is_mappable(path: Path) -> bool:
-    with path.open("rb") as file:
-        return is_archive(file)
+    return path.is_file() and is_archive(path)
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:

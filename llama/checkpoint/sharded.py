@@ -21,7 +21,7 @@ class ShardedCheckpoint:
 
     Attributes:
         args: the network; its vocabulary is the embedding's where params.json has -1.
-        n_files: number of files.
+        paths, n_files: the files, in rank order, and their number.
         names: names of the tensors, in the released order; `rope.freqs` and the like last, if the files have them.
         layout: every whole tensor's shape and dtype, as tensors on the meta device.
 
@@ -33,26 +33,28 @@ class ShardedCheckpoint:
     """
 
     def __init__(self, ckpt_dir: str | Path) -> None:
-        self._shards = list_shards(ckpt_dir)
+        self.paths = list_shards(ckpt_dir)
         if (form := stored_quantize(ckpt_dir)) is not None:
             raise ValueError(
                 f"{ckpt_dir} must have plain weights for this, got {form} weights; use the checkpoint that it was "
                 "made from, and quantize the result"
             )
-        self.n_files = len(self._shards)
-        self._states = [read_shard(path) for path in self._shards]
-        check_distinct(self._shards)
-        self._page_release = [page_release(path) for path in self._shards]
-        self._last: str | None = None  # the tensor read last
+        self.n_files = len(self.paths)
+        self._states = [read_shard(path) for path in self.paths]
+        check_distinct(self.paths)
+        self._page_release = [page_release(path) for path in self.paths]
+        self._last: list[Tensor] = []  # the parts that were read last
         self.args = network_args(ckpt_dir, self._states[0])
         try:
             self.args.check_shards(self.n_files)
         except ValueError as error:
             raise ValueError(f"{ckpt_dir} has {self.n_files} files, but {error}; is a file missing?") from error
-        extra = [name for name in self._states[0] if is_known_extra(name)]
-        self.names = list(tensor_shapes(self.args, 1))
-        self.names += [name for name in extra if all(name in state for state in self._states)]
-        self._check_files()
+        shapes = tensor_shapes(self.args, self.n_files)
+        for path, state in zip(self.paths, self._states, strict=True):
+            extra = filter(is_known_extra, state)
+            check_tensors(path, state, shapes | dict.fromkeys(extra, (self.args.head_dim // 2,)))
+        extra = filter(is_known_extra, self._states[0])
+        self.names = [*shapes, *(name for name in extra if all(name in state for state in self._states))]
         for name in self.names:
             self._check_agreement(name)
         parts = {name: [state[name].to("meta") for state in self._states] for name in self.names}
@@ -60,34 +62,30 @@ class ShardedCheckpoint:
 
     def whole(self, name: str) -> Tensor:
         """The tensor `name`, joined from all files; with a single file, a view of the mapped file."""
-        self._release_last()
-        self._last = name
-        return join_tensor(name, [state[name] for state in self._states])
+        return join_tensor(name, self.parts(name))
 
-    def _release_last(self) -> None:
-        """Frees the memory of the tensor read last; it is read from its file again if it is still in use."""
-        if self._last is not None:
-            for release, state in zip(self._page_release, self._states, strict=True):
-                release(state[self._last])
+    def parts(self, name: str) -> list[Tensor]:
+        """What each file holds of the tensor `name`: views of the mapped files.
 
-    def _check_files(self) -> None:
-        shapes = tensor_shapes(self.args, self.n_files)
-        for path, state in zip(self._shards, self._states, strict=True):
-            extra = [name for name in state if is_known_extra(name)]
-            check_tensors(path, state, shapes | dict.fromkeys(extra, (self.args.head_dim // 2,)))
+        The memory of the tensor before is freed; it is read from its file again if it is still in use.
+        """
+        for release, part in zip(self._page_release, self._last, strict=False):
+            release(part)
+        self._last = [state[name] for state in self._states]
+        return self._last
 
     def _check_agreement(self, name: str) -> None:
         """Checks that all files hold `name` in one dtype and, where each holds all of it, with the same bits."""
         first, others = self._states[0][name], [state[name] for state in self._states[1:]]
-        for path, other in zip(self._shards[1:], others, strict=True):
+        for path, other in zip(self.paths[1:], others, strict=True):
             if other.dtype != first.dtype:
                 raise ValueError(
-                    f"{name} must have one dtype in all files, got {first.dtype} in {self._shards[0]} and "
+                    f"{name} must have one dtype in all files, got {first.dtype} in {self.paths[0]} and "
                     f"{other.dtype} in {path}"
                 )
             if shard_dim(name) is None and not same_bits(first, other):
                 raise ValueError(
-                    f"{name} must be the same in all files, but differs between {self._shards[0]} and {path}"
+                    f"{name} must be the same in all files, but differs between {self.paths[0]} and {path}"
                 )
 
 

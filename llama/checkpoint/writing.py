@@ -13,9 +13,9 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -55,14 +55,14 @@ class TensorFile:
     """
 
     def __init__(
-        self, path: Path, offsets: dict[str, int], checksum_offsets: Mapping[str, tuple[int, ...]] | None = None
+        self, path: Path, offsets: Mapping[str, int], checksum_offsets: Mapping[str, tuple[int, ...]] = {}
     ) -> None:
         self._offsets = offsets
-        self._checksum_offsets = checksum_offsets or {}
+        self._checksum_offsets = checksum_offsets
         self._unwritten = set(offsets)
         self._descriptor = os.open(path, os.O_WRONLY)
         self._flusher = ThreadPoolExecutor(max_workers=1)
-        self._flush: Future[None] | None = None
+        self._flush = self._flusher.submit(os.fsync, self._descriptor)
         self._unflushed = 0  # bytes
 
     def __enter__(self) -> TensorFile:
@@ -74,8 +74,8 @@ class TensorFile:
         self._flusher.shutdown()
         os.close(self._descriptor)
         if kind is None:
-            self._check_flush()
-        assert kind is not None or not self._unwritten, f"never written: {sorted(self._unwritten)}"
+            self._flush.result()  # raises its error, which the system reports only once
+            assert not self._unwritten, f"never written: {sorted(self._unwritten)}"
 
     def write(self, name: str, tensor: Tensor) -> int:
         """Writes a tensor, of the dtype and shape that were laid out; returns its number of bytes."""
@@ -93,15 +93,10 @@ class TensorFile:
         self._unwritten.discard(name)
         self._unflushed += done
         if self._unflushed >= _FLUSH:
-            self._check_flush()
+            self._flush.result()
             self._flush = self._flusher.submit(os.fsync, self._descriptor)
             self._unflushed = 0
         return done
-
-    def _check_flush(self) -> None:
-        """Waits for the last flush and raises its error, which the system reports only once."""
-        if self._flush is not None:
-            self._flush.result()
 
 
 def lay_out_pth(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
@@ -110,9 +105,7 @@ def lay_out_pth(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
     Raises:
         OSError: the file cannot be written.
     """
-    blank = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()
-    }  # never written to
+    blank = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}  # no page is used
     try:
         with torch.serialization.skip_data():
             torch.save(blank, path)
@@ -121,11 +114,34 @@ def lay_out_pth(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
             f"{path} cannot be written; is the disk full, or the size of files limited (ulimit -f)?"
         ) from error
     # torch numbers the tensors in the order of the dict; what it calls the archive depends on the path
-    records = {record.name.partition("/")[2]: record for record in read_records(path)}
-    ours = {name: records[f"data/{i}"] for i, name in enumerate(tensors)}
-    assert all(ours[name].size == tensor.nbytes for name, tensor in tensors.items())
-    offsets = {name: record.offset for name, record in ours.items()}
-    return TensorFile(path, offsets, {name: record.checksum_offsets for name, record in ours.items()})
+    by_name = {record.name.partition("/")[2]: record for record in read_records(path)}
+    records = {name: by_name[f"data/{i}"] for i, name in enumerate(tensors)}
+    assert all(records[name].size == tensor.nbytes for name, tensor in tensors.items())
+    offsets = {name: record.offset for name, record in records.items()}
+    return TensorFile(path, offsets, {name: record.checksum_offsets for name, record in records.items()})
+
+
+def write_shards(
+    folder: Path,
+    layout: dict[str, Tensor],
+    n_files: int,
+    values: Iterable[tuple[str, Sequence[Tensor]]],
+    progress: Callable[[int], None],
+) -> None:
+    """Writes a checkpoint's files, and their checklist.
+
+    Args:
+        layout: what one file holds, without values.
+        values: each tensor's name, and what each file holds of it.
+        progress: called with numbers of bytes, twice those of the files in all: written, and read for the checklist.
+    """
+    with ExitStack() as stack:
+        paths = [folder / f"consolidated.{rank:02d}.pth" for rank in range(n_files)]
+        files = [stack.enter_context(lay_out_pth(path, layout)) for path in paths]
+        for name, parts in values:
+            for file, part in zip(files, parts, strict=True):
+                progress(file.write(name, part))
+    write_checklist(folder, progress)
 
 
 def lay_out_safetensors(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
@@ -138,11 +154,8 @@ def lay_out_safetensors(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
     starts, end = {}, 0
     for name, tensor in tensors.items():
         starts[name], end = end, end + tensor.nbytes
-        fields[name] = {
-            "dtype": codes[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [starts[name], end],
-        }
+        place = {"shape": list(tensor.shape), "data_offsets": [starts[name], end]}
+        fields[name] = {"dtype": codes[tensor.dtype], **place}
     header = json.dumps(fields).encode()
     header += b" " * (-len(header) % 8)  # values start at a multiple of 8
     with path.open("wb") as file:
@@ -168,14 +181,14 @@ def staged_folder(output_dir: str | Path, n_bytes: int) -> Iterator[Path]:
     target = Path(output_dir).resolve()
     check_absent(target)
     staged = target.with_name(f".{target.name}.llama-tools-partial")
-    check_space(target.parent, n_bytes - _size(staged))
+    check_space(target.parent, n_bytes - sum(512 * path.lstat().st_blocks for path in staged.glob("*")))
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = _claim(staged)
     try:
         yield staged
-        _flush(staged)
+        _flush(*staged.iterdir(), staged)  # to the disk, which the rename must not precede
         staged.rename(target)
-        _flush_entry(target.parent)
+        _flush(target.parent)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
@@ -229,40 +242,25 @@ def md5_of(path: Path, progress: Callable[[int], None]) -> str:
 
 def _claim(staged: Path) -> int:
     """Makes an empty folder and locks it until this process ends or closes the returned descriptor."""
-    if staged.is_dir() and not staged.is_symlink():
-        leftover = _lock(staged)
-        shutil.rmtree(staged)
-        os.close(leftover)
-    staged.mkdir()
-    return _lock(staged)
-
-
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(FileExistsError):
+        staged.mkdir()
+    descriptor = os.open(staged, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise FileExistsError(f"another run is writing {folder}; wait until it ends") from error
+            raise FileExistsError(f"another run is writing {staged}; wait until it ends") from error
         raise
+    for path in staged.iterdir():  # what a killed run left
+        path.unlink()
     return descriptor
 
 
-def _size(folder: Path) -> int:
-    return sum(512 * path.lstat().st_blocks for path in folder.rglob("*")) if folder.is_dir() else 0
-
-
-def _flush(folder: Path) -> None:
-    """Waits until everything in the folder is on the disk, which the rename must not precede."""
-    for path in sorted(folder.rglob("*")):
-        _flush_entry(path)
-    _flush_entry(folder)
-
-
-def _flush_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _flush(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -10,13 +10,14 @@ import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.format import padded, split_tensor, tensor_shapes
+from llama.checkpoint.format import split_tensor, tensor_shapes
 from llama.checkpoint.huggingface import (
     EMBEDDING,
     INDEX_SUFFIX,
@@ -34,7 +35,7 @@ from llama.checkpoint.huggingface import (
 from llama.checkpoint.reading import check_range, magnitude, narrows
 from llama.checkpoint.releases import TRAINED_SEQ_LEN
 from llama.checkpoint.sharded import ShardedCheckpoint, same_bits
-from llama.checkpoint.writing import TensorFile, lay_out_pth, lay_out_safetensors, write_checklist
+from llama.checkpoint.writing import TensorFile, lay_out_safetensors, write_shards
 from llama.distributed.device import DTYPES
 from llama.errors import printable, quote, read_json_object
 from llama.model import ModelArgs
@@ -84,12 +85,14 @@ def from_hf(
     described = _described_tokens(Path(hf_dir), args.vocab_size)
     names = _source_names(Path(hf_dir), source, args)
     args = with_even_vocabulary(args, model_parallel_size)
+    split = partial(split_tensor, parts=model_parallel_size, vocab_size=args.vocab_size)
+    layout = {ours: _cast(ours, split(ours, source.layout[theirs])[0], target_dtype) for ours, theirs in names.items()}
+    n_bytes = model_parallel_size * sum(part.nbytes for part in layout.values())
 
-    def split(name: str, whole: Tensor) -> list[Tensor]:
-        return split_tensor(name, padded(name, whole, args.vocab_size), model_parallel_size)
+    def read(ours: str) -> Tensor:
+        whole, n_heads = source.read(names[ours]), rotated_heads(ours, args)
+        return _cast(names[ours], whole if n_heads is None else to_interleaved(whole, n_heads), target_dtype)
 
-    parts = {ours: _cast(ours, split(ours, source.layout[theirs])[0], target_dtype) for ours, theirs in names.items()}
-    n_bytes = model_parallel_size * sum(part.nbytes for part in parts.values())
     with writing("convert", output_dir, n_bytes, quiet=quiet) as (folder, progress):
         _write_json(folder / "params.json", _params(args))
         _copy_tokenizer(Path(hf_dir), folder, quiet=quiet)
@@ -97,16 +100,8 @@ def from_hf(
             _write_json(folder / name, content)
         if copy_chat_format(Path(hf_dir), folder) and not quiet:
             print(f"the chat template is not Llama 2's: {CHAT_FORMAT_FILE} has it, for chats", file=sys.stderr)
-        paths = [folder / f"consolidated.{rank:02d}.pth" for rank in range(model_parallel_size)]
-        with ExitStack() as stack:
-            files = [stack.enter_context(lay_out_pth(path, parts)) for path in paths]
-            for ours, theirs in names.items():
-                n_heads = rotated_heads(ours, args)
-                whole = source.read(theirs)
-                whole = _cast(theirs, whole if n_heads is None else to_interleaved(whole, n_heads), target_dtype)
-                for file, part in zip(files, split(ours, whole), strict=True):
-                    progress.add(file.write(ours, part))
-        write_checklist(folder, progress.add)
+        values = ((name, split(name, read(name))) for name in names)
+        write_shards(folder, layout, model_parallel_size, values, progress.add)
 
 
 def to_hf(

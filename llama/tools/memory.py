@@ -16,12 +16,12 @@ from llama.checkpoint.format import stored_quantize
 from llama.checkpoint.memory import GIB, MemoryPlan, largest, plan_memory
 from llama.checkpoint.reading import list_shards, network_args, read_shard
 from llama.checkpoint.releases import RELEASES, TRAINED_SEQ_LEN, trained_seq_len
-from llama.checkpoint.sharded import ShardedCheckpoint
 from llama.distributed.device import DTYPES
 from llama.errors import quote
 from llama.layers.linear import QUANTIZED_FORMS
 from llama.model import ModelArgs
 from llama.tools.commandline import run, with_flags_of
+from llama.tools.reshard import check_count
 
 _UNITS = {"GiB": GIB, "G": GIB, "GB": 10**9, "MiB": 1024**2, "M": 1024**2, "MB": 10**6}
 _MOST = 2**20  # the largest batch or sequence that is tried
@@ -60,12 +60,15 @@ def memory_table(
     if quantize not in (None, *QUANTIZED_FORMS):
         raise ValueError(f"quantize must be None, {' or '.join(map(repr, QUANTIZED_FORMS))}, got {quote(quantize)}")
     stored = stored_quantize(ckpt_dir) if ckpt_dir is not None else None
-    args, n_files = _of_checkpoint(ckpt_dir, stored) if ckpt_dir is not None else _of_release(str(model))
+    if ckpt_dir is not None:
+        shards = list_shards(ckpt_dir)
+        args, n_files = network_args(ckpt_dir, read_shard(shards[0])), len(shards)
+    else:
+        args, n_files = _of_release(str(model))
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     args.validate()
     ranks = n_files if model_parallel_size is None else model_parallel_size
-    if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
-        raise ValueError(f"model_parallel_size must be an integer of at least 1, got {quote(ranks)}")
+    check_count(ranks)
     args.check_shards(ranks)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {quote(dtype)}")
@@ -96,14 +99,6 @@ def parse_memory(text: str) -> int:
     return int(float(found[1]) * units[found[2].lower()])
 
 
-def _of_checkpoint(ckpt_dir: str | Path, stored: str | None) -> tuple[ModelArgs, int]:
-    if stored is not None:
-        shards = list_shards(ckpt_dir)
-        return network_args(ckpt_dir, read_shard(shards[0])), len(shards)
-    checkpoint = ShardedCheckpoint(ckpt_dir)
-    return checkpoint.args, checkpoint.n_files
-
-
 def _of_release(model: str) -> tuple[ModelArgs, int]:
     names = {name.lower(): name for name in RELEASES} | {"34b": "CodeLlama-34b"}
     size = re.sub(r"^llama-?2-|-(chat|instruct|python|hf)(?![^-])", "", model.lower())
@@ -113,18 +108,13 @@ def _of_release(model: str) -> tuple[ModelArgs, int]:
 
 
 def _table(plan: MemoryPlan, ranks: int) -> list[str]:
-    parts = {
-        "weights": plan.weights,
-        "KV cache": plan.kv_cache,
-        "activations": plan.activations,
-        "total": plan.total,
-    }
-    head = f"{'':12}{'each rank':>14}" + (f"{f'all {ranks} ranks':>16}" if ranks > 1 else "")
-    rows = [
-        f"{name:12}{n_bytes / GIB:10.2f} GiB" + (f"{ranks * n_bytes / GIB:12.2f} GiB" if ranks > 1 else "")
-        for name, n_bytes in parts.items()
-    ]
-    return [head, *rows]
+    parts = {**vars(plan), "total": plan.total}
+    rows = {name.replace("kv_cache", "KV cache"): n_bytes / GIB for name, n_bytes in parts.items()}
+    all_ranks = f"{f'all {ranks} ranks':>16}" if ranks > 1 else ""
+    lines = [f"{'':12}{'each rank':>14}{all_ranks}"]
+    for name, gib in rows.items():
+        lines.append(f"{name:12}{gib:10.2f} GiB" + (f"{ranks * gib:12.2f} GiB" if ranks > 1 else ""))
+    return lines
 
 
 def _fit(args: ModelArgs, plan: Callable[[ModelArgs], MemoryPlan], available: int) -> list[str]:
@@ -132,17 +122,13 @@ def _fit(args: ModelArgs, plan: Callable[[ModelArgs], MemoryPlan], available: in
     spare = available - plan(args).total
     what = f"{spare / GIB:.2f} GiB to spare" if spare >= 0 else f"it lacks {-spare / GIB:.2f} GiB"
     lines = [f"{'fits' if spare >= 0 else 'does not fit'} in {available / GIB:.2f} GiB: {what}"]
-    for field, other in (("max_batch_size", "max_seq_len"), ("max_seq_len", "max_batch_size")):
-
-        def fits(n: int, field: str = field) -> bool:
-            return plan(replace(args, **{field: n})).total <= available
-
-        n = largest(_MOST, fits)
-        trained = trained_seq_len(args)
-        family = "Llama 2" if trained == TRAINED_SEQ_LEN else "Code Llama"
-        beyond = f" ({family} was trained for {trained})" * (field == "max_seq_len" and n > trained)
-        lines.append(f"largest {field} with {other}={getattr(args, other)}: {n or 'none fits'}{beyond}")
-    return lines
+    batch = largest(_MOST, lambda n: plan(replace(args, max_batch_size=n)).total <= available)
+    lines.append(f"largest max_batch_size with max_seq_len={args.max_seq_len}: {batch or 'none fits'}")
+    seq = largest(_MOST, lambda n: plan(replace(args, max_seq_len=n)).total <= available)
+    trained = trained_seq_len(args)
+    family = "Llama 2" if trained == TRAINED_SEQ_LEN else "Code Llama"
+    beyond = f" ({family} was trained for {trained})" if seq > trained else ""
+    return [*lines, f"largest max_seq_len with max_batch_size={args.max_batch_size}: {seq or 'none fits'}{beyond}"]
 
 
 @partial(with_flags_of, memory_table)

@@ -7,20 +7,20 @@ to read, and none of the rounding left to do.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llama.checkpoint.format import STORED_FORMS, is_linear, scales_of, stored_quantize, tensor_shapes
-from llama.checkpoint.reading import count_not_finite, list_shards, load_shard, page_release
+from llama.checkpoint.reading import count_not_finite
 from llama.checkpoint.sharded import ShardedCheckpoint
-from llama.checkpoint.writing import TensorFile, copy_side_files, lay_out_pth, write_checklist
+from llama.checkpoint.writing import copy_side_files, write_shards
 from llama.errors import quote, read_json_object
 from llama.layers.kernels import quantize_values
-from llama.model import ModelArgs
 from llama.tools.commandline import run
-from llama.tools.progress import Progress, writing
+from llama.tools.progress import writing
 from llama.tools.reshard import check_places
 
 
@@ -56,17 +56,13 @@ def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *
     if (stored := stored_quantize(ckpt_dir)) is not None:
         raise ValueError(f"ckpt_dir must not be quantized yet, got {ckpt_dir}, which holds {stored} weights")
     source = ShardedCheckpoint(ckpt_dir)
-    shards = list_shards(ckpt_dir)
     layout = _layout(source, form)
-    n_bytes = len(shards) * sum(tensor.nbytes for tensor in layout.values())
+    n_bytes = source.n_files * sum(tensor.nbytes for tensor in layout.values())
     with writing("quantize", output_dir, n_bytes, quiet=quiet) as (folder, progress):
         params = read_json_object(Path(ckpt_dir) / "params.json") | {"quantize": form}
         (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
         copy_side_files(Path(ckpt_dir), folder)
-        for rank, path in enumerate(shards):
-            with lay_out_pth(folder / f"consolidated.{rank:02d}.pth", layout) as file:
-                _quantize_file(path, source.args, len(shards), file, progress)
-        write_checklist(folder, progress.add)
+        write_shards(folder, layout, source.n_files, _quantized(source), progress.add)
 
 
 def _layout(source: ShardedCheckpoint, form: str) -> dict[str, Tensor]:
@@ -78,18 +74,19 @@ def _layout(source: ShardedCheckpoint, form: str) -> dict[str, Tensor]:
     }
 
 
-def _quantize_file(path: Path, args: ModelArgs, n_files: int, file: TensorFile, progress: Progress) -> None:
-    """Writes one file's tensors, with one of them in memory at a time."""
-    release = page_release(path)
-    for name, tensor in load_shard(path, args, n_files).items():
-        if n_bad := count_not_finite(tensor):
-            raise ValueError(f"{path}: {name} must be finite, got {n_bad} values that are NaN or infinite")
-        if is_linear(name):
-            values, scales = quantize_values(tensor)
-            progress.add(file.write(name, values) + file.write(scales_of(name), scales))
-        else:
-            progress.add(file.write(name, tensor))
-        release(tensor)
+def _quantized(source: ShardedCheckpoint) -> Iterator[tuple[str, list[Tensor]]]:
+    """What each file holds of each tensor, with one of the original's in memory at a time."""
+    for name in tensor_shapes(source.args, 1):
+        parts = source.parts(name)
+        for path, part in zip(source.paths, parts, strict=True):
+            if n_bad := count_not_finite(part):
+                raise ValueError(f"{path}: {name} must be finite, got {n_bad} values that are NaN or infinite")
+        if not is_linear(name):
+            yield name, parts
+            continue
+        quantized = [quantize_values(part) for part in parts]
+        yield name, [values for values, _ in quantized]
+        yield scales_of(name), [scales for _, scales in quantized]
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from llama.checkpoint.format import padded, read_params, split_tensor
+from llama.checkpoint.format import read_params, split_tensor
 from llama.checkpoint.sharded import ShardedCheckpoint
-from llama.checkpoint.writing import check_absent, copy_side_files, lay_out_pth, write_checklist
+from llama.checkpoint.writing import check_absent, copy_side_files, write_shards
 from llama.errors import quote
 from llama.model import ModelArgs
 from llama.tools.commandline import run
@@ -45,25 +43,17 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
     check_count(model_parallel_size)
     source = ShardedCheckpoint(ckpt_dir)
     args = with_even_vocabulary(source.args, model_parallel_size)
-
-    def split(name: str, whole: Tensor) -> list[Tensor]:
-        return split_tensor(name, padded(name, whole, args.vocab_size), model_parallel_size)
-
-    parts = {name: split(name, whole)[0] for name, whole in source.layout.items()}
-    n_bytes = model_parallel_size * sum(part.nbytes for part in parts.values())
+    split = partial(split_tensor, parts=model_parallel_size, vocab_size=args.vocab_size)
+    layout = {name: split(name, whole)[0] for name, whole in source.layout.items()}
+    n_bytes = model_parallel_size * sum(part.nbytes for part in layout.values())
     with writing("reshard", output_dir, n_bytes, quiet=quiet) as (folder, progress):
         copy_side_files(Path(ckpt_dir), folder)
         shutil.copyfile(Path(ckpt_dir) / "params.json", folder / "params.json")
         if args.vocab_size != source.args.vocab_size:
             params = read_params(ckpt_dir) | {"vocab_size": args.vocab_size}
             (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
-        paths = [folder / f"consolidated.{rank:02d}.pth" for rank in range(model_parallel_size)]
-        with ExitStack() as stack:
-            files = [stack.enter_context(lay_out_pth(path, parts)) for path in paths]
-            for name in source.names:
-                for file, part in zip(files, split(name, source.whole(name)), strict=True):
-                    progress.add(file.write(name, part))
-        write_checklist(folder, progress.add)
+        values = ((name, split(name, source.whole(name))) for name in source.names)
+        write_shards(folder, layout, model_parallel_size, values, progress.add)
 
 
 def check_places(source: str | Path, output_dir: str | Path) -> None:

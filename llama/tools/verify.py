@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from llama.checkpoint.format import is_known_extra, is_repeated, stored_dtypes, 
 from llama.checkpoint.reading import (
     check_distinct,
     count_not_finite,
+    find_tokenizer,
     list_shards,
     network_args,
     page_release,
@@ -58,19 +60,25 @@ def verify(ckpt_dir: str | Path, *, tokenizer_path: str | Path | None = None, qu
     """
     folder, found = Path(ckpt_dir), Findings()
     shards = list_shards(folder)
-    tokenizer = _find_tokenizer(folder, tokenizer_path)
-    listed: dict[Path, str] = {}
-    if (folder / CHECKLIST).is_file():
-        listed |= _read_checklist(folder / CHECKLIST, found, {"params.json", *(path.name for path in shards)})
-    else:
+    tokenizer = find_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
+    has_tokenizer = tokenizer_path is not None or (tokenizer.is_file() and tokenizer.suffix == ".model")
+    checklists = {folder / CHECKLIST: {"params.json", *(path.name for path in shards)}}
+    if not (folder / CHECKLIST).is_file():
         found.notes.append(f"checksums were not compared: there is no {CHECKLIST} in {folder}")
-    if tokenizer is not None and (tokenizer.parent / TOKENIZER_CHECKLIST).is_file():
-        listed |= _read_checklist(tokenizer.parent / TOKENIZER_CHECKLIST, found, {tokenizer.name})
+    if has_tokenizer:
+        checklists[tokenizer.parent / TOKENIZER_CHECKLIST] = {tokenizer.name}
+    listed: dict[Path, str] = {}
+    for path, required in checklists.items():
+        if path.is_file():
+            listed |= _read_checklist(path, found, required)
     n_bytes = sum(path.stat().st_size for path in [*listed, *shards])
     with Progress("verify", n_bytes, quiet=quiet) as progress:
-        for path, checksum in listed.items():
-            _check_sum(path, checksum, found, progress)
-        n_words = _check_tokenizer(tokenizer, found)
+        for path, expected in listed.items():
+            if (got := md5_of(path, progress.add)) != expected:
+                found.problems.append(f"{path} must have the listed MD5 sum {expected}, got {got}; download it again")
+        n_words = _count_words(tokenizer, found) if has_tokenizer else 0
+        if not has_tokenizer:
+            found.notes.append("the vocabulary was not compared: no tokenizer.model was found; give tokenizer_path")
         _check_shards(folder, shards, n_words, found, progress)
     return found
 
@@ -86,18 +94,18 @@ def _read_checklist(path: Path, found: Findings, required: set[str]) -> dict[Pat
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
-        matched = _LINE.fullmatch(line.strip())
-        if swapped := _MAC_LINE.fullmatch(line.strip()):
-            matched = _LINE.fullmatch(f"{swapped[2]}  {swapped[1]}")
-        unlisted -= {matched[2]} if matched else set()
+        matched = _LINE.fullmatch(_MAC_LINE.sub(r"\2  \1", line.strip()))
         if matched is None:
             found.problems.append(f"{path}: line {number} must be an MD5 sum and a file name")
-        elif matched[2] == ".." or Path(matched[2]).name != matched[2]:
-            found.problems.append(f"{path}: line {number} must name a file beside it, got {quote(matched[2])}")
-        elif not (path.parent / matched[2]).is_file():
-            found.problems.append(f"{path.parent / printable(matched[2])} is missing, which {path.name} lists")
+            continue
+        md5, name = matched.groups()
+        unlisted.discard(name)
+        if name == ".." or Path(name).name != name:
+            found.problems.append(f"{path}: line {number} must name a file beside it, got {quote(name)}")
+        elif not (path.parent / name).is_file():
+            found.problems.append(f"{path.parent / printable(name)} is missing, which {path.name} lists")
         else:
-            listed[path.parent / matched[2]] = matched[1].lower()
+            listed[path.parent / name] = md5.lower()
     if unlisted:
         found.problems.append(
             f"{path} must list every file, but lacks {first_few(sorted(unlisted), _SHOWN)}; download it again"
@@ -105,40 +113,25 @@ def _read_checklist(path: Path, found: Findings, required: set[str]) -> dict[Pat
     return listed
 
 
-def _check_sum(path: Path, expected: str, found: Findings, progress: Progress) -> None:
-    if (got := md5_of(path, progress.add)) != expected:
-        found.problems.append(f"{path} must have the listed MD5 sum {expected}, got {got}; download it again")
-
-
-def _find_tokenizer(folder: Path, tokenizer_path: str | Path | None) -> Path | None:
-    if tokenizer_path is not None:
-        return Path(tokenizer_path)
-    places = [folder / "tokenizer.model", folder.resolve().parent / "tokenizer.model"]
-    return next((place for place in places if place.is_file()), None)
-
-
-def _check_tokenizer(path: Path | None, found: Findings) -> int | None:
-    """The tokenizer's number of pieces, if there is one."""
-    if path is None:
-        found.notes.append("the vocabulary was not compared: no tokenizer.model was found; give tokenizer_path")
-        return None
+def _count_words(tokenizer: Path, found: Findings) -> int:
+    """The tokenizer's number of tokens; 0 if it cannot be read."""
     try:
-        return Tokenizer(path).n_words
+        return Tokenizer(tokenizer).n_words
     except (ValueError, OSError) as error:
         found.problems.append(str(error))
-        return None
+        return 0
 
 
-def _check_shards(folder: Path, shards: list[Path], n_words: int | None, found: Findings, progress: Progress) -> None:
+def _check_shards(folder: Path, shards: list[Path], n_words: int, found: Findings, progress: Progress) -> None:
     """Checks every file's tensors. The first readable file gives the number of parts and what all files repeat."""
-    if [path.name for path in shards] != (names := [f"consolidated.{rank:02d}.pth" for rank in range(len(shards))]):
-        there = [path.name for path in shards]
+    there, names = [path.name for path in shards], [f"consolidated.{rank:02d}.pth" for rank in range(len(shards))]
+    if there != names:
         found.problems.append(f"{folder} must hold {first_few(names, _SHOWN)}, got {first_few(there, _SHOWN)}")
     try:
         check_distinct(shards)
     except ValueError as error:
         found.problems.append(str(error))
-    shapes: dict[str, tuple[int, ...]] | None = None
+    shapes: dict[str, tuple[int, ...]] = {}
     first: dict[str, Tensor] = {}
     for path in shards:
         try:
@@ -151,12 +144,14 @@ def _check_shards(folder: Path, shards: list[Path], n_words: int | None, found: 
         except (ValueError, OSError) as error:
             found.problems.append(str(error))
             return
-        for kind, names in _faults(path, state, shapes, first, progress).items():
-            found.problems.append(f"{path}: {kind}: {first_few(names, _SHOWN)}")
+        faults: defaultdict[str, list[str]] = defaultdict(list)
+        for kind, what in _faults(path, state, shapes, first, progress):
+            faults[kind].append(what)
+        found.problems += [f"{path}: {kind}: {first_few(what, _SHOWN)}" for kind, what in faults.items()]
 
 
 def _expected_shapes(
-    folder: Path, state: dict[str, Tensor], n_files: int, n_words: int | None, found: Findings
+    folder: Path, state: dict[str, Tensor], n_files: int, n_words: int, found: Findings
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of every file's tensors by params.json and the number of parts, which `state`, one file's, tells.
 
@@ -170,13 +165,11 @@ def _expected_shapes(
     args.check_shards(parts)
     if parts != n_files:
         found.problems.append(f"{folder} must hold the {parts} files that the tensors are split over, got {n_files}")
-    release = find_release(args)
-    if release is not None and release[1].model_parallel_size != parts:
-        name, published = release
-        found.notes.append(
-            f"{name} was published in {published.model_parallel_size} files; this one is split over {parts}"
-        )
-    if n_words is not None and args.vocab_size < n_words:
+    name, release = find_release(args) or ("", None)
+    if release is not None and release.model_parallel_size != parts:
+        published = release.model_parallel_size
+        found.notes.append(f"{name} was published in {published} files; this one is split over {parts}")
+    if args.vocab_size < n_words:
         found.problems.append(
             f"{folder}: the vocabulary must be at least the tokenizer's {n_words} tokens, got {args.vocab_size}"
         )
@@ -189,14 +182,13 @@ def _faults(
     shapes: dict[str, tuple[int, ...]],
     first: dict[str, Tensor],
     progress: Progress,
-) -> dict[str, list[str]]:
-    """The faults of one file's tensors: for each kind, the tensors that have it.
+) -> Iterator[tuple[str, str]]:
+    """The faults of one file's tensors: the kind of each, and the tensor.
 
     Args:
         first: the first file's tensors, those that are split without values; filled by the first call.
     """
-    faults: defaultdict[str, list[str]] = defaultdict(list)
-    faults["missing"] = [name for name in shapes if name not in state]
+    yield from (("missing", name) for name in shapes if name not in state)
     release = page_release(path)
     for name, tensor in state.items():
         if name in shapes:
@@ -204,11 +196,10 @@ def _faults(
             if fault is None:
                 release(tensor)
             else:
-                faults[fault[0]].append(fault[1])
+                yield fault
         elif not is_known_extra(name):
-            faults["not in the network"].append(printable(name))
+            yield "not in the network", printable(name)
         progress.add(tensor.numel() * tensor.element_size())
-    return {kind: names for kind, names in faults.items() if names}
 
 
 def _fault(
