@@ -218,15 +218,17 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
     Returns:
         The rotated `xq` and `xk`, contiguous, in their dtypes.
     """
-    pairs = torch.cat((xq, xk), dim=2).float().unflatten(-1, (-1, 2))
-    if freqs_cis.is_complex():
-        numbers = torch.view_as_complex(pairs)
-        pairs = torch.view_as_real(numbers * reshape_for_broadcast(freqs_cis, numbers))
-    else:
-        (x, y), (cos, sin) = pairs.unbind(-1), freqs_cis.unsqueeze(2).unbind(-1)
-        pairs = torch.stack((x * cos - y * sin, x * sin + y * cos), -1)
-    rotated_xq, rotated_xk = pairs.flatten(3).split((xq.size(2), xk.size(2)), dim=2)
+    rotated_xq, rotated_xk = (_rotated(x.float().unflatten(-1, (-1, 2)), freqs_cis) for x in (xq, xk))
     return rotated_xq.type_as(xq).contiguous(), rotated_xk.type_as(xk).contiguous()
+
+
+def _rotated(pairs: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotates pairs (bsz, seqlen, heads, head_dim / 2, 2); returns (bsz, seqlen, heads, head_dim)."""
+    if freqs_cis.is_complex():
+        numbers = torch.view_as_complex(pairs.contiguous())
+        return torch.view_as_real(numbers * reshape_for_broadcast(freqs_cis, numbers)).flatten(3)
+    (x, y), (cos, sin) = pairs.unbind(-1), freqs_cis.unsqueeze(2).unbind(-1)
+    return torch.stack((x * cos - y * sin, x * sin + y * cos), -1).flatten(3)
 
 
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
