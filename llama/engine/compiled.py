@@ -29,6 +29,7 @@ from llama.engine.compiler import Compiled, CompileError, Compiler, Job, export_
 from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper
 from llama.engine.network_state import has_hooks, same_objects
 from llama.errors import printable
+from llama.layers import cache as kv_cache
 from llama.layers import int4, kernels, linear
 from llama.layers.cache import CachePositions
 from llama.layers.int4 import Int4Weight
@@ -155,7 +156,8 @@ class CompiledStepper:
         """Has the graphs loaded, or compiled."""
         block = self._model.layers[0]
         _operators()  # loaded code asks for them
-        sources = (__file__, network.__file__, linear.__file__, kernels.__file__, int4.__file__)
+        parts = (network, kv_cache, linear, kernels, int4)
+        sources = [__file__, *(str(part.__file__) for part in parts)]
         code = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
         kinds = [several for several in (False, True) if self._most_rows > several]
         self._compiler = Compiler(
