@@ -79,7 +79,8 @@ class Server:
         """Starts to accept requests."""
         params = service.llama.model.params
         max_choices = service.max_waiting + params.max_batch_size
-        self.planner = Planner(service.llama, max_choices, speculative=self.speculative)
+        names = (self.model_name, self.fingerprint)
+        self.planner = Planner(service.llama, max_choices, *names, speculative=self.speculative)
         if self.max_body_bytes is None:
             self.max_body_bytes = max(2**20, 16 * params.max_seq_len * params.max_batch_size)
         self.metrics.watch(service)
@@ -181,7 +182,7 @@ async def _convert(server: Server, convert: Callable[..., dict[str, Any]], reque
     """Answers a request that takes no part of the network."""
     _, planner = server.parts()
     async with _body_of(server, request) as raw:
-        answer = await asyncio.to_thread(lambda: convert(parse_json(raw), planner, server.model_name))
+        answer = await asyncio.to_thread(lambda: convert(parse_json(raw), planner))
     return JSONResponse(answer)
 
 
@@ -190,9 +191,8 @@ async def _complete(server: Server, url: str, request: Request) -> Response:
     arrived = time.perf_counter()
     service, planner = server.parts()
     unknown = Unknown(ignore=server.ignore_unknown)
-    rest = (planner, server.model_name, unknown, server.fingerprint)
     async with _body_of(server, request) as raw:
-        asked = await asyncio.to_thread(lambda: read_request(url, parse_json(raw), *rest))
+        asked = await asyncio.to_thread(lambda: read_request(url, parse_json(raw), planner, unknown))
     run = Run(service, asked.job, server.metrics, arrived=arrived, timeout_s=server.timeout_s)
     request.state.counts = run.counts
     headers = _note_ignored(server, unknown.ignored)

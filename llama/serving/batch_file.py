@@ -92,16 +92,12 @@ class Reader:
 
     Args:
         planner: of the network.
-        model: name of the checkpoint, which requests may give as `model`.
         seed: requests without a `seed` get one derived from this and their `custom_id`, so that their results depend
             neither on the other requests nor on when they run.
-        fingerprint: identifies the network in results.
     """
 
     planner: Planner
-    model: str
     seed: int
-    fingerprint: str | None = None
 
     def __call__(self, line: Line) -> Request:
         """The request of a line.
@@ -127,7 +123,7 @@ class Reader:
             raise ApiError(f"body must be a JSON object, got {quote(body)}", param="body")
         if body.get("seed") is None:
             body = body | {"seed": self._seed_of(str(line.custom_id))}
-        request = read_request(url, body, self.planner, self.model, fingerprint=self.fingerprint)
+        request = read_request(url, body, self.planner)
         if request.is_stream:
             raise ApiError("stream must be false or left out in a batch file, got true", param="stream")
         return request

@@ -14,6 +14,7 @@ from llama.serving.fields import Unknown
 from llama.serving.formats import ChatAnswer, CompletionAnswer, TextAnswer, token_text
 from llama.serving.jobs import Job, Planner
 from llama.serving.protocol import (
+    AnyBody,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -46,54 +47,46 @@ def _errors_of_clients() -> Iterator[None]:
         raise ApiError(str(error), status=501, code="unsupported_parameter") from error
 
 
+def _checked(values: Any, kind: type[AnyBody], planner: Planner, unknown: Unknown | None = None) -> AnyBody:
+    planner.check_size(values)
+    body = check_body(values, kind, unknown)
+    check_model(body.model, planner.model_name)
+    return body
+
+
 @_errors_of_clients()
-def read_request(
-    url: str,
-    values: Any,
-    planner: Planner,
-    model_name: str,
-    unknown: Unknown | None = None,
-    fingerprint: str | None = None,
-) -> Request:
+def read_request(url: str, values: Any, planner: Planner, unknown: Unknown | None = None) -> Request:
     """Checks a body.
 
     Args:
         url: one of the URLs above.
         values: the body, as JSON has it.
-        model_name: the name of the network, which the body may leave out.
         unknown: as in `check_body`.
-        fingerprint: identifies the network in the answer.
 
     Raises:
         ApiError: a field is wrong or not supported.
     """
-    planner.check_size(values)
     unknown = unknown or Unknown()
     if url == RESPONSES_URL:
-        asked = check_body(values, ResponsesBody, unknown)
-        check_model(asked.model, model_name)
-        return Request(planner.chat(as_chat(asked, unknown)), ResponseAnswer(asked, model_name), asked.stream)
+        asked = _checked(values, ResponsesBody, planner, unknown)
+        return Request(planner.chat(as_chat(asked, unknown)), ResponseAnswer(asked, planner.model_name), asked.stream)
     if url == CHAT_URL:
-        chat = check_body(values, ChatBody, unknown)
-        check_model(chat.model, model_name)
+        chat = _checked(values, ChatBody, planner, unknown)
         job = planner.chat(chat)
-        return Request(job, ChatAnswer(chat, job, planner.tokenizer, model_name, fingerprint), chat.stream)
-    text = check_body(values, CompletionBody, unknown)
-    check_model(text.model, model_name)
+        return Request(job, ChatAnswer(chat, job, planner), chat.stream)
+    text = _checked(values, CompletionBody, planner, unknown)
     job = planner.completion(text)
-    return Request(job, TextAnswer(text, job, planner.tokenizer, model_name, fingerprint), text.stream)
+    return Request(job, TextAnswer(text, job, planner), text.stream)
 
 
 @_errors_of_clients()
-def tokenize(values: Any, planner: Planner, model_name: str) -> dict[str, Any]:
+def tokenize(values: Any, planner: Planner) -> dict[str, Any]:
     """The answer to `POST /tokenize`: the ids of a text, or those that a chat's answer would follow.
 
     Raises:
         ApiError: a field is wrong, or the text is too long.
     """
-    planner.check_size(values)
-    body = check_body(values, TokenizeBody)
-    check_model(body.model, model_name)
+    body = _checked(values, TokenizeBody, planner)
     tokenizer = planner.tokenizer
     if body.messages is not None:
         ids = planner.dialog(cast(list[Message], body.messages), continues=body.continue_final_message)
@@ -109,11 +102,9 @@ def tokenize(values: Any, planner: Planner, model_name: str) -> dict[str, Any]:
 
 
 @_errors_of_clients()
-def detokenize(values: Any, planner: Planner, model_name: str) -> dict[str, Any]:
+def detokenize(values: Any, planner: Planner) -> dict[str, Any]:
     """The answer to `POST /detokenize`: the text of ids. Control pieces have none."""
-    planner.check_size(values)
-    body = check_body(values, DetokenizeBody)
-    check_model(body.model, model_name)
+    body = _checked(values, DetokenizeBody, planner)
     planner.check_ids(body.tokens, "tokens")
     return {"prompt": planner.tokenizer.decode(body.tokens)}
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from llama.engine.output import Piece, Token
 from llama.serving.errors import ApiError
-from llama.serving.jobs import Job
+from llama.serving.jobs import Job, Planner
 from llama.serving.protocol import ChatBody, CompletionBody, StreamOptions
 
 Choice = dict[str, Any]
@@ -28,25 +28,18 @@ class Counts:
 
 
 class CompletionAnswer:
-    """The answer of a chat or of a completion. All of its chunks have the same id, time, model and fingerprint.
-
-    Args:
-        tokenizer: of the network.
-        model, fingerprint: its name and what identifies it.
-    """
+    """The answer of a chat or of a completion. All of its chunks have the same id, time, model and fingerprint."""
 
     prefix: ClassVar[str]  # of ids
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def __init__(
-        self, body: ChatBody | CompletionBody, job: Job, tokenizer: Any, model: str, fingerprint: str | None
-    ) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, body: ChatBody | CompletionBody, job: Job, planner: Planner) -> None:
+        self._tokenizer = planner.tokenizer
         self._n_choices = job.n_choices
         self._options = body.stream_options or StreamOptions()
-        head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._head: dict[str, Any] = head | {"system_fingerprint": fingerprint}
+        head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
+        self._head = {**head, "model": planner.model_name, "system_fingerprint": planner.fingerprint}
 
     def whole(self, pieces: Sequence[Piece], counts: Counts) -> dict[str, Any]:
         """The whole answer, given all of each choice as one piece."""
@@ -91,8 +84,8 @@ class ChatAnswer(CompletionAnswer):
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, body: ChatBody, *rest: Any) -> None:
-        super().__init__(body, *rest)
+    def __init__(self, body: ChatBody, job: Job, planner: Planner) -> None:
+        super().__init__(body, job, planner)
         self._has_logprobs = body.logprobs
 
     def start(self, counts: Counts) -> list[bytes]:
@@ -138,13 +131,13 @@ class TextAnswer(CompletionAnswer):
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, body: CompletionBody, job: Job, tokenizer: Any, *rest: Any) -> None:
-        super().__init__(body, job, tokenizer, *rest)
+    def __init__(self, body: CompletionBody, job: Job, planner: Planner) -> None:
+        super().__init__(body, job, planner)
         self._body = body
         self._n_prompt = [len(prompt) for prompt in job.prompts for _ in range(job.n)]  # tokens, by choice
         self._offsets = [0] * job.n_choices  # of each choice's next token, in characters from the prompt's start
         if body.logprobs is not None and not body.echo:
-            starts = [len(tokenizer.decode(prompt)) for prompt in job.prompts]
+            starts = [len(self._tokenizer.decode(prompt)) for prompt in job.prompts]
             self._offsets = [start for start in starts for _ in range(job.n)]
 
     def _choice(self, piece: Piece) -> Choice:

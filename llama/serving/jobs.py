@@ -64,10 +64,21 @@ class Planner:
 
     Args:
         max_choices: maximum number of completions of a request, over all of its prompts.
+        model_name, fingerprint: of the network, in requests and answers.
         speculative: as in `SamplingParams`, of all jobs.
     """
 
-    def __init__(self, llama: Llama, max_choices: int, *, speculative: str | None = None) -> None:
+    def __init__(
+        self,
+        llama: Llama,
+        max_choices: int,
+        model_name: str,
+        fingerprint: str | None = None,
+        *,
+        speculative: str | None = None,
+    ) -> None:
+        self.model_name = model_name
+        self.fingerprint = fingerprint
         self.tokenizer = llama.tokenizer
         self.chat_format = llama.chat_format or built_in_format(llama.tokenizer)
         self._speculative = speculative

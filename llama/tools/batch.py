@@ -111,7 +111,7 @@ def main(
         llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **build)
         mark = fingerprint(llama, tokenizer_path, seed, build.get("quantize"))
         _first_rank_does(lambda: _check_fingerprint(opened[1], mark, Path(output)) if opened else None)
-        read = Reader(Planner(llama, MAX_CHOICES, speculative=speculative), name, seed, mark)
+        read = Reader(Planner(llama, MAX_CHOICES, name, mark, speculative=speculative), seed)
         if opened:
             _lead(llama, Path(input), read, *opened)
         else:

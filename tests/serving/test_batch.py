@@ -90,7 +90,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, flags: dict[str, Any]) ->
 
 @pytest.fixture(scope="module")
 def reader(llama: Llama) -> Reader:
-    return Reader(Planner(llama, MAX_CHOICES), "random", 1)
+    return Reader(Planner(llama, MAX_CHOICES, "random"), 1)
 
 
 def continuation(llama: Llama, prompt: str, **options: Any) -> str:

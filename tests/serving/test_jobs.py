@@ -16,12 +16,12 @@ CONTEXT = 64  # of the fixture `llama`
 
 @pytest.fixture(scope="module")
 def planner(llama: Llama) -> Planner:
-    return Planner(llama, 8)
+    return Planner(llama, 8, "llama")
 
 
 def job(planner: Planner, **body: Any) -> Job:
     url = CHAT_URL if "messages" in body else COMPLETIONS_URL
-    return read_request(url, body, planner, "llama").job
+    return read_request(url, body, planner).job
 
 
 def say(*turns: str) -> list[dict[str, str]]:

@@ -120,7 +120,7 @@ def test_every_door_answers_in_the_checkpoints_own_template(foreign: Path) -> No
     assert "".join(llama.stream_chat_completion(QUESTION, 0, max_gen_len=20)) == text
 
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": QUESTION}}
-    job = Reader(Planner(llama, 8), "llama", 1)(read_line(1, json.dumps(line).encode())).job  # the server's, too
+    job = Reader(Planner(llama, 8, "llama"), 1)(read_line(1, json.dumps(line).encode())).job  # the server's, too
     assert (job.prompts, job.params.stop_ids) == ([ids], frozenset({2}))
 
     history = chat.History(llama, "", 60)
