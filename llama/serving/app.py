@@ -119,13 +119,15 @@ def make_app(server: Server) -> Starlette:
             expose_headers=["x-request-id", "x-ignored-fields", "retry-after"],
         )
         middleware.append(cors)
-    kinds = (ApiError, HTTPException, ClientDisconnect, ClientLeftError, Exception)
+    kinds = (ApiError, HTTPException, ClientDisconnect, ClientLeftError, asyncio.TimeoutError, Exception)
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=dict.fromkeys(kinds, _answer_error))
     app.router.redirect_slashes = False
     return app
 
 
 def _routes(server: Server) -> list[Route]:
+    """The routes but the page's."""
+
     async def health(request: Request) -> Response:
         server.parts()
         return JSONResponse({"status": "ok"})

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import uvicorn
 
-from llama.serving import connections
+from llama.serving import app, connections
 from llama.serving.app import Server, make_app
 from llama.serving.connections import Connection, Troubles
 from llama.serving.service import Service
@@ -113,6 +113,18 @@ def test_a_connection_without_a_whole_request_is_closed(start: Start, sent: byte
             except OSError:
                 break
         assert 0.3 < time.monotonic() - began < 5
+
+
+def test_a_body_that_does_not_come_is_an_error_and_no_traceback(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(app, "_BODY_S", 0.2)
+    with connected(start(), 1) as (client,):
+        client.sendall(request(COMPLETION)[:-5])
+        answer = client.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"must come within 0.2 seconds" in answer
+    assert not caplog.records
 
 
 def test_streams_that_are_never_read_are_ended(start: Start, service: Service) -> None:
