@@ -29,9 +29,7 @@ _FORK_PATIENCE_S = 10.0  # how long a fork waits for the end of another thread's
 class _Ticket:
     """A thread's place in the queue for the lock."""
 
-    __slots__ = ("frame", "signal", "thread", "unless")
-
-    def __init__(self, frame: FrameType, unless: Callable[[], bool] | None = None) -> None:
+    def __init__(self, frame: FrameType, unless: Callable[[], bool] | None) -> None:
         self.thread = threading.get_ident()
         self.frame = frame
         self.unless = unless
@@ -44,12 +42,10 @@ class _Ticket:
     @property
     def is_alive(self) -> bool:
         """Whether the function that acquired the lock, or waits for it, is still running."""
-        if self.thread not in sys._current_frames():
-            return False
         try:
             self.frame.clear()  # refused for a running function; one that has ended loses its local variables
         except RuntimeError:
-            return True
+            return self.thread in sys._current_frames()
         return False
 
 
@@ -99,15 +95,14 @@ class ModelLock:
         """Whether a thread waits for the lock unconditionally."""
         return any(ticket.unless is None for ticket in list(self._queue)[1:])
 
-    def acquire(self, unless: Callable[[], bool] | None = None) -> bool:
+    def acquire(self, unless: Callable[[], bool] | None = None, *, frame: FrameType | None = None) -> bool:
         """Waits for the lock, or until `unless()` is true; returns whether this thread holds it.
 
         Args:
             unless: called by any thread, quickly; asked again at each `wake` and when the lock is handed over.
+            frame: of the function that acquires the lock; None for the caller.
         """
-        return self._acquire(_Ticket(sys._getframe(1), unless))
-
-    def _acquire(self, ticket: _Ticket) -> bool:
+        ticket = _Ticket(frame or sys._getframe(1), unless)
         if (first := self._first()) and first.thread == ticket.thread:
             if first.is_alive:
                 raise RuntimeError(
@@ -137,14 +132,10 @@ class ModelLock:
     def try_acquire(self) -> bool:
         """Acquires the lock without waiting; returns False if this or another thread holds it."""
         self._drop_ended()
-        if self._queue:
-            return False
-        ticket = _Ticket(sys._getframe(1))
-        self._queue.append(ticket)
-        if self._queue[0] is ticket:
-            return True
-        self._remove(ticket)
-        return False
+        thread = threading.get_ident()
+        return not self._queue and self.acquire(
+            unless=lambda: (first := self._first()) is not None and first.thread != thread, frame=sys._getframe(1)
+        )
 
     def release(self) -> None:
         """Hands the lock over to the first thread that waits for it. Without effect if this thread does not hold it."""
@@ -160,7 +151,7 @@ class ModelLock:
                 ticket.signal.put(None)
 
     def __enter__(self) -> None:
-        self._acquire(_Ticket(sys._getframe(1)))
+        self.acquire(frame=sys._getframe(1))
 
     def __exit__(self, *exc_info: object) -> None:
         self.release()
@@ -200,8 +191,8 @@ def _before_fork() -> None:
     """Waits for other threads' passes: the child has what such a thread has locked, but not the thread."""
     end = time.monotonic() + _FORK_PATIENCE_S
     for lock in list(_locks.values()):
-        ticket = _Ticket(sys._getframe(1), lambda: time.monotonic() > end)  # for the function that forks
-        if lock.holder != ticket.thread and lock._acquire(ticket):
+        is_mine = lock.holder == threading.get_ident()
+        if not is_mine and lock.acquire(lambda: time.monotonic() > end, frame=sys._getframe(1)):  # which forks
             _held_for_fork.append(lock)
 
 
