@@ -25,9 +25,7 @@ _OWN_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _LARGE_WEIGHT = 2**20  # elements; products with so many gain from threads
 _WORTHWHILE = 0.7  # of one thread's time is what several may take
 _WINDOW_S = 0.05  # of passes, after which their share of the processors' time is judged
-_STARVED = (
-    0.75  # of a core's time per thread is what they get at least if nobody else is busy: they spin where they wait
-)
+_STARVED = 0.75  # of a core's time per thread is what they get if nobody else is busy: they spin where they wait
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 8.0  # of several threads, after a window in which they were starved
 _threads_are_fixed = False  # the user set a number
 _SOFT_PAUSE = 1  # omp_pause_soft: what the program has set, such as the number of threads, is kept
@@ -60,12 +58,10 @@ def select_device(requested: str | torch.device | None) -> torch.device:
         raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', got {requested!r}") from error
     if device.type == "cuda":
         return _cuda_device(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device must be available on this machine and in this torch, got 'mps'; use device='cpu'")
     if device.type not in ("cpu", "mps"):
         raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', got {requested!r}")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(
-            "device must be available on this machine and in this build of torch, got 'mps'; use device='cpu'"
-        )
     return device
 
 

@@ -11,28 +11,15 @@ import itertools
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from fairscale.nn.model_parallel import initialize
-from fairscale.nn.model_parallel.initialize import (
-    destroy_model_parallel,
-    get_data_parallel_group,
-    get_data_parallel_rank,
-    get_data_parallel_world_size,
-    get_model_parallel_group,
-    get_model_parallel_rank,
-    get_model_parallel_src_rank,
-    get_model_parallel_world_size,
-    get_pipeline_parallel_group,
-    initialize_model_parallel,
-    model_parallel_is_initialized,
-)
+from fairscale.nn.model_parallel import initialize as parallel
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -44,7 +31,7 @@ T = TypeVar("T")
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOADING_TIMEOUT_S = 2 * 3600.0  # for all ranks to load their shards, which may come over a slow network
 _groups_lock = threading.Lock()
-_lockstep: tuple[weakref.ref[dist.ProcessGroup], Lockstep] | None = None  # and the process group that it belongs to
+_locksteps: WeakKeyDictionary[dist.ProcessGroup, Lockstep] = WeakKeyDictionary()  # of all ranks, by their group
 _lockstep_numbers = itertools.count()  # give each lockstep its own keys in the store
 
 
@@ -88,7 +75,7 @@ def resolve_model_parallel_size(requested: int | None) -> int:
     Raises:
         ValueError: the world size is not a multiple of it, or a group of another size is already initialized.
     """
-    current = get_model_parallel_world_size() if model_parallel_is_initialized() else None
+    current = parallel.get_model_parallel_world_size() if parallel.model_parallel_is_initialized() else None
     world = world_size()
     size = requested if requested is not None else current if current is not None else world
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -122,12 +109,11 @@ def init_process_groups(model_parallel_size: int, device: torch.device) -> None:
             os.register_at_fork(after_in_child=_keep_groups_of_parent)
         if lockstep := _ranks_in_lockstep():
             lockstep.check()
-        if not model_parallel_is_initialized():
+        if not parallel.model_parallel_is_initialized():
             _init_model_parallel(model_parallel_size)
 
 
 def _init_process_group(device: torch.device) -> None:
-    global _lockstep
     nccl = device.type == "cuda" and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # NCCL for tensors on the GPU, gloo for objects on the host
     missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
@@ -136,7 +122,7 @@ def _init_process_group(device: torch.device) -> None:
         device_id = device if nccl else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
         if lockstep:
-            _lockstep = weakref.ref(_default_group()), lockstep
+            _locksteps[_default_group()] = lockstep
     elif world_size() == 1:  # a plain script or notebook: a group of one process, which needs no address
         hook = sys.excepthook
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
@@ -171,20 +157,18 @@ def _join_launched_ranks() -> tuple[Store, int, int, Lockstep | None]:
 
 def _init_model_parallel(size: int) -> None:
     """Create fairscale's groups and suppress the lines that it prints, but not the output of other threads."""
-    initialize.print = lambda *args: None  # shadows the built-in function, in fairscale's module only
+    parallel.print = lambda *args: None  # shadows the built-in function, in fairscale's module only
     try:
-        initialize_model_parallel(size)
+        parallel.initialize_model_parallel(size)
     finally:
-        del initialize.print
+        del parallel.print
 
 
 def _leave() -> None:
     """Destroy the groups at exit; the threads of a group that still exists can abort the interpreter's shutdown."""
-    global _lockstep
-    if dist.is_initialized() and (lockstep := _current_lockstep()):
+    if dist.is_initialized() and (lockstep := _locksteps.pop(_default_group(), None)):
         lockstep.leave()
-    _lockstep = None
-    destroy_model_parallel()
+    parallel.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -197,10 +181,14 @@ def _keep_groups_of_parent() -> None:
 
 def _close_model_parallel_groups() -> None:
     """Close the connections to the other ranks, so that no rank keeps waiting for this one."""
-    if not model_parallel_is_initialized():
+    if not parallel.model_parallel_is_initialized():
         return
-    groups = [get_model_parallel_group(), get_data_parallel_group(), get_pipeline_parallel_group()]
-    destroy_model_parallel()
+    groups = [
+        parallel.get_model_parallel_group(),
+        parallel.get_data_parallel_group(),
+        parallel.get_pipeline_parallel_group(),
+    ]
+    parallel.destroy_model_parallel()
     while groups:
         group = groups.pop()
         if "nccl" in dist.get_backend_config(group):
@@ -224,21 +212,15 @@ def _new_lockstep(store: Store, rank: int, size: int) -> Lockstep:
     return lockstep
 
 
-def _current_lockstep() -> Lockstep | None:
-    """Return the lockstep that belongs to the current process group; None if there is none yet."""
-    return _lockstep[1] if _lockstep and _lockstep[0]() is _default_group() else None
-
-
 def _ranks_in_lockstep() -> Lockstep | None:
     """Return the lockstep with the other ranks, joining it if needed; None for a single process."""
-    global _lockstep
     if not has_several_ranks():
         return None
-    if not (lockstep := _current_lockstep()):
+    group = _default_group()
+    if group not in _locksteps:
         store = dist.distributed_c10d._get_default_store()
-        lockstep = _new_lockstep(store, dist.get_rank(), dist.get_world_size())
-        _lockstep = weakref.ref(_default_group()), lockstep
-    return lockstep
+        _locksteps[group] = _new_lockstep(store, dist.get_rank(), dist.get_world_size())
+    return _locksteps[group]
 
 
 def _rank_timeout() -> float:
@@ -255,23 +237,21 @@ def compare_calls(call: object, *, timeout_s: float | None = None) -> None:
     """Raise RankError on all ranks unless all of them make the same call. Every rank must do this before it computes.
 
     Args:
-        call: a tuple of the call's name and its checked arguments, compared by `repr`; None if this rank refused the
-            arguments.
-        timeout_s: maximum time to wait for the others; by default `LLAMA_RANK_TIMEOUT` seconds, or 300 if not set.
+        call: the call's name and its checked arguments, compared by `repr`; None if this rank refused the arguments.
+        timeout_s: maximum time to wait for the others; None for `LLAMA_RANK_TIMEOUT` seconds, or 300 if not set.
     """
     if lockstep := _ranks_in_lockstep():
         lockstep.check()
         groups = [_group_ranks()]
         if replica()[1] > 1:
-            groups.append(dist.get_process_group_ranks(get_data_parallel_group()))
+            groups.append(dist.get_process_group_ranks(parallel.get_data_parallel_group()))
         lockstep.compare_calls(call, [ranks for ranks in groups if len(ranks) > 1], timeout_s)
 
 
 def _group_ranks() -> list[int]:
     """Return the ranks in this process's model-parallel group."""
-    if not model_parallel_is_initialized():
-        return list(range(dist.get_world_size()))
-    return dist.get_process_group_ranks(get_model_parallel_group())
+    group = parallel.get_model_parallel_group() if parallel.model_parallel_is_initialized() else None
+    return dist.get_process_group_ranks(group)
 
 
 def rank_errors() -> AbstractContextManager[None]:
@@ -288,11 +268,7 @@ def rank_errors() -> AbstractContextManager[None]:
 
 @contextmanager
 def loading_together(call: object) -> Iterator[None]:
-    """Context manager for loading this rank's shard: RankError on all ranks if one fails or builds a different model.
-
-    Args:
-        call: the name and arguments of the call that builds the model, as in `compare_calls`.
-    """
+    """Context manager for loading this rank's shard: RankError on all ranks if one fails, or builds by another call."""
     with rank_errors():
         yield
     compare_calls(call, timeout_s=_LOADING_TIMEOUT_S)
@@ -313,27 +289,24 @@ def is_first_rank() -> bool:
 
 def model_parallel_size() -> int:
     """Return the number of ranks that one network is sharded over; 1 if there is no model-parallel group."""
-    return get_model_parallel_world_size() if model_parallel_is_initialized() else 1
+    return parallel.get_model_parallel_world_size() if parallel.model_parallel_is_initialized() else 1
 
 
 def model_parallel_rank() -> int:
     """Return this process's rank in its model-parallel group."""
-    rank: int = get_model_parallel_rank()
-    return rank
+    return int(parallel.get_model_parallel_rank())
 
 
 def broadcast_from_first(tensor: Tensor) -> Tensor:
     """Broadcast `tensor` in place from the first rank of the model-parallel group, and return it."""
     if model_parallel_size() > 1:
-        dist.broadcast(tensor, get_model_parallel_src_rank(), group=get_model_parallel_group())
+        dist.broadcast(tensor, parallel.get_model_parallel_src_rank(), group=parallel.get_model_parallel_group())
     return tensor
 
 
 def broadcast_number(number: int, device: torch.device) -> int:
     """Return the number that the first rank of the model-parallel group passes."""
-    if model_parallel_size() == 1:
-        return number
-    return int(broadcast_from_first(torch.tensor(number, device=device)))
+    return int(broadcast_from_first(torch.tensor(number, device=device))) if model_parallel_size() > 1 else number
 
 
 def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
@@ -341,7 +314,7 @@ def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     if model_parallel_size() == 1:
         return list(flags)
     counts = torch.tensor([int(flag) for flag in flags], device=device)
-    dist.all_reduce(counts, group=get_model_parallel_group())
+    dist.all_reduce(counts, group=parallel.get_model_parallel_group())
     return [count > 0 for count in counts.tolist()]
 
 
@@ -351,17 +324,12 @@ def is_first_of_group() -> bool:
 
 
 def broadcast_flag(flag: bool, *, stream: int = 0) -> bool:
-    """Broadcast a flag from the first rank of the model-parallel group. Every rank must call this at the same point.
+    """Return the flag that the first rank of the model-parallel group passes. All ranks must call this at one point.
+
+    False, without communication, if the ranks have failed before; RankError if another rank makes a different call.
 
     Args:
-        flag: this rank's flag; ignored on all ranks but the first.
         stream: number of the stream that calls, the same on all ranks.
-
-    Returns:
-        The first rank's flag; False, without communication, if the ranks have failed before.
-
-    Raises:
-        RankError: another rank makes a different call.
     """
     lockstep = _ranks_in_lockstep()
     if lockstep and lockstep.failure is not None:
@@ -379,19 +347,11 @@ def broadcast_object(value: T | None = None) -> T:
     return cast(T, box[0])
 
 
-def broadcast_in_group(value: T | None = None) -> T:
-    """Return the object that the first rank of the model-parallel group passes; the other ranks wait for it."""
-    box = [value]
-    if model_parallel_size() > 1:
-        dist.broadcast_object_list(box, src=get_model_parallel_src_rank(), group=get_model_parallel_group())
-    return cast(T, box[0])
-
-
 def replica() -> tuple[int, int]:
     """Return the index of this process's replica of the network, and the number of replicas (world size / MP)."""
-    if not model_parallel_is_initialized():
+    if not parallel.model_parallel_is_initialized():
         return 0, 1
-    return get_data_parallel_rank(), get_data_parallel_world_size()
+    return parallel.get_data_parallel_rank(), parallel.get_data_parallel_world_size()
 
 
 def gather_replicas(value: T) -> list[T]:
@@ -400,5 +360,5 @@ def gather_replicas(value: T) -> list[T]:
     if n_replicas == 1:
         return [value]
     gathered: list[T | None] = [None] * n_replicas
-    dist.all_gather_object(gathered, value, group=get_data_parallel_group())
+    dist.all_gather_object(gathered, value, group=parallel.get_data_parallel_group())
     return cast(list[T], gathered)

@@ -37,8 +37,6 @@ class Lockstep:
 
     Args:
         store: a key-value store that all ranks can reach, used for nothing else.
-        rank: this process's rank.
-        world_size: number of ranks.
         timeout_s: maximum time in seconds to wait for the other ranks to make the same call.
 
     Attributes:
@@ -81,13 +79,9 @@ class Lockstep:
         """Returns the values that all `ranks` pass, in the order of `ranks` (all-gather).
 
         Args:
-            value: this rank's value.
             ranks: the ranks that take part, including this one; all must call this equally often.
             action: what the ranks do here; completes "rank 1 did not ..." in the error.
-            timeout_s: maximum time to wait in seconds; None for the constructor's.
-
-        Raises:
-            RankError: a rank ended, failed, or did not make the call in time.
+            timeout_s: None for the constructor's.
         """
         self.check()
         group = ",".join(map(str, ranks))
@@ -106,24 +100,22 @@ class Lockstep:
         return values
 
     def compare_calls(self, call: object, groups: Sequence[Sequence[int]], timeout_s: float | None = None) -> None:
-        """Raises RankError on all ranks unless all of them make the same call.
+        """Raises RankError on all ranks unless all of them make the same call: see `groups.compare_calls`.
 
         Args:
-            call: a tuple of the call's name and its arguments, compared by `repr`; None if this rank refused the
-                arguments.
             groups: this rank's model-parallel group; with replicas, also the ranks that hold the same shard.
-            timeout_s: as in `exchange`.
         """
-        error: str | None = None
+        error = ""
         value = REFUSED if call is None else f"{_name(call)} {_digest(call)}"
         for ranks in groups:
             values = self.exchange(value, ranks, f"make the call {_name(call)}", timeout_s)
-            if error is None and len(set(values)) > 1:
-                error = _difference(dict(zip(ranks, values, strict=True)), self._rank, call)
-            if len(set(values)) > 1:
-                value = values[0] if REFUSED in values else "different calls"
-                self._end_if_a_stream_was_out_of_step(values, error)
-        if error is not None and call is not None:
+            if len(set(values)) == 1:
+                continue
+            error = error or _difference(dict(zip(ranks, values, strict=True)), self._rank, call)
+            value = values[0] if REFUSED in values else "different calls"
+            if any(other.startswith("stream ") for other in values):  # whose next steps would be out of step
+                self.fail(error)
+        if error and call is not None:
             raise RankError(error)
 
     def broadcast_flag(self, flag: bool, ranks: Sequence[int], stream: int) -> bool:
@@ -145,15 +137,10 @@ class Lockstep:
 
     @contextmanager
     def guard(self, close_groups: Callable[[], None]) -> Iterator[None]:
-        """Context manager for work in which ranks communicate: an error on one rank stops all of them.
-
-        If all ranks raise the same error at the same place, they are still in lockstep, and can continue.
+        """Context manager of `groups.rank_errors`.
 
         Args:
             close_groups: closes this rank's connections, so that no other rank keeps waiting on them.
-
-        Raises:
-            RankError: another rank failed or ended.
         """
         self.check()
         try:
@@ -242,10 +229,6 @@ class Lockstep:
         except RuntimeError:
             return False
 
-    def _end_if_a_stream_was_out_of_step(self, values: Sequence[str], error: str | None) -> None:
-        if error is not None and any(value.startswith("stream ") for value in values):
-            self.fail(error)
-
     def _error(self) -> RankError:
         return RankError(f"{self.failure}; restart all ranks")
 
@@ -260,18 +243,12 @@ def _difference(values: dict[int, str], rank: int, call: object) -> str:
         return f"all ranks must make the same calls, but {_ranks(refused)} refused the arguments of this one"
     own = values[rank]
     other, theirs = next((other, value) for other, value in values.items() if value != own)
-    if theirs.split()[0] != own.split()[0]:
-        return (
-            f"all ranks must make the same calls, got {_name(call)} on rank {rank} and {_named(theirs)} on rank {other}"
-        )
-    return (
-        "all ranks must make the same calls with the same arguments, got different arguments of "
-        f"{_name(call)} on rank {rank} and rank {other}"
-    )
-
-
-def _named(value: str) -> str:
-    return "a step of a stream" if value.startswith("stream ") else value.split()[0]
+    name, their_name = _name(call), theirs.split()[0]
+    if their_name == own.split()[0]:
+        same = "all ranks must make the same calls with the same arguments"
+        return f"{same}, got different arguments of {name} on rank {rank} and rank {other}"
+    theirs = "a step of a stream" if their_name == "stream" else their_name
+    return f"all ranks must make the same calls, got {name} on rank {rank} and {theirs} on rank {other}"
 
 
 def _name(call: object) -> str:

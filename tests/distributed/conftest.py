@@ -7,15 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-
-from llama.distributed import groups
+from fairscale.nn.model_parallel import initialize
 
 
 @pytest.fixture
 def nothing_initialized(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes this process look as if no group had been made; its arguments are the environment's variables."""
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
-    monkeypatch.setattr(groups, "model_parallel_is_initialized", lambda: False)
+    monkeypatch.setattr(initialize, "model_parallel_is_initialized", lambda: False)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
