@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MappingView, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from itertools import chain
@@ -35,6 +35,8 @@ _MAX_RESULT = 2**26  # what a function may make of its arguments
 _MAX_EXPONENT = 64
 _ELEMENT = 16  # characters that an element of a list counts as
 _SIZE_PER_STEP = 256
+_UNMEASURED = ("length", "count")  # which templates take of all messages, at each of them
+_CONTAINERS = (list, tuple, dict, set, frozenset, range, MappingView)
 
 _steps_left: ContextVar[int] = ContextVar("steps_left", default=_MAX_STEPS)
 
@@ -89,10 +91,10 @@ def _size(value: Any) -> int:
         value, depth = held.pop()
         if isinstance(value, (str, bytes)):
             size += len(value)
-        elif isinstance(value, Collection):
+        elif isinstance(value, _CONTAINERS):
             size += len(value) * depth * _ELEMENT  # JSON indents an element by its depth
             if size <= _MAX_SIZE and not isinstance(value, range):
-                elements = chain.from_iterable(value.items()) if isinstance(value, Mapping) else value
+                elements: Any = chain.from_iterable(value.items()) if isinstance(value, dict) else value
                 held += [(element, depth + 1) for element in elements]
         if size > _MAX_SIZE:
             raise OverflowError(f"a value must have a size of at most {_MAX_SIZE}, got more")
@@ -229,7 +231,7 @@ def _environment() -> _Environment:
     environment.filters["tojson"] = _tojson
     tables: list[dict[str, Any]] = [environment.filters, environment.tests]
     for functions in tables:
-        functions |= {name: _checked(function) for name, function in functions.items()}
+        functions |= {name: _checked(function) for name, function in functions.items() if name not in _UNMEASURED}
     environment.filters |= {"__counted": _counted, "__measured": _measured}
     del environment.globals["lipsum"]
     environment.globals |= {"raise_exception": _raise_exception, "namespace": _Namespace}

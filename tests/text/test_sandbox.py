@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import resource
 import time
 
@@ -88,6 +89,7 @@ def test_a_template_has_a_size() -> None:
         ("{{ [1, [2]] }}{{ {'a': (3,)}['a'][0] }}{{ 'b' in 'abc' }}{{ [1, 2, 3][1:] }}", "[1, [2]]3True[2, 3]"),
         ("{% for a, b in {'x': 1}.items() %}{{ a }}{{ b }}{% endfor %}{{ 1700000000 % 7 }}", "x16"),
         ("{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}", "123"),
+        ("{{ [{'a': 1}, {'a': 2}] | selectattr('a', 'equalto', 2) | map(attribute='a') | join }}", "2"),
         ("{{ 1 ~ 'a' ~ none ~ nothing }}", "1aNone"),
         ("{{ '%s-%02d' % ('a', 7) }}{{ '{}'.format(3) }}", "a-073"),
         ("{{ nothing }}{% for x in nothing %}{% endfor %}{{ nothing is defined }}", "False"),
@@ -102,6 +104,8 @@ def test_a_long_dialog_is_within_the_budget() -> None:
     messages = [{"role": "user", "content": "word " * 2000} for _ in range(100)]  # a megabyte
     source = "{% for m in messages %}{{ '<' + m.role + '>' + m.content | trim | replace('x', 'yz') }}{% endfor %}"
     assert len(Template(source).render(messages=messages)) > 999_000
+    last = "{% for m in messages %}{% if loop.index == messages | length %}{{ m.content }}{% endif %}{% endfor %}"
+    assert Template(last).render(messages=messages * 4) == messages[0]["content"]
     many = [{"role": "user", "content": "a"}] * 5000
     assert Template(source).render(messages=many).count("<user>") == 5000
 
@@ -110,3 +114,31 @@ def test_one_budget_is_one_renderings() -> None:
     template = Template("{% for i in range(20000) %}{{ i }}{% endfor %}")
     for _ in range(20):
         assert len(template.render()) == 88890
+
+
+FEATURES = """
+{%- macro turn(m, last=false) %}{{ m.role | upper }}: {{ m.content | capitalize }}{{ '' if last else '\\n' }}{% endmacro %}
+{%- set ns = namespace(last_query=messages | length - 1) %}
+{%- for m in messages[::-1] %}
+    {%- if m.role == "user" and m.content is string and not m.content.startswith('<') %}
+        {%- set ns.last_query = messages | length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for m in messages %}{{ turn(m, loop.last) }}{% if loop.index > 5 %}{% break %}{% endif %}{% endfor %}
+{%- for role, ms in messages | groupby('role') %}{{ role }}={{ ms | length }};{% endfor %}
+{%- for k, v in messages[0].items() %}{{ k ~ '=' ~ v }}{% endfor %}{{ ns.last_query }}{{ messages[0] }}
+{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join(', ') }}{{ messages | tojson(indent=2) }}
+{{ '%s|%5d|%-4s' % (messages[0].role, 7, 'x') }}{{ 3 * 'ab' }}{{ [1, 2] + [3] }}{{ 2 ** 5 }}{{ 7 // 2 }}{{ (1, 2)[0] }}
+{{ 'user' in messages | map(attribute='role') }}{{ dict(a=1, b=[2]) }}{{ '{:>8}|{}'.format('a', 5) }}{{ range(5) | batch(2) | list }}
+{{ messages[-1]['content'].split('</think>')[-1].lstrip('\\n') }}{{ messages[-1].content[:3] }}{{ 5 is odd }}{{ messages | map('length') | sum }}
+"""  # noqa: E501
+
+
+def test_a_rendering_is_transformers() -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    ours, theirs, rng = Template(FEATURES), utils._compile_jinja_template(FEATURES), random.Random(0)
+    for _ in range(100):
+        roles = ["system"] * rng.randint(0, 1) + ["user", "assistant"] * rng.randint(0, 4) + ["user"]
+        parts = ["a", "B ", " \n", "é", "</think>", "<", "{{", "%s", "日", "12345"]
+        messages = [{"role": role, "content": "".join(rng.choices(parts, k=rng.randint(0, 9)))} for role in roles]
+        assert ours.render(messages=messages) == theirs.render(messages=messages)
