@@ -26,7 +26,7 @@ from llama import model as network
 from llama.distributed import groups
 from llama.distributed.device import to_device
 from llama.engine.compiler import Compiled, CompileError, Compiler, Job, export_job, has_cpp_compiler
-from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper
+from llama.engine.cuda_graphs import StaticStepper, Stepper
 from llama.engine.network_state import has_hooks, same_objects
 from llama.errors import printable
 from llama.layers import cache as kv_cache
@@ -63,7 +63,6 @@ class CompiledStepper:
 
     def __init__(self, model: Transformer, *, background: bool = False) -> None:
         self._model, self._background = model, background
-        self._plain = PlainStepper(model, model.params.max_seq_len)
         self._signature = _signature(model.layers[0])
         self._most_rows = _most_rows(model.layers[0])
         self._graphs: dict[bool, Compiled] = {}
@@ -97,9 +96,9 @@ class CompiledStepper:
             return "a module or the form of a weight was changed"
         return None
 
-    def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor | None:
         if tokens.size(1) > 1 or not self._has_graph(len(lengths)):
-            return self._plain(tokens, lengths)
+            return None
         return self.run(tokens, CachePositions(to_device(lengths, tokens.device), kv_len=max(lengths) + 1))
 
     def run(self, tokens: Tensor, positions: CachePositions) -> Tensor:

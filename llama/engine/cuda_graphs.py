@@ -1,8 +1,7 @@
 """Runs a decode step of the network: feeds each row's newest token, and returns the logits after it.
 
-With speculative decoding, drafted tokens follow the newest one. `PlainStepper` calls the network directly.
-`StaticStepper` gives the same logits with shapes, addresses and control flow that do not change from step to step, so
-that a GPU can replay a step as a CUDA graph.
+With speculative decoding, drafted tokens follow the newest one. `StaticStepper` gives the network's logits with shapes,
+addresses and control flow that do not change from step to step, so that a GPU can replay a step as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Stepper(Protocol):
     def serves(self, model: object) -> bool:
         """Whether this stepper computes what calling `model` would now. Checked before new sequences start."""
 
-    def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor | None:
         """Feeds tokens to the cache's first rows.
 
         Args:
@@ -45,7 +44,7 @@ class Stepper(Protocol):
             lengths: number of tokens that each row of the cache already holds; all have room for one more.
 
         Returns:
-            Logits (bsz, width, vocab_size); the next call may overwrite them.
+            Logits (bsz, width, vocab_size); the next call may overwrite them. None if the network is to be called.
         """
 
 
@@ -57,26 +56,6 @@ class CompiledStep(Protocol):
 
     def run(self, tokens: Tensor, positions: CachePositions) -> Tensor:
         """What calling the model would return, for tokens (bsz, 1)."""
-
-
-class PlainStepper:
-    """Calls the network without padding rows or positions; `start_pos` is an int where all rows share it."""
-
-    looks_ahead = False
-
-    def __init__(self, call: Callable[..., Tensor], max_seq_len: int) -> None:
-        self._call = call
-        self._max_seq_len = max_seq_len
-
-    def serves(self, model: object) -> bool:
-        return True
-
-    def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        longest, end = max(lengths), max(lengths) + tokens.size(1)
-        start_pos: int | CachePositions = longest
-        if longest != min(lengths) or end > self._max_seq_len:
-            start_pos = CachePositions(to_device(lengths, tokens.device), kv_len=end)
-        return self._call(tokens, start_pos)
 
 
 class StaticStepper:

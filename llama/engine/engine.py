@@ -333,9 +333,10 @@ class Engine:
             return _Pass(sequences, ends, None)
         if observed or len(complete) < len(in_rows):
             index = [in_rows.index(sequence) for sequence in complete]
-            last = [len(tokens[row]) - 1 if observed else 0 for row in index]
-            logits = logits[to_device(index, logits.device), to_device(last, logits.device)].unsqueeze(1)
-        return _Pass(sequences, ends, SampledTokens.sample(logits, complete))
+            last = [len(tokens[row]) - 1 for row in index]
+            rows_of = to_device(index, logits.device)
+            logits = logits[rows_of, to_device(last, logits.device)] if observed else logits[rows_of]
+        return _Pass(sequences, ends, SampledTokens.sample(logits.unsqueeze(1), complete))
 
     def _decode(self, sequences: list[Sequence], *, after: _Pass | None = None) -> _Pass:
         """Computes the newest token of the sequences in the first rows, and drafted tokens after it.

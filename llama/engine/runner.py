@@ -72,7 +72,7 @@ class ModelRunner:
             all_logits: whether to return the logits after all tokens.
 
         Returns:
-            Logits (bsz, 1, vocab) float32 after the last token of each row, or (bsz, seqlen, vocab).
+            Logits (bsz, vocab) float32 after the last token of each row, or (bsz, seqlen, vocab).
         """
         starts = starts or [0] * len(rows)
         padded = self.pad(tokens)
@@ -90,10 +90,8 @@ class ModelRunner:
         else:
             last = to_device([len(row) - 1 for row in tokens], self.device)
             logits = self._call(padded, start_pos, last=last)
-        if self.one_position and not all_logits:  # its rows have no padding
-            logits = logits[:, -1:]
         self._note_cache()
-        return logits.float()
+        return (logits if all_logits else logits[:, -1]).float()  # without `last`, rows have no padding
 
     def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Feeds tokens (bsz, width) to the first bsz rows of the cache, which already hold `lengths` tokens.
@@ -101,9 +99,8 @@ class ModelRunner:
         Returns:
             Logits (bsz, width, vocab) float32.
         """
-        if self._stepper is not None:
-            logits = self._stepper(tokens, lengths)
-        else:
+        logits = self._stepper(tokens, lengths) if self._stepper else None
+        if logits is None:
             end = max(lengths) + tokens.size(1)
             start_pos: int | CachePositions = lengths[0]
             if len(set(lengths)) > 1 or end > self.max_seq_len:  # where all rows share it, an int as in Meta's code

@@ -20,7 +20,8 @@ from llama.engine import compiled as compiling
 from llama.engine import compiler
 from llama.engine.compiled import CompiledStepper, compiled_stepper
 from llama.engine.compiler import Compiled, Job, export_job, has_cpp_compiler
-from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper
+from llama.engine.cuda_graphs import StaticStepper, Stepper
+from llama.engine.runner import ModelRunner
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import TokenResult
 from llama.layers.int4 import can_quantize_int4, suits_int4
@@ -40,11 +41,9 @@ def make(dtype: torch.dtype = torch.float32) -> Transformer:
     return networks.make_network(4, MAX_SEQ_LEN, params=PARAMS, dtype=dtype)
 
 
-def plain(model: Transformer) -> PlainStepper:
-    return PlainStepper(model, model.params.max_seq_len)
-
-
-def run(model: Transformer, stepper: Stepper, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[TokenResult]]:
+def run(
+    model: Transformer, stepper: Stepper | None, prompts: Sequence[Sequence[int]] = PROMPTS
+) -> list[list[TokenResult]]:
     sampler = Sampler(0.0, 1.0, 1, torch.Generator())
     by_prompt: list[list[TokenResult]] = [[] for _ in prompts]
     for step in decode(model, prompts, sampler, rows=[0], max_gen_len=12, eos_id=-1, logprobs=True, stepper=stepper):
@@ -58,11 +57,11 @@ def assert_same_steps(got: list[list[TokenResult]], expected: list[list[TokenRes
         assert [step.logprob for step in mine] == pytest.approx([step.logprob for step in theirs], abs=1e-4)
 
 
-def logits(model: Transformer, stepper: Stepper, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
+def logits(model: Transformer, stepper: Stepper | None, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """Those of one step after prompts that are longer than `lengths`."""
     with torch.inference_mode():
         model(torch.arange(len(tokens) * 15).view(-1, 15) % 60, 0)
-        return stepper(torch.tensor(tokens).unsqueeze(1), lengths).clone()
+        return ModelRunner(model, stepper).decode(torch.tensor(tokens).unsqueeze(1), lengths).clone()
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -114,11 +113,11 @@ def compiled(cache_dir: Path) -> tuple[Transformer, CompiledStepper]:
 def test_tokens_and_logits_are_those_of_the_network(compiled: tuple[Transformer, CompiledStepper]) -> None:
     """In float32, for one row and several, at any lengths, to the cache's last position."""
     model, stepper = compiled
-    assert_same_steps(run(model, stepper), run(model, plain(model)))
+    assert_same_steps(run(model, stepper), run(model, None))
     long = [[*range(18)], [*range(9)], [1]]
-    assert_same_steps(run(model, stepper, long), run(model, plain(model), long))
+    assert_same_steps(run(model, stepper, long), run(model, None, long))
     for tokens, lengths in (([7], [3]), ([7], [14]), ([1, 2], [5, 5]), ([1, 2, 3, 4], [14, 1, 9, 3])):
-        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, plain(model)))
+        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, None))
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
@@ -141,7 +140,7 @@ def test_another_start_loads_what_is_compiled(
     stepper = CompiledStepper(model, background=True)
     assert stepper._compiler is not None
     stepper._compiler._thread.join()
-    assert_same_steps(run(model, stepper), run(model, plain(model)))
+    assert_same_steps(run(model, stepper), run(model, None))
     assert set(stepper._graphs) == {False, True}
 
 
@@ -149,7 +148,7 @@ def test_the_cache_is_written_in_place(compiled: tuple[Transformer, CompiledStep
     """A step stores its keys and values at its own positions, and nothing else."""
     model, stepper = compiled
     caches = [cache for layer in model.layers for cache in (layer.attention.cache.keys, layer.attention.cache.values)]
-    logits(model, plain(model), [7, 8], [6, 2])
+    logits(model, None, [7, 8], [6, 2])
     expected = [cache.clone() for cache in caches]
     for cache in caches:
         cache[0, :, 6], cache[1, :, 2] = 100.0, 100.0
@@ -189,7 +188,7 @@ def test_products_are_those_of_the_layers(form: str) -> None:
     model.pack()
     stepper = CompiledStepper(model)
     for tokens, lengths in (([7], [3]), ([1, 2, 3], [14, 1, 9])):
-        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, plain(model)))
+        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, None))
         torch.testing.assert_close(got, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
     assert set(stepper._graphs) == ({False} if "dequantized" in form else {False, True})
 
@@ -259,7 +258,7 @@ def test_what_is_changed_counts(change: str, caplog: pytest.LogCaptureFixture) -
     for _ in range(2):
         assert stepper.serves(model) == still_serves
         after = run(model, stepper)
-        assert_same_steps(after, run(model, plain(model)))
+        assert_same_steps(after, run(model, None))
         assert [[s.logprob for s in steps] for steps in after] != [[s.logprob for s in steps] for steps in before]
     assert [message.count("steps run uncompiled") for message in warnings_of(caplog)] == [1] * (not still_serves)
 
@@ -315,7 +314,7 @@ def test_a_packed_weight_that_is_edited_counts() -> None:
     assert not stepper.serves(model)
     model.pack()
     assert stepper.serves(model)
-    got, expected = (logits(model, each, [1, 2], [3, 9]) for each in (stepper, plain(model)))
+    got, expected = (logits(model, each, [1, 2], [3, 9]) for each in (stepper, None))
     torch.testing.assert_close(got, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
 
 
@@ -328,11 +327,11 @@ def test_a_static_step_is_compiled_as_long_as_nothing_changes(change: str) -> No
     compiled = CompiledStepper(model)
     stepper = StaticStepper(model, graphs=False, compiled=compiled)
     assert stepper.serves(model)
-    assert_same_steps(run(model, stepper), run(model, plain(model)))
+    assert_same_steps(run(model, stepper), run(model, None))
     assert set(compiled._graphs) == {False, True}
     edit(model)
     assert stepper.serves(model) and stepper._is_compiled == still_compiled
-    assert_same_steps(run(model, stepper), run(model, plain(model)))
+    assert_same_steps(run(model, stepper), run(model, None))
 
 
 def test_attention_is_one_operator_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +348,7 @@ def test_attention_is_one_operator_on_cuda(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(compiling, "_is_compiled_ahead", lambda block: False)
     stepper = CompiledStepper(model)
     for tokens, lengths in (([7], [3]), ([7], [9]), ([1, 2, 3], [14, 1, 9]), ([1, 2], [7, 1])):
-        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, plain(model)))
+        got, expected = (logits(model, each, tokens, lengths) for each in (stepper, None))
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert len(traced) == 2
     for graph in traced:
@@ -369,7 +368,7 @@ def test_what_cannot_be_compiled_is_said_once_and_makes_no_difference(
     model = make()
     stepper = CompiledStepper(model)
     for prompts in (PROMPTS, PROMPTS[:1]):
-        assert run(model, stepper, prompts) == run(model, plain(model), prompts)
+        assert run(model, stepper, prompts) == run(model, None, prompts)
     (message,) = warnings_of(caplog)
     assert "steps run uncompiled" in message and "NotImplementedError: no such operation" in message
     assert not stepper.serves(model)
@@ -386,7 +385,7 @@ def test_a_compiler_that_fails_is_said_once(
     if stepper._compiler is not None:
         stepper._compiler._thread.join()
     for _ in range(2):
-        assert run(model, stepper) == run(model, plain(model))
+        assert run(model, stepper) == run(model, None)
     (message,) = warnings_of(caplog)
     assert message.startswith("steps run uncompiled, which makes each token slower: the folder of compiled code")
 
@@ -424,7 +423,7 @@ def test_steps_run_uncompiled_until_the_compiler_is_done(monkeypatch: pytest.Mon
     monkeypatch.setattr(compiling, "Compiler", Late)
     model = make()
     stepper = CompiledStepper(model, background=True)
-    assert_same_steps(run(model, stepper), run(model, plain(model)))
+    assert_same_steps(run(model, stepper), run(model, None))
     assert Late.n_asked > 5 and True in stepper._graphs
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from llama import Llama, ModelArgs, Transformer
 from llama.distributed.groups import init_process_groups
 from llama.engine import cuda_graphs as stepping
-from llama.engine.cuda_graphs import PlainStepper, StaticStepper, Stepper, choose_stepper
+from llama.engine.cuda_graphs import StaticStepper, Stepper, choose_stepper
+from llama.engine.runner import ModelRunner
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import TokenResult
 from llama.model import SPARE_POSITIONS, CachePositions
@@ -59,7 +60,7 @@ def test_tokens_are_those_of_the_plain_step(kind: str, seed: int) -> None:
         max_gen_len, logprobs = rng.randint(1, MAX_SEQ_LEN), rng.random() < 0.5
         free_run, _ = run(
             model,
-            PlainStepper(model, model.params.max_seq_len),
+            None,
             prompts,
             max_gen_len,
             temperature=temperature,
@@ -67,9 +68,7 @@ def test_tokens_are_those_of_the_plain_step(kind: str, seed: int) -> None:
         )
         tokens = [step.token for steps in free_run for step in steps if step.token is not None] or [0]
         options: dict[str, Any] = {"temperature": temperature, "eos_id": rng.choice(tokens), "logprobs": logprobs}
-        expected, plain_stream = run(
-            model, PlainStepper(model, model.params.max_seq_len), prompts, max_gen_len, **options
-        )
+        expected, plain_stream = run(model, None, prompts, max_gen_len, **options)
         got, stream = run(model, stepper, prompts, max_gen_len, **options)
         for mine, theirs in zip(got, expected, strict=True):
             assert [(s.token, s.finish_reason) for s in mine] == [(s.token, s.finish_reason) for s in theirs]
@@ -110,7 +109,7 @@ def test_a_capture_that_fails_is_said_once_and_makes_no_difference(caplog: pytes
             raise RuntimeError("operation not permitted when stream is capturing")
 
     model, prompts = make_network(2), [[1, 2, 3], [4]]
-    expected, _ = run(model, PlainStepper(model, model.params.max_seq_len), prompts, 15, temperature=0.0, eos_id=-1)
+    expected, _ = run(model, None, prompts, 15, temperature=0.0, eos_id=-1)
     with caplog.at_level(logging.WARNING):
         got, _ = run(model, Failing(model), prompts, 15, temperature=0.0, eos_id=-1)
     assert got == expected
@@ -145,9 +144,7 @@ def test_leaving_early_gives_back_what_the_step_ahead_drew() -> None:
         steps.close()  # type: ignore[attr-defined]
         return sampler.generator.get_state()
 
-    assert torch.equal(
-        stream_after(StaticStepper(model, graphs=False)), stream_after(PlainStepper(model, model.params.max_seq_len))
-    )
+    assert torch.equal(stream_after(StaticStepper(model, graphs=False)), stream_after(None))
 
 
 def test_texts_and_streams_are_the_same_one_step_ahead(llama: Llama) -> None:
@@ -175,7 +172,7 @@ def _two_ranks(rank: int) -> list[tuple[list[list[TokenResult]], Tensor]]:
     state = {name: torch.randn(shape, generator=stream) for name, shape in shapes.items()}
     state |= {name: torch.ones(shape) for name, shape in shapes.items() if "norm" in name}  # the same on both ranks
     model = Transformer.from_state(args, state, cache_dtype=torch.float32)
-    steppers = (PlainStepper(model, model.params.max_seq_len), StaticStepper(model, graphs=False))
+    steppers = (None, StaticStepper(model, graphs=False))
     return [run(model, s, [[1, 2], [3], [4, 5, 6]], 9, temperature=0.8, eos_id=7) for s in steppers]
 
 
@@ -270,7 +267,7 @@ def test_a_stepper_serves_its_own_network_alone() -> None:
 def test_logits_of_rows_with_one_position_and_with_several_are_the_same() -> None:
     """An int start_pos, or each row's own."""
     model = make_network(3)
-    step = PlainStepper(model, model.params.max_seq_len)
+    step = ModelRunner(model).decode
     prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     expected = model(prompts, 0)
     seen: list[type] = []
