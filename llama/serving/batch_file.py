@@ -45,11 +45,7 @@ class Line:
 
 
 def read_line(number: int, raw: bytes) -> Line:
-    """Reads a line of the input.
-
-    Raises:
-        ValueError: the line is a JSON object without a `custom_id`.
-    """
+    """Reads a line of the input; raises ValueError for a JSON object without a `custom_id`."""
     raw = raw.strip()
     try:
         fields, error = json.loads(raw), None
@@ -71,11 +67,7 @@ def _digest(raw: bytes) -> str:
 
 
 def read_requests(path: Path) -> Iterator[Line]:
-    """The lines of a file of requests; empty ones are skipped.
-
-    Raises:
-        ValueError: a request is without a `custom_id`.
-    """
+    """The lines of a file of requests; empty ones are skipped. Raises ValueError for one without a `custom_id`."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
@@ -91,7 +83,6 @@ class Reader:
     """Checks the requests of lines.
 
     Args:
-        planner: of the network.
         seed: requests without a `seed` get one derived from this and their `custom_id`, so that their results depend
             neither on the other requests nor on when they run.
     """
@@ -100,25 +91,19 @@ class Reader:
     seed: int
 
     def __call__(self, line: Line) -> Request:
-        """The request of a line.
-
-        Raises:
-            ApiError: a field is wrong, missing, or not supported.
-        """
+        """The request of a line; raises ApiError if a field is wrong, missing, or not supported."""
         if line.fields is None:
             raise ApiError(line.error or "", code="invalid_json")
         for name in line.fields:
             if name not in _LINE_FIELDS:
-                raise ApiError(
-                    f"a line must have no fields but {', '.join(_LINE_FIELDS)}, got {quote(name)}", param=name
-                )
+                message = f"a line must have no fields but {', '.join(_LINE_FIELDS)}, got {quote(name)}"
+                raise ApiError(message, param=name)
         if line.fields.get("method") != "POST":
             raise ApiError(f"method must be 'POST', got {quote(line.fields.get('method'))}", param="method")
         url, body = line.fields.get("url"), line.fields.get("body")
         if url not in (CHAT_URL, COMPLETIONS_URL):
-            raise ApiError(
-                f"url must be {CHAT_URL} or {COMPLETIONS_URL}, got {quote(url)}", param="url", code="invalid_url"
-            )
+            message = f"url must be {CHAT_URL} or {COMPLETIONS_URL}, got {quote(url)}"
+            raise ApiError(message, param="url", code="invalid_url")
         if not isinstance(body, dict):
             raise ApiError(f"body must be a JSON object, got {quote(body)}", param="body")
         if body.get("seed") is None:
@@ -173,7 +158,6 @@ class BatchWork:
 
     Args:
         lines: the requests without results, on the first rank; ignored on the others.
-        read: checks a request.
         write: called on the first rank with each result; the other replicas' come at the end of a round.
     """
 

@@ -22,11 +22,7 @@ _SYNC_S = 5.0  # between two times that the results are forced onto the disk
 
 
 class Results:
-    """The file of results, one per line, to which results are added.
-
-    Raises:
-        ValueError: another process has it open.
-    """
+    """The file of results, one per line, to which results are added. No other process may have it open."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -67,11 +63,7 @@ class Results:
         self._size = self._file.seek(0, os.SEEK_END)
 
     def append(self, line: bytes) -> None:
-        """Adds a line. It is in the file on return, and on the disk within `_SYNC_S` of the next line.
-
-        Raises:
-            OSError: the line could not be written, for example because the disk is full.
-        """
+        """Adds a line. It is in the file on return, and on the disk within `_SYNC_S` of the next line."""
         try:
             self._file.write(line)
             self._file.flush()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Any, ClassVar
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -21,6 +21,7 @@ except ImportError:  # not a POSIX system
 
 IDLE_S = 20.0  # in which a client has to send a request's headers or its next request, or to read something
 PROBE_S = 0.02  # between the first two looks for whether a client that ended its side has left
+_LOOKS = 10  # at a connection in that time
 _MOST = 4096  # connections: each takes some 100 kB
 _SPARE_FILES = 64  # for everything but connections
 _LOG_S = 60.0  # between two lines about the same trouble
@@ -68,35 +69,25 @@ class Connection(H11Protocol):
 
     limit = _MOST
     troubles = Troubles()
-    _waiting: ClassVar[dict[Connection, None]] = {}  # those without a request, the longest-waiting one first
+    _since = 0.0  # time of the last request's end, or when the client last read something of an answer
+    _unsent = 0  # bytes, at the last look
     _timer: asyncio.TimerHandle | None = None
-    _unsent = 0  # bytes, at the timer's start
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if len(self.connections) >= self.limit:
             self.troubles.log(f"at most {self.limit} connections may be open, got a further one")
-            if not self._waiting:
+            others = [other for other in self.connections if isinstance(other, Connection)]
+            if not (waiting := [other for other in others if not other._is_answering()]):
                 transport.abort()
                 return
-            next(iter(self._waiting))._abort()
+            min(waiting, key=lambda other: other._since)._abort()
         super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._watch()
+        self._since = self.loop.time()
+        self._look()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._watch()
+        self._since = self.loop.time()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keeps the connection open for the answer, if a whole request has come."""
@@ -107,43 +98,29 @@ class Connection(H11Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end_watch()
+        if self._timer is not None:
+            self._timer.cancel()
         if self.transport is not None:  # it was not refused
             super().connection_lost(exc)
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _watch(self) -> None:
+    def _look(self) -> None:
         """Limits the time without a request, and the time in which a client reads nothing of an answer.
 
         Bytes of an incomplete request do not extend it.
         """
-        if self._is_answering() and not self.flow.write_paused:
-            self._end_watch()
-            return
-        if not self._is_answering():
-            self._waiting.setdefault(self)
-        if self._timer is None:
-            self._unsent = self.transport.get_write_buffer_size()
-            self._timer = self.loop.call_later(IDLE_S, self._expire)
-
-    def _expire(self) -> None:
-        self._timer = None
-        if 0 < self.transport.get_write_buffer_size() < self._unsent:  # the client reads, if slowly
-            self._watch()
-        else:
-            self._abort()
-
-    def _end_watch(self) -> None:
-        self._waiting.pop(self, None)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        unsent = self.transport.get_write_buffer_size()
+        if (self._is_answering() and not self.flow.write_paused) or 0 < unsent < self._unsent:
+            self._since = self.loop.time()
+        elif self.loop.time() - self._since > IDLE_S:
+            return self._abort()
+        self._unsent = unsent
+        self._timer = self.loop.call_later(IDLE_S / _LOOKS, self._look)
 
     def _abort(self) -> None:
         """Closes at once, also if the client does not read what was sent."""
-        self._end_watch()
         self.connections.discard(self)
         self.transport.abort()
 

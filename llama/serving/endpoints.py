@@ -56,12 +56,7 @@ def _checked(values: Any, kind: type[AnyBody], planner: Planner, unknown: Unknow
 
 @_errors_of_clients()
 def read_request(url: str, values: Any, planner: Planner, unknown: Unknown | None = None) -> Request:
-    """Checks a body.
-
-    Args:
-        url: one of the URLs above.
-        values: the body, as JSON has it.
-        unknown: as in `check_body`.
+    """What a body, as JSON has it, asks for at one of the URLs above; `unknown` as in `check_body`.
 
     Raises:
         ApiError: a field is wrong or not supported.
@@ -81,11 +76,7 @@ def read_request(url: str, values: Any, planner: Planner, unknown: Unknown | Non
 
 @_errors_of_clients()
 def tokenize(values: Any, planner: Planner) -> dict[str, Any]:
-    """The answer to `POST /tokenize`: the ids of a text, or those that a chat's answer would follow.
-
-    Raises:
-        ApiError: a field is wrong, or the text is too long.
-    """
+    """The answer to `POST /tokenize`: the ids of a text, or those that a chat's answer would follow."""
     body = _checked(values, TokenizeBody, planner)
     tokenizer = planner.tokenizer
     if body.messages is not None:

@@ -13,11 +13,8 @@ class ApiError(Exception):
     """An error that the client gets.
 
     Args:
-        message: for a person.
-        status: of HTTP.
         param: the field that is wrong; None for the whole body.
-        code: for a program.
-        headers: of the response.
+        code: names the error for programs.
     """
 
     def __init__(

@@ -65,17 +65,11 @@ PART_NEUTRAL: Table = {"annotations": ([],), "logprobs": ([],), "cache_control":
 
 @dataclass
 class Unknown:
-    """What becomes of fields that no table has.
+    """What becomes of fields that no table has."""
 
-    Attributes:
-        ignore: whether they are left out, instead of refused.
-        ignored: names of those left out.
-        refused: names of those that are errors, and of unsupported fields.
-    """
-
-    ignore: bool = False
-    ignored: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    ignore: bool = False  # whether they are left out, instead of refused
+    ignored: list[str] = field(default_factory=list)  # names of those left out
+    refused: list[str] = field(default_factory=list)  # names of those that are errors, and of unsupported fields
 
     def select(
         self, values: Mapping[str, Any], supported: Collection[str], neutral: Table, *, prefix: str = ""

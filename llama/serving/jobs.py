@@ -34,17 +34,7 @@ DEFAULT_MAX_TOKENS = 16  # of a completion; a chat's answer may fill the context
 
 @dataclass(frozen=True)
 class Job:
-    """What one request computes.
-
-    Attributes:
-        prompts: token ids; prompt i has the choices `i * n` to `i * n + n - 1`.
-        params: sampling parameters of all choices.
-        n: number of completions of each prompt. With a seed, the j-th of them, from 0, is the one that `n=1` gives with
-            `seed + j`.
-        top_logprobs: number of most likely tokens to report at each position.
-        continues: whether a completion continues its prompt's text, and keeps its leading space. False for answers of a
-            chat, whose leading space is dropped.
-    """
+    """What one request computes. The arguments are those of `engine.calls.Request`."""
 
     prompts: list[list[int]]
     params: SamplingParams

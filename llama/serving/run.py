@@ -103,14 +103,11 @@ class Run:
 async def while_connected(
     work: Coroutine[Any, Any, Result], receive: Callable[[], Awaitable[Any]], timeout_s: float
 ) -> Result:
-    """The result of `work`, which is cancelled if the client leaves or does not read its answer.
+    """The result of `work`; raises ClientLeftError if the client leaves, or does not read its answer in time.
 
     Args:
         receive: ASGI's, from which the whole body has been read.
         timeout_s: time limit of the request; a client has `_SEND_S` more to read the answer.
-
-    Raises:
-        ClientLeftError: the client left, or did not read its answer in time.
     """
 
     async def client_leaves() -> None:

@@ -29,7 +29,6 @@ class Service:
     called from any thread of the first rank.
 
     Args:
-        llama: the network and its tokenizer.
         max_waiting: maximum number of sequences that wait for a slot; requests beyond that are refused.
 
     Attributes:
@@ -70,7 +69,7 @@ class Service:
         """Adds a request; returns its number, for `abort`.
 
         Args:
-            job: its work, checked by the caller (see `llama.inputs`).
+            job: its work, which has been checked.
             on_piece: called in the service's thread with each piece, or with the error that ended the request. It must
                 not block.
 
