@@ -247,14 +247,9 @@ class HuggingFaceFolder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(
-                f"hf_dir must be the folder of a downloaded Hugging Face model, got no folder {folder}"
-            )
         if not (Path(folder) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"hf_dir must be the folder of a downloaded Hugging Face model, got no config.json in {folder}"
-            )
+            got = f"no config.json in {folder}" if Path(folder).is_dir() else f"no folder {folder}"
+            raise FileNotFoundError(f"hf_dir must be the folder of a downloaded Hugging Face model, got {got}")
         self.config = read_json_object(Path(folder) / "config.json")
         self.layout: dict[str, Tensor] = {}
         self._files: dict[str, _SafetensorsFile | _BinFile] = {}  # of each tensor

@@ -21,7 +21,6 @@ from llama.checkpoint.memory import (
     plan_memory,
 )
 from llama.checkpoint.reading import (
-    VocabularyError,
     check_range,
     find_shards,
     list_shards,
@@ -137,10 +136,15 @@ def load_networks(
     timings = Timings()
     check_threads(threads)
     mp = groups.resolve_model_parallel_size(model_parallel_size)
-    folders = [ckpt_dir] if draft_ckpt_dir is None else [ckpt_dir, draft_ckpt_dir]
-    shards = [find_shards(ckpt_dir, mp)]
+    folders, shards = [ckpt_dir], [find_shards(ckpt_dir, mp)]
     if draft_ckpt_dir is not None:
-        shards.append(_find_draft_shards(draft_ckpt_dir, mp))
+        folders.append(draft_ckpt_dir)
+        shards.append(list_shards(draft_ckpt_dir, argument="draft_ckpt_dir"))
+        if len(shards[1]) != mp:
+            raise AssertionError(
+                f"draft_ckpt_dir must hold as many checkpoint files as ckpt_dir, {mp}, got {len(shards[1])} in "
+                f"{draft_ckpt_dir}; llama reshard writes it with another number of files"
+            )
     tokenizer = load_tokenizer(tokenizer_path, ckpt_dir, tokenizer_class)
     sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
     args = [model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path) for folder in folders]
@@ -159,14 +163,8 @@ def load_networks(
     groups.init_process_groups(mp, device)
     timings("process group")
     same = ("build", args, mp, dtype, device.type, forms)
-    try:
-        with groups.loading_together(same), out_of_memory_explained(args[0], mp, dtype, str(device)):
-            models = [_load_model(source, mp, device, dtype, timings, network_class) for source in sources]
-    except VocabularyError as error:
-        raise ValueError(
-            f"{error}; the tokenizer {tokenizer_path} has {tokenizer.n_words} pieces: "
-            "give the tokenizer.model that this checkpoint was trained with"
-        ) from error
+    with groups.loading_together(same), out_of_memory_explained(args[0], mp, dtype, str(device)):
+        models = [_load_model(source, mp, device, dtype, timings, network_class) for source in sources]
     return tokenizer, models, timings.seconds
 
 
@@ -179,16 +177,6 @@ def _check_memory(sources: list[_Source], model_parallel_size: int, dtype: torch
     for source in reversed(sources):  # the draft model first, which leaves the rest to the network
         check_memory(source.args, model_parallel_size, dtype, available, str(device), quantize=source.quantize)
         available -= plan_memory(source.args, model_parallel_size, dtype, quantize=source.quantize).total
-
-
-def _find_draft_shards(draft_ckpt_dir: str | Path, model_parallel_size: int) -> list[Path]:
-    shards = list_shards(draft_ckpt_dir, argument="draft_ckpt_dir")
-    if len(shards) != model_parallel_size:
-        raise AssertionError(
-            f"draft_ckpt_dir must hold as many checkpoint files as ckpt_dir, {model_parallel_size}, "
-            f"got {len(shards)} in {draft_ckpt_dir}; llama reshard writes it with another number of files"
-        )
-    return shards
 
 
 def _load_model(

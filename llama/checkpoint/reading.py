@@ -25,10 +25,6 @@ _BLOCK = 16 * 1024**2  # numbers counted at a time
 _SHARD_NAME = re.compile(r"consolidated\.\d+\.pth")
 
 
-class VocabularyError(ValueError):
-    """A checkpoint's embedding is not of the network's vocabulary, which may be the tokenizer's."""
-
-
 def list_shards(ckpt_dir: str | Path, *, argument: str = "ckpt_dir") -> list[Path]:
     """The checkpoint's files, however many there are, in rank order.
 
@@ -124,7 +120,7 @@ def model_args(
     path, shards = Path(ckpt_dir) / "params.json", sorted(Path(ckpt_dir).glob("*.pth"))
     params = read_params(ckpt_dir)
     if params.get("vocab_size", -1) == -1:
-        params["vocab_size"] = max(n_words, _embedding_rows(shards))
+        params["vocab_size"] = _embedding_rows(shards) or n_words
     args = _to_args(path, params)
     if args.vocab_size < n_words:
         tokenizer = "the tokenizer" if tokenizer_path is None else f"the tokenizer {tokenizer_path}"
@@ -261,9 +257,7 @@ def check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple[
     for name, shape in shapes.items():
         tensor = state[name]
         if tuple(tensor.shape) != shape:
-            of_vocabulary = name == "tok_embeddings.weight" and tuple(tensor.shape[1:]) == shape[1:]
-            error = VocabularyError if of_vocabulary else ValueError
-            raise error(
+            raise ValueError(
                 f"{path}: {name} must have shape {shape} by params.json, got shape {quote(tuple(tensor.shape))}"
             )
         if tensor.layout != torch.strided or tensor.device.type == "meta":

@@ -82,7 +82,9 @@ def from_hf(
     target_dtype = _check_dtype(dtype)
     source = HuggingFaceFolder(hf_dir)
     args = _described_network(Path(hf_dir), source)
-    described = _described_tokens(Path(hf_dir), args.vocab_size)
+    places = [Path(hf_dir) / name for name in ("tokenizer.model", "tokenizer.json")]
+    tokenizer = next((path for path in places if path.exists()), None)
+    described = carried_tokens(Path(hf_dir), load_tokenizer(tokenizer, hf_dir), args.vocab_size) if tokenizer else {}
     names = _source_names(Path(hf_dir), source, args)
     args = with_even_vocabulary(args, model_parallel_size)
     split = partial(split_tensor, parts=model_parallel_size, vocab_size=args.vocab_size)
@@ -95,7 +97,10 @@ def from_hf(
 
     with writing("convert", output_dir, n_bytes, quiet=quiet) as (folder, progress):
         _write_json(folder / "params.json", _params(args))
-        _copy_tokenizer(Path(hf_dir), folder, quiet=quiet)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder / tokenizer.name)
+        elif not quiet:
+            print(f"{printable(hf_dir)} has no tokenizer.model, which inference needs; copy it there", file=sys.stderr)
         for name, content in described.items():
             _write_json(folder / name, content)
         if copy_chat_format(Path(hf_dir), folder) and not quiet:
@@ -146,7 +151,9 @@ def to_hf(
         config = args_to_config(source.args) | {"max_position_embeddings": max_position_embeddings}
         for name, content in described.items():
             _write_json(folder / name, content)
-        settings = described.get("tokenizer_config.json", {}) | _chat_template(Path(ckpt_dir))
+        settings = described.get("tokenizer_config.json", {})
+        if (recorded := Path(ckpt_dir) / CHAT_FORMAT_FILE).is_file():
+            settings["chat_template"] = read_json_object(recorded).get("chat_template")
         _write_descriptions(folder, config, tokenizer, layout[EMBEDDING].dtype, settings)
         shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
         files: dict[str, TensorFile] = {}
@@ -188,13 +195,6 @@ def _described_network(hf_dir: Path, source: HuggingFaceFolder) -> ModelArgs:
     return args
 
 
-def _described_tokens(folder: Path, n_rows: int) -> dict[str, dict[str, Any]]:
-    """See `carried_tokens`; nothing where there is no tokenizer."""
-    places = [folder / name for name in ("tokenizer.model", "tokenizer.json")]
-    path = next((path for path in places if path.exists()), None)
-    return {} if path is None else carried_tokens(folder, load_tokenizer(path, folder), n_rows)
-
-
 def _source_names(hf_dir: Path, source: HuggingFaceFolder, args: ModelArgs) -> dict[str, str]:
     """For each released name the tensor to take, all of them checked to be there, in their shapes, and no others."""
     shapes = tensor_shapes(args, 1)
@@ -224,24 +224,6 @@ def _params(args: ModelArgs) -> dict[str, Any]:
     return params if args.rope_theta == ModelArgs.rope_theta else params | {"rope_theta": args.rope_theta}
 
 
-def _copy_tokenizer(hf_dir: Path, folder: Path, *, quiet: bool) -> None:
-    if (hf_dir / "tokenizer.model").exists():
-        shutil.copyfile(hf_dir / "tokenizer.model", folder / "tokenizer.model")
-    elif (hf_dir / "tokenizer.json").exists():
-        shutil.copyfile(hf_dir / "tokenizer.json", folder / "tokenizer.json")
-    elif not quiet:
-        print(
-            f"{printable(hf_dir)} has no tokenizer.model, which inference needs; copy it from elsewhere",
-            file=sys.stderr,
-        )
-
-
-def _chat_template(ckpt_dir: Path) -> dict[str, Any]:
-    """The setting of the chat template that `from_hf` recorded, if it is not Llama 2's."""
-    path = ckpt_dir / CHAT_FORMAT_FILE
-    return {"chat_template": read_json_object(path).get("chat_template")} if path.is_file() else {}
-
-
 def _write_descriptions(
     folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, dtype: torch.dtype, settings: Mapping[str, Any]
 ) -> None:
@@ -250,11 +232,8 @@ def _write_descriptions(
     _write_json(folder / "config.json", {**config, **ids, "torch_dtype": str(dtype).removeprefix("torch.")})
     ends = sorted(tokenizer.more_stop_ids - {tokenizer.eos_id})
     _write_json(folder / "generation_config.json", ids | ({"eos_token_id": [tokenizer.eos_id, *ends]} if ends else {}))
-    pieces = {
-        "bos_token": tokenizer.sp_model.id_to_piece(tokenizer.bos_id),
-        "eos_token": tokenizer.sp_model.id_to_piece(tokenizer.eos_id),
-        "unk_token": tokenizer.sp_model.id_to_piece(tokenizer.sp_model.unk_id()),
-    }
+    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.sp_model.unk_id()}
+    pieces = {name: tokenizer.sp_model.id_to_piece(token) for name, token in special.items()}
     own = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
