@@ -238,18 +238,15 @@ def _cpu_quota() -> float | None:
     for _, controllers, path in lines:
         if controllers and "cpu" not in controllers.split(","):
             continue
-        top = _CGROUPS / "cpu" if controllers else _CGROUPS
+        top = _CGROUPS / "cpu" if controllers else _CGROUPS  # version 1 names controllers
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         folder = top / path.lstrip("/")
-        for group in (folder, *folder.parents):  # in a container the path may be the host's; the top one exists
+        groups = [folder, *folder.parents]  # in a container the path may be the host's; the top one exists
+        for group in groups[: groups.index(top) + 1]:
             with suppress(OSError, ValueError):
-                if controllers:  # version 1
-                    limit, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-                else:
-                    limit, period = (group / "cpu.max").read_text().split()
-                if limit.strip() not in ("max", "-1"):
+                limit, period = " ".join((group / name).read_text() for name in files).split()
+                if limit not in ("max", "-1"):
                     quotas.append(int(limit) / int(period))
-            if group == top:
-                break
     return min(quotas, default=None)
 
 
