@@ -223,6 +223,7 @@ def two_ranks(rank: int, halves: Checkpoint, whole: Checkpoint) -> Result:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         llama = halves.build(seed=5 + rank)
     result["printed"] = out.getvalue()
+    result["compiler"] = "torch._dynamo" in sys.modules
     result["backend"] = dist.get_backend()
     result["shapes"] = {name: tuple(tensor.shape) for name, tensor in llama.model.state_dict().items()}
     result["cache"] = tuple(llama.model.layers[0].attention.cache_k.shape)
@@ -338,6 +339,11 @@ def test_errors_of_sizes_give_both_numbers(world_2: list[Result]) -> None:
             assert f"got a world size of 2 and model_parallel_size={size}; " in got
         assert result["another size"].startswith("ValueError: model_parallel_size must be 2, ")
         assert "got 1; " in result["another size"]
+
+
+def test_a_build_on_two_ranks_does_not_import_the_compiler(world_2: list[Result]) -> None:
+    """Which took each rank longer than loading a model."""
+    assert [result["compiler"] for result in world_2] == [False, False]
 
 
 def test_a_second_build_beside_the_first(world_2: list[Result], one_process: Result) -> None:
