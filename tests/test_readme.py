@@ -289,15 +289,6 @@ def test_a_resharded_toy_runs_on_two_processes(clone: Path, monkeypatch: pytest.
     assert "User: How do I make mayonnaise?" in ended.stdout
 
 
-def test_the_toys_benchmark_runs(clone: Path) -> None:
-    words = next(words for _, words in COMMANDS if "tiny" in words)
-    ended = subprocess.run(
-        [sys.executable, *words[1:]], capture_output=True, text=True, env=clean_environment(), timeout=120, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "decode" in ended.stdout
-
-
 @pytest.fixture(scope="module")
 def toy() -> Llama:
     return Llama.build(*(ROOT / name for name in TINY_LLAMA), 512, 8, device="cpu", dtype="float32")

@@ -882,12 +882,12 @@ def test_a_compiled_network_counts(make: Callable[[str], Built], how: str) -> No
     else:
         model.layers[0].attention.wv.compile(**options)
     prompt = [[5, 17, 9]]
-    tokens, logprobs = built.llama.generate(prompt, 3, temperature=0, logprobs=True)
+    tokens, logprobs = built.llama.generate(prompt, 2, temperature=0, logprobs=True)
     torch._dynamo.reset()
     logits = oracle.logits(weights, built.params | {"n_layers": 1}, torch.tensor([[*prompt[0], *tokens[0]]]))
-    expected = logits[0, 2:5].log_softmax(-1)[range(3), tokens[0]]
+    expected = logits[0, 2:4].log_softmax(-1)[range(2), tokens[0]]
     torch.testing.assert_close(torch.tensor(logprobs[0]), expected, rtol=0, atol=built.tolerance)
-    assert len(calls) >= 3, "the compiled code did not run in each pass"
+    assert len(calls) >= 2, "the compiled code did not run in each pass"
 
 
 def test_rotations_of_ones_own_count(built: Built) -> None:

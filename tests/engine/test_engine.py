@@ -325,10 +325,6 @@ def patched(model: Transformer) -> Transformer:
     return model
 
 
-def compiled(model: Transformer) -> Any:
-    return torch.compile(model, backend="eager", dynamic=True)
-
-
 @pytest.mark.parametrize("kind", ["only forward", "patched"])
 @pytest.mark.parametrize("seed", range(6))
 def test_a_network_that_takes_one_position_gives_what_the_oracle_gives(
@@ -372,13 +368,6 @@ def test_a_network_that_takes_one_position_draws_from_its_rows_noise(
     prompts = [[1, 2], [3, 4], [5, 6]]
     expected = run(make(3), prompts, 8, temperature=1.5)
     assert run(ForwardOnly(state, 3), prompts, 8, temperature=1.5) == expected  # type: ignore[arg-type]
-
-
-def test_a_compiled_network_gives_what_the_oracle_gives(make: Callable[..., Transformer], state: oracle.State) -> None:
-    prompts = [[1, 2], [3, 4]]
-    model = compiled(make(2))
-    for prompt, steps in zip(prompts, run(model, prompts, 4), strict=True):
-        check_greedy(state, prompt, tokens_of(steps))
 
 
 def test_scores_of_a_network_with_only_a_forward(state: oracle.State) -> None:

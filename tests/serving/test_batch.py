@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -24,14 +23,13 @@ from llama.serving.batch_results import Results
 from llama.serving.errors import ApiError
 from llama.serving.jobs import Planner
 from llama.tools.batch import main
-from tests.conftest import ROOT
 from tests.support.ranks import run_ranks
-from tests.test_examples import clean_environment, free_port
+from tests.test_examples import clean_environment
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 DIALOG: Any = [{"role": "user", "content": "Hi"}]
-N_REQUESTS = 150
-N_KILLS = 4
+N_REQUESTS = 60
+N_KILLS = 2
 
 
 def line(custom_id: str, url: str, **body: Any) -> dict[str, Any]:
@@ -103,7 +101,7 @@ def test_each_result_is_what_the_library_returns_for_the_request_alone(
     expected: dict[str, Any], llama: Llama, reader: Reader
 ) -> None:
     assert len(expected) == N_REQUESTS
-    for request in requests(N_REQUESTS)[:60]:
+    for request in requests(N_REQUESTS):
         body, url = request["body"], request["url"]
         answer = expected[request["custom_id"]]["response"]["body"]
         seed = reader(read_line(1, json.dumps(request).encode())).job.params.seed
@@ -280,22 +278,19 @@ def test_killed_at_random_it_ends_with_each_result_once(
     options = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "llama.tools.batch", "--input", str(source), "--output", str(target), *options]
     environment = clean_environment() | {"OMP_NUM_THREADS": "1"}
-    n_torn = 0
     for _ in range(N_KILLS):
         before = target.stat().st_size if target.exists() else 0
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-        enough = before + rng.randint(1, 20_000)
+        enough = before + rng.randint(1, 8_000)
         while process.poll() is None and (not target.exists() or target.stat().st_size < enough):
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         _, err = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), err.decode()
-        if rng.random() < 0.7:
-            n_torn += 1
-            os.truncate(target, target.stat().st_size - rng.randint(1, 300))
+        os.truncate(target, target.stat().st_size - rng.randint(1, 300))
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert n_torn and read(target) == expected
+    assert read(target) == expected
 
 
 @pytest.mark.parametrize("cut", [1, 2, 20, 4096, 9000])
@@ -458,25 +453,3 @@ def test_ranks_write_what_one_process_writes(
     replicas = [n_started[i : i + mp] for i in range(0, n_ranks, mp)]
     assert all(min(group) == max(group) > N_REQUESTS // 10 for group in replicas)
     assert sum(group[0] for group in replicas) == N_REQUESTS
-
-
-def test_two_machines_share_the_requests(tmp_path: Path, flags: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Two agents of torchrun, one process each, of which the second has no files."""
-    source, target = write(tmp_path / "in", requests(N_REQUESTS)[:40]), tmp_path / "out"
-    shared = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    options = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    nodes = []
-    for rank, (a, b) in enumerate([(source, target), (tmp_path / "none", tmp_path / "nothing")]):
-        launcher = [sys.executable, "-m", "torch.distributed.run", *shared, "--node_rank", str(rank)]
-        tool = ["-m", "llama.tools.batch", "--input", str(a), "--output", str(b), "--model_parallel_size", "1"]
-        environment = clean_environment() | {"OMP_NUM_THREADS": "1"}
-        options_of_popen: dict[str, Any] = {"env": environment, "cwd": ROOT, "text": True}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        nodes.append(subprocess.Popen([*launcher, *tool, *options], **options_of_popen, **pipes))
-    printed = [node.communicate(timeout=120) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], printed
-    assert re.fullmatch(r"40 requests, 0 of them refused: .* tokens/s\)\n", printed[0][0])
-    assert printed[1][0] == "" and not (tmp_path / "nothing").exists()
-    assert read(target) == {
-        request["custom_id"]: expected[request["custom_id"]] for request in requests(N_REQUESTS)[:40]
-    }

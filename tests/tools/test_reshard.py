@@ -27,6 +27,7 @@ from llama.tools.reshard import reshard
 from llama.tools.verify import verify
 from tests.conftest import PARAMS, ROOT
 from tests.support import oracle
+from tests.support.processes import run_python
 
 SIZES = (1, 2, 4, 8)
 Write = Callable[..., Path]
@@ -328,7 +329,7 @@ run(reshard)
 def end_by_signal(source: Path, output: Path, number: int) -> int:
     """Runs the command, which gets a signal while it writes; the status with which it ends."""
     arguments = ["--ckpt_dir", str(source), "--output_dir", str(output), "--model_parallel_size", "1", str(int(number))]
-    return subprocess.run([sys.executable, "-c", ENDED, *arguments], cwd=ROOT, check=False).returncode
+    return run_python("-c", ENDED, *arguments).returncode
 
 
 def test_what_a_killed_run_left_is_replaced(source: Path, folders: dict[int, Path], tmp_path: Path) -> None:
@@ -364,9 +365,7 @@ run(reshard)
 def test_a_limit_on_the_size_of_files_is_one_clear_error(source: Path, tmp_path: Path, limit: int) -> None:
     """`ulimit -f`."""
     arguments = ["--ckpt_dir", source, "--output_dir", tmp_path / "out", "--model_parallel_size", "1", str(limit)]
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, *arguments], cwd=ROOT, check=False, capture_output=True, text=True
-    )
+    done = run_python("-c", LIMITED, *arguments)
     assert done.returncode == 1 and os.listdir(tmp_path) == []
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "ulimit -f" in done.stderr or "File too large" in done.stderr
@@ -441,9 +440,7 @@ def test_the_command_ends_cleanly_at_ctrl_c(
 
 def test_the_module_is_a_command(source: Path, tmp_path: Path) -> None:
     arguments = ["--ckpt_dir", source, "--model_parallel_size", "3", "--output_dir", tmp_path / "out"]
-    done = subprocess.run(
-        [sys.executable, "-m", "llama.tools.reshard", *arguments], cwd=ROOT, check=False, capture_output=True, text=True
-    )
+    done = run_python("-m", "llama.tools.reshard", *arguments)
     assert done.returncode == 1 and done.stdout == "" and os.listdir(tmp_path) == []
     assert done.stderr.startswith("error: n_heads (8) must be a multiple") and done.stderr.count("\n") == 1
 
@@ -464,7 +461,7 @@ def test_memory_stays_bounded(write_checkpoint: Write, tmp_path: Path) -> None:
     folder = write_checkpoint(params, {name: w.bfloat16() for name, w in oracle.random_state(params, seed=4).items()})
     n_mib = (folder / "consolidated.00.pth").stat().st_size // 2**20
     command = [sys.executable, "-c", MEASURED, str(folder), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)  # memory of its own
     assert n_mib > 80 and int(done.stdout) < n_mib / 4
 
 
@@ -521,11 +518,10 @@ def test_a_folder_whose_name_is_no_utf8(source: Path, tmp_path: Path) -> None:
     """Every tool takes such folders, and prints their names escaped."""
     taken, out = tmp_path / os.fsdecode(b"in-\xff"), tmp_path / os.fsdecode(b"out-\xfe")
     shutil.copytree(source, taken)
-    command = [sys.executable, "-m", "llama.tools.reshard", "--ckpt_dir", taken, "--output_dir", out]
-    done = subprocess.run([*command, "--model_parallel_size", "2"], cwd=ROOT, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, b"")
-    done = subprocess.run([*command, "--model_parallel_size", "2"], cwd=ROOT, capture_output=True)
-    assert done.returncode == 1 and rb"out-\udcfe, which exists already" in done.stderr
-    command = [sys.executable, "-m", "llama.tools.verify", "--ckpt_dir", out, "--quiet"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True)
-    assert rb"out-\udcfe/consolidated.01.pth: NaN or infinite values" in done.stdout  # the source has some
+    command = ["-m", "llama.tools.reshard", "--ckpt_dir", taken, "--output_dir", out, "--model_parallel_size", "2"]
+    done = run_python(*command)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run_python(*command)
+    assert done.returncode == 1 and r"out-\udcfe, which exists already" in done.stderr
+    done = run_python("-m", "llama.tools.verify", "--ckpt_dir", out, "--quiet")
+    assert r"out-\udcfe/consolidated.01.pth: NaN or infinite values" in done.stdout  # the source has some
