@@ -4,8 +4,12 @@ import re
 from dataclasses import dataclass
 
 from recipe import chats, llama_facts, stories
-from recipe.grammar import Writer, noisy
-from recipe.heldout import HELD_OUT
+from recipe.grammar import Writer, noisy, read_text
+
+# Questions that are kept out of training, each with a pattern that a right answer matches. They were written by hand
+# before the grammar was, in the words that a person would use, so that the share of them that is answered right says
+# whether the model understands wordings rather than remembers them.
+HELD_OUT: list[tuple[str, str]] = [tuple(pair) for pair in read_text("held_out")]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from recipe.corpus import EXACT_SYSTEM
-from recipe.heldout import HELD_OUT
+from recipe.corpus import EXACT_SYSTEM, HELD_OUT
 from recipe.network import State, logits
 from recipe.tokenizer import pair_texts
 

@@ -1,8 +1,12 @@
 """The template language of the corpus: choices, slots, and the small mistakes that people make when they type."""
 
+import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -10,6 +14,16 @@ _SMALL_WORDS = frozenset(
     ("the", "a", "an", "is", "are", "do", "does", "of", "for", "in", "to", "i", "me", "my", "it", "that")
 )
 _FILLERS = ("please", "actually", "just", "exactly", "again", "really", "now", "then", "here", "today", "maybe", "also")
+
+
+def read_text(name: str) -> Any:
+    """What `recipe/text/NAME.json` holds: templates in the notation of `expand`, and lists of words."""
+    return json.loads((Path(__file__).parent / "text" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def read_templates(name: str) -> SimpleNamespace:
+    """An attribute for each entry of `recipe/text/NAME.json`."""
+    return SimpleNamespace(**read_text(name))
 
 
 class Writer(random.Random):
