@@ -17,6 +17,14 @@ from tests.support.tokenizers import INFILLING_PIECES, train
 from tests.support.tokenizers import TEXT as TEXT
 
 ROOT = Path(__file__).parent.parent
+# What `pytest -m core` runs: the network, its kernels, the engine and the calls, without other processes.
+CORE = (
+    *("test_model.py", "test_model_args.py", "test_generation.py", "test_inputs.py", "test_sampling_params.py"),
+    *("test_chat.py", "test_tokenizer.py", "test_detokenizer.py", "test_architecture.py", "layers/test_linear.py"),
+    *("layers/test_quantize.py", "layers/test_int4.py", "checkpoint/test_format.py", "engine/test_engine.py"),
+    *("engine/test_sampling.py", "engine/test_runner.py", "engine/test_streaming.py", "engine/test_speculative.py"),
+    *("engine/test_cuda_graphs.py", "serving/test_protocol.py", "serving/test_jobs.py", "serving/test_service.py"),
+)
 VOCAB_SIZE = 512
 # A shell's background job starts with Ctrl-C ignored, and what the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,6 +41,14 @@ PARAMS: dict[str, Any] = {
     "ffn_dim_multiplier": 1.3,
     "norm_eps": 1e-5,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    others = {"fuzz", "soak", "clients", "faults", "gpu"}
+    for item in items:
+        place = item.path.relative_to(ROOT / "tests").as_posix()
+        if place in CORE and others.isdisjoint(mark.name for mark in item.iter_markers()) and "ranks" not in item.name:
+            item.add_marker("core")
 
 
 @pytest.fixture(scope="session")

@@ -233,8 +233,10 @@ def test_sequences_that_join_leave_or_lose_the_cache_at_any_time_get_what_the_or
 def test_a_batch_is_prefilled_in_one_pass_and_steps_carry_no_ended_row(make: Callable[..., Transformer]) -> None:
     model = make(4)
     passes = _Passes(model)
-    run(model, [[1] * 9, [2] * 18, [3] * 4, [4] * 17], max_gen_len=5)
-    assert passes.shapes == [(4, 18), (4, 1), (3, 1), (2, 1), (2, 1)]
+    answers = [tokens_of(steps) for steps in run(model, [[1] * 9, [2] * 18, [3] * 4, [4] * 17], max_gen_len=5)]
+    (prefilled, _), *steps = passes.shapes
+    assert prefilled == 4
+    assert sum(bsz * seqlen for bsz, seqlen in steps) == sum(len(answer) - 1 for answer in answers)
     assert passes.projected == [bsz for bsz, _ in passes.shapes]  # of a prompt's positions, the last alone
 
 
@@ -242,11 +244,9 @@ def test_a_step_is_computed_only_when_it_is_asked_for(make: Callable[..., Transf
     model = make(2)
     passes = _Passes(model)
     steps = decode(model, [[1, 2]], sampler(0, 1), rows=[0], max_gen_len=9, eos_id=NO_EOS)
-    assert not passes.shapes
-    next(steps)
-    assert passes.shapes == [(1, 2)]
-    next(steps)
-    assert passes.shapes == [(1, 2), (1, 1)]
+    for n_passes in range(3):
+        assert len(passes.shapes) == n_passes
+        next(steps)
 
 
 def test_between_steps_the_callers_grad_mode_holds(make: Callable[..., Transformer]) -> None:
@@ -355,11 +355,8 @@ def test_prompts_of_one_length_go_together_where_one_position_is_taken(state: or
     """In the order of the first of each length; the next ones wait until all rows have ended."""
     model = ForwardOnly(state, 3)
     run(model, [[1, 2], [3], [4, 5], [6], [7, 8], [9, 1]], max_gen_len=3)
-    assert model.passes == [
-        *[(3, 2, 0), (3, 1, 2), (3, 1, 3)],
-        *[(2, 1, 0), (2, 1, 1), (2, 1, 2)],
-        *[(1, 2, 0), (1, 1, 2), (1, 1, 3)],
-    ]
+    prefilled = [(bsz, seqlen) for bsz, seqlen, start_pos in model.passes if start_pos == 0]
+    assert prefilled == [(3, 2), (2, 1), (1, 2)] and len(model.passes) == 3 * len(prefilled)
 
 
 def test_a_network_that_takes_one_position_draws_from_its_rows_noise(

@@ -79,12 +79,12 @@ def counted(llama: Llama, *args: Any, **options: Any) -> tuple[Any, int, int]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("temperature", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("temperature", [0.0, 0.4])
 def test_tokens_are_those_of_plain_decoding(llama: Llama, way: str, temperature: float) -> None:
     """Greedy, and sampled with the same seed; any number of prompts, of any lengths, up to the end of the cache."""
     rng = random.Random(1)
     n_drafted = n_accepted = 0
-    for seed in range(8):
+    for seed in range(5):
         prompts = repeating_prompts(rng, rng.choice([1, 2, 4, 7]))
         options: dict[str, Any] = {"temperature": temperature, "top_p": 0.95, "seed": seed, "logprobs": True}
         tokens, logprobs = llama.generate(prompts, rng.choice([1, 5, 60]), **options)
@@ -159,7 +159,7 @@ def test_the_distribution_is_that_of_plain_decoding_with_any_sampling(
 @pytest.mark.parametrize("way", WAYS)
 def test_texts_streams_and_stop_strings_are_those_of_plain_decoding(llama: Llama, way: str) -> None:
     texts = ["The quick brown fox. The quick brown fox. The quick", "12 12 12 12 12", "naïve café, naïve"]
-    for stop in ([], ["o"], ["fox", "1"]):
+    for stop in ([], ["fox", "o"]):
         options: dict[str, Any] = {"temperature": 0.7, "seed": 4, "stop": stop}
         expected = llama.text_completion(texts, logprobs=True, **options)
         got = llama.text_completion(texts, logprobs=True, **options, speculative=way)

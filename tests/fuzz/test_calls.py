@@ -220,7 +220,7 @@ def check(llama: Llama, golden: list[Any], name: str, args: tuple[Any, ...], opt
 
 
 @BOTH_BUILDS
-@profiles.fast(150)
+@profiles.fast(80)
 @given(made=calls)
 def test_a_call_works_or_is_refused_by_one_clear_error(llama: Llama, golden: list[Any], made: Any) -> None:
     check(llama, golden, *made)

@@ -194,7 +194,7 @@ def any_bytes(web: TestClient, body: tuple[str, Any], changes: list[tuple[int, s
     event(f"status {check(web, body[0], mutated(dump(body[1]), changes))}")
 
 
-@profiles.fast(120)
+@profiles.fast(80)
 @given(body=bodies)
 def test_fields_of_any_value_are_taken_or_refused(web: TestClient, body: tuple[str, Any]) -> None:
     any_fields(web, body)

@@ -22,6 +22,7 @@ from llama.tools import cli, commandline
 from llama.tools.cli import COMMANDS
 from llama.tools.commandline import run, with_build_flags
 from tests.conftest import ROOT
+from tests.support.processes import run_python
 
 
 def echo(folder: str, name: str | None = None, *, count: int = 1, quiet: bool = False) -> str:
@@ -261,8 +262,7 @@ runpy.run_module(f"llama.tools.{sys.argv[1]}", run_name="__main__")
     ],
 )
 def test_a_missing_extra_is_one_line_that_says_what_to_install(how: str, tool: str, package: str) -> None:
-    words = [sys.executable, "-c", _WITHOUT, package, how, "llama", tool]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python("-c", _WITHOUT, package, how, "llama", tool)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"error: the extra [{tool}] must be installed, got: ")
     assert "pip install " in done.stderr and package in done.stderr and done.stderr.count("\n") == 1
@@ -304,8 +304,7 @@ run(work)
 def end_by(folder: Path, *numbers: int, before: str = "") -> tuple[int, list[str]]:
     """Runs a command that sends itself the signals while it works and while it cleans up: its status and traces."""
     arguments = [str(folder), "".join(f"{int(number)}," for number in numbers).rstrip(",")]
-    done = subprocess.run([sys.executable, "-c", before + SIGNALLED, *arguments], cwd=ROOT, check=False)
-    return done.returncode, sorted(os.listdir(folder))
+    return run_python("-c", before + SIGNALLED, *arguments).returncode, sorted(os.listdir(folder))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from llama import ModelArgs
 from llama.checkpoint.memory import plan_memory
 from llama.checkpoint.releases import RELEASES, find_release
 from llama.tools.memory import memory_table, parse_memory
-from tests.conftest import ROOT
+from tests.support.processes import run_python
 
 GIB = 1024**3
 
@@ -153,8 +152,7 @@ def test_a_model_has_the_names_that_it_was_released_under(model: str, size: str)
 
 def test_the_module_is_a_command() -> None:
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "llama.tools.memory", *arguments]
-        return subprocess.run(line, cwd=ROOT, check=False, capture_output=True, text=True)
+        return run_python("-m", "llama.tools.memory", *arguments)
 
     done = command("--model", "7B", "--device_memory", "24GiB")
     assert (done.returncode, done.stderr) == (0, "")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,9 @@ import torch
 from llama import Llama
 from llama.tools import toy
 from llama.tools.perplexity import main, perplexity, windows
-from tests.conftest import ROOT, TEXT
+from tests.conftest import TEXT
 from tests.contract.test_against_hf import hugging_face_model
+from tests.support.processes import run_python
 from tests.test_examples import clean_environment
 
 BOS = 1
@@ -87,11 +86,10 @@ def test_without_the_toy_checkpoint_the_error_says_what_to_pass(
 def test_the_command_prints_one_line_and_a_mistake_ends_it_with_one(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("I think that the meaning of life is to share what we have.")
-    command = [sys.executable, "-m", "llama.tools.perplexity", "--text"]
-    options: dict[str, Any] = {"capture_output": True, "text": True, "cwd": ROOT, "env": clean_environment()}
-    good = subprocess.run([*command, str(text)], **options)
+    command = ["-m", "llama.tools.perplexity", "--text"]
+    good = run_python(*command, text, env=clean_environment())
     assert good.returncode == 0, good.stderr
     assert good.stdout.startswith("perplexity ")
-    bad = subprocess.run([*command, str(tmp_path / "none.txt")], **options)
+    bad = run_python(*command, tmp_path / "none.txt", env=clean_environment())
     assert bad.returncode == 1
     assert "none.txt" in bad.stderr and "Traceback" not in bad.stderr

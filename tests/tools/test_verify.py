@@ -7,8 +7,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pytest
 import torch
 
 from llama.tools.verify import main, verify
-from tests.conftest import ROOT
+from tests.support.processes import run_python
 
 State = dict[str, torch.Tensor]
 Write = Callable[..., Path]
@@ -287,8 +285,7 @@ def test_a_named_pipe_is_a_problem_and_not_waited_for(folder: Path) -> None:
 
 def test_the_module_is_a_command(folder: Path) -> None:
     (folder / "params.json").write_text(json.dumps({"dim": True}))
-    command = [sys.executable, "-m", "llama.tools.verify", "--ckpt_dir", str(folder), "--quiet"]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    done = run_python("-m", "llama.tools.verify", "--ckpt_dir", folder, "--quiet")
     assert done.returncode == 1 and done.stderr == ""
     assert [
         word in done.stdout for word in ("params.json must have the listed MD5 sum", "dim must be an integer, got True")
