@@ -115,23 +115,6 @@ def is_greedy(forward: Forward, prompt: list[int], answer: list[int], tolerance:
 # ---- build ----
 
 
-def test_no_checkpoint_files(build: Build, tmp_path: Path) -> None:
-    (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(AssertionError) as error:
-        build(ckpt_dir=tmp_path)
-    assert str(error.value).splitlines()[0] == f"no checkpoint files found in {tmp_path}"
-
-
-def test_more_checkpoint_files_than_ranks(
-    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State
-) -> None:
-    folder = write_checkpoint(params, state, 2)
-    for size in (None, 1):
-        with pytest.raises(AssertionError) as error:
-            build(ckpt_dir=folder, model_parallel_size=size)
-        assert str(error.value).splitlines()[0] == "Loading a checkpoint for MP=2 but world size is 1"
-
-
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_a_model_parallel_size_that_the_world_is_no_multiple_of(build: Build, size: int) -> None:
     with pytest.raises(ValueError, match=rf"(?s)(?=.*world size)(?=.*\b{size}\b)"):
@@ -149,12 +132,6 @@ def test_a_model_parallel_size_that_is_none(build: Build, size: Any) -> None:
 def test_cache_sizes_that_are_none(build: Build, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}$"):
         build(**{name: value})
-
-
-def test_a_wrong_argument_is_not_blamed_on_params_json(build: Build) -> None:
-    with pytest.raises(ValueError, match="max_seq_len must be above 0") as error:
-        build(max_seq_len=0)
-    assert "params.json" not in str(error.value)
 
 
 def test_the_tokenizers_vocabulary_stands_in_for_minus_one(
@@ -175,63 +152,6 @@ def test_each_value_of_params_json_is_used(
     tokens = torch.randint(500, (2, 30), generator=torch.Generator().manual_seed(0))
     expected = oracle.logits(state, params, tokens)
     torch.testing.assert_close(other.model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
-
-
-def test_a_wrong_key_or_tensor_is_named(
-    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State
-) -> None:
-    name = "layers.1.attention.wk.weight"
-    shape, got = tuple(state[name].shape), (7, 64)
-    lacking = {key: tensor for key, tensor in state.items() if key != name}
-    cases = [
-        (params | {"rope_scaling": 1}, state, "rope_scaling"),
-        (params | {"n_heads": 7}, state, "n_heads"),
-        (params, lacking, name),
-        (params, state | {"layers.3.attention.wk.weight": state[name]}, "layers.3.attention.wk.weight"),
-        (params, state | {name: torch.zeros(got)}, f"{name} .*{re.escape(str(shape))}.*{re.escape(str(got))}"),
-        (params | {"vocab_size": 500}, state, "vocab_size.*500"),
-    ]
-    for wrong_params, wrong_state, message in cases:
-        with pytest.raises(ValueError, match=message):
-            build(ckpt_dir=write_checkpoint(wrong_params, wrong_state))
-
-
-def test_the_released_files_rope_freqs_is_the_one_known_extra(
-    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State, llama: Llama
-) -> None:
-    other = build(ckpt_dir=write_checkpoint(params, state | {"rope.freqs": torch.ones(4)}))
-    assert other.generate([[1, 9]], 5, temperature=0) == llama.generate([[1, 9]], 5, temperature=0)
-
-
-class _Trap:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
-def test_nothing_but_tensors_is_unpickled(
-    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State, tmp_path: Path
-) -> None:
-    folder, trace = write_checkpoint(params, state), tmp_path / "sprung"
-    torch.save(state | {"extra": _Trap(trace)}, folder / "consolidated.00.pth")
-    with pytest.raises(ValueError, match=re.escape(str(folder / "consolidated.00.pth"))):
-        build(ckpt_dir=folder)
-    assert not trace.exists()
-
-
-@pytest.mark.parametrize("missing", ["params.json", "tokenizer"])
-def test_a_missing_file_is_named(build: Build, checkpoint: Path, tmp_path: Path, missing: str) -> None:
-    if missing == "tokenizer":
-        with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none.model"))):
-            build(tokenizer_path=tmp_path / "none.model")
-        return
-    (tmp_path / "consolidated.00.pth").symlink_to(checkpoint / "consolidated.00.pth")
-    with pytest.raises(FileNotFoundError, match=rf"params\.json in {re.escape(str(tmp_path))}"):
-        build(ckpt_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -264,19 +184,6 @@ def test_the_checkpoint_is_mapped_not_read(build: Build, checkpoint: Path) -> No
     ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in mapped]
     for name, tensor in alive.model.state_dict().items():
         assert any(start <= tensor.data_ptr() < end for start, end in ranges), name
-
-
-def test_what_cannot_fit_is_said_in_parts_with_what_to_lower(build: Build) -> None:
-    """KV cache bytes = 2 * n_layers * n_kv_heads * head_dim * bytes * max_batch_size * (max_seq_len + 16)."""
-    rows = 10**9
-    with pytest.raises(MemoryError) as error:
-        build(max_batch_size=rows)
-    text = str(error.value)
-    kv_cache = 2 * 3 * 4 * 8 * 4 * rows * (MAX_SEQ_LEN + 16) / 2**30
-    assert re.search(rf"KV cache +{kv_cache:.2f} GiB", text)
-    assert re.search(r"weights +0\.00 GiB", text)
-    advised = re.search(r"lower max_batch_size to (\d+)", text)
-    assert advised and 0 < int(advised[1]) < rows
 
 
 def test_build_and_calls_change_no_global(
@@ -571,21 +478,6 @@ def test_wrong_options_are_named_before_any_compute(llama: Llama, name: str, val
             call(**{name: value})
 
 
-def test_input_errors_are_assertion_errors_too(llama: Llama) -> None:
-    """As those of Meta's package are."""
-    calls: list[Callable[[], Any]] = [
-        lambda: llama.generate([], 4),
-        lambda: llama.generate([[1] * (MAX_SEQ_LEN + 1)], 4),
-        lambda: llama.generate([[1]], 4, temperature=-1),
-        lambda: llama.text_completion([1]),  # type: ignore[list-item]
-        lambda: llama.chat_completion([[{"role": "assistant", "content": "a"}]]),
-        lambda: llama.score(["\udcff"]),
-    ]
-    for call in calls:
-        with no_compute(llama), pytest.raises(AssertionError, match=r"must (be|have)"):
-            call()
-
-
 @both_builds
 @pytest.mark.parametrize("temperature", [1e-320, 2**64, 1e39, 1e308])
 def test_any_temperature_there_is_gives_tokens(llama: Llama, temperature: float) -> None:
@@ -691,12 +583,6 @@ def test_texts_are_encoded_with_bos_and_decoded_whole(llama: Llama, echo: bool) 
 
 
 @both_builds
-def test_an_echoed_text_comes_first(llama: Llama) -> None:
-    for text, result in zip(TEXTS, llama.text_completion(TEXTS, max_gen_len=5, echo=True, seed=1), strict=True):
-        assert result["generation"].startswith(text)
-
-
-@both_builds
 @pytest.mark.usefixtures("no_eos")
 def test_max_gen_len_defaults_to_the_longest_there_is(llama: Llama) -> None:
     (alone, long) = llama.text_completion(["", "The quick brown fox"], logprobs=True, seed=1)
@@ -733,7 +619,7 @@ def test_a_completion_ends_before_its_stop_string(llama: Llama) -> None:
     rng = random.Random(1)
     options: dict[str, Any] = {"temperature": 1.5, "max_gen_len": 24, "seed": 9, "logprobs": True}
     plain = llama.text_completion(TEXTS[:4], **options)
-    for _ in range(30):
+    for _ in range(12):
         whole = plain[rng.randrange(4)]["generation"].replace("\ufffd", "")
         start = rng.randrange(len(whole))
         stop = whole[start : start + rng.randint(1, 6)]
@@ -774,17 +660,6 @@ def test_a_stop_string_ends_the_computing_too(llama: Llama) -> None:
         llama.text_completion(["The"], temperature=0, max_gen_len=30, stop=[free["generation"][:3]])
     pieces = free["tokens"]
     assert len(passes) <= next(i for i in range(31) if len("".join(pieces[:i])) >= 3)
-
-
-@both_builds
-@pytest.mark.usefixtures("no_eos")
-def test_several_stop_strings(llama: Llama) -> None:
-    (free,) = llama.text_completion(["The"], temperature=0, max_gen_len=30)
-    text = free["generation"]
-    early, late = text[4:7], text[12:16]
-    for stop in ([early, late], [late, early], ("none", early)):
-        (result,) = llama.text_completion(["The"], temperature=0, max_gen_len=30, stop=stop)
-        assert result["generation"] == text[: text.find(early)]
 
 
 @both_builds

@@ -343,22 +343,6 @@ def test_calls_between_the_pieces_change_neither_the_stream_nor_the_calls(
         assert got == alone
 
 
-def test_a_stream_of_the_default_build_goes_on_after_other_calls(
-    write_checkpoint: Callable[..., Path], tokenizer_path: Path, params: dict[str, Any]
-) -> None:
-    """Rounding may choose another of two tokens that are nearly as likely; with one that is far ahead it cannot."""
-    small = params | {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
-    state = oracle.random_state(small, seed=2)
-    state["output.weight"] *= 40
-    llama = Llama.build(write_checkpoint(small, state), tokenizer_path, MAX_SEQ_LEN, 2, device="cpu", seed=None)
-    alone = "".join(llama.stream_text_completion("The", temperature=0, max_gen_len=20))
-    got = ""
-    for piece in llama.stream_text_completion("The", temperature=0, max_gen_len=20):
-        got += piece
-        llama.generate([[1, 9, 4]], 3, seed=1)
-    assert got == alone
-
-
 def test_a_stream_whose_cache_was_not_touched_recomputes_nothing(llama: Llama) -> None:
     stream = llama.stream_text_completion("The", temperature=0, max_gen_len=8)
     with counted(llama) as passes:
@@ -404,18 +388,6 @@ def test_a_closed_stream_gives_back_nothing_that_others_have_drawn_since(
         state = torch.get_rng_state()
         stream.close()
         assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_streams_in_eight_threads_each_give_the_text_that_they_give_alone(llama: Llama) -> None:
-    prompts = ["The", "A tiny", "", "Llamas", "quick", "日本", "x y", "0"]
-
-    def call(i: int) -> str:
-        return "".join(llama.stream_text_completion(prompts[i], 1.2, max_gen_len=12, seed=i))
-
-    alone = [call(i) for i in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(3):
-            assert list(pool.map(call, range(8), timeout=120)) == alone
 
 
 def test_a_refused_call_leaves_a_stream_as_it_is(llama: Llama) -> None:
