@@ -45,9 +45,9 @@ class Interrupt:
             monkeypatch.setattr(ModelRunner, name, self._wrapped(getattr(ModelRunner, name)))
 
     def _wrapped(self, function: Any) -> Any:
-        def wrapper(*args: Any) -> Any:
+        def wrapper(*args: Any, **options: Any) -> Any:
             self._raise("before")
-            result = function(*args)
+            result = function(*args, **options)
             self._raise("after")
             return result
 
