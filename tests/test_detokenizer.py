@@ -67,7 +67,7 @@ def run(text: IncrementalDetokenizer, ids: Sequence[int]) -> tuple[list[str], in
     return [*out, text.finish()], n
 
 
-def test_text_and_its_end_are_those_of_the_oracle(tokenizer: Tokenizer) -> None:
+def test_text_and_its_end_match_the_oracle(tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
     stopped = 0
     for _ in range(3000):
@@ -167,7 +167,7 @@ def test_a_prefix_is_not_searched_for_stop_strings(tokenizer: Tokenizer) -> None
     assert "".join(growing.prefix_pieces) == "ab a"
 
 
-def test_a_completion_behind_a_prefix_is_that_of_the_oracle(tokenizer: Tokenizer) -> None:
+def test_a_completion_after_a_prefix_matches_the_oracle(tokenizer: Tokenizer) -> None:
     rng = random.Random(4)
     for _ in range(1500):
         prefix = random_ids(tokenizer, rng)
@@ -183,7 +183,7 @@ def test_a_completion_behind_a_prefix_is_that_of_the_oracle(tokenizer: Tokenizer
             assert growing.prefix_pieces + growing.pieces == tokenizer.pieces([*prefix, *ids])
 
 
-def test_the_first_space_is_kept_behind_a_prefix_only(tokenizer: Tokenizer) -> None:
+def test_the_first_space_is_kept_after_a_prefix_only(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("fox", bos=False, eos=False)
     alone, _ = run(IncrementalDetokenizer(tokenizer), ids)
     behind, _ = run(IncrementalDetokenizer(tokenizer, prefix=tokenizer.encode("quick", bos=True, eos=False)), ids)
@@ -206,7 +206,7 @@ def test_the_rest_of_a_prefix_is_not_searched_for_stop_strings(tokenizer: Tokeni
     assert "".join(growing.prefix_pieces) == "\ufffd\ufffd"
 
 
-def test_a_token_behind_the_cut_has_no_piece(tokenizer: Tokenizer) -> None:
+def test_a_token_after_the_cut_has_no_piece(tokenizer: Tokenizer) -> None:
     """All three bytes of the stop string's character lie behind the cut, not just the last."""
     growing = IncrementalDetokenizer(tokenizer, ["€"])
     run(growing, byte_ids(tokenizer, "a€".encode()))

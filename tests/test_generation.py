@@ -238,7 +238,7 @@ def test_loading_time_is_logged(build: Build, caplog: pytest.LogCaptureFixture) 
     assert re.search(r"Loaded in \d+\.\d+ seconds", caplog.text)
 
 
-def test_a_second_build_works_beside_the_first(
+def test_a_second_build_works_next_to_the_first(
     build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any], llama: Llama, forward: Forward
 ) -> None:
     other_params = params | {"n_layers": 1, "n_kv_heads": 8}

@@ -622,7 +622,7 @@ def test_gradients_flow_through_the_tokens_of_a_later_pass(state: oracle.State) 
     assert (weight.grad * direction).sum().item() == pytest.approx(slope.item(), rel=0.02)
 
 
-def test_gradients_with_rows_at_places_of_their_own_are_refused(model: Transformer) -> None:
+def test_gradients_with_rows_at_different_positions_are_refused(model: Transformer) -> None:
     model.requires_grad_()
     with pytest.raises(RuntimeError, match="start_pos must be an int when gradients are required"):
         model(random_tokens(2, 1), torch.tensor([3, 5]))
@@ -779,7 +779,7 @@ def test_rotary_embedding_turns_interleaved_pairs_in_float32() -> None:
         torch.testing.assert_close(got, oracle.rotate(x.float(), 10000.0).bfloat16(), atol=2**-9, rtol=2**-8)
 
 
-def test_rotations_of_each_rows_own_positions_are_those_of_the_positions() -> None:
+def test_rotations_of_each_rows_own_positions_match_the_positions() -> None:
     freqs_cis = precompute_freqs_cis(8, 50)
     positions = torch.randint(50, (3, 7), generator=torch.Generator().manual_seed(0))
     xq, xk = random_normal(3, 7, 4, 8), random_normal(3, 7, 2, 8, seed=1)

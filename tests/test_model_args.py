@@ -43,7 +43,7 @@ def test_released_sizes(size: str) -> None:
     args.check_shards(files)
 
 
-def test_defaults_are_those_of_7b() -> None:
+def test_defaults_match_7b() -> None:
     args = ModelArgs()
     fields, hidden_dim, _, _ = RELEASED["7B"]
     assert {name: getattr(args, name) for name in fields} == fields

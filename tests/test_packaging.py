@@ -49,7 +49,7 @@ def pins() -> list[Requirement]:
     return [Requirement(line) for line in lines if not line.startswith("#")]
 
 
-def test_the_version_is_that_of_the_newest_change_and_of_the_citation() -> None:
+def test_the_version_is_the_newest_changes_and_the_citations() -> None:
     newest = re.search(r"^## \[?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest and cited
@@ -169,7 +169,7 @@ def test_an_unknown_command_is_one_line_with_the_nearest(
     assert err.startswith(f"error: there is no command '{name}'; {hint}") and err.count("\n") == 1
 
 
-def test_an_installed_toy_is_found_before_that_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_toy_is_found_before_a_repositorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package, repository = tmp_path / "llama", tmp_path
     monkeypatch.setattr(toy, "_PACKAGE", package)
     monkeypatch.setattr(toy, "_REPOSITORY", repository)

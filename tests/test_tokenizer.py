@@ -86,7 +86,7 @@ def settled_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return "".join(column[0] for column in columns)
 
 
-def test_special_ids_are_those_of_llama_2(model: Tokenizer) -> None:
+def test_special_ids_match_llama_2(model: Tokenizer) -> None:
     assert (model.sp_model.unk_id(), model.bos_id, model.eos_id, model.pad_id) == (0, 1, 2, -1)
     assert model.n_words == model.sp_model.get_piece_size()
 
@@ -292,14 +292,14 @@ def test_added_tokens_encode_as_one_token_and_decode_as_their_text(tokenizer_pat
     assert model.special_tokens == names and model.encode("a b", True, True) == tokenizer.encode("a b", True, True)
 
 
-def test_code_llama_s_ids_are_those_of_its_pieces(code_tokenizer: Tokenizer, tokenizer: Tokenizer) -> None:
+def test_code_llama_s_ids_match_its_pieces(code_tokenizer: Tokenizer, tokenizer: Tokenizer) -> None:
     names = ["prefix_id", "middle_id", "suffix_id", "eot_id", "step_id"]
     pieces = [code_tokenizer.token_piece(getattr(code_tokenizer, name)) for name in names]
     assert pieces == [*INFILLING_PIECES, "<step>"]
     assert [getattr(tokenizer, name) for name in names] == [None] * 5
 
 
-def test_infilling_text_has_no_leading_space_of_its_own(code_tokenizer: Tokenizer) -> None:
+def test_infilling_text_has_no_added_leading_space(code_tokenizer: Tokenizer) -> None:
     """Encoded behind a piece that is dropped again, as Meta's package does, and the same in the other direction."""
     sp, rng = code_tokenizer.sp_model, random.Random(5)
     (smile,) = (i for i in range(code_tokenizer.n_words) if sp.id_to_piece(i) == "\u263a")
@@ -365,7 +365,7 @@ SPECIAL = {"content": "<|im_end|>", "special": True}
         },
     ],
 )
-def test_files_beside_the_model_name_added_tokens(
+def test_files_next_to_the_model_name_added_tokens(
     tokenizer_path: Path, tokenizer: Tokenizer, tmp_path: Path, files: dict[str, Any]
 ) -> None:
     shutil.copyfile(tokenizer_path, tmp_path / "tokenizer.model")

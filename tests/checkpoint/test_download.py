@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,18 @@ from tests.support.download import (
 )
 
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 @pytest.fixture(params=["curl", "wget"])
@@ -384,7 +397,7 @@ def test_trouble_of_the_server_that_lasts(download: Download) -> None:
     assert download.files() == without(tree_of("7b"), SHARD)
 
 
-def test_delay_doubles_and_starts_anew_after_progress(any_download: Download) -> None:
+def test_delay_doubles_and_starts_again_after_progress(any_download: Download) -> None:
     slept = any_download.folder / "slept"
     any_download.install("sleep", f'printf "%s " "$1" >>"{slept}"')
     any_download.server.fault(SHARD, status=503, times=6)

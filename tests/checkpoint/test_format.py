@@ -174,14 +174,14 @@ def random_params(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def test_tensors_and_shapes_are_those_of_the_oracle() -> None:
+def test_tensors_and_shapes_match_the_oracle() -> None:
     rng = random.Random(0)
     for _ in range(50):
         params = random_params(rng)
         assert tensor_shapes(ModelArgs(**params), 1) == oracle.shapes(params)
 
 
-def test_tensors_and_shapes_are_those_of_the_network(llama: Llama) -> None:
+def test_tensors_and_shapes_match_the_network(llama: Llama) -> None:
     network = {name: tuple(tensor.shape) for name, tensor in llama.model.state_dict().items()}
     assert network == tensor_shapes(llama.model.params, 1)
 

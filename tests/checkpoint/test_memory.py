@@ -92,7 +92,7 @@ def test_cache_of_the_released_models_for_one_full_context(size: str, gib: float
     assert cache * args.max_seq_len / (args.max_seq_len + 16) == gib * GIB
 
 
-def test_weights_and_cache_are_those_of_a_built_network(llama: Llama) -> None:
+def test_weights_and_cache_match_a_built_network(llama: Llama) -> None:
     plan = plan_memory(llama.model.params, 1, torch.float32)
     assert plan.weights == sum(parameter.nbytes for parameter in llama.model.parameters())
     assert plan.kv_cache == sum(

@@ -217,7 +217,7 @@ def test_rope_freqs_is_the_one_known_extra(one_file: Callable[..., Path], args: 
         ({7: torch.ones(1)}, r"but has 7$"),
     ],
 )
-def test_tensors_that_are_not_those_of_the_network_are_refused(
+def test_tensors_that_do_not_fit_the_network_are_refused(
     one_file: Callable[..., Path], args: ModelArgs, changes: dict[Any, Tensor | None], message: str
 ) -> None:
     path = one_file(changes)

@@ -169,7 +169,7 @@ def test_what_is_no_dialog_is_refused(web: httpx.Client, messages: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_log_probabilities_are_those_of_the_text(client: Any, stream: bool) -> None:
+def test_log_probabilities_match_the_text(client: Any, stream: bool) -> None:
     ask: Any = {"model": MODEL, "messages": BOOK, "temperature": 0, "max_tokens": 5, "logprobs": True}
     answer = client.chat.completions.create(top_logprobs=10, stream=stream, **ask)
     if stream:
@@ -214,7 +214,7 @@ def test_a_text_is_completed(web: httpx.Client, prompt: str) -> None:
     assert answer["usage"]["completion_tokens"] <= 8
 
 
-def test_a_streamed_text_is_that_of_the_whole_answer(web: httpx.Client) -> None:
+def test_a_streamed_text_matches_the_whole_answer(web: httpx.Client) -> None:
     body = {"prompt": "I believe the meaning of life is", "max_tokens": 24, "temperature": 0}
     whole = post(web, COMPLETION, body)["choices"][0]["text"]
     assert "".join(chunk["choices"][0]["text"] for chunk in streamed(web, COMPLETION, body)) == whole

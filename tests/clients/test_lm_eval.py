@@ -46,7 +46,7 @@ def metrics(lm: Any, folder: Path, names: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", ["huggingface", "remote", "none"])
-def test_the_numbers_are_those_of_llama_evaluate(
+def test_the_numbers_match_llama_evaluate(
     server: ServerProcesses,
     llama: Llama,
     hf_folder: Path,

@@ -43,7 +43,7 @@ def test_a_hook_makes_captured_steps_eager_while_it_is_there(make: Callable[[str
     assert replayed(built)
 
 
-def test_a_moved_weight_or_another_module_is_captured_anew(make: Callable[[str], Built]) -> None:
+def test_a_moved_weight_or_another_module_is_captured_again(make: Callable[[str], Built]) -> None:
     built = make("captured steps")
     stepper = built.llama.stepper
     assert isinstance(stepper, RecordedStepper)

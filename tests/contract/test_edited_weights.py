@@ -182,7 +182,7 @@ def test_a_second_edit_counts_as_the_first_did(built: Built) -> None:
     built.assert_unedited()
 
 
-def test_packing_anew_after_an_edit_counts(built: Built) -> None:
+def test_packing_again_after_an_edit_counts(built: Built) -> None:
     if built.build.dtype != "bfloat16" or not packs():
         pytest.skip("only bfloat16 is packed, on a CPU whose oneDNN takes it")
     for name in EDITED:

@@ -432,7 +432,7 @@ def test_a_network_built_and_loaded_by_hand(dtype: torch.dtype) -> None:
     assert greedy(Llama(model, tokenizer), PROMPTS) == greedy(built, PROMPTS)
 
 
-def test_a_generation_loop_of_ones_own(toy: Llama) -> None:
+def test_a_custom_generation_loop(toy: Llama) -> None:
     """All rows go on from the shortest prompt; the longer ones are fed token by token."""
     model, tokenizer = toy.model, toy.tokenizer
     prompts = [tokenizer.encode(text, bos=True, eos=False) for text in PROMPTS]
@@ -452,7 +452,7 @@ def test_a_generation_loop_of_ones_own(toy: Llama) -> None:
         assert row[: len(prompt)] == prompt and row[len(prompt) :][: len(new)] == new
 
 
-def test_perplexity_by_a_loop_of_ones_own(toy: Llama) -> None:
+def test_perplexity_by_a_custom_loop(toy: Llama) -> None:
     total, n = 0.0, 0
     texts = ["The context length of Llama 2 is 4096 tokens.", "I think that the meaning of life is to love."]
     for text in texts:
@@ -573,7 +573,7 @@ class OwnAttention(nn.Module):
         return self.wo(heads.transpose(1, 2).reshape(bsz, seqlen, -1))
 
 
-def test_an_attention_of_ones_own_in_a_network_that_is_there() -> None:
+def test_a_custom_attention_in_a_built_network() -> None:
     llama = toy_of(dtype="float32")
     expected = greedy(llama, PROMPTS)
     for layer in llama.model.layers:
@@ -588,7 +588,7 @@ def test_an_attention_of_ones_own_in_a_network_that_is_there() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_attention_of_ones_own_in_place_of_the_class(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_attention_in_place_of_the_class(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = greedy(toy_of(dtype=dtype), PROMPTS)
     monkeypatch.setattr(llama.model, "Attention", OwnAttention)
     own = toy_of(dtype=dtype)
@@ -791,7 +791,7 @@ def test_reprs_have_the_sizes(dtype: str) -> None:
         assert part in repr(copy.deepcopy(model)) and part in repr(pickle.loads(pickle.dumps(model)))
 
 
-def test_a_norm_of_ones_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_norm_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3, 8)
     norm = RMSNorm(8)
     expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps)

@@ -143,7 +143,7 @@ def test_a_compiled_network_counts(make: Callable[[str], Built], how: str) -> No
     assert len(calls) >= 2, "the compiled code did not run in each pass"
 
 
-def test_rotations_of_ones_own_count(built: Built) -> None:
+def test_custom_rotations_count(built: Built) -> None:
     built.model.freqs_cis = llama.model.precompute_freqs_cis(8, 2 * MAX_SEQ_LEN, theta=10.0)
     built.params = built.params | {"rope_theta": 10.0}
     got, theta_10 = built._logprobs(), built._expected(built.original)

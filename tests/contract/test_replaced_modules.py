@@ -52,13 +52,13 @@ def test_lora_in_the_place_of_layers_counts(built: Built) -> None:
     built.assert_computes(expected)
 
 
-def test_an_output_of_ones_own_counts(built: Built) -> None:
+def test_a_custom_output_counts(built: Built) -> None:
     plain = nn.Linear(32, 512, bias=False, dtype=built.dtype)
     built.model.output = plain
     built.assert_computes(built.original | {"output.weight": plain.weight.detach().float()})
 
 
-def test_a_feed_forward_of_ones_own_counts(built: Built) -> None:
+def test_a_custom_feed_forward_counts(built: Built) -> None:
     class Nothing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.zeros_like(x)
@@ -67,7 +67,7 @@ def test_a_feed_forward_of_ones_own_counts(built: Built) -> None:
     built.assert_computes(scaled(built.original, "layers.1.feed_forward.w2", 0.0))
 
 
-def test_an_attention_of_ones_own_counts(built: Built) -> None:
+def test_a_custom_attention_counts(built: Built) -> None:
     """It knows what Meta's code passes: an int start_pos."""
 
     class Nothing(nn.Module):

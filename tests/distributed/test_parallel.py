@@ -346,7 +346,7 @@ def test_a_build_on_two_ranks_does_not_import_the_compiler(world_2: list[Result]
     assert [result["compiler"] for result in world_2] == [False, False]
 
 
-def test_a_second_build_beside_the_first(world_2: list[Result], one_process: Result) -> None:
+def test_a_second_build_next_to_the_first(world_2: list[Result], one_process: Result) -> None:
     for result in world_2:
         assert result["second build"] == result["first build"] == one_process["greedy"]
 

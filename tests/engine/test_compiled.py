@@ -110,7 +110,7 @@ def compiled(cache_dir: Path) -> tuple[Transformer, CompiledStepper]:
     return model, stepper
 
 
-def test_tokens_and_logits_are_those_of_the_network(compiled: tuple[Transformer, CompiledStepper]) -> None:
+def test_tokens_and_logits_match_the_network(compiled: tuple[Transformer, CompiledStepper]) -> None:
     """In float32, for one row and several, at any lengths, to the cache's last position."""
     model, stepper = compiled
     assert_same_steps(run(model, stepper), run(model, None))
@@ -171,7 +171,7 @@ FORMS: dict[str, tuple[str, Kernels]] = {
 
 @pytest.mark.usefixtures("_uncompiled")
 @pytest.mark.parametrize("form", FORMS)
-def test_products_are_those_of_the_layers(form: str) -> None:
+def test_products_match_the_layers(form: str) -> None:
     name, form_kernels = FORMS[form]
     can_use = {
         "bfloat16": can_pack(CPU, torch.bfloat16),

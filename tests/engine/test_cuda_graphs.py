@@ -50,7 +50,7 @@ def run(
 
 @pytest.mark.parametrize("kind", STEPPERS)
 @pytest.mark.parametrize("seed", range(8))
-def test_tokens_are_those_of_the_plain_step(kind: str, seed: int) -> None:
+def test_tokens_match_the_plain_step(kind: str, seed: int) -> None:
     """Any lengths, rows that end at any moment, more prompts than rows; and the stream is left at the same place."""
     rng = random.Random(seed)
     model = make_network(rng.randint(1, 5))
@@ -118,7 +118,7 @@ def test_a_capture_that_fails_is_said_once_and_makes_no_difference(caplog: pytes
     assert "CUDA graphs are disabled" in record.message and "not permitted" in record.message
 
 
-def test_a_step_is_under_way_while_the_one_before_is_booked() -> None:
+def test_a_step_is_in_flight_while_the_one_before_is_recorded() -> None:
     """That is what keeps a GPU busy. The first token comes from the prefill, the last has no step behind it."""
     model = make_network(2)
     taken: list[int] = []

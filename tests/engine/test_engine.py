@@ -255,7 +255,7 @@ def test_between_steps_the_callers_grad_mode_holds(make: Callable[..., Transform
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_logprobs_are_those_of_the_raw_logits(
+def test_logprobs_match_the_raw_logits(
     make: Callable[..., Transformer], state: oracle.State, temperature: float
 ) -> None:
     prompts = random_prompts(random.Random(1), 7)
@@ -393,7 +393,7 @@ DISTURBANCES = {"call": _disturb_by_a_call, "decode": _disturb_by_decoding, "sco
 @pytest.mark.parametrize("kind", ["plain", "static", "patched", "only forward"])
 @pytest.mark.parametrize("disturbance", DISTURBANCES)
 @pytest.mark.parametrize("seed", range(4))
-def test_what_others_overwrote_in_the_cache_is_computed_anew(
+def test_what_others_overwrote_in_the_cache_is_computed_again(
     make: Callable[..., Transformer], state: oracle.State, seed: int, disturbance: str, kind: str
 ) -> None:
     """Between any two steps, with rows of any lengths, prompts that wait, and rows that move into gaps."""
@@ -433,7 +433,7 @@ def test_two_loops_side_by_side_give_what_each_gives_alone(make: Callable[..., T
     assert [drain(iter(steps), len(mine)) for steps, mine in zip(found, prompts, strict=True)] == expected
 
 
-def test_a_cache_that_nobody_touched_is_not_computed_anew(make: Callable[..., Transformer]) -> None:
+def test_a_cache_that_nobody_touched_is_not_computed_again(make: Callable[..., Transformer]) -> None:
     model = make(3)
     passes = _Passes(model)
     run(model, [[1, 2], [3, 4], [4, 5], [6, 7]], 5)

@@ -14,7 +14,7 @@ from torch import nn
 from llama.engine.lock import _PATIENCE_S, ModelLock, lock_of
 
 
-def test_users_of_one_network_share_a_lock_and_those_of_others_do_not() -> None:
+def test_users_of_one_network_share_a_lock_and_others_do_not() -> None:
     class Equal:
         """By value, as a dataclass is: no key of a dictionary."""
 

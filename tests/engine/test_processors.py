@@ -115,7 +115,7 @@ def test_top_k_of_one_is_greedy(llama: Llama) -> None:
     assert rows(llama, PROMPTS, temperature=1.0, seed=1, top_k=1) == rows(llama, PROMPTS)
 
 
-def test_log_probabilities_stay_those_of_the_raw_logits(llama: Llama) -> None:
+def test_log_probabilities_still_match_the_raw_logits(llama: Llama) -> None:
     tokens, logprobs = llama.generate(PROMPTS[:1], 6, 0.0, logprobs=True, logit_bias={50: 100.0})
     scores = llama.score_tokens([PROMPTS[0] + tokens[0]])[0][len(PROMPTS[0]) :]
     assert logprobs is not None and logprobs[0] == pytest.approx(scores, abs=1e-3)

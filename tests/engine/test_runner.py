@@ -171,7 +171,7 @@ def test_logits_of_another_dtype_are_taken_as_float32(model: Transformer) -> Non
     assert runner.decode(torch.tensor([[3]]), [2]).dtype == torch.float32
 
 
-def test_device_and_dtype_are_those_of_the_parameters_or_the_cpus(model: Transformer, state: oracle.State) -> None:
+def test_device_and_dtype_come_from_the_parameters_or_the_cpu(model: Transformer, state: oracle.State) -> None:
     assert (device_of(model), dtype_of(model)) == (torch.device("cpu"), torch.float32)
     assert dtype_of(model.bfloat16()) == torch.bfloat16
     assert device_of(nn.Linear(2, 2, device="meta")) == torch.device("meta")

@@ -69,7 +69,7 @@ def test_rows_that_no_token_has_are_never_sampled(
     assert streamed == llama.text_completion(PROMPTS[:1], max_gen_len=24, **arguments)[0]["generation"]
 
 
-def test_log_probabilities_are_those_of_the_raw_logits(padded: Path, params: dict[str, Any]) -> None:
+def test_log_probabilities_match_the_raw_logits(padded: Path, params: dict[str, Any]) -> None:
     llama = build(padded)
     (row,), (logprobs,) = llama.generate([[1, 5, 9]], 4, temperature=0, logprobs=True)
     raw = llama.model(torch.tensor([[1, 5, 9, *row]]), 0).log_softmax(-1)[0, 2:6]

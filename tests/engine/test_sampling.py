@@ -67,7 +67,7 @@ def binary_fractions(rng: random.Random, n: int) -> list[int]:
             return weights
 
 
-def test_the_set_is_that_of_exact_arithmetic() -> None:
+def test_the_set_matches_exact_arithmetic() -> None:
     """Edges included: `p` is often just the mass before some token, which then stays."""
     rng = random.Random(0)
     for _ in range(500):
@@ -107,7 +107,7 @@ def test_a_token_of_no_probability_is_never_drawn() -> None:
     ("temperature", "top_p"), [(0.6, 0.9), (1.0, 1.0), (1.7, 0.5), (0.05, 0.95), (1.0, 1e-6), (1.5, 0.0)]
 )
 @pytest.mark.parametrize(("bsz", "vocab_size", "n_steps"), [(1, 50, 40), (2, 50, 40), (5, 500, 40), (4, 32000, 2)])
-def test_tokens_are_those_of_the_published_algorithm(
+def test_tokens_match_the_published_algorithm(
     temperature: float, top_p: float, bsz: int, vocab_size: int, n_steps: int
 ) -> None:
     """Step by step, with the same seed."""

@@ -80,7 +80,7 @@ def counted(llama: Llama, *args: Any, **options: Any) -> tuple[Any, int, int]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("temperature", [0.0, 0.4])
-def test_tokens_are_those_of_plain_decoding(llama: Llama, way: str, temperature: float) -> None:
+def test_tokens_match_plain_decoding(llama: Llama, way: str, temperature: float) -> None:
     """Greedy, and sampled with the same seed; any number of prompts, of any lengths, up to the end of the cache."""
     rng = random.Random(1)
     n_drafted = n_accepted = 0
@@ -97,7 +97,7 @@ def test_tokens_are_those_of_plain_decoding(llama: Llama, way: str, temperature:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_greedy_tokens_are_those_of_the_oracle(
+def test_greedy_tokens_match_the_oracle(
     llama: Llama, params: dict[str, Any], state: dict[str, Tensor], way: str
 ) -> None:
     for prompt in repeating_prompts(random.Random(2), 4, longest=40):
@@ -126,7 +126,7 @@ def test_sequences_that_share_a_stream_may_be_at_different_steps(llama: Llama) -
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_distribution_is_that_of_plain_decoding_with_any_sampling(
+def test_the_distribution_matches_plain_decoding_with_any_sampling(
     llama: Llama, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """A replaced `sample_top_p` draws noise of its own, so that tokens differ; their frequencies do not.
@@ -157,7 +157,7 @@ def test_the_distribution_is_that_of_plain_decoding_with_any_sampling(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_texts_streams_and_stop_strings_are_those_of_plain_decoding(llama: Llama, way: str) -> None:
+def test_texts_streams_and_stop_strings_match_plain_decoding(llama: Llama, way: str) -> None:
     texts = ["The quick brown fox. The quick brown fox. The quick", "12 12 12 12 12", "naïve café, naïve"]
     for stop in ([], ["fox", "o"]):
         options: dict[str, Any] = {"temperature": 0.7, "seed": 4, "stop": stop}

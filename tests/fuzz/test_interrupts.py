@@ -194,7 +194,7 @@ def beside_others(llama: Llama, call: Callable[[Llama], Any], n_tried: int | Non
 
 
 @pytest.mark.parametrize("name", ["greedy", "stream"])
-def test_others_get_every_token_once_beside_an_interrupted_call(llama: Llama, name: str) -> None:
+def test_others_get_every_token_once_next_to_an_interrupted_call(llama: Llama, name: str) -> None:
     if llama.model.norm.weight.dtype == torch.float32:  # elsewhere tokens depend on the batch
         assert beside_others(llama, CALLS[name], 8) >= 8
 

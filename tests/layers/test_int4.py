@@ -99,7 +99,7 @@ def test_a_weight_that_is_quantized_part_by_part_is_quantized_as_a_whole(monkeyp
 @needs_int4
 @WAYS
 @pytest.mark.parametrize(("n_out", "n_in"), [(64, 32), (128, 96), (1088, 64)])
-def test_the_product_is_that_of_the_rounded_weight(n_out: int, n_in: int, dequantized_rows: int | None) -> None:
+def test_the_product_matches_the_rounded_weight(n_out: int, n_in: int, dequantized_rows: int | None) -> None:
     weight = quantize_int4(normal(n_out, n_in))
     for n_rows in (1, 3, 33):
         x = normal(n_rows, n_in, seed=1).bfloat16()

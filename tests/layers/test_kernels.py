@@ -85,7 +85,7 @@ def quantized_product(x: Tensor, weight: Tensor, block: int) -> Tensor:
 @needs_int8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("n_in", "block"), [(64, 32), (96, 32), (48, 16), (12, 4), (7, 1)])
-def test_the_int8_product_is_that_of_rotated_and_rounded_operands(n_in: int, block: int, dtype: torch.dtype) -> None:
+def test_the_int8_product_matches_rotated_and_rounded_operands(n_in: int, block: int, dtype: torch.dtype) -> None:
     x, weight = normal(70, n_in, seed=1).to(dtype), normal(OUT, n_in)
     out = quantized_linear(x, quantize_weight(weight))
     assert out.dtype == dtype

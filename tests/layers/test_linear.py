@@ -153,7 +153,7 @@ def test_packing_leaves_the_weight_as_it_is_and_scratch_memory_makes_no_differen
 @pytest.mark.parametrize("kind", ["column", "row"])
 @pytest.mark.parametrize("packs", [False, pytest.param(True, marks=needs_packing)], ids=["plain", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_forward_is_that_of_fairscales_own_layers(dtype: torch.dtype, packs: bool, kind: str, bias: bool) -> None:
+def test_forward_matches_fairscales_layers(dtype: torch.dtype, packs: bool, kind: str, bias: bool) -> None:
     if kind == "column":
         ours, theirs = (
             cls(IN, OUT, bias=bias) for cls in (ColumnParallelLinear, fairscale_layers.ColumnParallelLinear)
@@ -206,7 +206,7 @@ def _on_two_ranks(rank: int) -> list[tuple[str, Tensor, Tensor]]:
     return found
 
 
-def test_outputs_and_gradients_on_two_ranks_are_those_of_fairscales_own_layers() -> None:
+def test_outputs_and_gradients_on_two_ranks_match_fairscales_layers() -> None:
     for found in run_ranks(2, _on_two_ranks):
         assert len(found) >= 16
         for name, ours, theirs in found:
@@ -412,7 +412,7 @@ def _saved(module: nn.Module) -> Any:
 
 @needs_packing
 @pytest.mark.parametrize("kind", COPIES)
-def test_copies_of_a_packed_layer_are_layers_of_their_own(kind: str) -> None:
+def test_copies_of_a_packed_layer_are_independent(kind: str) -> None:
     layer = make_packed()
     copied = COPIES[kind](layer)
     assert type(copied) is ColumnParallelLinear and copied.weight is not layer.weight

@@ -100,7 +100,7 @@ def test_a_weight_that_requires_gradients_is_not_quantized() -> None:
     assert_computes(layer, layer.weight, exactly=True)
 
 
-def test_gradients_of_inputs_are_those_of_the_weight_itself() -> None:
+def test_gradients_of_inputs_match_the_weight_itself() -> None:
     layer = make()
     x, upstream = normal(3, IN, seed=1).requires_grad_(), normal(3, OUT, seed=2)
     layer(x).backward(upstream)

@@ -16,7 +16,7 @@ BUILD = {"device": "cpu", "dtype": "float32"}
 
 
 @pytest.mark.parametrize(("theta", "expected"), [({}, 4096), ({"rope_theta": 1e6}, 16384), ({"rope_theta": 1e4}, 4096)])
-def test_it_is_that_of_the_family_where_nothing_says_what_the_checkpoint_was_trained_for(
+def test_it_is_the_familys_where_nothing_says_what_the_checkpoint_was_trained_for(
     write_checkpoint: Callable[..., Path],
     params: dict[str, Any],
     state: dict[str, torch.Tensor],

@@ -73,7 +73,7 @@ def test_version_and_ping(serve: Serve) -> None:
     assert serve().post("/ping").status_code == 200
 
 
-def test_log_probabilities_of_the_prompt_are_those_of_the_library(serve: Serve, llama: Llama) -> None:
+def test_log_probabilities_of_the_prompt_match_the_library(serve: Serve, llama: Llama) -> None:
     prompts = ["A llama", "Grass and é"]
     body = {"prompt": prompts, "max_tokens": 3, "temperature": 0, "prompt_logprobs": 2, "n": 2}
     plain = serve().post("/v1/completions", json={k: v for k, v in body.items() if k != "prompt_logprobs"}).json()

@@ -52,7 +52,7 @@ def test_labels_have_no_effect_whatever_their_value(kind: Any, body: dict[str, A
             assert check_body(body | {name: value}, kind) == check_body(body, kind)
 
 
-def test_nested_fields_are_read_like_those_of_the_body() -> None:
+def test_nested_fields_are_read_like_the_bodys() -> None:
     labels = dict.fromkeys(labels_of(fields.MESSAGE_NEUTRAL), "x")
     neutral = {name: values[0] for name, values in fields.MESSAGE_NEUTRAL.items() if values}
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "annotations": None}

@@ -22,7 +22,7 @@ def client_of(web: TestClient) -> OpenAI:
     return OpenAI(base_url="http://testserver/v1", api_key="none", http_client=web, max_retries=0)  # type: ignore[arg-type]
 
 
-def test_an_answer_is_that_of_the_chat(serve: Serve, llama: Llama) -> None:
+def test_an_answer_matches_the_chat(serve: Serve, llama: Llama) -> None:
     client = client_of(serve())
     dialog: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
     expected = llama.chat_completion([dialog], 0, max_gen_len=8)[0]["generation"]["content"]

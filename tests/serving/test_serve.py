@@ -178,7 +178,7 @@ def test_a_stop_string_ends_an_answer_and_does_not_show(client: OpenAI) -> None:
     assert chunks[-1].finish_reason == "stop"
 
 
-def test_log_probabilities_are_those_of_the_library(client: OpenAI, llama: Llama, expected: dict[str, Any]) -> None:
+def test_log_probabilities_match_the_library(client: OpenAI, llama: Llama, expected: dict[str, Any]) -> None:
     rows, scores = llama.generate([expected["prompt"]], 12, 0, logprobs=True, echo=True)
     assert scores
     answer = client.completions.create(model=MODEL, prompt=TEXT[0], temperature=0, max_tokens=12, logprobs=2, echo=True)

@@ -75,7 +75,7 @@ def prompts_of(llama: Llama) -> list[list[int]]:
     return [llama.tokenizer.encode(line, bos=True, eos=False)[:20] for line in TEXT]
 
 
-def test_requests_of_many_threads_get_what_a_call_of_their_own_gives(llama: Llama, service: Service) -> None:
+def test_requests_of_many_threads_get_what_a_separate_call_gives(llama: Llama, service: Service) -> None:
     prompts = prompts_of(llama)
     expected = [
         llama.text_completion([llama.tokenizer.decode(prompt)], 0, max_gen_len=8 + i)[0]["generation"]

@@ -9,6 +9,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,36 +25,68 @@ def preload(*modules: str) -> None:
     FORKSERVER.set_forkserver_preload(["llama", "llama.tools.commandline", "tests.conftest", *modules])
 
 
+class Program:
+    """`python ARGUMENTS`, which begin with -m, -c or a file, with the methods of `subprocess.Popen` that tests use.
+
+    Args:
+        files: what it reads, and what it appends its output and its errors to.
+        env: all of its environment; None for this process's.
+    """
+
+    def __init__(
+        self, *arguments: object, files: tuple[Path, Path, Path], env: Mapping[str, str] | None = None, cwd: Path = ROOT
+    ) -> None:
+        preload()
+        self.args = [os.fspath(word) if isinstance(word, Path) else str(word) for word in arguments]
+        environment = dict(os.environ if env is None else env)
+        paths = [os.fspath(path) for path in files]
+        self._process = FORKSERVER.Process(target=_run, args=(self.args, paths, environment, str(cwd)))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if (status := self.poll()) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None and self.pid is not None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 def run_python(
     *arguments: object, env: Mapping[str, str] | None = None, cwd: Path = ROOT, input: str = "", timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """What `python ARGUMENTS` does, which begin with -m, -c or a file: its status, output and errors as text.
+    """Runs a `Program` to its end: its status, output and errors as text.
 
     Args:
-        env: all of its environment; None for this process's.
         input: its standard input.
     """
-    preload()
-    words = [os.fspath(word) if isinstance(word, Path) else str(word) for word in arguments]
     with tempfile.TemporaryDirectory() as folder:
-        paths = [os.path.join(folder, name) for name in ("in", "out", "err")]
-        Path(paths[0]).write_text(input)
-        process = FORKSERVER.Process(
-            target=_run, args=(words, paths, dict(os.environ if env is None else env), str(cwd))
-        )
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(words, timeout, *(Path(path).read_bytes() for path in paths[1:]))
-        printed = (Path(path).read_text(errors="surrogateescape") for path in paths[1:])
-        return subprocess.CompletedProcess(words, process.exitcode or 0, *printed)
+        given, printed, errors = (Path(folder, name) for name in ("in", "out", "err"))
+        given.write_text(input)
+        program = Program(*arguments, files=(given, printed, errors), env=env, cwd=cwd)
+        try:
+            status = program.wait(timeout)
+        finally:
+            program.kill()
+        texts = (path.read_text(errors="surrogateescape") for path in (printed, errors))
+        return subprocess.CompletedProcess(program.args, status, *texts)
 
 
 def _run(words: list[str], paths: list[str], env: dict[str, str], cwd: str) -> None:
     for number, path in enumerate(paths):
-        file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY, 0o600)
         os.dup2(file, number)
         os.close(file)
     encoding = env.get("PYTHONIOENCODING")

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from tests.conftest import ROOT
+from tests.support.processes import Program
 
 START_S = 120.0
 _LAUNCHER = re.compile(
@@ -28,13 +26,17 @@ class ServerProcesses:
     """A server of one or several ranks on a free loopback port."""
 
     def __init__(self, checkpoint: Path, tokenizer: Path, *flags: str, ranks: int = 1) -> None:
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._folder = tempfile.TemporaryDirectory()
+        files = [Path(self._folder.name, name) for name in ("in", "out", "log")]
+        for file in files:
+            file.touch()
+        self._out, self._log = files[1:]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             master_port = probe.getsockname()[1]
         clean = {name: value for name, value in os.environ.items() if not _LAUNCHER.match(name)}
-        command = [sys.executable, "-m", "llama.tools.serve", "--ckpt_dir", str(checkpoint)]
-        command += ["--tokenizer_path", str(tokenizer), "--port", "0", "--device", "cpu", "--dtype", "float32", *flags]
+        command = ["-m", "llama.tools.serve", "--ckpt_dir", checkpoint, "--tokenizer_path", tokenizer]
+        command += ["--port", "0", "--device", "cpu", "--dtype", "float32", *flags]
         self.processes = []
         for rank in range(ranks):
             launcher = {
@@ -46,14 +48,7 @@ class ServerProcesses:
                 "MASTER_PORT": str(master_port),
             }
             environment = clean | {"OMP_NUM_THREADS": "1"} | (launcher if ranks > 1 else {})
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                text=True,
-                stdout=subprocess.PIPE if rank == 0 else None,
-                stderr=self._log,
-            )
+            process = Program(*command, env=environment, files=(files[0], self._out, self._log))
             self.processes.append(process)
         try:
             self.url = self._wait_until_ready()
@@ -62,9 +57,8 @@ class ServerProcesses:
             raise
 
     def _wait_until_ready(self) -> str:
-        first = self.processes[0]
-        assert first.stdout
-        line = first.stdout.readline()
+        self.wait(lambda: "\n" in self._out.read_text(), START_S)
+        (line, *_) = self._out.read_text().splitlines()
         assert "http://" in line, self.log()
         url = line[line.index("http://") :].partition(",")[0]
         self.wait(lambda: httpx.get(f"{url}/health").status_code == 200, START_S)
@@ -105,9 +99,7 @@ class ServerProcesses:
 
     def log(self) -> str:
         """What all ranks have written to stderr."""
-        self._log.flush()
-        self._log.seek(0)
-        return self._log.read()
+        return self._log.read_text()
 
     def terminate(self) -> list[int]:
         """Asks all ranks to end, as torchrun does for a SIGTERM; returns their statuses."""

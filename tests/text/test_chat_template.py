@@ -59,7 +59,7 @@ def random_dialog(rng: random.Random) -> list[Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ids_are_those_of_transformers(family: str, tokenizer_path: Path, tmp_path: Path) -> None:
+def test_ids_match_transformers(family: str, tokenizer_path: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     template, settings = FAMILIES[family]
     tokenizer = hf_folder(tmp_path, tokenizer_path, template, **settings)

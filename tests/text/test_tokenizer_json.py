@@ -65,7 +65,7 @@ def bpe(path: Path) -> JsonTokenizer:
     return JsonTokenizer(path)
 
 
-def test_ids_and_texts_are_those_of_the_package(path: Path, bpe: JsonTokenizer) -> None:
+def test_ids_and_texts_match_the_package(path: Path, bpe: JsonTokenizer) -> None:
     theirs, rng = tokenizers.Tokenizer.from_file(str(path)), random.Random(0)
     for text in [*TEXTS, *TEXT, *("".join(rng.choices(ALPHABET, k=rng.randint(0, 20))) for _ in range(500))]:
         ids = bpe.encode(text, bos=False, eos=False)
@@ -75,7 +75,7 @@ def test_ids_and_texts_are_those_of_the_package(path: Path, bpe: JsonTokenizer) 
     assert bpe.n_words == theirs.get_vocab_size() and bpe.decode([]) == ""
 
 
-def test_special_tokens_are_named_by_the_files_beside_it(bpe: JsonTokenizer) -> None:
+def test_special_tokens_are_named_by_the_files_next_to_it(bpe: JsonTokenizer) -> None:
     assert (bpe.bos_id, bpe.eos_id, bpe.pad_id) == (1, 2, 2)
     names = {"<|endoftext|>": 0, IM[0]: 1, IM[1]: 2, "<plain>": bpe.n_words - 1}
     assert bpe.special_tokens == names

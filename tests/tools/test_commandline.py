@@ -20,6 +20,7 @@ from llama.inputs import check_speculative
 from llama.tools import cli, commandline
 from llama.tools.cli import COMMANDS
 from llama.tools.commandline import run, with_build_flags
+from tests.conftest import ROOT
 from tests.support.processes import run_python
 
 

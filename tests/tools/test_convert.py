@@ -238,7 +238,7 @@ def test_dtype_converts(hf_dir: Path, checkpoint: Path, tokenizer_path: Path, tm
     )
 
 
-def test_each_name_of_transformers_is_that_of_one_released_tensor() -> None:
+def test_each_name_of_transformers_belongs_to_one_released_tensor() -> None:
     names = list(tensor_shapes(ModelArgs(dim=8, n_heads=2, n_layers=12, vocab_size=3), 1))
     theirs = {hf_name(name): name for name in names}
     assert [theirs[hf_name(name)] for name in names] == names

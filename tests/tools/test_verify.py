@@ -124,7 +124,7 @@ def test_llama_1s_frequencies_are_no_problem(folder: Path) -> None:
     assert problems(folder) == []
 
 
-def test_the_tokenizer_beside_or_above_or_named(folder: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_in_the_folder_or_above_or_named(folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "tokenizer.model"
     broken.write_bytes(b"broken")
     assert_one(problems(folder, tokenizer_path=broken), "must be a SentencePiece model")
