@@ -199,9 +199,9 @@ def positions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     prefill = ModelRunner.prefill
 
-    def counted(self: ModelRunner, tokens: Any, *args: Any) -> Tensor:
+    def counted(self: ModelRunner, tokens: Any, *args: Any, **options: Any) -> Tensor:
         counts.append(sum(map(len, tokens)))
-        return prefill(self, tokens, *args)
+        return prefill(self, tokens, *args, **options)
 
     monkeypatch.setattr(ModelRunner, "prefill", counted)
     return counts
