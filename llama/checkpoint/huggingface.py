@@ -67,6 +67,7 @@ _SIZES = {
 }
 _MULTIPLES = (256, 1024, 4096, 512, 2048, 128, 64, 32, 16, 8, 4, 2, 1)  # multiple_of: the released values first
 _RELEASED_MULTIPLIER = 1.3
+_DTYPE_NAMES = ", ".join(SAFETENSORS_DTYPES)
 _MAX_SIZE = 2**31 - 1  # of a size in config.json
 
 
@@ -283,21 +284,16 @@ class _SafetensorsFile:
         except safetensors.SafetensorError as error:
             reason = printable(error, limit=200)
             raise ValueError(f"{path} cannot be read ({reason}); is it cut short? Compare its checksum") from error
-        self.layout = {name: self._without_values(name, part) for name, part in slices.items()}
+        self.layout = {}
+        for name, part in slices.items():
+            if (code := part.get_dtype()) not in SAFETENSORS_DTYPES:
+                raise ValueError(f"{path}: {printable(name)} must have dtype {_DTYPE_NAMES}, got {code}")
+            self.layout[name] = torch.empty(part.get_shape(), dtype=SAFETENSORS_DTYPES[code], device="meta")
 
     def read(self, name: str) -> Tensor:
         with safetensors.safe_open(self._path, "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
-
-    def _without_values(self, name: str, part: Any) -> Tensor:
-        dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
-        if dtype is None:
-            raise ValueError(
-                f"{self._path}: {printable(name)} must have dtype {', '.join(SAFETENSORS_DTYPES)}, "
-                f"got {part.get_dtype()}"
-            )
-        return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 class _BinFile:
@@ -309,7 +305,7 @@ class _BinFile:
         self._last: Tensor | None = None
         for name, tensor in self._state.items():
             if tensor.dtype not in SAFETENSORS_DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
-                raise ValueError(f"{path}: {printable(name)} must be a dense tensor of {', '.join(SAFETENSORS_DTYPES)}")
+                raise ValueError(f"{path}: {printable(name)} must be a dense tensor of {_DTYPE_NAMES}")
         self.layout = {str(name): tensor.to("meta") for name, tensor in self._state.items()}
 
     def read(self, name: str) -> Tensor:

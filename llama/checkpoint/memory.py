@@ -211,19 +211,21 @@ def free_address_space() -> int:
 
 def _file_cache(stat_file: Path) -> int:
     """Bytes of a container's usage that are cached files, which the kernel drops when memory is asked for."""
-    try:
-        stat = dict(line.split() for line in stat_file.read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
+    stat = _read_numbers(stat_file)
     prefix = "total_" if "total_inactive_file" in stat else ""
-    return sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
+    return sum(stat.get(f"{prefix}{name}", 0) for name in ("inactive_file", "active_file"))
 
 
 def _read_meminfo() -> int | None:
     """MemAvailable in bytes; None where there is no /proc."""
+    kib = _read_numbers(Path("/proc/meminfo")).get("MemAvailable:")
+    return None if kib is None else 1024 * kib
+
+
+def _read_numbers(path: Path) -> dict[str, int]:
+    """What a file says that has a name and a number per line; nothing if it is missing or of another form."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if kib is None else 1024 * int(kib)
+        lines = [line.split() for line in path.read_text().splitlines()]
+        return {name: int(number) for name, number, *_ in lines}
+    except (OSError, ValueError):
+        return {}

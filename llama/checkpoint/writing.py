@@ -181,7 +181,10 @@ def staged_folder(output_dir: str | Path, n_bytes: int) -> Iterator[Path]:
     target = Path(output_dir).resolve()
     check_absent(target)
     staged = target.with_name(f".{target.name}.llama-tools-partial")
-    check_space(target.parent, n_bytes - sum(512 * path.lstat().st_blocks for path in staged.glob("*")))
+    there = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(there).free + sum(512 * path.lstat().st_blocks for path in staged.glob("*"))
+    if free < n_bytes:
+        raise OSError(f"the disk of {target.parent} must have {n_bytes / GB:.2f} GB free, got {free / GB:.2f} GB")
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = _claim(staged)
     try:
@@ -203,14 +206,6 @@ def check_absent(output_dir: str | Path) -> None:
         raise FileExistsError(f"output_dir must not be a mount point, got {output_dir}; give {target}/model")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"output_dir must be a new or an empty folder, got {output_dir}, which exists already")
-
-
-def check_space(folder: Path, n_bytes: int) -> None:
-    """Raises OSError if the disk of `folder`, which need not exist yet, has less than `n_bytes` free."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if free < n_bytes:
-        raise OSError(f"the disk of {folder} must have {n_bytes / GB:.2f} GB free, got {free / GB:.2f} GB")
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
