@@ -60,9 +60,10 @@ def with_flags_of(callee: Callable[..., Any], function: Function, **defaults: An
 
     texts = _documented(callee)
     if function.__doc__ and texts:  # not under python -OO
-        lines = [f"        {p.name}: {texts[p.name]}" for p in added]
-        before, *raises = re.split(r"\n(?=\n    Raises:)", function.__doc__.rstrip())
-        with_defaults.__doc__ = "\n".join([before, *lines, *raises, "    "])
+        lines = [f"    {p.name}: {texts[p.name]}" for p in added]
+        # Python 3.13 takes the indentation off every docstring, earlier versions none
+        before, *raises = re.split(r"\n(?=\nRaises:)", inspect.cleandoc(function.__doc__))
+        with_defaults.__doc__ = "\n".join([before, *lines, *raises])
     with_defaults.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
     return cast(Function, with_defaults)
 
