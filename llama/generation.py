@@ -31,8 +31,9 @@ from llama.chat import (
 from llama.checkpoint.loading import load_networks
 from llama.distributed import groups
 from llama.distributed.device import pause_workers
-from llama.engine.calls import Completer, check_form, complete_by_generate
+from llama.engine.calls import Completer, complete_by_generate
 from llama.engine.compiled import compiled_stepper
+from llama.engine.constraints import check_form
 from llama.engine.cuda_graphs import Stepper, choose_stepper
 from llama.engine.engine import Engine, engine_of
 from llama.engine.lock import lock_of
@@ -573,7 +574,8 @@ class Llama:
             params = SamplingParams(**sampling)
             vocab_size = vocab_size_of(self.model, self.tokenizer)
             params.check_ids(vocab_size)
-            check_form(self.tokenizer, vocab_size, params)
+            if params.form is not None:
+                check_form(self.tokenizer, vocab_size, params)
             if params.speculative == "draft" and self._draft is None:
                 raise PromptError(
                     "speculative='draft' must have a draft model, got none; give draft_ckpt_dir to Llama.build"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama.distributed import groups
 from llama.distributed.device import default_generator
-from llama.engine.constraints import Constraint, vocabulary_of
+from llama.engine.constraints import make_constraint
 from llama.engine.engine import Engine
 from llama.engine.output import Completion, Piece
 from llama.engine.processors import make_process
@@ -130,13 +130,12 @@ class Request:
             self.completions.append(completion)
             scored = params.echo and params.logprobs
             self._scores.append(PromptScores(prompt, index // n, top_logprobs, n_words) if scored else None)
-            sampler, noise_row = sampler_of(index) if sampler_of else (_own_sampler(engine.model, params, index % n), 0)
-            constraint = None
-            if params.form is not None:
+            process = None
+            if params.options():
                 keeps_space = continues or params.echo or params.keep_space
-                vocabulary = vocabulary_of(tokenizer, vocab_size)
-                matcher = vocabulary.matcher(params.form, leading_space=not keeps_space, stop_ids=stop_ids)
-                constraint = Constraint(matcher, len(prompt))
+                constraint = make_constraint(tokenizer, vocab_size, params, len(prompt), keeps_space=keeps_space)
+                process = make_process(params, len(prompt), stop_ids, constraint)
+            sampler, noise_row = sampler_of(index) if sampler_of else (_own_sampler(engine.model, params, index % n), 0)
             sequences.append(
                 EngineSequence(
                     list(prompt),
@@ -150,7 +149,7 @@ class Request:
                     n_words=n_words,
                     speculative=params.speculative,
                     on_logits=self._scores[-1],
-                    process=make_process(params, len(prompt), stop_ids, constraint),
+                    process=process,
                 )
             )
         self.call = Call(sequences)
@@ -174,12 +173,6 @@ class Request:
 def new_detokenizer(tokenizer: Any, params: SamplingParams, prefix: Sequence[int]) -> IncrementalDetokenizer:
     """The detokenizer of a completion; `prefix` are the ids whose text it continues."""
     return IncrementalDetokenizer(tokenizer, params.stop, prefix, at_start=not params.keep_space)
-
-
-def check_form(tokenizer: Any, vocab_size: int, params: SamplingParams) -> None:
-    """Raises PromptError if the form of the answer is not supported; compiles and keeps it otherwise."""
-    if params.form is not None:
-        vocabulary_of(tokenizer, vocab_size).matcher(params.form, leading_space=True, stop_ids=params.ends(tokenizer))
 
 
 def _own_sampler(model: Any, params: SamplingParams, index: int) -> Sampler:

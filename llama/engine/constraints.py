@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama.errors import PromptError, missing_extra, printable
-from llama.inputs import AnswerForm
+from llama.inputs import AnswerForm, SamplingParams
 
 _KEPT_GRAMMARS = 64
 _MAX_GRAMMAR_CHARS = 200_000
@@ -179,6 +179,26 @@ class Constraint:
         if self._matcher.is_error():  # it would allow EOS alone, which looks like an end
             raise ValueError(f"the answer's grammar failed: {printable(self._matcher.get_error(), 300)}")
         return logits.masked_fill(allowed.to(logits.device) == 0, -math.inf)
+
+
+def check_form(tokenizer: Any, vocab_size: int, params: SamplingParams) -> None:
+    """Raises PromptError if the form of the answer is not supported; compiles and keeps it otherwise."""
+    make_constraint(tokenizer, vocab_size, params, 0, keeps_space=False)
+
+
+def make_constraint(
+    tokenizer: Any, vocab_size: int, params: SamplingParams, n_prompt: int, *, keeps_space: bool
+) -> Constraint | None:
+    """Returns what holds a sequence to the form of the answer; None for any text.
+
+    Args:
+        keeps_space: whether the answer's text has the space that decoding drops in front of a whole text.
+    """
+    if params.form is None:
+        return None
+    vocabulary = vocabulary_of(tokenizer, vocab_size)
+    matcher = vocabulary.matcher(params.form, leading_space=not keeps_space, stop_ids=params.ends(tokenizer))
+    return Constraint(matcher, n_prompt)
 
 
 def _grammar(form: AnswerForm) -> dict[str, Any]:

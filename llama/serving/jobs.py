@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from llama.chat import Message, built_in_format
-from llama.engine.calls import Request, check_form
+from llama.engine.calls import Request
+from llama.engine.constraints import check_form
 from llama.engine.output import Piece
 from llama.errors import NonFiniteLogitsError, PromptError, quote
 from llama.generation import Llama
