@@ -231,7 +231,7 @@ def _help(functions: dict[str, Callable[..., Any]], name: str) -> str:
     """How a command is used: its purpose and its flags; of several, the purpose of each."""
     purposes = {key: inspect.cleandoc(of.__doc__ or "").partition("\n\nArgs:")[0] for key, of in functions.items()}
     if len(functions) > 1:
-        lines = [f"  {key:<12}{purpose.splitlines()[0]}" for key, purpose in purposes.items()]
+        lines = [f"  {key:<12}{next(iter(purpose.splitlines()), '')}" for key, purpose in purposes.items()]
         return "\n".join([f"usage: {name} {'|'.join(functions)} [FLAGS]", "", *lines])
     ((chosen, function),) = functions.items()
     parameters = inspect.signature(function).parameters.values()
