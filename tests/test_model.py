@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 import pytest
@@ -22,14 +21,11 @@ from llama.model import (
     SPARE_POSITIONS,
     Attention,
     CachePositions,
-    FeedForward,
     RMSNorm,
     TransformerBlock,
     apply_rotary_emb,
     attend,
     precompute_freqs_cis,
-    repeat_kv,
-    reshape_for_broadcast,
     takes_cache_positions,
 )
 from tests.support import oracle
@@ -645,53 +641,6 @@ def test_an_empty_pass_gives_empty_logits(model: Transformer, seqlen: int) -> No
     assert model(torch.zeros((bsz, seqlen), dtype=torch.int64), 0).shape == (bsz, seqlen, 80)
 
 
-def test_parts_are_made_and_called_as_in_metas_code(state: oracle.State) -> None:
-    """A forward written out over the modules, with Meta's arguments, computes what the network does."""
-    args = ModelArgs(**GROUPED, max_batch_size=MAX_BATCH_SIZE, max_seq_len=MAX_SEQ_LEN)
-    model, tokens = make(GROUPED, state), random_tokens(3, 9)
-    blocks = [TransformerBlock(i, args) for i in range(2)]
-    for i, block in enumerate(blocks):
-        block.load_state_dict({k.removeprefix(f"layers.{i}."): w for k, w in state.items() if f"layers.{i}." in k})
-        assert block.layer_id == i and isinstance(block.feed_forward, FeedForward)
-    for start, end in ((0, 6), (6, 8), (8, 9)):
-        freqs_cis = model.freqs_cis[start:end]
-        mask = None
-        if end - start > 1:
-            mask = torch.full((end - start, end - start), -math.inf).triu(1)
-            mask = torch.hstack([torch.zeros(end - start, start), mask])
-        h = model.tok_embeddings(tokens[:, start:end])
-        for block in blocks:
-            h = block(h, start, freqs_cis, mask)
-        close(model.output(model.norm(h)), oracle.logits(state, GROUPED, tokens)[:, start:end])
-
-
-def test_sizes_have_metas_names(model: Transformer) -> None:
-    attention = attentions(model)[1]
-    assert (model.vocab_size, model.n_layers, len(model.layers)) == (80, 2, 2)
-    assert (attention.n_kv_heads, attention.n_local_heads, attention.n_local_kv_heads) == (2, 6, 2)
-    assert (attention.n_rep, attention.head_dim) == (3, 8)
-    block = model.layers[1]
-    assert (block.n_heads, block.dim, block.head_dim, block.layer_id) == (6, 48, 8, 1)
-    assert model.freqs_cis.shape == (2 * MAX_SEQ_LEN, 4)
-    feed_forward = FeedForward(48, 4 * 48, 16, 1.7)
-    assert feed_forward.w1.weight.shape == feed_forward.w3.weight.shape == (224, 48)  # 1.7 * 128 = 217, rounded up
-
-
-def test_arguments_of_other_classes_with_metas_fields_are_taken(state: oracle.State) -> None:
-    fields = GROUPED | {"max_batch_size": 2, "max_seq_len": 12}
-    others = make_dataclass("Others", [(name, Any) for name in fields])(**fields)
-
-    @dataclass
-    class More(ModelArgs):
-        lora_rank: int = 4
-
-    tokens = random_tokens(2, 12)
-    for params in (others, More(**fields)):
-        model = Transformer.from_state(params, dict(state))
-        assert model.params is params
-        close(model(tokens, 0), oracle.logits(state, GROUPED, tokens))
-
-
 def test_a_network_with_a_forward_of_anothers_is_known(state: oracle.State) -> None:
     """Such code takes Meta's int `start_pos` only."""
 
@@ -787,22 +736,6 @@ def test_rotations_of_each_rows_own_positions_match_the_positions() -> None:
     for row in range(3):
         alone = apply_rotary_emb(xq[row : row + 1], xk[row : row + 1], freqs_cis[positions[row]])
         assert all(torch.equal(mine[0], both[row]) for mine, both in zip(alone, together, strict=True))
-
-
-def test_rotations_are_reshaped_to_broadcast_over_the_heads() -> None:
-    x = torch.zeros(2, 5, 3, 4)
-    for shape, expected in (((5, 4), (1, 5, 1, 4)), ((2, 5, 4), (2, 5, 1, 4))):
-        assert reshape_for_broadcast(torch.zeros(shape), x).shape == expected
-    with pytest.raises(AssertionError, match=r"freqs_cis must have shape \(5, 4\), got \(6, 4\)"):
-        reshape_for_broadcast(torch.zeros(6, 4), x)
-
-
-@pytest.mark.parametrize("n_rep", [1, 3])
-def test_repeat_kv_repeats_each_head_in_place(n_rep: int) -> None:
-    x = random_normal(2, 5, 4, 8)
-    repeated = repeat_kv(x, n_rep)
-    assert repeated.shape == (2, 5, 4 * n_rep, 8)
-    assert all(torch.equal(repeated[:, :, head], x[:, :, head // n_rep]) for head in range(4 * n_rep))
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])

@@ -43,13 +43,6 @@ def test_released_sizes(size: str) -> None:
     args.check_shards(files)
 
 
-def test_defaults_match_7b() -> None:
-    args = ModelArgs()
-    fields, hidden_dim, _, _ = RELEASED["7B"]
-    assert {name: getattr(args, name) for name in fields} == fields
-    assert (args.hidden_dim, args.norm_eps, args.rope_theta, args.n_kv_heads) == (hidden_dim, 1e-5, 10000.0, None)
-
-
 def test_hidden_size_is_the_first_multiple_that_holds_the_scaled_width() -> None:
     rng = random.Random(0)
     for _ in range(500):
