@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,18 @@ _SYNC_S = 5.0  # between two times that the results are forced onto the disk
 
 
 class Results:
-    """The file of results, one per line, to which results are added. No other process may have it open."""
+    """The file of results, one per line, to which results are added. No other process may have it open.
+
+    Attributes:
+        n_lines: number of requests in the input.
+        pending: numbers of its lines that have no result, each with its `custom_id`.
+        fingerprints: of the runs that wrote results, each with the number of its first line in the output.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.n_lines = 0
+        self.pending: dict[int, str | None] = {}
+        self.fingerprints: dict[str, int] = {}
         self._path = path
         is_new = not path.exists()
         self._file = open(path, "a+b")  # noqa: SIM115 (`close` closes it)
@@ -61,6 +69,41 @@ class Results:
                 self._file.write(b"\n")
             yield number, fields
         self._size = self._file.seek(0, os.SEEK_END)
+
+    def compare(self, input: Path) -> None:
+        """Finds the requests that have results: sets `n_lines`, `pending` and `fingerprints`.
+
+        Raises:
+            ValueError: two requests have the same `custom_id`, or a result belongs to no request of the input.
+        """
+        numbers: dict[str, int] = {}
+        ids: dict[str, int] = {}
+        for line in read_requests(input):
+            ids[line.result_id] = line.number
+            self.pending[line.number] = line.custom_id
+            if line.custom_id is not None and numbers.setdefault(line.custom_id, line.number) != line.number:
+                raise ValueError(
+                    f"{input}: line {line.number} must have a custom_id of its own, got {quote(line.custom_id)}, which "
+                    f"line {numbers[line.custom_id]} has too"
+                )
+        self.n_lines = len(self.pending)
+        for number, fields in self.read():
+            request, custom_id = ids.get(fields["id"]), fields.get("custom_id")
+            if request is None:
+                was = numbers.get(custom_id) if isinstance(custom_id, str) else None
+                now = f"line {was} of the input has another request now" if was else "the input has no such request"
+                raise ValueError(
+                    f"--output must be a new file, or the results of the same --input, got {self._path}, whose line "
+                    f"{number} is the result of custom_id {quote(custom_id)}: {now}"
+                )
+            if request not in self.pending:
+                got = f"custom_id {quote(custom_id)} must have one result, got two"
+                raise ValueError(f"{self._path}, line {number}: {got}")
+            del self.pending[request]
+            try:
+                self.fingerprints.setdefault(fields["response"]["body"]["system_fingerprint"], number)
+            except (KeyError, TypeError):  # an error, which does not depend on the network
+                continue
 
     def append(self, line: bytes) -> None:
         """Adds a line. It is in the file on return, and on the disk within `_SYNC_S` of the next line."""
@@ -114,49 +157,3 @@ def _lock(fd: int, path: Path) -> None:
         ) from error
     except OSError:
         return
-
-
-@dataclass
-class Completed:
-    """The requests that have results already."""
-
-    n_lines: int  # of the input
-    pending: dict[int, str | None]  # numbers of its lines that have no result, each with its `custom_id`
-    fingerprints: dict[str, int]  # of the runs that wrote results, each with the number of its first line in the output
-
-
-def compare(input: Path, results: Results, output: Path) -> Completed:
-    """Finds the requests that have results.
-
-    Raises:
-        ValueError: two requests have the same `custom_id`, or a result belongs to no request of the input.
-    """
-    numbers: dict[str, int] = {}
-    ids: dict[str, int] = {}
-    pending: dict[int, str | None] = {}
-    for line in read_requests(input):
-        ids[line.result_id] = line.number
-        pending[line.number] = line.custom_id
-        if line.custom_id is not None and numbers.setdefault(line.custom_id, line.number) != line.number:
-            raise ValueError(
-                f"{input}: line {line.number} must have a custom_id of its own, got {quote(line.custom_id)}, which "
-                f"line {numbers[line.custom_id]} has too"
-            )
-    completed = Completed(len(pending), pending, {})
-    for number, fields in results.read():
-        request, custom_id = ids.get(fields["id"]), fields.get("custom_id")
-        if request is None:
-            was = numbers.get(custom_id) if isinstance(custom_id, str) else None
-            now = f"line {was} of the input has another request now" if was else "the input has no such request"
-            raise ValueError(
-                f"--output must be a new file, or the results of the same --input, got {output}, whose line {number} "
-                f"is the result of custom_id {quote(custom_id)}: {now}"
-            )
-        if request not in pending:
-            raise ValueError(f"{output}, line {number}: custom_id {quote(custom_id)} must have one result, got two")
-        del pending[request]
-        try:
-            completed.fingerprints.setdefault(fields["response"]["body"]["system_fingerprint"], number)
-        except (KeyError, TypeError):  # an error, which does not depend on the network
-            continue
-    return completed

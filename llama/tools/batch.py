@@ -24,7 +24,7 @@ from llama.tools.progress import Progress
 with commandline.extra_imports(__name__):
     try:
         from llama.serving.batch_file import MAX_CHOICES, BatchWork, Reader, Result, read_requests
-        from llama.serving.batch_results import Completed, Results, compare
+        from llama.serving.batch_results import Results
         from llama.serving.jobs import Planner
         from llama.serving.settings import fingerprint
     except ImportError as error:
@@ -33,8 +33,8 @@ with commandline.extra_imports(__name__):
 T = TypeVar("T")
 
 
-def _check_fingerprint(completed: Completed, mark: str, output: Path) -> None:
-    for other, number in completed.fingerprints.items():
+def _check_fingerprint(results: Results, mark: str, output: Path) -> None:
+    for other, number in results.fingerprints.items():
         if other != mark:
             raise ValueError(
                 f"--output must be a new file, or results of the same checkpoint, tokenizer, dtype, quantize, "
@@ -43,17 +43,18 @@ def _check_fingerprint(completed: Completed, mark: str, output: Path) -> None:
             )
 
 
-def _open(input: Path, output: Path) -> tuple[Results, Completed]:
+def _open(input: Path, output: Path) -> Results:
     if not input.is_file():
         raise FileNotFoundError(f"--input must be a file of requests, got {input}, where there is none")
     if output.exists() and (not output.is_file() or output.samefile(input)):
         raise ValueError(f"--output must be a file other than --input, got {output}")
     results = Results(output)
     try:
-        return results, compare(input, results, output)
+        results.compare(input)
     except BaseException:
         results.close()
         raise
+    return results
 
 
 def _first_rank_does(work: Callable[[], T]) -> T | None:
@@ -102,18 +103,18 @@ def main(
     name = model or Path(ckpt_dir).resolve().name
     mp = groups.resolve_model_parallel_size(build.get("model_parallel_size"))
     groups.init_process_groups(mp, select_device(build.get("device")))
-    opened = _first_rank_does(lambda: _open(Path(input), Path(output)))
-    with closing(opened[0]) if opened else nullcontext():
-        if groups.broadcast_object(not opened[1].pending if opened else None):
-            if opened:
-                print(f"{output}: all {opened[1].n_lines} requests have results already")
+    results = _first_rank_does(lambda: _open(Path(input), Path(output)))
+    with closing(results) if results else nullcontext():
+        if groups.broadcast_object(not results.pending if results else None):
+            if results:
+                print(f"{output}: all {results.n_lines} requests have results already")
             return
         llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **build)
         mark = fingerprint(llama, tokenizer_path, seed, build.get("quantize"))
-        _first_rank_does(lambda: _check_fingerprint(opened[1], mark, Path(output)) if opened else None)
+        _first_rank_does(lambda: _check_fingerprint(results, mark, Path(output)) if results else None)
         read = Reader(Planner(llama, MAX_CHOICES, name, mark, speculative=speculative), seed)
-        if opened:
-            _lead(llama, Path(input), read, *opened)
+        if results:
+            _lead(llama, Path(input), read, results)
         else:
             BatchWork(llama, (), read, lambda done: None).run()
 
@@ -121,16 +122,15 @@ def main(
 class _Writer:
     """Writes results as they come, and counts them."""
 
-    def __init__(self, results: Results, completed: Completed, progress: Progress) -> None:
+    def __init__(self, results: Results, progress: Progress) -> None:
         self._results = results
-        self._pending = completed.pending
         self._progress = progress
         self._started = time.monotonic()
         self.n_refused = self.n_prompt_tokens = self.n_new_tokens = 0
 
     def __call__(self, done: Result) -> None:
         self._results.append(done.text)
-        self._pending.pop(done.line)
+        self._results.pending.pop(done.line)
         self.n_refused += done.is_refused
         self.n_prompt_tokens += done.n_prompt_tokens
         self.n_new_tokens += done.n_new_tokens
@@ -138,12 +138,12 @@ class _Writer:
         self._progress.add(1, f"{speed:.0f} tokens/s")
 
 
-def _lead(llama: Llama, input: Path, read: Reader, results: Results, completed: Completed) -> None:
+def _lead(llama: Llama, input: Path, read: Reader, results: Results) -> None:
     """The part of rank 0."""
-    pending, started = completed.pending, time.monotonic()
+    pending, started = results.pending, time.monotonic()
     n_to_do = len(pending)
-    with Progress("batch", completed.n_lines, unit=" requests", done=completed.n_lines - n_to_do) as progress:
-        write = _Writer(results, completed, progress)
+    with Progress("batch", results.n_lines, unit=" requests", done=results.n_lines - n_to_do) as progress:
+        write = _Writer(results, progress)
         BatchWork(llama, (line for line in read_requests(input) if line.number in pending), read, write).run()
     results.check()
     if missing := list(pending.values()):
