@@ -122,6 +122,8 @@ def test_a_body_that_does_not_come_is_an_error_and_no_traceback(
     with connected(start(), 1) as (client,):
         client.sendall(request(COMPLETION)[:-5])
         answer = client.recv(65536)
+        if answer.endswith(b"\r\n\r\n"):  # the body may come after the head
+            answer += client.recv(65536)
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"must come within 0.2 seconds" in answer
     assert not caplog.records
