@@ -111,13 +111,14 @@ class _Packed:
         weight: the parameter that it was made from.
         scales: the weight's own scales, if that is quantized itself.
         form: the blocked weight.
+        dtype: of the products.
     """
 
-    def __init__(self, weight: nn.Parameter, scales: nn.Parameter | None, form: _Form) -> None:
+    def __init__(self, weight: nn.Parameter, scales: nn.Parameter | None, form: _Form, dtype: torch.dtype) -> None:
         for parameter in (weight, scales):
             if type(parameter) is nn.Parameter:
                 parameter.__class__ = PackedParameter
-        self.form = form
+        self.form, self.dtype = form, dtype
         self._weight, self._version = weight, weight._version
         self._scales, self._scales_version = scales, None if scales is None else scales._version
 
@@ -191,6 +192,8 @@ class _OwnsPackedForm(nn.Module):
         if packed is None or packed.is_of(weight, self):
             return packed
         self._packed = None
+        if weight.dtype == packed.dtype and self.scales is None:  # fairscale's layers do not convert their weight
+            _disown(self)
         logger.info("a packed weight was changed, or its memory handed out; its layer computes unpacked from now on")
         return None
 
@@ -208,14 +211,17 @@ class _OwnsPackedForm(nn.Module):
         weight = self._parameters.get("weight")
         if weight is None or weight.requires_grad:
             return
-        if weight.dtype == torch.int8 and self.scales is not None:
-            self._packed = _Packed(weight, self.scales, block_quantized(weight.detach(), self.scales.detach()))
+        form: _Form
+        scales = self.scales if weight.dtype == torch.int8 else None
+        if scales is not None:
+            form = block_quantized(weight.detach(), scales.detach())
         elif self.quantize == "int4":
-            self._packed = _Packed(weight, None, quantize_int4(weight))
+            form = quantize_int4(weight)
         elif self.quantize:
-            self._packed = _Packed(weight, None, quantize_weight(weight, scratch))
+            form = quantize_weight(weight, scratch)
         else:
-            self._packed = _Packed(weight, None, _packed_values(weight.detach(), dtype, scratch))
+            form = _packed_values(weight.detach(), dtype, scratch)
+        self._packed = _Packed(weight, scales, form, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles go without: the packed form is tied to this very parameter, and nothing can copy it.
@@ -269,6 +275,12 @@ def own(layer: nn.Module) -> None:
         layer.model_parallel_size = get_model_parallel_world_size()
         layer.register_parameter("scales", None)
         layer.__class__ = owner
+
+
+def _disown(layer: nn.Module) -> None:
+    """Makes a layer one of fairscale's own class again."""
+    layer._parameters.pop("scales", None)
+    layer.__class__ = next((kind for kind, owner in _OWNERS.items() if type(layer) is owner), type(layer))
 
 
 @contextmanager

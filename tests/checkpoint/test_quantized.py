@@ -20,7 +20,7 @@ from llama.checkpoint.format import is_linear, read_params, scales_of, stored_qu
 from llama.checkpoint.reading import read_shard
 from llama.distributed.groups import init_process_groups
 from llama.layers.kernels import can_quantize
-from llama.layers.linear import packable_layers
+from llama.layers.linear import own, packable_layers
 from llama.tools.convert import to_hf
 from llama.tools.memory import memory_table
 from llama.tools.quantize import quantize
@@ -329,6 +329,7 @@ def test_edits_of_numbers_and_scales_count(
         torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
         assert (before - expected).norm() > 0.5 * before.norm()
         if packs:
+            own(layer)
             layer.pack(torch.float32)
             assert (layer(x) - expected).norm() < 0.05 * expected.norm()
 

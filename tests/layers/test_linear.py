@@ -48,6 +48,9 @@ def groups() -> None:
     init_process_groups(1, CPU)
 
 
+FAIRSCALES = (fairscale_layers.ColumnParallelLinear, fairscale_layers.RowParallelLinear)
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -510,6 +513,22 @@ def test_packed_and_plain_give_the_same_logits(params: dict[str, Any], seqlen: i
     for start_pos, part in ((0, tokens), (seqlen, tokens[:, :1])):
         expected = plain.forward(part, start_pos)
         torch.testing.assert_close(packed.forward(part, start_pos), expected, rtol=0, atol=0.05 * expected.std().item())
+
+
+@needs_packing
+def test_a_layer_without_its_packed_form_is_of_fairscales_exact_class(params: dict[str, Any]) -> None:
+    _, model = networks(params)
+    layers, tokens = packable_layers(model), torch.tensor([[1, 2, 3]])
+    assert not any(type(layer) in FAIRSCALES for layer in layers)
+    before = model(tokens, 0)
+    with torch.no_grad():
+        for edited in (layers[0], layers[-2], layers[-1]):
+            edited.weight *= -1
+    changed = model(tokens, 0)
+    assert [type(layer) in FAIRSCALES for layer in layers] == [layer in (*layers[-2:], layers[0]) for layer in layers]
+    model.pack()
+    torch.testing.assert_close(model(tokens, 0), changed, rtol=0, atol=0.05 * changed.std().item())
+    assert not torch.equal(changed, before) and not any(type(layer) in FAIRSCALES for layer in layers)
 
 
 @needs_packing

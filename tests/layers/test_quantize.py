@@ -21,7 +21,7 @@ from llama.checkpoint.memory import check_memory, plan_memory
 from llama.checkpoint.reading import read_shard
 from llama.distributed.groups import init_process_groups
 from llama.layers.kernels import QuantizedWeight, can_quantize
-from llama.layers.linear import ColumnParallelLinear, column_parallel, packable_layers
+from llama.layers.linear import ColumnParallelLinear, column_parallel, own, packable_layers
 from llama.tools import perplexity
 from llama.tools.memory import memory_table
 from tests.checkpoint.test_memory import peak_of_generate
@@ -57,7 +57,7 @@ def make(dtype: torch.dtype = torch.float32, *, requires_grad: bool = False) -> 
 
 
 def is_quantized(layer: ColumnParallelLinear) -> bool:
-    return isinstance(layer.packed_form, QuantizedWeight)
+    return isinstance(getattr(layer, "packed_form", None), QuantizedWeight)
 
 
 def assert_computes(layer: nn.Module, weight: Tensor, *, exactly: bool) -> None:
@@ -87,6 +87,7 @@ def test_an_edit_of_a_quantized_weight_counts_and_packing_quantizes_it_again(edi
         EDITS[edit](layer)
         assert_computes(layer, layer.weight, exactly=True)
         assert layer._packed is None
+        own(layer)
         layer.pack(torch.float32)
         again = edit not in ("a parametrization", "pruning", "swap_tensors")
         assert is_quantized(layer) == again
