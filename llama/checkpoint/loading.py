@@ -136,34 +136,33 @@ def load_networks(
     timings = Timings()
     check_threads(threads)
     mp = groups.resolve_model_parallel_size(model_parallel_size)
-    folders, shards = [ckpt_dir], [find_shards(ckpt_dir, mp)]
+    folders = [(ckpt_dir, find_shards(ckpt_dir, mp))]
     if draft_ckpt_dir is not None:
-        folders.append(draft_ckpt_dir)
-        shards.append(list_shards(draft_ckpt_dir, argument="draft_ckpt_dir"))
-        if len(shards[1]) != mp:
+        folders.append((draft_ckpt_dir, list_shards(draft_ckpt_dir, argument="draft_ckpt_dir")))
+        if (n_files := len(folders[1][1])) != mp:
             raise AssertionError(
-                f"draft_ckpt_dir must hold as many checkpoint files as ckpt_dir, {mp}, got {len(shards[1])} in "
+                f"draft_ckpt_dir must hold as many checkpoint files as ckpt_dir, {mp}, got {n_files} in "
                 f"{draft_ckpt_dir}; llama reshard writes it with another number of files"
             )
     tokenizer = load_tokenizer(tokenizer_path, ckpt_dir, tokenizer_class)
-    sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
-    args = [model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path) for folder in folders]
-    for of_network in args:
-        of_network.check_shards(mp)
     device = select_device(device)
     dtype = select_dtype(dtype, device)
-    forms = [choose_quantize(quantize, folder, device) for folder in folders]
-    for of_network, form in zip(args, forms, strict=True):
+    sources = []
+    for folder, shards in folders:
+        sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
+        args = model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path)
+        args.check_shards(mp)
+        form = choose_quantize(quantize, folder, device)
         if form == "int4":
-            check_int4(of_network, mp, device, dtype)
-    sources = [_Source(*source) for source in zip(shards, args, forms, strict=True)]
+            check_int4(args, mp, device, dtype)
+        sources.append(_Source(shards, args, form))
     _check_memory(sources, mp, dtype, device)
     timings("checks")
     set_threads(threads)
     groups.init_process_groups(mp, device)
     timings("process group")
-    same = ("build", args, mp, dtype, device.type, forms)
-    with groups.loading_together(same), out_of_memory_explained(args[0], mp, dtype, str(device)):
+    same = ("build", [(source.args, source.quantize) for source in sources], mp, dtype, device.type)
+    with groups.loading_together(same), out_of_memory_explained(sources[0].args, mp, dtype, str(device)):
         models = [_load_model(source, mp, device, dtype, timings, network_class) for source in sources]
     return tokenizer, models, timings.seconds
 
