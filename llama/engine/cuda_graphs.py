@@ -105,8 +105,8 @@ class StaticStepper:
 
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         (n_rows, width), params = tokens.shape, self._model.params
-        bsz = min(_next_power_of_two(n_rows), params.max_batch_size)
-        kv_len = min(_round_up(max(lengths) + width, KV_BUCKET), params.max_seq_len + SPARE_POSITIONS)
+        bsz = min(1 << (n_rows - 1).bit_length(), params.max_batch_size)
+        kv_len = min(-(-(max(lengths) + width) // KV_BUCKET) * KV_BUCKET, params.max_seq_len + SPARE_POSITIONS)
         self._tokens[: tokens.numel()].copy_(tokens.flatten())
         self._positions[:bsz].copy_(
             to_device([*lengths, *[params.max_seq_len] * (bsz - n_rows)], tokens.device)  # spare positions for padding
@@ -161,12 +161,3 @@ def choose_stepper(model: Any, *, cuda_graphs: bool) -> Stepper | None:
     """Returns the best stepper for the model's device; None to call the network directly."""
     on_cuda = takes_cache_positions(model) and model.norm.weight.device.type == "cuda"
     return StaticStepper(model, graphs=cuda_graphs) if on_cuda else None
-
-
-def _next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _round_up(n: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least n."""
-    return -(-n // multiple) * multiple

@@ -220,7 +220,11 @@ class _OwnsPackedForm(nn.Module):
         elif self.quantize:
             form = quantize_weight(weight, scratch)
         else:
-            form = _packed_values(weight.detach(), dtype, scratch)
+            values = weight.detach()
+            if values.dtype != dtype:
+                new = torch.empty_like(values, dtype=dtype) if scratch is None else scratch[: values.numel()]
+                values = new.view(values.shape).copy_(values)
+            form = pack_weight(values)
         self._packed = _Packed(weight, scales, form, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -404,12 +408,6 @@ def pack_layers(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(n_threads)  # torch keeps a number for the process and one per thread
-
-
-def _packed_values(values: Tensor, dtype: torch.dtype, scratch: Tensor | None) -> Tensor:
-    if values.dtype != dtype:
-        values = values.to(dtype) if scratch is None else scratch[: values.numel()].view(values.shape).copy_(values)
-    return pack_weight(values)
 
 
 def _is_cpu_inference(x: Tensor, weight: Tensor) -> bool:
