@@ -172,8 +172,13 @@ def run(
 
 def stop(error: Exception, status: int = 1) -> NoReturn:
     """End the program with the error as one line: on stderr or, under torchrun, in torchrun's report."""
-    error.__traceback__, error.__cause__, error.__suppress_context__ = None, None, True  # the report shows the message
-    if not groups.report_to_launcher(error):
+    error.__cause__, error.__suppress_context__ = None, True
+    try:
+        raise error.with_traceback(None)  # Python 3.10 keeps a traceback apart from the exception that is handled
+    except type(error):
+        error.__traceback__ = None  # the report shows the message
+        is_reported = groups.report_to_launcher(error)
+    if not is_reported:
         message = printable("; ".join(str(error).splitlines()) or type(error).__name__, _MAX_MESSAGE)
         print(f"{'stopped' if isinstance(error, RankError) else 'error'}: {message}", file=sys.stderr)
     sys.exit(status)
