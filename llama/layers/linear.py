@@ -282,9 +282,12 @@ def own(layer: nn.Module) -> None:
 
 
 def _disown(layer: nn.Module) -> None:
-    """Makes a layer one of fairscale's own class again."""
-    layer._parameters.pop("scales", None)
-    layer.__class__ = next((kind for kind, owner in _OWNERS.items() if type(layer) is owner), type(layer))
+    """Makes a layer one of fairscale's own class again, unless it is of a class derived from ours."""
+    for kind, owner in _OWNERS.items():
+        if type(layer) is owner:
+            layer._parameters.pop("scales", None)
+            layer.__class__ = kind
+            return
 
 
 @contextmanager

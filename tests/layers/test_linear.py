@@ -29,6 +29,7 @@ from llama.layers.linear import (
     PackedParameter,
     RowParallelLinear,
     column_parallel,
+    own,
     pack_layers,
     packable_layers,
     row_parallel,
@@ -341,6 +342,22 @@ def test_an_edited_weight_can_be_packed_again(edit: str) -> None:
             layer.weight.detach().mul_(0.5)
             assert_computes(layer, layer.weight)
             assert layer._packed is None
+
+
+@needs_packing
+def test_a_layer_that_was_parametrized_for_a_while_can_be_packed_and_edited() -> None:
+    layer = make_packed()
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    assert_computes(layer, layer.weight)
+    parametrize.remove_parametrizations(layer, "weight")
+    layer.weight.requires_grad_(False)
+    own(layer)
+    layer.pack(torch.bfloat16)
+    assert_computes(layer, layer.weight)
+    with torch.no_grad():
+        layer.weight.mul_(-1)
+    assert_computes(layer, layer.weight)
+    assert type(layer) in FAIRSCALES
 
 
 @needs_packing
