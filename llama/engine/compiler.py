@@ -74,7 +74,6 @@ class Compiler:
         self._jobs = {f"{digest}-{job.name}.pt2": job for job in jobs}
         self._loaded: dict[str, Compiled] = {}
         self._error: str | None = None
-        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="compiler", daemon=True)
         self._thread.start()
 
@@ -85,8 +84,7 @@ class Compiler:
             CompileError: it could not be compiled.
         """
         while wait and name not in self._loaded and self._thread.is_alive():  # a forked process has no such thread
-            with self._changed:
-                self._changed.wait(0.1)
+            self._thread.join(0.02)
         if name not in self._loaded and self._error:
             raise CompileError(self._error)
         return self._loaded.get(name)
@@ -103,12 +101,8 @@ class Compiler:
                 logger.info("Compiled the decode step in %.0f seconds", time.perf_counter() - started)
             if len(self._loaded) < len(self._jobs):
                 self._error = "the compiler left no result that can be loaded"
-        except CompileError as error:
-            self._error = str(error)
         except Exception as error:  # whatever happens here, the network runs uncompiled
-            self._error = f"{type(error).__name__}: {error}"
-        with self._changed:
-            self._changed.notify_all()
+            self._error = str(error) if isinstance(error, CompileError) else f"{type(error).__name__}: {error}"
 
     def _load(self, path: Path) -> bool:
         """Load a result if it is there and undamaged."""
@@ -122,8 +116,6 @@ class Compiler:
         # The True: the network's lock lets one thread in at a time.
         loaded = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
         self._loaded[self._jobs[path.name].name] = loaded.boxed_run
-        with self._changed:
-            self._changed.notify_all()
         return True
 
 
