@@ -1,4 +1,4 @@
-"""The template language of the corpus: choices, slots, and the small mistakes that people make when they type."""
+"""The template language of the corpus: choices, slots, names, and the small mistakes that people make when they type."""
 
 import json
 import random
@@ -10,20 +10,19 @@ from typing import Any
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
-_SMALL_WORDS = frozenset(
-    ("the", "a", "an", "is", "are", "do", "does", "of", "for", "in", "to", "i", "me", "my", "it", "that")
-)
-_FILLERS = ("please", "actually", "just", "exactly", "again", "really", "now", "then", "here", "today", "maybe", "also")
 
 
 def read_text(name: str) -> Any:
-    """What `recipe/text/NAME.json` holds: templates in the notation of `expand`, and lists of words."""
+    """What `recipe/text/NAME.json` holds: templates in the notation of `Writer.expand`, and lists of words."""
     return json.loads((Path(__file__).parent / "text" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def read_templates(name: str) -> SimpleNamespace:
-    """An attribute for each entry of `recipe/text/NAME.json`."""
-    return SimpleNamespace(**read_text(name))
+WORDS = SimpleNamespace(**read_text("words"))
+
+
+def sentence(text: str) -> str:
+    """The text with a capital first letter."""
+    return text[:1].upper() + text[1:]
 
 
 class Writer(random.Random):
@@ -36,83 +35,86 @@ class Writer(random.Random):
 
     lead: float = 0.0
 
+    def expand(
+        self, template: str, *, pick: Callable[[Sequence[str]], str] | None = None, **slots: str | Sequence[str]
+    ) -> str:
+        """Draw a text: `[a|b|]` picks an alternative (they nest), `{name}` puts in a slot, a template or a list of them."""
+        pick = pick or self.choice
+
+        def fill(match: re.Match[str]) -> str:
+            value = slots[match[1]]
+            return value if isinstance(value, str) else pick(value)
+
+        while _SLOT.search(template) or _CHOICE.search(template):
+            template = _CHOICE.sub(lambda match: pick(match[1].split("|")), template)
+            if not _CHOICE.search(template):
+                template = _SLOT.sub(fill, template)
+        return re.sub(r" +", " ", template).strip(" ")
+
+    def ask(self, templates: Sequence[str], **slots: str | Sequence[str]) -> str:
+        """A sentence of one of the templates."""
+        return sentence(self.expand(self.choice(templates), **slots))
+
+    def first_or_any(self, options: Sequence[str], share: float) -> str:
+        """The first option in that share of draws, otherwise any."""
+        return options[0] if self.random() < share else self.choice(options)
+
     def answer(self, options: Sequence[str]) -> str:
         """One of the alternatives for a piece of an answer."""
-        return options[0] if self.random() < self.lead else self.choice(options)
+        return self.first_or_any(options, self.lead)
 
+    def answered(self, template: str, **slots: str | Sequence[str]) -> str:
+        """`expand` for answers, which may prefer their first alternatives."""
+        return self.expand(template, pick=self.answer, **slots)
 
-def answered(rng: Writer, template: str, **slots: str | Sequence[str]) -> str:
-    """`expand` for answers, which may prefer their first alternatives."""
-    return expand(rng, template, pick=rng.answer, **slots)
+    def name(self) -> str:
+        """A first name; one in three is made up, so that names are copied from the prompt rather than recalled."""
+        if self.random() < 0.67:
+            return self.choice(WORDS.names)
+        start, middle, end = map(self.choice, WORDS.syllables)
+        return start + (middle if self.random() < 0.6 else "") + end
 
+    def translations(self, count: int) -> list[tuple[str, str]]:
+        """Different (English, French) words."""
+        return self.sample(list(WORDS.translations.items()), count)
 
-def expand(
-    rng: random.Random,
-    template: str,
-    *,
-    pick: Callable[[Sequence[str]], str] | None = None,
-    **slots: str | Sequence[str],
-) -> str:
-    """Draw one text: `[a|b|]` picks an alternative (they nest), `{name}` puts a slot in, itself a template or several."""
-    pick = pick or rng.choice
+    def typed(self, text: str, *, slips: bool) -> str:
+        """The text as some people would type it: lower case, no final mark, now and then a slip, a gap or a shout."""
+        if slips and self.random() < 0.12:
+            text = self._reworded(text)
+        draw = self.random()
+        if draw < 0.22:
+            text = text.lower()
+        elif draw < 0.24:
+            text = text.upper()
+        draw = self.random()
+        if draw < 0.25:
+            text = text.rstrip("?.!")
+        elif draw < 0.29:
+            text = text.rstrip("?.!") + self.choice(("??", "...", "!", " ?", "."))
+        if slips and self.random() < 0.12:
+            words = text.split(" ")
+            i = self.randrange(len(words))
+            words[i] = self._mistyped(words[i])
+            text = " ".join(words)
+        return text.replace("'", "") if self.random() < 0.1 else text
 
-    def fill(match: re.Match[str]) -> str:
-        value = slots[match[1]]
-        return value if isinstance(value, str) else pick(value)
-
-    while _SLOT.search(template) or _CHOICE.search(template):
-        template = _CHOICE.sub(lambda match: pick(match[1].split("|")), template)
-        if not _CHOICE.search(template):
-            template = _SLOT.sub(fill, template)
-    return re.sub(r" +", " ", template).strip(" ")
-
-
-def sentence(text: str) -> str:
-    """The text with a capital first letter."""
-    return text[:1].upper() + text[1:]
-
-
-def _typo(rng: random.Random, word: str) -> str:
-    """One slip of the finger inside a word; words with digits or code in them stay as they are."""
-    if len(word) < 4 or not word.isalpha():
-        return word
-    i = rng.randrange(1, len(word) - 1)
-    return rng.choice((word[:i] + word[i + 1 :], word[:i] + word[i] + word[i:], _swapped(word, i)))
-
-
-def _swapped(word: str, i: int) -> str:
-    return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
-
-
-def _reworded(rng: random.Random, text: str) -> str:
-    """The text with a small word left out, or a filler put in, as in hasty writing."""
-    words = text.split(" ")
-    if len(words) < 4:
-        return text
-    small = [i for i, word in enumerate(words) if word.lower() in _SMALL_WORDS]
-    if small and rng.random() < 0.6:
-        del words[rng.choice(small)]
-    else:
-        words.insert(rng.randrange(1, len(words)), rng.choice(_FILLERS))
-    return " ".join(words)
-
-
-def noisy(rng: random.Random, text: str, *, typos: bool = True) -> str:
-    """The text as some people would type it: lower case, no final mark, now and then a typo, a gap or a shout."""
-    if typos and rng.random() < 0.12:
-        text = _reworded(rng, text)
-    draw = rng.random()
-    if draw < 0.22:
-        text = text.lower()
-    elif draw < 0.24:
-        text = text.upper()
-    draw = rng.random()
-    if draw < 0.25:
-        text = text.rstrip("?.!")
-    elif draw < 0.29:
-        text = text.rstrip("?.!") + rng.choice(("??", "...", "!", " ?", "."))
-    if typos and rng.random() < 0.12:
+    def _reworded(self, text: str) -> str:
+        """The text with a small word left out, or a filler put in, as in hasty writing."""
         words = text.split(" ")
-        i = rng.randrange(len(words))
-        text = " ".join([*words[:i], _typo(rng, words[i]), *words[i + 1 :]])
-    return text.replace("'", "") if rng.random() < 0.1 else text
+        if len(words) < 4:
+            return text
+        small = [i for i, word in enumerate(words) if word.lower() in WORDS.small]
+        if small and self.random() < 0.6:
+            del words[self.choice(small)]
+        else:
+            words.insert(self.randrange(1, len(words)), self.choice(WORDS.fillers))
+        return " ".join(words)
+
+    def _mistyped(self, word: str) -> str:
+        """One slip of the finger: a letter is left out, doubled or swapped; words with digits or code stay as they are."""
+        if len(word) < 4 or not word.isalpha():
+            return word
+        i = self.randrange(1, len(word) - 1)
+        swapped = word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+        return self.choice((word[:i] + word[i + 1 :], word[:i] + word[i] + word[i:], swapped))

@@ -5,13 +5,14 @@ The chat template is part of it, since it decides which tokens a document has.
 
 import io
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import sentencepiece
 
 from recipe.corpus import Document
 
 VOCABULARY = 1536
+
+Example = tuple[list[int], list[bool]]  # a document's ids; which are learnt: all of a text, the answers of a chat
 
 
 def _sentences(documents: Iterable[Document]) -> Iterator[str]:
@@ -57,24 +58,16 @@ def pair_texts(system: str, exchanges: Iterable[tuple[str, str]]) -> Iterator[tu
         yield f"[INST] {folded.strip()} [/INST]", answer.strip()
 
 
-@dataclass(frozen=True)
-class Example:
-    """A document as token ids, and for each whether it is to be learnt: all of a text, the answers of a chat."""
-
-    tokens: list[int]
-    learnt: list[bool]
-
-
 def encode_document(tokenizer: sentencepiece.SentencePieceProcessor, document: Document) -> Example:
     """BOS + text + EOS, or BOS + prompt + answer + " " + EOS for each exchange; the prompt's own ids begin each pair's."""
     bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
     if document.text:
         tokens = [bos, *tokenizer.encode(document.text), eos]
-        return Example(tokens, [True] * len(tokens))
-    example = Example([], [])
+        return tokens, [True] * len(tokens)
+    tokens, learnt = [], []
     for prompt, answer in pair_texts(document.system, document.exchanges):
         pair, head = tokenizer.encode(f"{prompt} {answer} "), tokenizer.encode(prompt)
         assert pair[: len(head)] == head, "the prompt alone must encode as it does in training"
-        example.tokens.extend([bos, *pair, eos])
-        example.learnt.extend([False] * (1 + len(head)) + [True] * (len(pair) - len(head) + 1))
-    return example
+        tokens += [bos, *pair, eos]
+        learnt += [False] * (1 + len(head)) + [True] * (len(pair) - len(head) + 1)
+    return tokens, learnt
