@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
@@ -40,7 +39,6 @@ PASSES = 4
 
 def main(
     shape: str = "1b",
-    ckpt_dir: str | None = None,
     *,
     peers: str | Sequence[str] = "",
     device: str = "cpu",
@@ -51,12 +49,9 @@ def main(
     threads: int | None = None,
     batches: Sequence[int] = (1, 4, 8, 16),
     prefills: Sequence[int] = (16, 128, 512),
-    decode_prompt: int = 128,
     decode_steps: int = 48,
     one_at_a_time: bool = False,
-    cpu_time: bool = False,
     peer_python: str | Sequence[str] = "",
-    work_dir: str | None = None,
     profile_step: bool = False,
     json: str | None = None,
     plot: str | None = None,
@@ -65,8 +60,7 @@ def main(
     """Measures loading, prefill, decode and memory; prints medians and ratios.
 
     Args:
-        shape: tiny, 110m, 200m, 1b, 7b or 13b, of random weights; with `ckpt_dir` only a name for the report.
-        ckpt_dir: a checkpoint in one file to measure instead.
+        shape: tiny, 110m, 200m, 1b, 7b or 13b, of random weights.
         peers: of hf, llama_cpp, llama_cpp_q8_0, llama_cpp_q4_0, openvino, openvino_int8, openvino_int4, ctranslate2
             (int8) and ours_eager (this library without CUDA graphs), those to run in turn with it; those that are not
             installed are left out.
@@ -78,15 +72,10 @@ def main(
         threads: of every engine; None for as many as there are cores.
         batches: sizes of the decode figures; the peers take part in 1 and 8.
         prefills: prompt lengths of the prefill figures.
-        decode_prompt: length of the decode figures' prompts.
         decode_steps: number of timed steps of a decode figure.
         one_at_a_time: have an engine take all its figures before the next one is loaded. Without it they take turns at
             each figure, which needs memory for all of them at the same time, 16 GB at 1b in bfloat16 with all peers.
-        cpu_time: measures the CPU time of the engines' processes in place of the time that passes, with one thread:
-            for comparisons on a machine that is busy with other work.
         peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
-        work_dir: keeps the weights in every engine's format there for the next run (1b in bfloat16: 14 GB with all
-            peers); None for a temporary folder.
         profile_step: in place of all that, prints where the time of this library's decode steps goes, for the first
             of `batches` in a cache of the largest.
         json: file to write one JSON line per figure to.
@@ -97,20 +86,11 @@ def main(
     if readings:
         report.plot(report.read(Path(readings)), Path(plot or "performance.svg"))
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(work_dir or temporary).resolve() / f"{Path(ckpt_dir).name if ckpt_dir else shape}-{dtype}"
-        n_threads = 1 if cpu_time else threads or available_cores()
-        job = replace(
-            make_job(shape, ckpt_dir, folder, dtype),
-            device=device,
-            threads=n_threads,
-            cpu_time=cpu_time,
-            decode_batches=numbers(batches),
-            decode_prompt=decode_prompt,
-            decode_steps=decode_steps,
-            prefill_lengths=numbers(prefills),
-        )
-        torch.set_num_threads(n_threads)
+    n_threads = threads or available_cores()
+    torch.set_num_threads(n_threads)
+    sizes = {"decode_batches": numbers(batches), "prefill_lengths": numbers(prefills), "decode_steps": decode_steps}
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(shape, Path(folder), dtype, device=device, threads=n_threads, **sizes)
         if profile_step:
             print(step_profile(job, quantize))
             return
@@ -118,12 +98,11 @@ def main(
         pythons |= _installed(peers, peer_python, device)
         rounds = run_rounds(job, pythons, repeats, one_at_a_time=one_at_a_time)
         versions = {engine: version(ENGINES[engine].install.split()[0], pythons[engine]) for engine in pythons}
-    machine = describe_machine(device)
+    context = {"shape": shape, "device": device, "dtype": dtype, "threads": n_threads}
+    context |= {"machine": describe_machine(device), "versions": versions}
     lines, ratios = report.engine_lines(rounds), report.ratio_lines(rounds)
-    title = f"{job.shape}, {dtype}, {device}, {n_threads} threads{', CPU time' * cpu_time}, {repeats} rounds"
-    print(report.page(f"{title}: {machine['cpu']}\n{versions}", lines, ratios))
-    context = {"shape": job.shape, "device": device, "dtype": dtype, "threads": n_threads}
-    context |= {"machine": machine, "versions": versions}
+    title = f"{shape}, {dtype}, {device}, {n_threads} threads, {repeats} rounds: {report.cpu_model()}"
+    print(report.page(f"{title}\n{versions}", lines, ratios))
     if json:
         Path(json).write_text(report.json_lines([*lines, *ratios], context), encoding="utf-8")
     if plot:
@@ -183,18 +162,12 @@ def run_rounds(job: Job, pythons: dict[str, str], repeats: int, *, one_at_a_time
     rounds: list[Round] = []
     for i in range(repeats):
         say(f"round {i + 1}/{repeats}")
-        measured: Round = limits(job, [engine for engine in pythons if 1 in job.decode_batches])
-        for group in groups(list(pythons), i, one_at_a_time=one_at_a_time):
+        measured: Round = limits(job, list(pythons)) if 1 in job.decode_batches else {}
+        names = report.in_turn(list(pythons), i)
+        for group in [[name] for name in names] if one_at_a_time else [names]:
             measured |= _take_turns(group, pythons, job)
         rounds.append(measured)
     return rounds
-
-
-def groups(names: list[str], round_: int, *, one_at_a_time: bool) -> list[list[str]]:
-    """The engines of a round whose processes are there at the same time; each round, another one is the first."""
-    first = round_ % len(names)
-    names = names[first:] + names[:first]
-    return [[name] for name in names] if one_at_a_time else [names]
 
 
 def _take_turns(group: Sequence[str], pythons: dict[str, str], job: Job) -> Round:
@@ -203,9 +176,10 @@ def _take_turns(group: Sequence[str], pythons: dict[str, str], job: Job) -> Roun
     running: dict[str, EngineProcess] = {}
 
     def take(engine: str, turn: str) -> None:
-        for figure, value in running[engine].take_turn(turn):
+        figures = running[engine].take_turn(turn)
+        found[engine] |= figures
+        for figure, value in figures.items():
             say(f"  {engine}: {figure} {report.shown(figure, value)}")
-            found[engine][figure] = value
 
     with ExitStack() as stack:
         for turn in job.turns:
@@ -234,7 +208,7 @@ def limits(job: Job, engines: Sequence[str]) -> Round:
     byte: which one comes closest to the memory's speed differs between machines. On CUDA a copy, which reads and
     writes.
     """
-    bandwidth = _read_bandwidth(job.device) if engines else 0.0
+    bandwidth = _read_bandwidth(job.device)
     forms = dict.fromkeys(ENGINES[engine].form for engine in engines)
     return {
         f"limit{'_' * bool(form)}{form}": {"decode_1": bandwidth / bytes_per_decode_step(job, form)} for form in forms
@@ -280,7 +254,7 @@ def step_profile(job: Job, quantize: str | None) -> str:
 def describe_machine(device: str) -> dict[str, str | int | float]:
     """Processor, cores, memory and versions, as they go into every JSON line."""
     described: dict[str, str | int | float] = {
-        "cpu": cpu_model(),
+        "cpu": report.cpu_model(),
         "cores": available_cores(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
@@ -291,19 +265,6 @@ def describe_machine(device: str) -> dict[str, str | int | float]:
     if device.startswith("cuda"):
         described["gpu"] = torch.cuda.get_device_name(device)
     return described
-
-
-def cpu_model() -> str:
-    """The processor's name, and on x86 its family and model: names of virtual machines leave out which one it is."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    except OSError:
-        lines = []
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    name = fields.get("model name", platform.processor() or platform.machine())
-    if "cpu family" in fields and "model" in fields:
-        return f"{name} (family {fields['cpu family']}, model {fields['model']})"
-    return name
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ def main(
     repeats: int = 5,
     tokens: int = 48,
     wait: float = 10.0,
-    threads: int | None = None,
 ) -> None:
     """Prints the median seconds of an answer, idle and busy, and the ratio of the two.
 
@@ -46,14 +45,13 @@ def main(
         repeats: rounds of both kinds.
         tokens: length of an answer.
         wait: seconds between rounds, longer than the library stays at one thread.
-        threads: of `Llama.build`; None lets it choose, and adapt.
     """
     n_loops = available_cores() if loops is None else loops
     print(f"{n_loops} busy loops on {available_cores()} cores, answers of {tokens} tokens, torch {torch.__version__}")
     print(f"{'shape':8}  {'idle, s':>8}  {'busy, s':>8}  {'ratio':>6}")
     for shape in shapes.split(",") if isinstance(shapes, str) else shapes:
         with tempfile.TemporaryDirectory() as folder:
-            llama = _build(shape, Path(folder), threads)
+            llama = _build(shape, Path(folder))
             seconds: dict[int, list[float]] = {0: [], n_loops: []}
             _answer(llama, tokens)
             for n in [0, n_loops] * repeats:
@@ -64,12 +62,12 @@ def main(
             print(f"{shape:8}  {idle:8.3f}  {busy:8.3f}  {busy / idle:6.1f}", flush=True)
 
 
-def _build(shape: str, folder: Path, threads: int | None) -> Llama:
+def _build(shape: str, folder: Path) -> Llama:
     checkpoint, tokenizer = TOY, TOY / "tokenizer.model"
     if shape != "toy":
-        job = make_job(shape, None, folder, "bfloat16")
+        job = make_job(shape, folder)
         checkpoint, tokenizer = Path(job.ckpt_dir), Path(job.tokenizer_path)
-    return Llama.build(checkpoint, tokenizer, 256, 1, device="cpu", threads=threads)
+    return Llama.build(checkpoint, tokenizer, 256, 1, device="cpu")
 
 
 def _answer(llama: Llama, n_tokens: int) -> float:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from benchmarks.worker import Job
 from llama import ModelArgs, Tokenizer
-from llama.checkpoint.format import read_params, tensor_shapes
-from llama.checkpoint.reading import find_shards
+from llama.checkpoint.format import tensor_shapes
 from llama.tools.convert import to_hf
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -30,19 +29,12 @@ _FIRST_CHARACTER = 0x20000  # of a plane with more ideographs than any vocabular
 _CONTROL_PIECES = 3
 
 
-def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype) -> None:
-    """A checkpoint of random weights in one file.
+def _random_state(args: ModelArgs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random weights at MP 1.
 
     Every layer has the first one's numbers, shifted by a few places: drawing billions of them would take minutes, and
     engines keep equal tensors only once, which would make them look smaller than they are.
     """
-    params = SHAPES[shape]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
-    torch.save(_random_state(ModelArgs(**params), dtype), folder / "consolidated.00.pth")
-
-
-def _random_state(args: ModelArgs, dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     state: dict[str, Tensor] = {}
     for name, size in tensor_shapes(args, 1).items():
@@ -72,33 +64,26 @@ def write_tokenizer(path: Path, n_pieces: int) -> None:
     )
 
 
-def make_job(shape: str, ckpt_dir: str | None, folder: Path, dtype: str) -> Job:
-    """A job for a network; makes the files that are missing: random weights, a tokenizer of the right size."""
+def make_job(shape: str, folder: Path, dtype: str = "bfloat16", **sizes: Any) -> Job:
+    """A job for a network of random weights, whose files it writes, with a tokenizer of the right size.
+
+    Args:
+        sizes: further fields of the job.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if ckpt_dir is None and shape not in SHAPES:
-        raise ValueError(
-            f"shape must be one of {', '.join(SHAPES)}, got {shape!r}; --ckpt_dir measures another network"
-        )
-    checkpoint = Path(ckpt_dir).resolve() if ckpt_dir else folder / "checkpoint"
-    if ckpt_dir is None and not (checkpoint / "consolidated.00.pth").exists():
-        write_checkpoint(checkpoint, shape, getattr(torch, dtype))
-    (shard,) = find_shards(checkpoint, 1)
-    params = read_params(checkpoint)
-    if params.get("vocab_size", -1) == -1:  # left to the tokenizer
-        params["vocab_size"] = len(torch.load(shard, "cpu", weights_only=True, mmap=True)["tok_embeddings.weight"])
-    args = ModelArgs(**params)
-    folder.mkdir(parents=True, exist_ok=True)
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    args = ModelArgs(**SHAPES[shape])
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "params.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
+    torch.save(_random_state(args, getattr(torch, dtype)), checkpoint / "consolidated.00.pth")
     write_tokenizer(folder / "tokenizer.model", args.vocab_size)
-    return Job(
-        shape=checkpoint.name if ckpt_dir else shape,
-        ckpt_dir=str(checkpoint),
-        tokenizer_path=str(folder / "tokenizer.model"),
-        folder=str(folder),
-        n_kv_heads=args.kv_heads,
-        dtype=dtype,
-        **{name: getattr(args, name) for name in _SIZES},
-    )
+    sizes |= {name: getattr(args, name) for name in _SIZES}
+    paths = {"ckpt_dir": checkpoint, "tokenizer_path": folder / "tokenizer.model", "folder": folder}
+    sizes |= {name: str(path) for name, path in paths.items()}
+    return Job(shape=shape, n_kv_heads=args.kv_heads, dtype=dtype, **sizes)
 
 
 def write_hf_folder(job: Job) -> None:

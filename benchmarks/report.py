@@ -7,6 +7,7 @@ seconds and bytes it is the peer's figure over ours.
 from __future__ import annotations
 
 import json
+import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -51,10 +52,6 @@ class Line:
     def median(self) -> float:
         return statistics.median(self.values)
 
-    @property
-    def span(self) -> tuple[float, float]:
-        return min(self.values), max(self.values)
-
 
 def engine_lines(rounds: Sequence[Round]) -> list[Line]:
     """Every figure of every engine."""
@@ -63,7 +60,6 @@ def engine_lines(rounds: Sequence[Round]) -> list[Line]:
             figure, engine, _unit(figure), [_in_unit(figure, r[engine][figure]) for r in _with(rounds, engine, figure)]
         )
         for engine, figure in _names(rounds)
-        for measured in [_with(rounds, engine, figure)]
     ]
 
 
@@ -132,8 +128,8 @@ def read(path: Path) -> list[tuple[Line, dict[str, Any]]]:
 
 def page(title: str, lines: Sequence[Line], ratios: Sequence[Line]) -> str:
     """The whole report as text."""
-    moved = [line for line in lines if line.span[1] > 1.5 * line.span[0]]
-    spans = [f"{line.engine} {line.figure} {number(line.span[0])} to {number(line.span[1])}" for line in moved]
+    moved = [line for line in lines if max(line.values) > 1.5 * min(line.values)]
+    spans = [f"{line.engine} {line.figure} {spread(line.values)}" for line in moved]
     unsteady = ["differed by half or more between rounds: " + "none" * (not spans), *spans]
     return "\n".join([title, "", table(lines), "", ratio_table(ratios), "", *unsteady, "", _LEGEND])
 
@@ -142,21 +138,42 @@ def table(lines: Sequence[Line]) -> str:
     """One row per figure, one column per engine: medians."""
     engines = list(dict.fromkeys(line.engine for line in lines))
     found = {(line.figure, line.engine): number(line.median) for line in lines}
-    rows = [["median", "unit", *engines]]
-    for figure in dict.fromkeys(line.figure for line in lines):
-        rows.append([figure, _unit(figure), *(found.get((figure, engine), "") for engine in engines)])
-    return _aligned(rows)
+    figures = dict.fromkeys(line.figure for line in lines)
+    rows = [[figure, _unit(figure), *(found.get((figure, engine), "") for engine in engines)] for figure in figures]
+    return _aligned([["median", "unit", *engines], *rows])
 
 
 def ratio_table(lines: Sequence[Line]) -> str:
-    """One row per ratio: min, median and max over the rounds."""
-    rows = [["times as good, in each round", "", "min", "median", "max"]]
-    rows += [[line.engine, line.figure, *map(number, (line.span[0], line.median, line.span[1]))] for line in lines]
-    return _aligned(rows)
+    rows = [[line.engine, line.figure, spread(line.values)] for line in lines]
+    return _aligned([["times as good, in each round", "", "median, range"], *rows])
 
 
 def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Values over the rounds as "MEDIAN (MIN to MAX)"."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def in_turn(names: Sequence[str], round_: int) -> list[str]:
+    """The names in the order of a round, each of which begins with another one."""
+    first = round_ % len(names)
+    return [*names[first:], *names[:first]]
+
+
+def cpu_model() -> str:
+    """The processor's name, and on x86 its family and model: names of virtual machines leave out which one it is."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.processor() or platform.machine())
+    if "cpu family" in fields and "model" in fields:
+        return f"{name} (family {fields['cpu family']}, model {fields['model']})"
+    return name
 
 
 def _aligned(rows: list[list[str]]) -> str:
@@ -207,12 +224,14 @@ def _panel(axes: Axes, lines: Sequence[Line], dtype: str) -> None:
         names += [line.engine for line in group]
         if form in limits:
             left, right, limit = places[0] - 0.45, places[-1] + 0.45, limits[form]
-            axes.fill_between([left, right], *limit.span, color="tab:orange", alpha=0.2, linewidth=0)
+            axes.fill_between(
+                [left, right], min(limit.values), max(limit.values), color="tab:orange", alpha=0.2, linewidth=0
+            )
             axes.hlines(limit.median, left, right, color="tab:orange")
-            axes.annotate(f"{form or dtype}: memory's limit", (left, limit.span[1]), fontsize=7, va="bottom")
+            axes.annotate(f"{form or dtype}: memory's limit", (left, max(limit.values)), fontsize=7, va="bottom")
         medians = [line.median for line in group]
         colors = ["tab:blue" if line.engine.startswith("ours") else "tab:gray" for line in group]
-        low, high = ([abs(line.median - line.span[i]) for line in group] for i in (0, 1))
+        low, high = ([abs(line.median - end(line.values)) for line in group] for end in (min, max))
         bars = axes.bar(places, medians, width=0.7, yerr=(low, high), color=colors, capsize=2, alpha=0.85)
         axes.bar_label(bars, labels=[f"{median:.0f}" for median in medians], fontsize=7)
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)

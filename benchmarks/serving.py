@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
@@ -36,16 +36,16 @@ if __name__ == "__main__":  # run as a file: packages are looked for in the repo
 import httpx
 import torch
 
-from benchmarks.bench import cpu_model
 from benchmarks.networks import make_job, write_hf_folder
 from benchmarks.peers import gguf_file, greedy_steps
+from benchmarks.report import cpu_model, in_turn, spread
 from benchmarks.worker import ROOT, Job, environment, is_installed, numbers, peer_pythons, prepare, say
 from llama import Llama, Tokenizer
 from llama.distributed.device import available_cores
 from llama.tools.commandline import run
 
 MAX_SEQ_LEN = 512
-LONGEST = 255  # tokens of a prompt or an output
+PROMPT_MEDIAN, LONGEST = 32, 255  # tokens of a prompt; of a prompt or an output
 LONGEST_S, START_S = 600.0, 300.0
 N_THREADS = 8  # of Python
 REFERENCE = "kept full"
@@ -76,14 +76,14 @@ class Round:
         return self.tokens / self.seconds
 
 
-def random_requests(n: int, prompt_median: int, output_median: int, vocab_size: int) -> Requests:
+def random_requests(n: int, output_median: int, vocab_size: int) -> Requests:
     """Most are short, a few many times longer, as real ones are."""
     draw = random.Random(0)
 
     def length(median: int) -> int:
         return min(LONGEST, max(1, round(draw.lognormvariate(math.log(median), 1.0))))
 
-    return [(_ids(draw, length(prompt_median), vocab_size), length(output_median)) for _ in range(n)]
+    return [(_ids(draw, length(PROMPT_MEDIAN), vocab_size), length(output_median)) for _ in range(n)]
 
 
 def _ids(draw: random.Random, n: int, vocab_size: int) -> list[int]:
@@ -155,56 +155,35 @@ async def _ask(web: httpx.AsyncClient, model: str, prompt: str, max_tokens: int,
         results.per_token.append((last - first) / (n_tokens - 1))
 
 
-@dataclass(frozen=True)
-class Server:
-    """How a server is started.
-
-    Attributes:
-        command: its command line, from an interpreter, the job and a port.
-        model: the model's name there, from the job.
-        engine: whose files it reads, one of `peers.ENGINES`.
-        imports: what its environment must have.
-        install: what to give to pip for it.
-    """
-
-    command: Callable[[str, Job, int], list[str]]
-    model: Callable[[Job], str]
-    engine: str
-    imports: str
-    install: str
-
-
-def _ours(python: str, job: Job, port: int) -> list[str]:
-    command = [python, "-m", "llama.tools.serve", "--ckpt_dir", job.ckpt_dir, "--port", str(port)]
-    command += ["--tokenizer_path", job.tokenizer_path, "--model_name", "model", "--dtype", job.dtype]
+def _ours(python: str, job: Job) -> list[str]:
+    command = [python, "-m", "llama.tools.serve", "--ckpt_dir", job.ckpt_dir, "--dtype", job.dtype]
+    command += ["--tokenizer_path", job.tokenizer_path, "--model_name", "model"]
     return [*command, "--max_seq_len", str(MAX_SEQ_LEN), "--max_batch_size", str(max(job.decode_batches))]
 
 
-def _llama_cpp(python: str, job: Job, port: int) -> list[str]:
+def _llama_cpp(python: str, job: Job) -> list[str]:
     """It answers one request at a time; by default, a new request would end the one that runs."""
-    threads = str(job.threads)
-    command = [python, "-m", "llama_cpp.server", "--model", str(gguf_file(job)), "--port", str(port)]
-    command += ["--model_alias", "model", "--n_ctx", str(MAX_SEQ_LEN), "--n_threads", threads]
-    return [*command, "--n_threads_batch", threads, "--interrupt_requests", "false", "--verbose", "false"]
+    command = [python, "-m", "llama_cpp.server", "--model", str(gguf_file(job)), "--model_alias", "model"]
+    command += ["--n_ctx", str(MAX_SEQ_LEN), "--interrupt_requests", "false", "--verbose", "false"]
+    return [*command, "--n_threads", str(job.threads), "--n_threads_batch", str(job.threads)]
 
 
-def _hf(python: str, job: Job, port: int) -> list[str]:
-    command = [str(Path(python).parent / "transformers"), "serve", str(job.hf_folder), "--port", str(port)]
+def _hf(python: str, job: Job) -> list[str]:
+    command = [str(Path(python).parent / "transformers"), "serve", str(job.hf_folder)]
     return [*command, "--device", "cpu", "--dtype", job.dtype]
 
 
-def _hf_batching(python: str, job: Job, port: int) -> list[str]:
-    return [*_hf(python, job, port), "--continuous-batching"]
+def _hf_batching(python: str, job: Job) -> list[str]:
+    return [*_hf(python, job), "--continuous-batching"]
 
 
-_HF = (lambda job: str(job.hf_folder), "hf", "transformers fastapi", "'transformers[serving]'")
+# By name: the command line but for the port, the engine of `peers.ENGINES` whose files the server reads, the modules
+# that it needs, and what to give to pip for them.
 SERVERS = {
-    "ours": Server(_ours, lambda job: "model", "ours", "starlette", "'llama-reference[serve]'"),
-    "llama_cpp": Server(
-        _llama_cpp, lambda job: "model", "llama_cpp", "llama_cpp.server gguf", "'llama-cpp-python[server]' gguf"
-    ),
-    "hf": Server(_hf, *_HF),
-    "hf_batching": Server(_hf_batching, *_HF),
+    "ours": (_ours, "ours", "starlette", "'llama-reference[serve]'"),
+    "llama_cpp": (_llama_cpp, "llama_cpp", "llama_cpp.server gguf", "'llama-cpp-python[server]' gguf"),
+    "hf": (_hf, "hf", "transformers fastapi", "'transformers[serving]'"),
+    "hf_batching": (_hf_batching, "hf", "transformers fastapi", "'transformers[serving]'"),
 }
 
 
@@ -212,17 +191,18 @@ class RunningServer:
     """A server that answers. `with` ends it."""
 
     def __init__(self, name: str, python: str, job: Job) -> None:
-        server = SERVERS[name]
+        command_of, engine, *_ = SERVERS[name]
         if name != "ours":
             write_hf_folder(job)
-        prepare(server.engine, python, job)
+        prepare(engine, python, job)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.name, self.url, self.model = name, f"http://127.0.0.1:{port}", server.model(job)
+        self.name, self.url = name, f"http://127.0.0.1:{port}"
+        self.model = str(job.hf_folder) if engine == "hf" else "model"
         self._log = Path(job.folder) / f"{name}.log"
         with self._log.open("w") as log:
-            command = server.command(python, job, port)
+            command = [*command_of(python, job), "--port", str(port)]
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment(job))
 
     def __enter__(self) -> RunningServer:
@@ -253,10 +233,8 @@ class RunningServer:
 def measure(ways: dict[str, Callable[[], Round]], repeats: int) -> dict[str, list[Round]]:
     """The rounds of each way of answering the requests, all in turn, each time with another one first."""
     rounds: dict[str, list[Round]] = {name: [] for name in ways}
-    names = list(ways)
     for i in range(repeats):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+        for name in in_turn(list(ways), i):
             rounds[name].append(ways[name]())
             say(f"round {i + 1}/{repeats}  {name}: {rounds[name][-1].rate:.1f} tok/s")
     return rounds
@@ -266,8 +244,7 @@ def report(rounds: dict[str, list[Round]]) -> str:
     """A line per way: the median over the rounds of its rate, over all requests of the times; ratios within rounds."""
     lines = [f"{'':24}    tok/s              first token, p95        per token, p95   of {REFERENCE}"]
     for name, measured in rounds.items():
-        rates = [each.rate for each in measured]
-        line = f"{name:24} {statistics.median(rates):8.1f} ({min(rates):.1f} to {max(rates):.1f})".ljust(52)
+        line = f"{name:24} {spread([each.rate for each in measured], 1)}".ljust(52)
         line += _times([t for each in measured for t in each.first], 0)
         line += _times([t for each in measured for t in each.per_token], 1)
         lines.append(f"{line}   {_ratios(measured, rounds[REFERENCE])}")
@@ -286,8 +263,7 @@ def _times(seconds: list[float], digits: int) -> str:
 
 
 def _ratios(ours: Sequence[Round], theirs: Sequence[Round]) -> str:
-    ratios = [a.rate / b.rate for a, b in zip(ours, theirs, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return spread([a.rate / b.rate for a, b in zip(ours, theirs, strict=True)])
 
 
 def last_turn(llama: Llama, seed: int) -> float:
@@ -326,8 +302,8 @@ def _prefixes(job: Job, batch: int, repeats: int) -> str:
     for name, work in names.items():
         rounds = [[work(llama, seed) for llama in ways] for seed in range(repeats + 1)][1:]
         reused, fresh = (statistics.median(column) for column in zip(*rounds, strict=True))
-        ratio = statistics.median(b / a for a, b in rounds)
-        lines.append(f"{name}: {reused:.3f} s, {fresh:.3f} s without reuse, {ratio:.2f} times as fast")
+        ratios = spread([b / a for a, b in rounds])
+        lines.append(f"{name}: {reused:.3f} s, {fresh:.3f} s without reuse, {ratios} times as fast")
     return "\n".join(lines)
 
 
@@ -337,10 +313,8 @@ def main(
     n_requests: int = 64,
     clients: Sequence[int] = (1, 4, 8, 16),
     batch: int = 8,
-    prompt_median: int = 32,
     output_median: int = 32,
     repeats: int = 3,
-    dtype: str = "bfloat16",
     threads: int | None = None,
     peers: str | Sequence[str] = "",
     peer_python: str | Sequence[str] = "",
@@ -349,7 +323,7 @@ def main(
     """Prints for each way to answer the requests tokens per second, time to the first token and per token.
 
     Args:
-        shape: tiny, 110m, 200m, 1b, 7b or 13b, of random weights.
+        shape: tiny, 110m, 200m, 1b, 7b or 13b, of random weights, in bfloat16.
         clients: numbers of clients; 0 leaves HTTP out.
         batch: `max_batch_size` of this library.
         threads: of every server; None for as many as there are cores.
@@ -360,14 +334,14 @@ def main(
     """
     threads = threads or available_cores()
     torch.set_num_threads(threads)
+    print(f"{cpu_model()}, {shape}, max_batch_size {batch}")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        job = replace(make_job(shape, None, Path(folder), dtype), threads=threads, decode_batches=(batch,))
-        print(f"{cpu_model()}, {shape}, {dtype}, max_batch_size {batch}")
+        job = make_job(shape, Path(folder), threads=threads, decode_batches=(batch,))
         if prefixes:
             print(_prefixes(job, batch, repeats))
             return
-        requests = random_requests(n_requests, prompt_median, output_median, job.vocab_size)
-        llama = Llama.build(job.ckpt_dir, job.tokenizer_path, MAX_SEQ_LEN, batch, device="cpu", dtype=dtype)
+        requests = random_requests(n_requests, output_median, job.vocab_size)
+        llama = Llama.build(job.ckpt_dir, job.tokenizer_path, MAX_SEQ_LEN, batch, device="cpu", dtype=job.dtype)
         ways: dict[str, Callable[[], Round]] = {
             REFERENCE: lambda: in_calls(llama, requests, len(requests)),
             f"calls of {batch}": lambda: in_calls(llama, requests, batch),
@@ -376,32 +350,24 @@ def main(
         }
         ways[REFERENCE]()  # warms up
         if counts := [n for n in numbers(clients) if n]:
-            ways |= _over_http(stack, job, counts, requests, _installed(peers, peer_python))
+            pythons = {"ours": sys.executable, **peer_pythons(peers, peer_python, SERVERS)}
+            ways |= _over_http(stack, job, counts, requests, pythons)
         rounds = measure(ways, repeats)
-    longest = max(len(prompt) for prompt, _ in requests)
-    print(f"{n_requests} requests, prompts of up to {longest} tokens\n{report(rounds)}")
+    print(f"{n_requests} requests\n{report(rounds)}")
     figures = {name: [[each.tokens, each.seconds] for each in measured] for name, measured in rounds.items()}
     print(json.dumps({"benchmark": "serving", "shape": shape, "rounds": figures}))
-
-
-def _installed(peers: str | Sequence[str], peer_python: str | Sequence[str]) -> dict[str, str]:
-    """The servers that can run here, and their interpreters."""
-    pythons = {"ours": sys.executable, **peer_pythons(peers, peer_python, SERVERS)}
-    return {
-        name: python
-        for name, python in pythons.items()
-        if is_installed(name, python, SERVERS[name].imports, SERVERS[name].install)
-    }
 
 
 def _over_http(
     stack: ExitStack, job: Job, counts: Sequence[int], requests: Requests, pythons: dict[str, str]
 ) -> dict[str, Callable[[], Round]]:
-    """The ways over HTTP: each server with each number of clients."""
+    """The ways over HTTP: each server that can run here, with each number of clients."""
     tokenizer = Tokenizer(job.tokenizer_path)
     texts = [(tokenizer.decode(prompt), n_tokens) for prompt, n_tokens in requests]
     ways: dict[str, Callable[[], Round]] = {}
     for name, python in pythons.items():
+        if not is_installed(name, python, *SERVERS[name][2:]):
+            continue
         server = stack.enter_context(RunningServer(name, python, job))
         closed_loop(server.url, server.model, max(counts), texts[: 2 * max(counts)])  # warms up
         for n in counts:

@@ -18,8 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,16 @@ if __name__ == "__main__":  # run as a file: packages are looked for in the repo
 import torch
 from torch import Tensor, nn
 
-from benchmarks.bench import cpu_model
 from benchmarks.networks import make_job
+from benchmarks.report import cpu_model, in_turn, spread
 from llama import Llama
 from llama.distributed.device import available_cores
 from llama.model import CachePositions
 from llama.tools.commandline import run
 
 DRAFT_SHAPE = "110m"  # a tenth of 1b
-OWN_SEQ_LEN = 2048
+MAX_SEQ_LEN = 2048
+N_PROMPT = 200  # tokens of a scripted prompt
 FIRST_ID = 259  # past control pieces and bytes
 HEADER = f"{'':34}  8-grams  plain   spec.  ratio, range      per pass accepted same text"
 
@@ -174,48 +174,37 @@ class Run:
     accepted: float | None
 
 
-def decode(llama: Llama, prompt: list[int], n_tokens: int, speculative: str | None, *, cpu_time: bool = False) -> Run:
+def decode(llama: Llama, prompt: list[int], n_tokens: int, speculative: str | None) -> Run:
     """Completes a prompt greedily."""
-    clock = time.process_time if cpu_time else time.perf_counter
     ends: list[float] = []  # of the passes
-    before = llama.engine.draft_counts
-    drafted, accepted = before.drafted, before.accepted
-    hook = llama.model.register_forward_hook(lambda *_: ends.append(clock()))
+    before = replace(llama.engine.draft_counts)
+    hook = llama.model.register_forward_hook(lambda *_: ends.append(time.perf_counter()))
     (tokens,), _ = llama.generate([prompt], n_tokens, temperature=0, speculative=speculative)
-    ended = clock()
+    ended = time.perf_counter()
     hook.remove()
     counts = llama.engine.draft_counts
-    share = (counts.accepted - accepted) / (counts.drafted - drafted) if counts.drafted > drafted else None
+    drafted, accepted = counts.drafted - before.drafted, counts.accepted - before.accepted
     n_more, n_passes = max(1, len(tokens) - 1), max(1, len(ends) - 1)
-    return Run(tokens, n_more / (ended - ends[0]), n_more / n_passes, share)
-
-
-def warm_up(llama: Llama) -> None:
-    """The first speculative call times passes of the network and its draft model."""
-    for speculative in (None, "prompt_lookup"):
-        llama.generate([[llama.tokenizer.bos_id]], 2, temperature=0, speculative=speculative)
-    print(HEADER)
+    return Run(tokens, n_more / (ended - ends[0]), n_more / n_passes, accepted / drafted if drafted else None)
 
 
 def compare(
     name: str, texts: Sequence[Script], run_as: Callable[[Script, str | None], Run], way: str, repeats: int
 ) -> dict[str, Any]:
     """Decodes each text plainly and speculatively, in turn, each time the other one first; prints and returns a row."""
-    plain: list[Run] = []
-    drafted: list[Run] = []
+    runs: dict[str, list[Run]] = {"": [], way: []}
     for text in texts:
         for i in range(repeats):
-            ways = [(None, plain), (way, drafted)]
-            for each, runs in ways if i % 2 == 0 else ways[::-1]:
-                runs.append(run_as(text, each))
+            for each in in_turn(list(runs), i):
+                runs[each].append(run_as(text, each or None))
+    plain, drafted = runs.values()
     written = [Script(text.prompt, text.output or plain[i * repeats].tokens) for i, text in enumerate(texts)]
-    repetition = statistics.mean(map(repeated_ngrams, written))
     ratios = [b.rate / a.rate for a, b in zip(plain, drafted, strict=True)]
     accepted = [r.accepted for r in drafted if r.accepted is not None]
     same = sum(a.tokens == b.tokens for a, b in zip(plain, drafted, strict=True))
     row = {
         "text": name,
-        "repeated_8grams": repetition,
+        "repeated_8grams": statistics.mean(map(repeated_ngrams, written)),
         "plain": statistics.median(r.rate for r in plain),
         "speculative": statistics.median(r.rate for r in drafted),
         "tokens_per_pass": statistics.median(r.per_pass for r in drafted),
@@ -225,45 +214,39 @@ def compare(
     }
     share = f"{row['accepted']:7.0%}" if accepted else "      -"
     print(
-        f"{name:34}{repetition:7.0%} {row['plain']:8.1f}{row['speculative']:8.1f} {statistics.median(ratios):6.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f}){row['tokens_per_pass']:7.2f}{share}{same:5}/{len(plain)}",
+        f"{name:34}{row['repeated_8grams']:7.0%} {row['plain']:8.1f}{row['speculative']:8.1f}   {spread(ratios)}"
+        f"{row['tokens_per_pass']:7.2f}{share}{same:5}/{len(plain)}",
         flush=True,
     )
     return row
 
 
 def scripted_rows(
-    llama: Llama, agreements: Sequence[float], scripts_of: Callable[[str], list[Script]], repeats: int, cpu_time: bool
+    llama: Llama, agreements: Sequence[float], scripts_of: Callable[[str], list[Script]], repeats: int
 ) -> list[dict[str, Any]]:
     """Prompt lookup on every kind of script, and a draft model at several shares of agreement on fresh words."""
-    warm_up(llama)
-    target, draft = Scripted(llama.model), None
+    hooks = [Scripted(llama.model)]
 
     def run_as(script: Script, way: str | None) -> Run:
-        target.start(script)
-        if draft is not None:
-            draft.start(script)
-        return decode(llama, script.prompt, len(script.output), way, cpu_time=cpu_time)
+        for hook in hooks:
+            hook.start(script)
+        return decode(llama, script.prompt, len(script.output), way)
 
     rows = [compare(f"prompt lookup, {kind}", scripts_of(kind), run_as, "prompt_lookup", repeats) for kind in SCRIPTS]
     for agreement in agreements:
-        draft = Scripted(llama.draft_model, agreement)
+        hooks.append(Scripted(llama.draft_model, agreement))
         fresh = scripts_of("without repetition")
         rows.append(compare(f"draft, agreement {agreement}", fresh, run_as, "draft", repeats))
-        draft.remove()
-    target.remove()
+        hooks.pop().remove()
     return rows
 
 
-def own_rows(
-    llama: Llama, texts: dict[str, str | list[int]], n_tokens: int, repeats: int, cpu_time: bool
-) -> list[dict[str, Any]]:
+def own_rows(llama: Llama, texts: dict[str, str | list[int]], n_tokens: int, repeats: int) -> list[dict[str, Any]]:
     """Texts that the network itself writes, by prompt lookup and, if it has one, its draft model."""
 
     def run_as(text: Script, way: str | None) -> Run:
-        return decode(llama, text.prompt, n_tokens, way, cpu_time=cpu_time)
+        return decode(llama, text.prompt, n_tokens, way)
 
-    warm_up(llama)
     rows = []
     for name, prompt in texts.items():
         ids = llama.tokenizer.encode(prompt, bos=True, eos=False) if isinstance(prompt, str) else prompt
@@ -276,57 +259,52 @@ def main(
     shape: str = "1b",
     ckpt_dir: str | None = None,
     *,
-    tokenizer_path: str | None = None,
     draft_ckpt_dir: str | None = None,
     prompts: str | None = None,
-    n_prompt: int = 200,
     n_tokens: int = 128,
     n_texts: int = 3,
     repeats: int = 1,
-    agreements: Sequence[float] = (0.5, 0.7, 0.8, 0.9),
-    dtype: str = "bfloat16",
-    max_batch_size: int = 8,
+    agreements: float | Sequence[float] = (0.5, 0.7, 0.8, 0.9),
     threads: int | None = None,
-    cpu_time: bool = False,
-    work_dir: str | None = None,
 ) -> None:
     """Prints a row per kind of text: tokens per second without and with drafts, their ratio, tokens per pass.
 
     Args:
         shape: tiny, 110m, 200m or 1b, of random weights, whose texts are scripted.
-        ckpt_dir: a checkpoint that writes its own texts instead.
-        tokenizer_path: of `ckpt_dir`; None for its tokenizer.model.
+        ckpt_dir: a checkpoint with its tokenizer.model, that writes its own texts instead.
         draft_ckpt_dir: its draft model; None for prompt lookup alone.
         prompts: a JSON file, an object of names and prompts (strings, or lists of ids), for `ckpt_dir`.
-        n_prompt: tokens of a scripted prompt.
         n_tokens: tokens that are generated.
         n_texts: scripted texts of each kind.
         repeats: of each text.
         agreements: of the draft model with the script.
-        cpu_time: measures CPU time, of one thread, in place of the time that passes: for busy machines.
-        work_dir: keeps the weights there for the next run, for `bench.py` too; None for a temporary folder.
+        threads: None for as many as there are cores.
     """
-    torch.set_num_threads(1 if cpu_time else threads or available_cores())
-    print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, batch 1")
-    options: dict[str, Any] = {"dtype": dtype, "device": "cpu", "max_batch_size": max_batch_size}
+    torch.set_num_threads(threads or available_cores())
+    print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch 1\n{HEADER}")
+
+    def build(ckpt_dir: str, tokenizer_path: str, draft_ckpt_dir: str | None) -> Llama:
+        options: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu", "draft_ckpt_dir": draft_ckpt_dir}
+        llama = Llama.build(ckpt_dir, tokenizer_path, MAX_SEQ_LEN, 8, **options)
+        for speculative in (None, "prompt_lookup"):  # warms up: the first speculative call times passes
+            llama.generate([[llama.tokenizer.bos_id]], 2, temperature=0, speculative=speculative)
+        return llama
+
     if ckpt_dir:
-        tokenizer_path = tokenizer_path or str(Path(ckpt_dir) / "tokenizer.model")
-        llama = Llama.build(ckpt_dir, tokenizer_path, OWN_SEQ_LEN, draft_ckpt_dir=draft_ckpt_dir, **options)
+        llama = build(ckpt_dir, str(Path(ckpt_dir) / "tokenizer.model"), draft_ckpt_dir)
         texts = json.loads(Path(prompts).read_text(encoding="utf-8")) if prompts else PROMPTS
-        rows = own_rows(llama, texts, n_tokens, repeats, cpu_time)
+        rows = own_rows(llama, texts, n_tokens, repeats)
     else:
-        with ExitStack() as stack:
-            folder = Path(work_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        with tempfile.TemporaryDirectory() as folder:
             draft_shape = "tiny" if shape == "tiny" else DRAFT_SHAPE
-            job, draft_job = (make_job(s, None, folder / f"{s}-{dtype}", dtype) for s in (shape, draft_shape))
-            length = n_prompt + n_tokens + 1
-            llama = Llama.build(job.ckpt_dir, job.tokenizer_path, length, draft_ckpt_dir=draft_job.ckpt_dir, **options)
+            job, draft = make_job(shape, Path(folder, "job")), make_job(draft_shape, Path(folder, "draft"))
+            llama = build(job.ckpt_dir, job.tokenizer_path, draft.ckpt_dir)
 
         def scripts_of(kind: str) -> list[Script]:
-            return [write_script(kind, seed, job.vocab_size, n_prompt, n_tokens) for seed in range(n_texts)]
+            return [write_script(kind, seed, job.vocab_size, N_PROMPT, n_tokens) for seed in range(n_texts)]
 
         shares = [agreements] if isinstance(agreements, float) else agreements
-        rows = scripted_rows(llama, shares, scripts_of, repeats, cpu_time)
+        rows = scripted_rows(llama, shares, scripts_of, repeats)
     print(json.dumps({"benchmark": "speculative", "shape": ckpt_dir or shape, "rows": rows}))
 
 

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,6 @@ FIRST_PROMPT = 16  # tokens of the prompt that the first token after loading com
 MIN_SAMPLES, MIN_SECONDS = 2, 1.0  # a prefill is timed until both are reached
 MAX_SAMPLES = 15
 LONG_SECONDS = 10.0  # a prefill that takes longer is timed once: warming up makes no difference to it
-_OVER = json.dumps({"turn": "over"})
 _FIND = """
 import importlib.util, sys
 for name in sys.argv[1:]:
@@ -37,7 +36,6 @@ for name in sys.argv[1:]:
         print(name)
 """
 
-Clock = Callable[[], float]
 Figures = dict[str, float]
 
 
@@ -50,7 +48,6 @@ class Job:
         tokenizer_path: the `tokenizer.model` that `Llama.build` asks for; nothing is encoded with it.
         folder: where engines put files in their own formats.
         n_kv_heads, hidden_dim, vocab_size: resolved, never None or -1.
-        cpu_time: whether figures are the CPU time of the engine's process, in place of the time that passes.
         prefill_lengths: prompt lengths of the prefill figures, batch 1.
         decode_batches, decode_prompt, decode_steps: batch sizes of the decode figures, their prompts' length, and the
             number of timed steps.
@@ -71,15 +68,10 @@ class Job:
     device: str = "cpu"
     dtype: str = "bfloat16"
     threads: int = 1
-    cpu_time: bool = False
     prefill_lengths: tuple[int, ...] = (16, 128, 512)
     decode_batches: tuple[int, ...] = (1, 4, 8, 16)
     decode_prompt: int = 128
     decode_steps: int = 48
-
-    @property
-    def clock(self) -> Clock:
-        return time.process_time if self.cpu_time else time.perf_counter
 
     @property
     def max_seq_len(self) -> int:
@@ -129,11 +121,11 @@ class Adapter(Protocol):
         """
 
 
-def ticks_of(engine: Adapter, prompts: list[list[int]], n_tokens: int, clock: Clock) -> list[float]:
+def ticks_of(engine: Adapter, prompts: list[list[int]], n_tokens: int) -> list[float]:
     """Seconds from the start of a run to each of its `n_tokens` ticks."""
     ticks: list[float] = []
-    started = clock()
-    engine.run(prompts, n_tokens, lambda: ticks.append(clock() - started))
+    started = time.perf_counter()
+    engine.run(prompts, n_tokens, lambda: ticks.append(time.perf_counter() - started))
     if len(ticks) != n_tokens:
         raise RuntimeError(f"{n_tokens} tokens were asked for, got {len(ticks)}")
     return ticks
@@ -143,21 +135,21 @@ def figure(engine: Adapter, name: str, job: Job) -> float | None:
     """Tokens per second of a figure such as "prefill_128" or "decode_8"; None if the engine takes no part in it."""
     kind, size = name.split("_")
     if kind == "prefill":
-        return int(size) / _prefill_seconds(engine, job.prompts(1, int(size)), job.clock)
+        return int(size) / _prefill_seconds(engine, job.prompts(1, int(size)))
     if int(size) not in engine.batches:
         return None
-    ticks = ticks_of(engine, job.prompts(int(size), job.decode_prompt), job.decode_steps + 2, job.clock)
+    ticks = ticks_of(engine, job.prompts(int(size), job.decode_prompt), job.decode_steps + 2)
     return int(size) * job.decode_steps / (ticks[-1] - ticks[1])  # the first steps warm up
 
 
-def _prefill_seconds(engine: Adapter, prompts: list[list[int]], clock: Clock) -> float:
+def _prefill_seconds(engine: Adapter, prompts: list[list[int]]) -> float:
     """The median time until the first token, after one pass that warms up."""
-    (first,) = ticks_of(engine, prompts, 1, clock)
+    (first,) = ticks_of(engine, prompts, 1)
     if first > LONG_SECONDS:
         return first
     samples: list[float] = []
     while len(samples) < MIN_SAMPLES or (sum(samples) < MIN_SECONDS and len(samples) < MAX_SAMPLES):
-        samples += ticks_of(engine, prompts, 1, clock)
+        samples += ticks_of(engine, prompts, 1)
     return statistics.median(samples)
 
 
@@ -180,26 +172,23 @@ def peak_memory(device: str) -> float:
 
 
 def measure(load: Callable[[], Adapter], job: Job) -> None:
-    """Takes the turns that stdin names, one per line, and emits their figures; loading comes first."""
+    """Takes the turns that stdin names, one per line, and prints each one's figures; loading comes first."""
     assert sys.stdin.readline().strip() == LOAD
-    started = job.clock()
+    started = time.perf_counter()
     engine = load()
-    _emit(LOAD, job.clock() - started)
-    ticks_of(engine, job.prompts(1, FIRST_PROMPT), 1, job.clock)
-    _emit("first_token", job.clock() - started)
-    print(_OVER, flush=True)
+    loaded = time.perf_counter() - started
+    ticks_of(engine, job.prompts(1, FIRST_PROMPT), 1)
+    _answer({LOAD: loaded, "first_token": time.perf_counter() - started})
     gc.collect()
     gc.freeze()  # a search for garbage through all of torch takes 60 ms: in a timed step it would look like a slow one
     for turn in map(str.strip, sys.stdin):
-        value = peak_memory(job.device) if turn == END else figure(engine, turn, job)
-        if value is not None:
-            _emit("peak_memory" if turn == END else turn, value)
-        print(_OVER, flush=True)
+        name, value = ("peak_memory", peak_memory(job.device)) if turn == END else (turn, figure(engine, turn, job))
+        _answer({} if value is None else {name: value})
 
 
-def _emit(name: str, value: float) -> None:
-    """Prints one figure, in seconds, bytes or tokens per second."""
-    print(json.dumps({"figure": name, "value": value}), flush=True)
+def _answer(figures: Figures) -> None:
+    """Ends a turn: prints its figures, in seconds, bytes or tokens per second."""
+    print(json.dumps({"figures": figures}), flush=True)
 
 
 class EngineProcess:
@@ -225,8 +214,8 @@ class EngineProcess:
         self._process.communicate()
         self._log.close()
 
-    def take_turn(self, turn: str) -> Iterator[tuple[str, float]]:
-        """The figures of a turn, each as soon as it is known.
+    def take_turn(self, turn: str) -> Figures:
+        """The figures of a turn.
 
         Raises:
             RuntimeError: the process ended; the message has the end of its log.
@@ -235,22 +224,23 @@ class EngineProcess:
         with contextlib.suppress(BrokenPipeError):
             print(turn, file=self._process.stdin, flush=True)
         for line in self._process.stdout:
-            if line.strip() == _OVER:
-                return
-            if parsed := parse(line):
-                yield parsed
+            if (figures := parse(line)) is not None:
+                return figures
         status = self._process.wait()
         self._log.seek(0)
-        raise RuntimeError(f"exit status {status}: {' | '.join(self._log.read().splitlines()[-4:])}")
+        raise RuntimeError(_failure(status, self._log.read()))
 
 
-def parse(line: str) -> tuple[str, float] | None:
-    """The figure of a line; None for the output of other programs."""
-    try:
-        fields = json.loads(line)
-        return fields["figure"], fields["value"]
-    except (ValueError, KeyError, TypeError):
-        return None
+def parse(line: str) -> Figures | None:
+    """The figures of a line; None for the output of other programs."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        figures: Figures = json.loads(line)["figures"]
+        return figures
+    return None
+
+
+def _failure(status: int, log: str) -> str:
+    return f"exit status {status}: {' | '.join(log.splitlines()[-4:])}"
 
 
 def prepare(engine: str, python: str, job: Job) -> None:
@@ -261,7 +251,7 @@ def prepare(engine: str, python: str, job: Job) -> None:
     command = _command(engine, python, "prepare", job)
     ended = subprocess.run(command, cwd=ROOT, env=environment(job), capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise RuntimeError(f"exit status {ended.returncode}: {' | '.join(ended.stderr.splitlines()[-4:])}")
+        raise RuntimeError(_failure(ended.returncode, ended.stderr))
     done.touch()
 
 

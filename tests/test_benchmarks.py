@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -89,10 +88,9 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_line(capsys: pytest.Cap
 
 def test_each_engine_is_the_first_in_some_round() -> None:
     names = ["ours", "hf", "openvino"]
-    rounds = [bench.groups(names, i, one_at_a_time=False) for i in range(3)]
-    assert {group[0] for (group,) in rounds} == set(names)
-    assert all(sorted(group) == sorted(names) for (group,) in rounds)
-    assert all(len(group) == 1 for group in bench.groups(names, 1, one_at_a_time=True))
+    rounds = [report.in_turn(names, i) for i in range(3)]
+    assert {first for first, *_ in rounds} == set(names)
+    assert all(sorted(order) == sorted(names) for order in rounds)
 
 
 class _FakeProcess:
@@ -110,10 +108,10 @@ class _FakeProcess:
     def __exit__(self, *_: object) -> None:
         self.running.remove(self.engine)
 
-    def take_turn(self, turn: str) -> Iterator[tuple[str, float]]:
+    def take_turn(self, turn: str) -> dict[str, float]:
         if (turn, self.engine) == ("decode_1", "hf"):
             raise RuntimeError("exit status 1: no room")
-        yield (turn if "_" in turn else "load"), float(len(self.running))
+        return {turn if "_" in turn else "load": float(len(self.running))}
 
 
 def test_a_peer_that_fails_is_left_out_from_there_on(
@@ -131,7 +129,7 @@ def test_a_peer_that_fails_is_left_out_from_there_on(
 def test_a_process_that_ends_in_its_turn_leaves_its_last_words(job: Job) -> None:
     ends = pytest.raises(RuntimeError, match=r"exit status 1: .*KeyError: 'nonsense'")
     with EngineProcess("nonsense", sys.executable, job) as process, ends:
-        list(process.take_turn(LOAD))
+        process.take_turn(LOAD)
 
 
 def test_unknown_peers_and_shapes_are_errors() -> None:
@@ -143,7 +141,7 @@ def test_unknown_peers_and_shapes_are_errors() -> None:
 
 def test_lines_of_other_programs_are_no_figures() -> None:
     assert parse("loading model ...") is None and parse("17") is None
-    assert parse('{"figure": "load", "value": 1.5}') == ("load", 1.5)
+    assert parse('{"figures": {"load": 1.5}}') == {"load": 1.5}
 
 
 @pytest.mark.parametrize("shape", ["tiny", "1b"])
@@ -244,7 +242,7 @@ def test_a_round_of_serving_answers_every_request(capsys: pytest.CaptureFixture[
 def test_prefix_reuse_is_measured_in_turn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "CHAT_TOKENS", 50)
     monkeypatch.setattr(serving, "ANSWER_TOKENS", 5)
-    serving.main("tiny", batch=2, repeats=1, threads=1, dtype="float32", prefixes=True)
+    serving.main("tiny", batch=2, repeats=1, threads=1, prefixes=True)
     assert capsys.readouterr().out.count("s without reuse") == 2
 
 
