@@ -1,8 +1,7 @@
 """The engines that are measured, on the same weights and prompts: this library, and others beside it.
 
-`prepare` writes an engine's own files once, the constructor loads its network, and `run` completes prompts. Engines may
-have Python environments of their own, so each adapter imports its packages where it uses them. Those that convert from
-transformers' format find it in `job.hf_folder`.
+Engines may have Python environments of their own, so each adapter imports its packages where it uses them. Those that
+convert from transformers' format find it in `job.hf_folder`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from llama.engine.engine import TokenResult
 
 
-class Ours:
+class Ours(Adapter):
     """`Llama.build`, then the loop of steps that `generate` drains. The variant lists options."""
 
     def __init__(self, job: Job, variant: str) -> None:
@@ -43,10 +42,6 @@ class Ours:
             quantize=next((form for form in ("int8", "int4") if form in options), None),
         )
 
-    @staticmethod
-    def prepare(job: Job, variant: str) -> None:
-        """Writes nothing: the checkpoint is in this library's format."""
-
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
         for done, _ in enumerate(greedy_steps(self.llama, prompts, [n_tokens] * len(prompts)), 1):
             if done % len(prompts) == 0:
@@ -65,13 +60,11 @@ def greedy_steps(llama: Llama, prompts: Iterable[Iterable[int]], n_tokens: Itera
     return llama.engine.run(Call(Sequence(list(prompt), sampler, 0, n, frozenset()) for prompt, n in pairs))
 
 
-class HuggingFace:
+class HuggingFace(Adapter):
     """transformers: sdpa attention, a static cache, a greedy loop by hand, logits of the last position.
 
     Its dynamic cache, which grows by copying, takes a fifth longer for a step at batch 8, and as long at batch 1.
     """
-
-    batches = (1, 8)
 
     def __init__(self, job: Job, variant: str) -> None:
         import torch
@@ -79,10 +72,6 @@ class HuggingFace:
 
         options = {"dtype": getattr(torch, job.dtype), "attn_implementation": "sdpa"}
         self.model = LlamaForCausalLM.from_pretrained(job.hf_folder, **options).to(job.device).eval()
-
-    @staticmethod
-    def prepare(job: Job, variant: str) -> None:
-        """Writes nothing: it reads `job.hf_folder`."""
 
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
         import torch
@@ -98,14 +87,12 @@ class HuggingFace:
                 tick()
 
 
-class LlamaCpp:
+class LlamaCpp(Adapter):
     """llama.cpp through the C functions that llama-cpp-python exposes, on a GGUF file.
 
     Weights in the job's dtype, or in the variants "q8_0" and "q4_0" in blocks of 32. Its default flash attention and
     float16 cache; a sequence of its own for each prompt, as its batched benchmark has.
     """
-
-    batches = (1, 8)
 
     def __init__(self, job: Job, variant: str) -> None:
         import llama_cpp
@@ -134,30 +121,26 @@ class LlamaCpp:
 
     def _step(self, tokens: list[list[int]], position: int) -> list[int]:
         """Feeds each sequence its tokens, as many for each, and returns the greedy next ones."""
-        last_places = []
-        place = 0
-        for sequence, row in enumerate(tokens):
-            for offset, token in enumerate(row):
-                self.batch.token[place] = token
-                self.batch.pos[place] = position + offset
-                self.batch.n_seq_id[place] = 1
-                self.batch.seq_id[place][0] = sequence
-                self.batch.logits[place] = offset == len(row) - 1
-                place += 1
-            last_places.append(place - 1)
-        self.batch.n_tokens = place
-        if self.api.llama_decode(self.context, self.batch):
-            raise RuntimeError("llama_decode failed")
-        return [self._greedy(i) for i in last_places]
-
-    def _greedy(self, place: int) -> int:
         import ctypes
 
         import numpy as np
 
-        logits = self.api.llama_get_logits_ith(self.context, place)
-        address = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
-        return int(np.ctypeslib.as_array(address, shape=(self.vocab_size,)).argmax())
+        batch, length = self.batch, len(tokens[0])
+        batch.n_tokens = len(tokens) * length
+        for place in range(batch.n_tokens):
+            sequence, offset = divmod(place, length)
+            batch.token[place] = tokens[sequence][offset]
+            batch.pos[place] = position + offset
+            batch.n_seq_id[place] = 1
+            batch.seq_id[place][0] = sequence
+            batch.logits[place] = offset == length - 1
+        if self.api.llama_decode(self.context, batch):
+            raise RuntimeError("llama_decode failed")
+        chosen = []
+        for place in range(length - 1, batch.n_tokens, length):
+            logits = ctypes.cast(self.api.llama_get_logits_ith(self.context, place), ctypes.POINTER(ctypes.c_float))
+            chosen.append(int(np.ctypeslib.as_array(logits, shape=(self.vocab_size,)).argmax()))
+        return chosen
 
     @staticmethod
     def prepare(job: Job, variant: str) -> None:
@@ -172,16 +155,15 @@ class LlamaCpp:
         _add_gguf_sizes(writer, job)
         shard = next(Path(job.ckpt_dir).glob("*.pth"))
         for name, tensor in torch.load(shard, map_location="cpu", weights_only=True, mmap=True).items():
-            if name == "rope.freqs":
-                continue
             if tensor.dim() == 1:
                 writer.add_tensor(_gguf_name(name), tensor.float().numpy())
-            elif variant:
-                writer.add_tensor(_gguf_name(name), gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+                continue
+            if variant:
+                numbers = gguf.quants.quantize(tensor.float().numpy(), kind)
             else:
                 whole = tensor.to(getattr(torch, job.dtype))
-                raw = whole.view(torch.int16) if short == "bf16" else whole  # numpy has no bfloat16
-                writer.add_tensor(_gguf_name(name), raw.numpy(), raw_dtype=kind)
+                numbers = (whole.view(torch.int16) if short == "bf16" else whole).numpy()  # numpy has no bfloat16
+            writer.add_tensor(_gguf_name(name), numbers, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -230,14 +212,12 @@ def _add_gguf_sizes(writer: gguf.GGUFWriter, job: Job) -> None:
     writer.add_add_space_prefix(False)
 
 
-class OpenVino:
+class OpenVino(Adapter):
     """OpenVINO: a stateful model that optimum-intel exports from transformers, driven through its own infer request.
 
     Weights and arithmetic in the job's dtype, the cache too; in the variants "int8" and "int4" NNCF compresses the
     weights. The vocabulary projection is applied to the last position alone, as OpenVINO's own text generation does.
     """
-
-    batches = (1, 8)
 
     def __init__(self, job: Job, variant: str) -> None:
         import openvino as ov
@@ -320,10 +300,8 @@ def _keep_last_position(model: ov.Model) -> None:
     model.validate_nodes_and_infer_types()
 
 
-class CTranslate2:
+class CTranslate2(Adapter):
     """CTranslate2's own generator, with int8 weights, as it is mostly used on CPUs."""
-
-    batches = (1, 8)
 
     def __init__(self, job: Job, variant: str) -> None:
         import ctranslate2

@@ -13,7 +13,6 @@ or stays until the longest one is through, as in the published code; and in one 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import random
@@ -23,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -117,42 +117,32 @@ def in_threads(llama: Llama, requests: Requests) -> Round:
 
 
 def closed_loop(url: str, model: str, n_clients: int, requests: Sequence[tuple[str, int]]) -> Round:
-    """All requests, by clients that each send the next one when the last one is answered."""
-    results, waiting = Round(), list(reversed(requests))
+    """All requests, by clients that each send the next one when the last one is answered. A character is a token."""
+    results = Round()
 
-    async def client(web: httpx.AsyncClient) -> None:
-        while waiting:
-            await _ask(web, model, *waiting.pop(), results)
+    def ask(web: httpx.Client, prompt: str, max_tokens: int) -> None:
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+        n_tokens, times = 0, [time.perf_counter()]
+        with web.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code != 200:
+                raise RuntimeError(f"the server answered {answer.status_code}: {answer.read()[:200]!r}")
+            for line in answer.iter_lines():
+                choices = json.loads(line[6:]).get("choices") if line.startswith("data: {") else None
+                if choices and choices[0].get("text"):
+                    times.append(time.perf_counter())
+                    n_tokens += len(choices[0]["text"])
+        with lock:
+            results.tokens += n_tokens
+            if n_tokens:
+                results.first.append(times[1] - times[0])
+            if n_tokens > 1:
+                results.per_token.append((times[-1] - times[1]) / (n_tokens - 1))
 
-    async def all_of_them() -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=LONGEST_S, trust_env=False) as web:
-            await asyncio.gather(*(client(web) for _ in range(n_clients)))
-
-    started = time.perf_counter()
-    asyncio.run(all_of_them())
+    lock, started = threading.Lock(), time.perf_counter()
+    with httpx.Client(base_url=url, timeout=LONGEST_S, trust_env=False) as web, ThreadPoolExecutor(n_clients) as pool:
+        list(pool.map(lambda request: ask(web, *request), requests))
     results.seconds = time.perf_counter() - started
     return results
-
-
-async def _ask(web: httpx.AsyncClient, model: str, prompt: str, max_tokens: int, results: Round) -> None:
-    """One streamed request. A character is a token."""
-    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-    sent = first = last = time.perf_counter()
-    n_tokens = 0
-    async with web.stream("POST", "/v1/completions", json=body) as answer:
-        if answer.status_code != 200:
-            raise RuntimeError(f"the server answered {answer.status_code}: {(await answer.aread())[:200]!r}")
-        async for line in answer.aiter_lines():
-            choices = json.loads(line[6:]).get("choices") if line.startswith("data: {") else None
-            if choices and choices[0].get("text"):
-                last = time.perf_counter()
-                first = last if n_tokens == 0 else first
-                n_tokens += len(choices[0]["text"])
-    results.tokens += n_tokens
-    if n_tokens:
-        results.first.append(first - sent)
-    if n_tokens > 1:
-        results.per_token.append((last - first) / (n_tokens - 1))
 
 
 def _ours(python: str, job: Job) -> list[str]:

@@ -102,21 +102,6 @@ SCRIPTS: dict[str, Callable[[random.Random, Words, list[int]], Callable[[list[in
     "dialog": lambda draw, words, _: lambda text: words(draw.randint(4, 16)) + _quote(draw, text, 16, 32),
     "without repetition": lambda draw, words, _: lambda _: words(16),
 }
-_STORY = (
-    "The harbour master kept a ledger of every ship that entered the bay. On the third of May the brig Fortune came in "
-    "with a cargo of salt and a broken mast. Her captain, a quiet man from the north, asked for timber and was told to "
-    "wait. The harbour master wrote down the hour, the cargo and the broken mast, and closed the ledger."
-)
-_CODE = "def total(items):\n    result = 0\n    for item in items:\n        result += item.price\n    return result\n"
-PROMPTS = {
-    "quoting summary": f"{_STORY}\n\nRepeat the text above word for word:\n\nThe harbour master",
-    "code edit": f"{_CODE}\n\nThe same code with type annotations:\n\n{_CODE[:17]}",
-    "list after examples": "Country: France. Capital: Paris.\nCountry: Japan. Capital: Tokyo.\nCountry: Kenya. "
-    "Capital: Nairobi.\nCountry:",
-    "dialog": "User: What is the capital of France?\nAssistant: The capital of France is Paris.\nUser: What is the "
-    "capital of Italy?\nAssistant: The capital of Italy is Rome.\nUser: What is the capital of Spain?\nAssistant:",
-    "without repetition": "My favourite walk begins behind the old mill and",
-}
 
 
 def repeated_ngrams(script: Script, size: int = 8) -> float:
@@ -260,7 +245,7 @@ def main(
     ckpt_dir: str | None = None,
     *,
     draft_ckpt_dir: str | None = None,
-    prompts: str | None = None,
+    prompts: str = str(Path(__file__).parent / "prompts.json"),
     n_tokens: int = 128,
     n_texts: int = 3,
     repeats: int = 1,
@@ -292,7 +277,7 @@ def main(
 
     if ckpt_dir:
         llama = build(ckpt_dir, str(Path(ckpt_dir) / "tokenizer.model"), draft_ckpt_dir)
-        texts = json.loads(Path(prompts).read_text(encoding="utf-8")) if prompts else PROMPTS
+        texts = json.loads(Path(prompts).read_text(encoding="utf-8"))
         rows = own_rows(llama, texts, n_tokens, repeats)
     else:
         with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LOAD, END = "load", "end"  # the turns before and after those of the figures
@@ -105,20 +105,27 @@ class Job:
         return Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
-class Adapter(Protocol):
-    """An engine with its network loaded.
+class Adapter:
+    """An engine with its network loaded, by the constructor.
 
     Attributes:
         batches: the decode batches that it takes part in.
     """
 
-    batches: Sequence[int]
+    batches: Sequence[int] = (1, 8)
+
+    def __init__(self, job: Job, variant: str) -> None: ...
+
+    @staticmethod
+    def prepare(job: Job, variant: str) -> None:
+        """Writes the engine's own files once; nothing where it reads the job's."""
 
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
         """Completes the prompts greedily by `n_tokens` each, past any EOS.
 
         Calls `tick` each time every prompt has a new token whose id is on the host.
         """
+        raise NotImplementedError
 
 
 def ticks_of(engine: Adapter, prompts: list[list[int]], n_tokens: int) -> list[float]:
@@ -244,15 +251,11 @@ def _failure(status: int, log: str) -> str:
 
 
 def prepare(engine: str, python: str, job: Job) -> None:
-    """Has the engine write files in its own format, unless an earlier run did; RuntimeError if it fails."""
-    done = Path(job.folder) / f"{engine}.done"
-    if done.exists():
-        return
+    """Has the engine write files in its own format; RuntimeError if it fails."""
     command = _command(engine, python, "prepare", job)
     ended = subprocess.run(command, cwd=ROOT, env=environment(job), capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError(_failure(ended.returncode, ended.stderr))
-    done.touch()
 
 
 def _command(engine: str, python: str, action: str, job: Job) -> list[str]:
