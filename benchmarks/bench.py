@@ -29,7 +29,17 @@ from benchmarks import report
 from benchmarks.networks import bytes_per_decode_step, make_job, write_hf_folder
 from benchmarks.peers import ENGINES, PEERS, Ours
 from benchmarks.report import Round
-from benchmarks.worker import LOAD, EngineProcess, Job, is_installed, numbers, peer_pythons, prepare, say, version
+from benchmarks.worker import (
+    LOAD,
+    EngineProcess,
+    Job,
+    left_out_if_it_fails,
+    numbers,
+    peer_pythons,
+    prepare,
+    say,
+    version,
+)
 from llama.distributed.device import available_cores
 from llama.tools.commandline import run
 
@@ -86,6 +96,7 @@ def main(
     if readings:
         report.plot(report.read(Path(readings)), Path(plot or "performance.svg"))
         return
+    found = _measurable(peer_pythons(peers, peer_python, PEERS), device)
     n_threads = threads or available_cores()
     torch.set_num_threads(n_threads)
     sizes = {"decode_batches": numbers(batches), "prefill_lengths": numbers(prefills), "decode_steps": decode_steps}
@@ -95,7 +106,7 @@ def main(
             print(step_profile(job, quantize))
             return
         pythons = dict.fromkeys(_own_engines(job, quantize, compiled=compile), sys.executable)
-        pythons |= _installed(peers, peer_python, device)
+        pythons |= found
         rounds = run_rounds(job, pythons, repeats, one_at_a_time=one_at_a_time)
         versions = {engine: version(ENGINES[engine].install.split()[0], pythons[engine]) for engine in pythons}
     context = {"shape": shape, "device": device, "dtype": dtype, "threads": n_threads}
@@ -133,16 +144,12 @@ def _own_engines(job: Job, quantize: str | None, *, compiled: bool) -> list[str]
     return names
 
 
-def _installed(peers: str | Sequence[str], peer_python: str | Sequence[str], device: str) -> dict[str, str]:
-    """The peers that can run here and their interpreters; prints what the others lack."""
-    found = {}
-    for peer, python in peer_pythons(peers, peer_python, PEERS).items():
-        engine = ENGINES[peer]
-        if device != "cpu" and engine.cpu_only:
-            say(f"{peer}: left out, it is measured on CPUs only")
-        elif is_installed(peer, python, f"{engine.imports} {engine.to_prepare}", engine.install):
-            found[peer] = python
-    return found
+def _measurable(pythons: dict[str, str], device: str) -> dict[str, str]:
+    """The peers that are measured on the device, and their interpreters."""
+    left_out = [peer for peer in pythons if ENGINES[peer].cpu_only and device != "cpu"]
+    for peer in left_out:
+        say(f"{peer}: left out, it is measured on CPUs only")
+    return {peer: python for peer, python in pythons.items() if peer not in left_out}
 
 
 def run_rounds(job: Job, pythons: dict[str, str], repeats: int, *, one_at_a_time: bool) -> list[Round]:
@@ -158,7 +165,8 @@ def run_rounds(job: Job, pythons: dict[str, str], repeats: int, *, one_at_a_time
         say(f"{engine}: writing its files")
         if engine in PEERS:
             write_hf_folder(job)
-        _guard(pythons, engine, lambda engine=engine: prepare(engine, pythons[engine], job))
+        with left_out_if_it_fails(engine, ENGINES[engine].install, pythons):
+            prepare(engine, pythons[engine], job)
     rounds: list[Round] = []
     for i in range(repeats):
         say(f"round {i + 1}/{repeats}")
@@ -174,31 +182,17 @@ def _take_turns(group: Sequence[str], pythons: dict[str, str], job: Job) -> Roun
     """Every figure of engines that stay loaded until the last of them is through."""
     found: Round = {engine: {} for engine in group}
     running: dict[str, EngineProcess] = {}
-
-    def take(engine: str, turn: str) -> None:
-        figures = running[engine].take_turn(turn)
-        found[engine] |= figures
-        for figure, value in figures.items():
-            say(f"  {engine}: {figure} {report.shown(figure, value)}")
-
     with ExitStack() as stack:
         for turn in job.turns:
             for engine in filter(pythons.__contains__, group):
-                if turn == LOAD:
-                    running[engine] = stack.enter_context(EngineProcess(engine, pythons[engine], job))
-                _guard(pythons, engine, lambda engine=engine, turn=turn: take(engine, turn))
+                with left_out_if_it_fails(engine, ENGINES[engine].install, pythons):
+                    if turn == LOAD:
+                        running[engine] = stack.enter_context(EngineProcess(engine, pythons[engine], job))
+                    figures = running[engine].take_turn(turn)
+                    found[engine] |= figures
+                    for figure, value in figures.items():
+                        say(f"  {engine}: {figure} {report.shown(figure, value)}")
     return found
-
-
-def _guard(pythons: dict[str, str], engine: str, work: Callable[[], None]) -> None:
-    """Does the work; if a peer's fails, says so and takes the peer out."""
-    try:
-        work()
-    except RuntimeError as error:
-        if engine not in PEERS:
-            raise
-        say(f"{engine}: left out, it failed with {error}")
-        del pythons[engine]
 
 
 def limits(job: Job, engines: Sequence[str]) -> Round:

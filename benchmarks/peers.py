@@ -351,7 +351,6 @@ class Engine:
         variant: of the adapter's engine.
         form: of its weights, "int8" or "int4"; "" for the job's dtype.
         imports: modules that it imports before it loads.
-        to_prepare: modules that it needs to prepare, besides.
         install: what to give to pip for them; the first names the engine's version.
         cpu_only: whether it is measured on CPUs only.
     """
@@ -360,14 +359,13 @@ class Engine:
     variant: str = ""
     form: str = ""
     imports: str = "torch llama"
-    to_prepare: str = ""
     install: str = "torch fairscale"
     cpu_only: bool = False
 
 
-_HF = ("torch transformers.models.llama.modeling_llama", "safetensors", "transformers torch safetensors")
-_LLAMA_CPP = ("llama_cpp", "torch gguf", "llama-cpp-python torch gguf", True)
-_OPENVINO = ("openvino", "optimum.intel nncf", "openvino torch nncf optimum-intel", True)
+_HF = ("torch transformers.models.llama.modeling_llama", "transformers torch safetensors")
+_LLAMA_CPP = ("llama_cpp", "llama-cpp-python torch gguf", True)
+_OPENVINO = ("openvino", "openvino torch nncf optimum-intel", True)
 ENGINES = {
     "ours": Engine(Ours),
     "ours_max_batch_1": Engine(Ours, "max_batch_1"),
@@ -384,6 +382,6 @@ ENGINES = {
     "openvino": Engine(OpenVino, "", "", *_OPENVINO),
     "openvino_int8": Engine(OpenVino, "int8", "int8", *_OPENVINO),
     "openvino_int4": Engine(OpenVino, "int4", "int4", *_OPENVINO),
-    "ctranslate2": Engine(CTranslate2, "int8", "int8", "ctranslate2", "torch transformers", "ctranslate2 torch", True),
+    "ctranslate2": Engine(CTranslate2, "int8", "int8", "ctranslate2", "ctranslate2 torch", True),
 }
 PEERS = [name for name in ENGINES if not name.startswith("ours") or name == "ours_eager"]

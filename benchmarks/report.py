@@ -56,9 +56,7 @@ class Line:
 def engine_lines(rounds: Sequence[Round]) -> list[Line]:
     """Every figure of every engine."""
     return [
-        Line(
-            figure, engine, _unit(figure), [_in_unit(figure, r[engine][figure]) for r in _with(rounds, engine, figure)]
-        )
+        Line(figure, engine, _unit(figure), [r[engine][figure] for r in rounds if figure in r.get(engine, {})])
         for engine, figure in _names(rounds)
     ]
 
@@ -68,7 +66,8 @@ def ratio_lines(rounds: Sequence[Round]) -> list[Line]:
     lines = []
     for peer, figure in _names(rounds):
         for ours in _compared_with(peer):
-            pairs = [(r[ours][figure], r[peer][figure]) for r in _with(_with(rounds, peer, figure), ours, figure)]
+            both = [r for r in rounds if figure in r.get(ours, {}) and figure in r.get(peer, {})]
+            pairs = [(r[ours][figure], r[peer][figure]) for r in both]
             less = figure in _LESS_IS_BETTER
             if pairs:
                 lines.append(Line(figure, f"{ours}/{peer}", "x", [b / a if less else a / b for a, b in pairs]))
@@ -93,21 +92,13 @@ def _names(rounds: Sequence[Round]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((engine, figure) for r in rounds for engine in r for figure in r[engine]))
 
 
-def _with(rounds: Sequence[Round], engine: str, figure: str) -> list[Round]:
-    return [r for r in rounds if figure in r.get(engine, {})]
-
-
 def _unit(figure: str) -> str:
     return _UNITS[figure.split("_")[0]]
 
 
-def _in_unit(figure: str, value: float) -> float:
-    return value / 2**30 if _unit(figure) == "GiB" else value
-
-
 def shown(figure: str, value: float) -> str:
     """A single value as the tables show it."""
-    return f"{number(_in_unit(figure, value))} {_unit(figure)}"
+    return f"{number(value)} {_unit(figure)}"
 
 
 def json_lines(lines: Sequence[Line], context: dict[str, Any]) -> str:

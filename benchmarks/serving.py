@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import signal
 import socket
 import statistics
 import subprocess
@@ -24,10 +23,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
@@ -39,7 +39,7 @@ import torch
 from benchmarks.networks import make_job, write_hf_folder
 from benchmarks.peers import gguf_file, greedy_steps
 from benchmarks.report import cpu_model, in_turn, spread
-from benchmarks.worker import ROOT, Job, environment, is_installed, numbers, peer_pythons, prepare, say
+from benchmarks.worker import ROOT, Job, environment, left_out_if_it_fails, numbers, peer_pythons, prepare, say
 from llama import Llama, Tokenizer
 from llama.distributed.device import available_cores
 from llama.tools.commandline import run
@@ -167,57 +167,53 @@ def _hf_batching(python: str, job: Job) -> list[str]:
     return [*_hf(python, job), "--continuous-batching"]
 
 
-# By name: the command line but for the port, the engine of `peers.ENGINES` whose files the server reads, the modules
-# that it needs, and what to give to pip for them.
+# By name: the command line but for the port, the engine of `peers.ENGINES` whose files the server reads, and what to
+# give to pip for it.
 SERVERS = {
-    "ours": (_ours, "ours", "starlette", "'llama-reference[serve]'"),
-    "llama_cpp": (_llama_cpp, "llama_cpp", "llama_cpp.server gguf", "'llama-cpp-python[server]' gguf"),
-    "hf": (_hf, "hf", "transformers fastapi", "'transformers[serving]'"),
-    "hf_batching": (_hf_batching, "hf", "transformers fastapi", "'transformers[serving]'"),
+    "ours": (_ours, "ours", "'llama-reference[serve]'"),
+    "llama_cpp": (_llama_cpp, "llama_cpp", "'llama-cpp-python[server]' gguf"),
+    "hf": (_hf, "hf", "'transformers[serving]'"),
+    "hf_batching": (_hf_batching, "hf", "'transformers[serving]'"),
 }
 
 
-class RunningServer:
-    """A server that answers. `with` ends it."""
-
-    def __init__(self, name: str, python: str, job: Job) -> None:
-        command_of, engine, *_ = SERVERS[name]
-        if name != "ours":
-            write_hf_folder(job)
-        prepare(engine, python, job)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.name, self.url = name, f"http://127.0.0.1:{port}"
-        self.model = str(job.hf_folder) if engine == "hf" else "model"
-        self._log = Path(job.folder) / f"{name}.log"
-        with self._log.open("w") as log:
-            command = [*command_of(python, job), "--port", str(port)]
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment(job))
-
-    def __enter__(self) -> RunningServer:
+@contextmanager
+def running(name: str, python: str, job: Job) -> Iterator[tuple[str, str]]:
+    """The URL of a server that answers, and the model's name there."""
+    command_of, engine, _ = SERVERS[name]
+    if name != "ours":
+        write_hf_folder(job)
+    prepare(engine, python, job)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, model = f"http://127.0.0.1:{port}", str(job.hf_folder) if engine == "hf" else "model"
+    command = [*command_of(python, job), "--port", str(port)]
+    path = Path(job.folder) / f"{name}.log"
+    with path.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment(job))
+    try:
         deadline = time.monotonic() + START_S
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.__exit__()
-                raise RuntimeError(f"{self.name} does not answer: {self._log.read_text()[-1000:]}")
+        while not _answers(url, model):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{name} does not answer: {path.read_text()[-1000:]}")
             time.sleep(0.2)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.send_signal(signal.SIGTERM)
+        yield url, model
+    finally:
+        process.terminate()
         try:
-            self._process.wait(20)
+            process.wait(20)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            process.kill()
+            process.wait()
 
-    def _answers(self) -> bool:
-        body = {"model": self.model, "prompt": chr(0x20000), "max_tokens": 1}
-        try:
-            return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60, trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return False
+
+def _answers(url: str, model: str) -> bool:
+    body = {"model": model, "prompt": chr(0x20000), "max_tokens": 1}
+    try:
+        return httpx.post(f"{url}/v1/completions", json=body, timeout=60, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def measure(ways: dict[str, Callable[[], Round]], repeats: int) -> dict[str, list[Round]]:
@@ -355,13 +351,12 @@ def _over_http(
     tokenizer = Tokenizer(job.tokenizer_path)
     texts = [(tokenizer.decode(prompt), n_tokens) for prompt, n_tokens in requests]
     ways: dict[str, Callable[[], Round]] = {}
-    for name, python in pythons.items():
-        if not is_installed(name, python, *SERVERS[name][2:]):
-            continue
-        server = stack.enter_context(RunningServer(name, python, job))
-        closed_loop(server.url, server.model, max(counts), texts[: 2 * max(counts)])  # warms up
-        for n in counts:
-            ways[f"{name}, {n} clients"] = lambda server=server, n=n: closed_loop(server.url, server.model, n, texts)
+    for name, python in list(pythons.items()):
+        with left_out_if_it_fails(name, SERVERS[name][-1], pythons):
+            url, model = stack.enter_context(running(name, python, job))
+            closed_loop(url, model, max(counts), texts[: 2 * max(counts)])  # warms up
+            for n in counts:
+                ways[f"{name}, {n} clients"] = partial(closed_loop, url, model, n, texts)
     return ways
 
 

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,6 @@ FIRST_PROMPT = 16  # tokens of the prompt that the first token after loading com
 MIN_SAMPLES, MIN_SECONDS = 2, 1.0  # a prefill is timed until both are reached
 MAX_SAMPLES = 15
 LONG_SECONDS = 10.0  # a prefill that takes longer is timed once: warming up makes no difference to it
-_FIND = """
-import importlib.util, sys
-for name in sys.argv[1:]:
-    try:
-        print("" if importlib.util.find_spec(name) else name)
-    except ImportError:
-        print(name)
-"""
 
 Figures = dict[str, float]
 
@@ -161,21 +153,23 @@ def _prefill_seconds(engine: Adapter, prompts: list[list[int]]) -> float:
 
 
 def peak_memory(device: str) -> float:
-    """The most bytes of this process that were resident at a time, libraries and mapped files included.
+    """The most GiB of this process that were resident at a time, libraries and mapped files included.
 
     On CUDA: what torch took from the card.
     """
     if device.startswith("cuda"):
         import torch
 
-        return float(torch.cuda.max_memory_reserved())
+        return float(torch.cuda.max_memory_reserved()) / 2**30
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * float(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
+        return float(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) / 2**20
     except OSError:  # no /proc; getrusage keeps a parent's peak, so it comes second
         import resource
 
-        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / (
+            2**30 if sys.platform == "darwin" else 2**20
+        )
 
 
 def measure(load: Callable[[], Adapter], job: Job) -> None:
@@ -194,7 +188,7 @@ def measure(load: Callable[[], Adapter], job: Job) -> None:
 
 
 def _answer(figures: Figures) -> None:
-    """Ends a turn: prints its figures, in seconds, bytes or tokens per second."""
+    """Ends a turn: prints its figures, in seconds, GiB or tokens per second."""
     print(json.dumps({"figures": figures}), flush=True)
 
 
@@ -247,7 +241,8 @@ def parse(line: str) -> Figures | None:
 
 
 def _failure(status: int, log: str) -> str:
-    return f"exit status {status}: {' | '.join(log.splitlines()[-4:])}"
+    last_words = [line for line in log.splitlines() if line and not line.startswith(" ")]  # a traceback is indented
+    return f"exit status {status}: {' | '.join(last_words[-4:])}"
 
 
 def prepare(engine: str, python: str, job: Job) -> None:
@@ -297,17 +292,16 @@ def peer_pythons(peers: str | Sequence[str], peer_python: str | Sequence[str], k
     return {name: pythons.get(name, sys.executable) for name in names}
 
 
-def is_installed(peer: str, python: str, imports: str, install: str) -> bool:
-    """Whether a peer's environment has the modules that it imports; prints what to install if not."""
-    found = subprocess.run([python, "-c", _FIND, *imports.split()], capture_output=True, text=True, check=False)
-    if found.returncode:
-        last_words = found.stderr.strip()[-200:]
-        raise ValueError(f"--peer_python {peer} must be a Python interpreter, got {python}, which failed: {last_words}")
-    if missing := found.stdout.split():
+@contextlib.contextmanager
+def left_out_if_it_fails(peer: str, install: str, pythons: dict[str, str]) -> Iterator[None]:
+    """Takes a peer whose work fails out of `pythons`, and says what to install; our own failure is an error."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if peer.startswith("ours"):
+            raise
         # The constraints keep pip from fetching another torch, with gigabytes of CUDA.
-        hint = f"pip install -c constraints.txt {install}"
-        say(f"{peer}: left out, {python} has no {', '.join(missing)}; {hint}")
-    return not missing
+        say(f"{peer}: left out, {pythons.pop(peer)} failed with {error}; pip install -c constraints.txt {install}")
 
 
 def version(package: str, python: str) -> str:
@@ -319,11 +313,11 @@ def version(package: str, python: str) -> str:
 def main(name: str, action: str, job_file: str) -> None:
     engine = importlib.import_module("benchmarks.peers").ENGINES[name]
     job = Job.read(Path(job_file))
+    for module in engine.imports.split():
+        importlib.import_module(module)  # before the clock runs
     if action == "prepare":
         engine.adapter.prepare(job, engine.variant)
     else:
-        for module in engine.imports.split():
-            importlib.import_module(module)  # before the clock runs
         measure(lambda: engine.adapter(job, engine.variant), job)
 
 

@@ -16,7 +16,7 @@ from benchmarks.networks import SHAPES, bytes_per_decode_step
 from benchmarks.peers import ENGINES, Ours
 from benchmarks.report import Line
 from benchmarks.speculative import SCRIPTS, Script, Scripted, repeated_ngrams, write_script
-from benchmarks.worker import LOAD, EngineProcess, Job, figure, parse
+from benchmarks.worker import LOAD, EngineProcess, Job, figure, left_out_if_it_fails, parse, prepare
 from llama import Llama, ModelArgs
 from llama.checkpoint.format import tensor_shapes
 
@@ -81,9 +81,16 @@ def test_int8_is_compared_with_quantized_engines_and_with_our_own_default() -> N
     ]
 
 
-def test_a_peer_that_is_not_installed_is_left_out_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench._installed("llama_cpp", "llama_cpp=/usr/bin/env", "cuda") == {}
-    assert "llama_cpp" in capsys.readouterr().err
+def test_a_peer_that_is_not_installed_is_left_out_with_a_line(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    pythons = {"llama_cpp": "no-such-python"}
+    with left_out_if_it_fails("llama_cpp", ENGINES["llama_cpp"].install, pythons):
+        prepare("llama_cpp", pythons["llama_cpp"], job)
+    assert not pythons
+    assert "pip install -c constraints.txt llama-cpp-python torch gguf" in capsys.readouterr().err
+
+
+def test_peers_for_cpus_are_left_out_on_a_gpu() -> None:
+    assert bench._measurable({"llama_cpp": "python", "hf": "python"}, "cuda") == {"hf": "python"}
 
 
 def test_each_engine_is_the_first_in_some_round() -> None:
@@ -123,7 +130,7 @@ def test_a_peer_that_fails_is_left_out_from_there_on(
     assert found["hf"] == {"load": 2.0, "prefill_4": 2.0}
     assert found["ours"].keys() == {"load", "prefill_4", "decode_1", "decode_2"}
     assert pythons.keys() == {"ours"} and not _FakeProcess.running
-    assert "hf: left out, it failed with exit status 1: no room" in capsys.readouterr().err
+    assert "failed with exit status 1: no room" in capsys.readouterr().err
 
 
 def test_a_process_that_ends_in_its_turn_leaves_its_last_words(job: Job) -> None:
@@ -134,7 +141,7 @@ def test_a_process_that_ends_in_its_turn_leaves_its_last_words(job: Job) -> None
 
 def test_unknown_peers_and_shapes_are_errors() -> None:
     with pytest.raises(ValueError, match="nonsense"):
-        bench._installed("nonsense", "", "cpu")
+        bench.main("tiny", peers="nonsense")
     with pytest.raises(ValueError, match=r"shape must be one of tiny, 110m, 200m, 1b, 7b, 13b, got '2b'"):
         bench.main("2b")
 
