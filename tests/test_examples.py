@@ -67,7 +67,7 @@ PRINTED = {  # by each script of examples/, among other lines
     "patch_activation": "block 0, token 27 (3): the answer is 8",
     "lora": "is Dolly.",
     "logits_processor": "', ",
-    "json_schema": "{'city': ",
+    "json_schema": "{'model': '13B', 'mp': 2}",
     "infilling": "The capital of France is Paris.",
     "client": "Put one egg yolk",
     "batch": "cheese:fromage (stop)",

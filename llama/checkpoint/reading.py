@@ -84,7 +84,7 @@ def _start_with(shards: list[Path]) -> str:
             f"{first_few(list(map(quote, odd)))} {'is' if len(odd) == 1 else 'are'} not named consolidated.NN.pth: "
             + (f"if the checkpoint is the other {len(released)}, move the rest elsewhere" if released else "is it one?")
         )
-    return f"start the program with torchrun --nproc_per_node {len(shards)}, one process per file"
+    return f"start the program with torchrun --nproc_per_node {len(shards)}, one process per file, or use llama reshard"
 
 
 def find_tokenizer(ckpt_dir: str | Path) -> Path:

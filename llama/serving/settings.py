@@ -163,7 +163,7 @@ def _choose_context(ckpt_dir: str, tokenizer_path: str, max_batch_size: int, bui
             why = f" of {trained}: the memory has no room"
         elif find_release(networks[0]) is None:
             family = "Llama 2" if trained == TRAINED_SEQ_LEN else "Code Llama"
-            why = f", as for {family}: for what length this checkpoint was trained is not known"
+            why = f", as for {family}: this checkpoint's trained length is unknown; set --max_seq_len if it was shorter"
         print(f"--max_seq_len {chosen}{why}", file=sys.stderr, flush=True)
     return chosen
 
@@ -176,7 +176,10 @@ def api_keys(api_key: str | None, api_key_file: str | None) -> list[str]:
     """
     keys = [("LLAMA_API_KEY", os.environ.get("LLAMA_API_KEY", "")) if api_key is None else ("--api_key", api_key)]
     if api_key_file is not None:
-        lines = Path(api_key_file).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--api_key_file must name a text file with a key per line, got: {error}") from error
         keys += [(f"--api_key_file, line {number},", line.strip()) for number, line in enumerate(lines, start=1)]
         if not any(key for _, key in keys[1:]):
             raise ValueError(f"--api_key_file must have a key per line, got {api_key_file}, which has none")

@@ -16,7 +16,7 @@ COMMANDS = {
     "perplexity": "measure a model's perplexity on a text file",
     "reshard": "rewrite a checkpoint for another number of GPUs or processes",
     "convert": "convert a checkpoint from or to Hugging Face's format",
-    "quantize": "write a checkpoint with int8 or int4 weights",
+    "quantize": "write a checkpoint with int8 weights",
     "verify": "check a checkpoint's files for damage",
     "memory": "show the memory that a model needs",
 }
