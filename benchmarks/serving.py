@@ -76,6 +76,10 @@ class Round:
         return self.tokens / self.seconds
 
 
+def _ids(draw: random.Random, n: int, vocab_size: int) -> list[int]:
+    return [draw.randrange(3, vocab_size) for _ in range(n)]
+
+
 def random_requests(n: int, output_median: int, vocab_size: int) -> Requests:
     """Most are short, a few many times longer, as real ones are."""
     draw = random.Random(0)
@@ -84,10 +88,6 @@ def random_requests(n: int, output_median: int, vocab_size: int) -> Requests:
         return min(LONGEST, max(1, round(draw.lognormvariate(math.log(median), 1.0))))
 
     return [(_ids(draw, length(PROMPT_MEDIAN), vocab_size), length(output_median)) for _ in range(n)]
-
-
-def _ids(draw: random.Random, n: int, vocab_size: int) -> list[int]:
-    return [draw.randrange(3, vocab_size) for _ in range(n)]
 
 
 def in_calls(llama: Llama, requests: Requests, size: int, *, rows_stay: bool = False) -> Round:

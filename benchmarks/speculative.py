@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ N_PROMPT = 200  # tokens of a scripted prompt
 FIRST_ID = 259  # past control pieces and bytes
 HEADER = f"{'':34}  8-grams  plain   spec.  ratio, range      per pass accepted same text"
 
-Words = Callable[[int], list[int]]  # fresh ones, as many as asked for
+KINDS = ("quoting summary", "code edit", "list after examples", "dialog", "without repetition")  # of scripts
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Script:
 
 
 def write_script(kind: str, seed: int, vocab_size: int, n_prompt: int, n_tokens: int) -> Script:
-    """A text of a kind of `SCRIPTS`, in words as frequent as those of a language (Zipf's law).
+    """A text of one of the `KINDS`, in words as frequent as those of a language (Zipf's law).
 
     Pairs of fresh words recur by chance, long n-grams do not.
     """
@@ -62,46 +62,28 @@ def write_script(kind: str, seed: int, vocab_size: int, n_prompt: int, n_tokens:
     def words(n: int) -> list[int]:
         return [FIRST_ID - 1 + int((vocab_size - FIRST_ID) ** draw.random()) for _ in range(n)]
 
-    text = words(n_prompt)
-    part = SCRIPTS[kind](draw, words, text.copy())
+    def quote(text: list[int], low: int, high: int) -> list[int]:
+        n = draw.randint(low, high)
+        start = draw.randrange(max(1, len(text) - n))
+        return text[start : start + n]
+
+    prompt, at = words(n_prompt), 0
+    text = prompt.copy()
     while len(text) < n_prompt + n_tokens:
-        text += part(text)
-    return Script(text[:n_prompt], text[n_prompt : n_prompt + n_tokens])
-
-
-def _quote(draw: random.Random, text: list[int], low: int, high: int) -> list[int]:
-    n = draw.randint(low, high)
-    start = draw.randrange(max(1, len(text) - n))
-    return text[start : start + n]
-
-
-def _code_edit(draw: random.Random, words: Words, prompt: list[int]) -> Callable[[list[int]], list[int]]:
-    """The prompt again, with a few tokens changed here and there."""
-    at = 0
-
-    def part(_: list[int]) -> list[int]:
-        nonlocal at
-        start, n = at, draw.randint(15, 45)
-        at = (at + n + draw.randint(0, 6)) % len(prompt)
-        return (prompt * 2)[start : start + n] + words(draw.randint(1, 6))
-
-    return part
-
-
-def _list_after_examples(draw: random.Random, words: Words, prompt: list[int]) -> Callable[[list[int]], list[int]]:
-    """Records that share their frame, and have a few words of their own; the first ones are the prompt's end."""
-    frame = [prompt[-22:-18], prompt[-18:-6], prompt[-6:]]
-    return lambda _: [token for part in frame for token in part + words(draw.randint(1, 4))]
-
-
-# Each has the next part of the output from the text so far.
-SCRIPTS: dict[str, Callable[[random.Random, Words, list[int]], Callable[[list[int]], list[int]]]] = {
-    "quoting summary": lambda draw, words, prompt: lambda _: words(draw.randint(6, 14)) + _quote(draw, prompt, 20, 36),
-    "code edit": _code_edit,
-    "list after examples": _list_after_examples,
-    "dialog": lambda draw, words, _: lambda text: words(draw.randint(4, 16)) + _quote(draw, text, 16, 32),
-    "without repetition": lambda draw, words, _: lambda _: words(16),
-}
+        if kind == "quoting summary":
+            text += words(draw.randint(6, 14)) + quote(prompt, 20, 36)
+        elif kind == "code edit":  # the prompt again, with a few tokens changed here and there
+            start, n = at, draw.randint(15, 45)
+            at = (at + n + draw.randint(0, 6)) % len(prompt)
+            text += (prompt * 2)[start : start + n] + words(draw.randint(1, 6))
+        elif kind == "list after examples":  # records that share their frame; the first ones are the prompt's end
+            for part in (prompt[-22:-18], prompt[-18:-6], prompt[-6:]):
+                text += part + words(draw.randint(1, 4))
+        elif kind == "dialog":
+            text += words(draw.randint(4, 16)) + quote(text, 16, 32)
+        else:
+            text += words(16)
+    return Script(prompt, text[n_prompt : n_prompt + n_tokens])
 
 
 def repeated_ngrams(script: Script, size: int = 8) -> float:
@@ -116,19 +98,19 @@ def repeated_ngrams(script: Script, size: int = 8) -> float:
 class Scripted:
     """A forward hook on a network that has it choose the tokens of a script.
 
-    Args:
+    Attributes:
         agreement: the share of positions in which it does; elsewhere it chooses another token.
     """
 
-    def __init__(self, network: nn.Module, agreement: float = 1.0) -> None:
+    def __init__(self, network: nn.Module) -> None:
         self.tokens: list[int] = []
-        self._agreement = agreement
+        self.agreement = 1.0
         self._handle = network.register_forward_hook(self._force, with_kwargs=True)
 
     def start(self, script: Script) -> None:
         """Begins a text."""
         draw = random.Random(sum(script.prompt))  # other positions in each text
-        self.tokens = [t if draw.random() < self._agreement else t - 1 for t in script.prompt + script.output]
+        self.tokens = [t if draw.random() < self.agreement else t - 1 for t in script.prompt + script.output]
 
     def _force(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Tensor) -> None:
         start_pos, last = args[1], kwargs.get("last")
@@ -174,14 +156,22 @@ def decode(llama: Llama, prompt: list[int], n_tokens: int, speculative: str | No
 
 
 def compare(
-    name: str, texts: Sequence[Script], run_as: Callable[[Script, str | None], Run], way: str, repeats: int
+    llama: Llama,
+    name: str,
+    texts: Sequence[Script],
+    way: str,
+    n_tokens: int,
+    repeats: int,
+    hooks: Sequence[Scripted] = (),
 ) -> dict[str, Any]:
     """Decodes each text plainly and speculatively, in turn, each time the other one first; prints and returns a row."""
     runs: dict[str, list[Run]] = {"": [], way: []}
     for text in texts:
+        for hook in hooks:
+            hook.start(text)
         for i in range(repeats):
             for each in in_turn(list(runs), i):
-                runs[each].append(run_as(text, each or None))
+                runs[each].append(decode(llama, text.prompt, n_tokens, each or None))
     plain, drafted = runs.values()
     written = [Script(text.prompt, text.output or plain[i * repeats].tokens) for i, text in enumerate(texts)]
     ratios = [b.rate / a.rate for a, b in zip(plain, drafted, strict=True)]
@@ -207,37 +197,30 @@ def compare(
 
 
 def scripted_rows(
-    llama: Llama, agreements: Sequence[float], scripts_of: Callable[[str], list[Script]], repeats: int
-) -> list[dict[str, Any]]:
+    llama: Llama, agreements: Sequence[float], n_texts: int, n_tokens: int, repeats: int
+) -> Iterator[dict[str, Any]]:
     """Prompt lookup on every kind of script, and a draft model at several shares of agreement on fresh words."""
-    hooks = [Scripted(llama.model)]
-
-    def run_as(script: Script, way: str | None) -> Run:
-        for hook in hooks:
-            hook.start(script)
-        return decode(llama, script.prompt, len(script.output), way)
-
-    rows = [compare(f"prompt lookup, {kind}", scripts_of(kind), run_as, "prompt_lookup", repeats) for kind in SCRIPTS]
+    hooks = [Scripted(llama.model), Scripted(llama.draft_model)]
+    texts = {
+        kind: [write_script(kind, seed, llama.model.vocab_size, N_PROMPT, n_tokens) for seed in range(n_texts)]
+        for kind in KINDS
+    }
+    for kind in KINDS:
+        yield compare(llama, f"prompt lookup, {kind}", texts[kind], "prompt_lookup", n_tokens, repeats, hooks)
     for agreement in agreements:
-        hooks.append(Scripted(llama.draft_model, agreement))
-        fresh = scripts_of("without repetition")
-        rows.append(compare(f"draft, agreement {agreement}", fresh, run_as, "draft", repeats))
-        hooks.pop().remove()
-    return rows
+        hooks[1].agreement = agreement
+        fresh = texts["without repetition"]
+        yield compare(llama, f"draft, agreement {agreement}", fresh, "draft", n_tokens, repeats, hooks)
 
 
-def own_rows(llama: Llama, texts: dict[str, str | list[int]], n_tokens: int, repeats: int) -> list[dict[str, Any]]:
+def own_rows(
+    llama: Llama, prompts: dict[str, str | list[int]], n_tokens: int, repeats: int
+) -> Iterator[dict[str, Any]]:
     """Texts that the network itself writes, by prompt lookup and, if it has one, its draft model."""
-
-    def run_as(text: Script, way: str | None) -> Run:
-        return decode(llama, text.prompt, n_tokens, way)
-
-    rows = []
-    for name, prompt in texts.items():
+    for name, prompt in prompts.items():
         ids = llama.tokenizer.encode(prompt, bos=True, eos=False) if isinstance(prompt, str) else prompt
         for way in ["prompt_lookup"] + ["draft"] * (llama.draft_model is not None):
-            rows.append(compare(f"{way.replace('_', ' ')}, {name}", [Script(ids, [])], run_as, way, max(2, repeats)))
-    return rows
+            yield compare(llama, f"{way.replace('_', ' ')}, {name}", [Script(ids, [])], way, n_tokens, max(2, repeats))
 
 
 def main(
@@ -277,20 +260,15 @@ def main(
 
     if ckpt_dir:
         llama = build(ckpt_dir, str(Path(ckpt_dir) / "tokenizer.model"), draft_ckpt_dir)
-        texts = json.loads(Path(prompts).read_text(encoding="utf-8"))
-        rows = own_rows(llama, texts, n_tokens, repeats)
+        rows = own_rows(llama, json.loads(Path(prompts).read_text(encoding="utf-8")), n_tokens, repeats)
     else:
         with tempfile.TemporaryDirectory() as folder:
             draft_shape = "tiny" if shape == "tiny" else DRAFT_SHAPE
             job, draft = make_job(shape, Path(folder, "job")), make_job(draft_shape, Path(folder, "draft"))
             llama = build(job.ckpt_dir, job.tokenizer_path, draft.ckpt_dir)
-
-        def scripts_of(kind: str) -> list[Script]:
-            return [write_script(kind, seed, job.vocab_size, N_PROMPT, n_tokens) for seed in range(n_texts)]
-
         shares = [agreements] if isinstance(agreements, float) else agreements
-        rows = scripted_rows(llama, shares, scripts_of, repeats)
-    print(json.dumps({"benchmark": "speculative", "shape": ckpt_dir or shape, "rows": rows}))
+        rows = scripted_rows(llama, shares, n_texts, n_tokens, repeats)
+    print(json.dumps({"benchmark": "speculative", "shape": ckpt_dir or shape, "rows": list(rows)}))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from benchmarks import bench, busy, report, serving, speculative
 from benchmarks.networks import SHAPES, bytes_per_decode_step
 from benchmarks.peers import ENGINES, Ours
 from benchmarks.report import Line
-from benchmarks.speculative import SCRIPTS, Script, Scripted, repeated_ngrams, write_script
+from benchmarks.speculative import KINDS, Script, Scripted, repeated_ngrams, write_script
 from benchmarks.worker import LOAD, EngineProcess, Job, figure, left_out_if_it_fails, parse, prepare
 from llama import Llama, ModelArgs
 from llama.checkpoint.format import tensor_shapes
@@ -216,7 +216,7 @@ def test_scripts_repeat_as_much_as_their_kind(kind: str, least: float, most: flo
         assert (len(script.prompt), len(script.output)) == (200, 128)
         assert least <= repeated_ngrams(script) <= most
         assert script == write_script(kind, seed, 32000, 200, 128)
-    assert kind in SCRIPTS
+    assert kind in KINDS
 
 
 @pytest.mark.parametrize("way", [None, "prompt_lookup"])
