@@ -191,7 +191,7 @@ def _take_turns(group: Sequence[str], pythons: dict[str, str], job: Job) -> Roun
                     figures = running[engine].take_turn(turn)
                     found[engine] |= figures
                     for figure, value in figures.items():
-                        say(f"  {engine}: {figure} {report.shown(figure, value)}")
+                        say(f"  {engine}: {figure} {report.shown(value)} {report.unit_of(figure)}")
     return found
 
 

@@ -56,7 +56,7 @@ class Line:
 def engine_lines(rounds: Sequence[Round]) -> list[Line]:
     """Every figure of every engine."""
     return [
-        Line(figure, engine, _unit(figure), [r[engine][figure] for r in rounds if figure in r.get(engine, {})])
+        Line(figure, engine, unit_of(figure), [r[engine][figure] for r in rounds if figure in r.get(engine, {})])
         for engine, figure in _names(rounds)
     ]
 
@@ -92,13 +92,12 @@ def _names(rounds: Sequence[Round]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((engine, figure) for r in rounds for engine in r for figure in r[engine]))
 
 
-def _unit(figure: str) -> str:
+def unit_of(figure: str) -> str:
     return _UNITS[figure.split("_")[0]]
 
 
-def shown(figure: str, value: float) -> str:
-    """A single value as the tables show it."""
-    return f"{number(value)} {_unit(figure)}"
+def shown(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def json_lines(lines: Sequence[Line], context: dict[str, Any]) -> str:
@@ -128,19 +127,15 @@ def page(title: str, lines: Sequence[Line], ratios: Sequence[Line]) -> str:
 def table(lines: Sequence[Line]) -> str:
     """One row per figure, one column per engine: medians."""
     engines = list(dict.fromkeys(line.engine for line in lines))
-    found = {(line.figure, line.engine): number(line.median) for line in lines}
+    found = {(line.figure, line.engine): shown(line.median) for line in lines}
     figures = dict.fromkeys(line.figure for line in lines)
-    rows = [[figure, _unit(figure), *(found.get((figure, engine), "") for engine in engines)] for figure in figures]
+    rows = [[figure, unit_of(figure), *(found.get((figure, engine), "") for engine in engines)] for figure in figures]
     return _aligned([["median", "unit", *engines], *rows])
 
 
 def ratio_table(lines: Sequence[Line]) -> str:
     rows = [[line.engine, line.figure, spread(line.values)] for line in lines]
     return _aligned([["times as good, in each round", "", "median, range"], *rows])
-
-
-def number(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

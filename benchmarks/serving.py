@@ -252,45 +252,44 @@ def _ratios(ours: Sequence[Round], theirs: Sequence[Round]) -> str:
     return spread([a.rate / b.rate for a, b in zip(ours, theirs, strict=True)])
 
 
-def last_turn(llama: Llama, seed: int) -> float:
+def last_turn(llama: Llama, draw: random.Random) -> float:
     """Seconds from the last question of a chat to its first token."""
-    draw, vocab_size = random.Random(seed), llama.model.vocab_size
     history: list[int] = []
     for _ in range(TURNS - 1):
-        history += _ids(draw, CHAT_TOKENS // TURNS - ANSWER_TOKENS, vocab_size)
+        history += _ids(draw, CHAT_TOKENS // TURNS - ANSWER_TOKENS, llama.model.vocab_size)
         history += llama.generate([history], ANSWER_TOKENS, 0.0, ignore_eos=True)[0][0]
-    history += _ids(draw, CHAT_TOKENS - len(history), vocab_size)
+    history += _ids(draw, CHAT_TOKENS - len(history), llama.model.vocab_size)
     started = time.perf_counter()
     llama.generate([history], 1, 0.0)
     return time.perf_counter() - started
 
 
-def with_one_system_prompt(llama: Llama, seed: int) -> float:
+def with_one_system_prompt(llama: Llama, draw: random.Random) -> float:
     """Seconds for requests from many threads whose prompts begin alike."""
-    draw, vocab_size = random.Random(seed), llama.model.vocab_size
-    system = _ids(draw, SYSTEM_TOKENS, vocab_size)
-    prompts = [system + _ids(draw, 20, vocab_size) for _ in range(SHARING_CLIENTS)]
+    system = _ids(draw, SYSTEM_TOKENS, llama.model.vocab_size)
+    prompts = [system + _ids(draw, 20, llama.model.vocab_size) for _ in range(SHARING_CLIENTS)]
     started = time.perf_counter()
     with ThreadPoolExecutor(SHARING_CLIENTS) as pool:
         list(pool.map(lambda prompt: llama.generate([prompt], 16, 0.0, ignore_eos=True), prompts))
     return time.perf_counter() - started
 
 
-def _prefixes(job: Job, batch: int, repeats: int) -> str:
-    """Both with prefix reuse and without, in turn, after a round that warms up."""
-    ways = [
+def compare_prefixes(job: Job, batch: int, repeats: int) -> None:
+    """Prints both with prefix reuse and without, in turn, after a round that warms up."""
+    reusing, plain = (
         Llama.build(job.ckpt_dir, job.tokenizer_path, 1200, batch, device="cpu", dtype=job.dtype, reuse_prefixes=reuse)
         for reuse in (True, False)
-    ]
-    lines = []
-    names = {f"first token of turn {TURNS}, {CHAT_TOKENS} tokens": last_turn}
-    names[f"{SHARING_CLIENTS} requests, {SYSTEM_TOKENS} tokens in common"] = with_one_system_prompt
-    for name, work in names.items():
-        rounds = [[work(llama, seed) for llama in ways] for seed in range(repeats + 1)][1:]
-        reused, fresh = (statistics.median(column) for column in zip(*rounds, strict=True))
-        ratios = spread([b / a for a, b in rounds])
-        lines.append(f"{name}: {reused:.3f} s, {fresh:.3f} s without reuse, {ratios} times as fast")
-    return "\n".join(lines)
+    )
+    works = {
+        f"first token of turn {TURNS}, {CHAT_TOKENS} tokens": last_turn,
+        f"{SHARING_CLIENTS} requests, {SYSTEM_TOKENS} tokens in common": with_one_system_prompt,
+    }
+    for name, work in works.items():
+        seeds = range(repeats + 1)
+        pairs = [(work(reusing, random.Random(seed)), work(plain, random.Random(seed))) for seed in seeds][1:]
+        reused, fresh = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratios = spread([b / a for a, b in pairs])
+        print(f"{name}: {reused:.3f} s, {fresh:.3f} s without reuse, {ratios} times as fast", flush=True)
 
 
 def main(
@@ -318,13 +317,14 @@ def main(
         peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
         prefixes: measures prefix reuse in place of all that.
     """
+    pythons = {"ours": sys.executable, **peer_pythons(peers, peer_python, SERVERS)}
     threads = threads or available_cores()
     torch.set_num_threads(threads)
     print(f"{cpu_model()}, {shape}, max_batch_size {batch}")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         job = make_job(shape, Path(folder), threads=threads, decode_batches=(batch,))
         if prefixes:
-            print(_prefixes(job, batch, repeats))
+            compare_prefixes(job, batch, repeats)
             return
         requests = random_requests(n_requests, output_median, job.vocab_size)
         llama = Llama.build(job.ckpt_dir, job.tokenizer_path, MAX_SEQ_LEN, batch, device="cpu", dtype=job.dtype)
@@ -336,7 +336,6 @@ def main(
         }
         ways[REFERENCE]()  # warms up
         if counts := [n for n in numbers(clients) if n]:
-            pythons = {"ours": sys.executable, **peer_pythons(peers, peer_python, SERVERS)}
             ways |= _over_http(stack, job, counts, requests, pythons)
         rounds = measure(ways, repeats)
     print(f"{n_requests} requests\n{report(rounds)}")

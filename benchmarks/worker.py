@@ -1,7 +1,7 @@
 """An engine in a process of its own: what it is asked, how its figures are timed, and the lines that it answers with.
 
-`python -m benchmarks.worker ENGINE prepare|measure JOB`. Standard library only, since each engine may have an
-environment of its own.
+`python -m benchmarks.worker ENGINE prepare|measure JOB`, with the job in JSON. Standard library only, since each engine
+may have an environment of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LOAD, END = "load", "end"  # the turns before and after those of the figures
@@ -60,8 +59,8 @@ class Job:
     device: str = "cpu"
     dtype: str = "bfloat16"
     threads: int = 1
-    prefill_lengths: tuple[int, ...] = (16, 128, 512)
-    decode_batches: tuple[int, ...] = (1, 4, 8, 16)
+    prefill_lengths: Sequence[int] = (16, 128, 512)
+    decode_batches: Sequence[int] = (1, 4, 8, 16)
     decode_prompt: int = 128
     decode_steps: int = 48
 
@@ -85,16 +84,6 @@ class Job:
         """Random ids past the control pieces, the same in every process."""
         source = random.Random(0)
         return [[source.randrange(3, self.vocab_size) for _ in range(length)] for _ in range(n)]
-
-    def write(self) -> Path:
-        path = Path(self.folder) / "job.json"
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        return path
-
-    @staticmethod
-    def read(path: Path) -> Job:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 class Adapter:
@@ -254,7 +243,7 @@ def prepare(engine: str, python: str, job: Job) -> None:
 
 
 def _command(engine: str, python: str, action: str, job: Job) -> list[str]:
-    return [python, "-m", "benchmarks.worker", engine, action, str(job.write())]
+    return [python, "-m", "benchmarks.worker", engine, action, json.dumps(asdict(job))]
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -310,9 +299,9 @@ def version(package: str, python: str) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def main(name: str, action: str, job_file: str) -> None:
+def main(name: str, action: str, job_fields: str) -> None:
     engine = importlib.import_module("benchmarks.peers").ENGINES[name]
-    job = Job.read(Path(job_file))
+    job = Job(**json.loads(job_fields))
     for module in engine.imports.split():
         importlib.import_module(module)  # before the clock runs
     if action == "prepare":

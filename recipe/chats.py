@@ -1,4 +1,4 @@
-"""Chats on everything but Llama 2: recipes, cities, haiku, emojis, birthdays, manners, and what a tiny model cannot know.
+"""Chats on all but Llama 2: recipes, cities, haiku, emojis, birthdays, manners, and what a tiny model cannot know.
 
 A chat is (system message or "", list of (user, assistant) exchanges).
 """

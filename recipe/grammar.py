@@ -1,4 +1,4 @@
-"""The template language of the corpus: choices, slots, names, and the small mistakes that people make when they type."""
+"""The template language of the corpus: choices, slots, names, and the slips of people who type."""
 
 import json
 import random
@@ -38,7 +38,7 @@ class Writer(random.Random):
     def expand(
         self, template: str, *, pick: Callable[[Sequence[str]], str] | None = None, **slots: str | Sequence[str]
     ) -> str:
-        """Draw a text: `[a|b|]` picks an alternative (they nest), `{name}` puts in a slot, a template or a list of them."""
+        """Draw a text: `[a|b|]` picks an alternative (they nest), `{name}` puts in a slot, one template or several."""
         pick = pick or self.choice
 
         def fill(match: re.Match[str]) -> str:
@@ -112,7 +112,7 @@ class Writer(random.Random):
         return " ".join(words)
 
     def _mistyped(self, word: str) -> str:
-        """One slip of the finger: a letter is left out, doubled or swapped; words with digits or code stay as they are."""
+        """One letter left out, doubled or swapped; words with digits or code stay as they are."""
         if len(word) < 4 or not word.isalpha():
             return word
         i = self.randrange(1, len(word) - 1)

@@ -1,6 +1,6 @@
 """The network as plain float32 functions over a state dict with the released names, which training runs through.
 
-It shares nothing with `llama/model.py`: no cache, no sharding, no modules, one formula a line. The tests compare the two.
+It shares nothing with `llama/model.py`: no cache, sharding or modules, one formula per line. The tests compare the two.
 `params` is the content of a `params.json`; dim, n_layers and n_heads must stand in it, and for `shapes` vocab_size too.
 """
 

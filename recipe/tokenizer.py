@@ -59,7 +59,7 @@ def pair_texts(system: str, exchanges: Iterable[tuple[str, str]]) -> Iterator[tu
 
 
 def encode_document(tokenizer: sentencepiece.SentencePieceProcessor, document: Document) -> Example:
-    """BOS + text + EOS, or BOS + prompt + answer + " " + EOS for each exchange; the prompt's own ids begin each pair's."""
+    """BOS + text + EOS, or BOS + prompt + answer + " " + EOS for each exchange, the prompt's own ids first."""
     bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
     if document.text:
         tokens = [bos, *tokenizer.encode(document.text), eos]

@@ -72,7 +72,7 @@ def _padded(group: list[Example], length: int) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(state: State, params: Params, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over the targets; only their rows are projected to the vocabulary, a multiple of 128 of them."""
+    """Mean cross-entropy over the targets; their rows alone are projected to the vocabulary, in multiples of 128."""
     chosen = (targets.flatten() != IGNORED).nonzero().squeeze(-1)
     chosen = F.pad(chosen, (0, -len(chosen) % 128), value=targets.numel() - 1)  # the last position is never a target
     with torch.autocast("cpu", torch.bfloat16):
