@@ -334,12 +334,18 @@ def test_the_two_commands_stand_by_themselves() -> None:
 
 
 def test_the_released_sizes_are_those_that_are_computed() -> None:
-    """Model-parallel size and weights in README.md, which has Llama 2's."""
+    """Model-parallel size and weights in README.md; each GPU's share and KV cache in docs/checkpoints.md."""
     for name, release in RELEASES.items():
-        if not name.startswith("CodeLlama"):
-            mp = release.model_parallel_size
-            plan = plan_memory(replace(release.args, max_batch_size=1, max_seq_len=4096), mp, DTYPES["float16"])
-            assert [f"{name}, {name}-chat", str(mp), f"{mp * plan.weights / GIB:.1f} GiB"] in rows_of(README)
+        mp = release.model_parallel_size
+        one, eight = (
+            plan_memory(replace(release.args, max_batch_size=n, max_seq_len=4096), mp, DTYPES["float16"])
+            for n in (1, 8)
+        )
+        if name.startswith("CodeLlama"):
+            continue  # the pages have Llama 2's sizes
+        assert [f"{name}, {name}-chat", str(mp), f"{mp * one.weights / GIB:.1f} GiB"] in rows_of(README)
+        sizes = [f"{n_bytes / GIB:.2f} GiB" for n_bytes in (one.weights, one.kv_cache, eight.kv_cache)]
+        assert [f"{name}, MP {mp}", *sizes] in rows_of(ROOT / "docs" / "checkpoints.md")
 
 
 def test_every_difference_names_a_test_that_is_there() -> None:
