@@ -96,7 +96,8 @@ def main(
     if readings:
         report.plot(report.read(Path(readings)), Path(plot or "performance.svg"))
         return
-    found = _measurable(peer_pythons(peers, peer_python, PEERS), device)
+    known = [peer for peer in PEERS if device == "cpu" or not ENGINES[peer].cpu_only]
+    found = peer_pythons(peers, peer_python, known)
     n_threads = threads or available_cores()
     torch.set_num_threads(n_threads)
     sizes = {"decode_batches": numbers(batches), "prefill_lengths": numbers(prefills), "decode_steps": decode_steps}
@@ -142,14 +143,6 @@ def _own_engines(job: Job, quantize: str | None, *, compiled: bool) -> list[str]
     if quantize:
         names += [f"ours_{quantize}"] + [f"ours_{quantize}_compiled"] * compiled
     return names
-
-
-def _measurable(pythons: dict[str, str], device: str) -> dict[str, str]:
-    """The peers that are measured on the device, and their interpreters."""
-    left_out = [peer for peer in pythons if ENGINES[peer].cpu_only and device != "cpu"]
-    for peer in left_out:
-        say(f"{peer}: left out, it is measured on CPUs only")
-    return {peer: python for peer, python in pythons.items() if peer not in left_out}
 
 
 def run_rounds(job: Job, pythons: dict[str, str], repeats: int, *, one_at_a_time: bool) -> list[Round]:

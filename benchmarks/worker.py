@@ -23,9 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LOAD, END = "load", "end"  # the turns before and after those of the figures
 FIRST_PROMPT = 16  # tokens of the prompt that the first token after loading comes from
-MIN_SAMPLES, MIN_SECONDS = 2, 1.0  # a prefill is timed until both are reached
-MAX_SAMPLES = 15
-LONG_SECONDS = 10.0  # a prefill that takes longer is timed once: warming up makes no difference to it
+PREFILLS = 5  # timed passes of a prefill, of which the median counts
 
 Figures = dict[str, float]
 
@@ -121,24 +119,15 @@ def ticks_of(engine: Adapter, prompts: list[list[int]], n_tokens: int) -> list[f
 
 def figure(engine: Adapter, name: str, job: Job) -> float | None:
     """Tokens per second of a figure such as "prefill_128" or "decode_8"; None if the engine takes no part in it."""
-    kind, size = name.split("_")
+    kind, number = name.split("_")
+    size = int(number)
     if kind == "prefill":
-        return int(size) / _prefill_seconds(engine, job.prompts(1, int(size)))
-    if int(size) not in engine.batches:
+        times = [ticks_of(engine, job.prompts(1, size), 1)[0] for _ in range(PREFILLS + 1)]
+        return size / statistics.median(times[1:])  # the first pass warms up
+    if size not in engine.batches:
         return None
-    ticks = ticks_of(engine, job.prompts(int(size), job.decode_prompt), job.decode_steps + 2)
-    return int(size) * job.decode_steps / (ticks[-1] - ticks[1])  # the first steps warm up
-
-
-def _prefill_seconds(engine: Adapter, prompts: list[list[int]]) -> float:
-    """The median time until the first token, after one pass that warms up."""
-    (first,) = ticks_of(engine, prompts, 1)
-    if first > LONG_SECONDS:
-        return first
-    samples: list[float] = []
-    while len(samples) < MIN_SAMPLES or (sum(samples) < MIN_SECONDS and len(samples) < MAX_SAMPLES):
-        samples += ticks_of(engine, prompts, 1)
-    return statistics.median(samples)
+    ticks = ticks_of(engine, job.prompts(size, job.decode_prompt), job.decode_steps + 2)
+    return size * job.decode_steps / (ticks[-1] - ticks[1])  # the first steps warm up
 
 
 def peak_memory(device: str) -> float:

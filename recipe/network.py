@@ -38,7 +38,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ v
 
 
-def attention(state: State, params: Params, name: str, x: Tensor, attend: AttentionFunction) -> Tensor:
+def attention(
+    state: State, params: Params, name: str, x: Tensor, attend: AttentionFunction = causal_attention
+) -> Tensor:
     bsz, seqlen, dim = x.shape
     n_heads, n_kv_heads = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
     theta = params.get("rope_theta") or 10000.0
@@ -56,14 +58,14 @@ def feed_forward(state: State, name: str, x: Tensor) -> Tensor:
     return F.linear(gate * F.linear(x, state[f"{name}.w3.weight"]), state[f"{name}.w2.weight"])
 
 
-def hidden(state: State, params: Params, tokens: Tensor, attend: AttentionFunction = causal_attention) -> Tensor:
-    """The normed last hidden state (bsz, seqlen, dim); training may put a faster `attend` in."""
+def hidden(state: State, params: Params, tokens: Tensor) -> Tensor:
+    """The normed last hidden state (bsz, seqlen, dim)."""
     eps = params["norm_eps"]
     x = F.embedding(tokens, state["tok_embeddings.weight"])
     for i in range(params["n_layers"]):
         name = f"layers.{i}"
         normed = rms_norm(x, state[f"{name}.attention_norm.weight"], eps)
-        x = x + attention(state, params, f"{name}.attention", normed, attend)
+        x = x + attention(state, params, f"{name}.attention", normed)
         x = x + feed_forward(state, f"{name}.feed_forward", rms_norm(x, state[f"{name}.ffn_norm.weight"], eps))
     return rms_norm(x, state["norm.weight"], eps)
 

@@ -76,17 +76,9 @@ def loss_of(state: State, params: Params, tokens: Tensor, targets: Tensor) -> Te
     chosen = (targets.flatten() != IGNORED).nonzero().squeeze(-1)
     chosen = F.pad(chosen, (0, -len(chosen) % 128), value=targets.numel() - 1)  # the last position is never a target
     with torch.autocast("cpu", torch.bfloat16):
-        rows = hidden(state, params, tokens, attend).flatten(0, 1)[chosen]
+        rows = hidden(state, params, tokens).flatten(0, 1)[chosen]
         predicted = F.linear(rows, state["output.weight"]).float()
     return F.cross_entropy(predicted, targets.flatten()[chosen], ignore_index=IGNORED)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The network's causal attention with scale and mask folded into one product: faster to train through on a CPU."""
-    bsz, n_heads, seqlen, head_dim = q.shape
-    future = torch.full((seqlen, seqlen), -1e4, dtype=q.dtype).triu(1).expand(bsz * n_heads, -1, -1)
-    scores = torch.baddbmm(future, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=head_dim**-0.5)
-    return (scores.softmax(dim=-1) @ v.flatten(0, 1)).view_as(q)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

@@ -89,8 +89,9 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_line(job: Job, capsys: 
     assert "pip install -c constraints.txt llama-cpp-python torch gguf" in capsys.readouterr().err
 
 
-def test_peers_for_cpus_are_left_out_on_a_gpu() -> None:
-    assert bench._measurable({"llama_cpp": "python", "hf": "python"}, "cuda") == {"hf": "python"}
+def test_peers_for_cpus_are_no_peers_on_a_gpu() -> None:
+    with pytest.raises(ValueError, match=r"peers must be of ours_eager, hf, got llama_cpp"):
+        bench.main("tiny", peers="llama_cpp", device="cuda")
 
 
 def test_each_engine_is_the_first_in_some_round() -> None:

@@ -282,9 +282,8 @@ def test_a_block_built_by_hand_is_called_as_metas_is() -> None:
     block, params = fill(TransformerBlock(0, args)), small_params(args)
     state = {f"layers.0.{name}": w for name, w in block.state_dict().items()}
     x, freqs_cis = torch.randn((2, 6, 64), generator=torch.Generator().manual_seed(1)), precompute_freqs_cis(8, 32)
-    attended = x + oracle.attention(
-        state, params, "layers.0.attention", oracle.rms_norm(x, torch.ones(64), 1e-5), oracle.causal_attention
-    )
+    normed = oracle.rms_norm(x, torch.ones(64), 1e-5)
+    attended = x + oracle.attention(state, params, "layers.0.attention", normed)
     expected = attended + oracle.feed_forward(
         state, "layers.0.feed_forward", oracle.rms_norm(attended, torch.ones(64), 1e-5)
     )
