@@ -26,7 +26,6 @@ from llama.distributed.device import available_cores
 from llama.tools.commandline import run
 
 TOY = Path(__file__).parent.parent / "tiny-llama"
-PROMPT = list(range(3, 67))
 
 
 def main(
@@ -50,30 +49,32 @@ def main(
     print(f"{n_loops} busy loops on {available_cores()} cores, answers of {tokens} tokens, torch {torch.__version__}")
     print(f"{'shape':8}  {'idle, s':>8}  {'busy, s':>8}  {'ratio':>6}")
     for shape in shapes.split(",") if isinstance(shapes, str) else shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            llama = _build(shape, Path(folder))
-            seconds: dict[int, list[float]] = {0: [], n_loops: []}
-            _answer(llama, tokens)
-            for n in [0, n_loops] * repeats:
-                time.sleep(wait)
-                with _busy(n):
-                    seconds[n].append(_answer(llama, tokens))
-            idle, busy = (statistics.median(taken) for taken in seconds.values())
-            print(f"{shape:8}  {idle:8.3f}  {busy:8.3f}  {busy / idle:6.1f}", flush=True)
+        llama = _build(shape)
+        _seconds(llama, tokens)  # warms up
+        idle: list[float] = []
+        busy: list[float] = []
+        for _ in range(repeats):
+            time.sleep(wait)
+            idle.append(_seconds(llama, tokens))
+            time.sleep(wait)
+            with _busy(n_loops):
+                busy.append(_seconds(llama, tokens))
+        a, b = statistics.median(idle), statistics.median(busy)
+        print(f"{shape:8}  {a:8.3f}  {b:8.3f}  {b / a:6.1f}", flush=True)
 
 
-def _build(shape: str, folder: Path) -> Llama:
-    checkpoint, tokenizer = TOY, TOY / "tokenizer.model"
-    if shape != "toy":
-        job = make_job(shape, folder)
-        checkpoint, tokenizer = Path(job.ckpt_dir), Path(job.tokenizer_path)
-    return Llama.build(checkpoint, tokenizer, 256, 1, device="cpu")
+def _build(shape: str) -> Llama:
+    if shape == "toy":
+        return Llama.build(TOY, TOY / "tokenizer.model", 256, 1, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(shape, Path(folder))
+        return Llama.build(job.ckpt_dir, job.tokenizer_path, 256, 1, device="cpu")
 
 
-def _answer(llama: Llama, n_tokens: int) -> float:
-    """The seconds of one greedy answer."""
+def _seconds(llama: Llama, n_tokens: int) -> float:
+    """The time of one greedy answer."""
     started = time.perf_counter()
-    llama.generate([PROMPT], n_tokens, temperature=0, ignore_eos=True)
+    llama.generate([list(range(3, 67))], n_tokens, temperature=0, ignore_eos=True)
     return time.perf_counter() - started
 
 
@@ -82,7 +83,7 @@ def _busy(n: int) -> Iterator[None]:
     """Run n busy loops meanwhile."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
     try:
-        time.sleep(0.2 * bool(n))  # until they run
+        time.sleep(0.2)  # until they run
         yield
     finally:
         for loop in loops:

@@ -279,7 +279,9 @@ def left_out_if_it_fails(peer: str, install: str, pythons: dict[str, str]) -> It
         if peer.startswith("ours"):
             raise
         # The constraints keep pip from fetching another torch, with gigabytes of CUDA.
-        say(f"{peer}: left out, {pythons.pop(peer)} failed with {error}; pip install -c constraints.txt {install}")
+        hint = f"; pip install -c constraints.txt {install}"
+        missing = isinstance(error, OSError) or "ModuleNotFoundError" in str(error)
+        say(f"{peer}: left out, {pythons.pop(peer)} failed with {error}{hint * missing}")
 
 
 def version(package: str, python: str) -> str:

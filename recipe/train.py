@@ -64,7 +64,7 @@ def batches(examples: list[Example], seed: int) -> Iterator[tuple[Tensor, Tensor
 
 def _padded(group: list[Example], length: int) -> tuple[Tensor, Tensor]:
     tokens = torch.zeros(len(group), length, dtype=torch.int64)
-    targets = torch.full((len(group), length), IGNORED)
+    targets = torch.full_like(tokens, IGNORED)
     for row, (ids, learnt) in enumerate(group):
         tokens[row, : len(ids)] = torch.tensor(ids)
         targets[row, : len(ids) - 1] = torch.where(torch.tensor(learnt), torch.tensor(ids), IGNORED)[1:]
