@@ -233,7 +233,6 @@ def main(
     n_texts: int = 3,
     repeats: int = 1,
     agreements: float | Sequence[float] = (0.5, 0.7, 0.8, 0.9),
-    threads: int | None = None,
 ) -> None:
     """Prints a row per kind of text: tokens per second without and with drafts, their ratio, tokens per pass.
 
@@ -246,9 +245,7 @@ def main(
         n_texts: scripted texts of each kind.
         repeats: of each text.
         agreements: of the draft model with the script.
-        threads: None for as many as there are cores.
     """
-    torch.set_num_threads(threads or available_cores())
     print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch 1\n{HEADER}")
 
     def build(ckpt_dir: str, tokenizer_path: str, draft_ckpt_dir: str | None) -> Llama:
@@ -272,4 +269,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, n_threads=available_cores())

@@ -31,7 +31,6 @@ TOKENS_PER_STEP = 2048
 TOKENIZER_DOCUMENTS = 40_000
 SETTLING_DOCUMENTS = 15_000
 LEARNING_RATE, SETTLING_RATE = 3e-3, 6e-4
-THREADS = 2
 IGNORED = -100
 
 
@@ -137,7 +136,6 @@ def main(output_dir: str, *, n_documents: int = 100_000, seed: int = 1) -> None:
         n_documents: size of the first corpus.
     """
     started = time.monotonic()
-    torch.set_num_threads(THREADS)
     corpus = documents(seed, n_documents)
     tokenizer_model = train_tokenizer(corpus[:TOKENIZER_DOCUMENTS])
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
@@ -152,4 +150,4 @@ def main(output_dir: str, *, n_documents: int = 100_000, seed: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, n_threads=2)
