@@ -132,6 +132,7 @@ class Llama:
     draft_model: Any = None
     chat_format: ChatFormat | None = None
     reuse_prefixes: bool = False
+    _cuda_graphs: bool = True
     _draft: ModelRunner | None = None
     _engine: Engine | None = None
 
@@ -152,8 +153,9 @@ class Llama:
         self.stepper = choose_stepper(model, cuda_graphs=cuda_graphs)
         self.draft_model = draft_model
         self.reuse_prefixes = reuse_prefixes
+        self._cuda_graphs = cuda_graphs
         if draft_model is not None:
-            self._draft = ModelRunner(draft_model, choose_stepper(draft_model, cuda_graphs=cuda_graphs))
+            _check_draft(draft_model, model)
 
     @staticmethod
     @torch.inference_mode(False)  # what is made in inference mode could not be used outside of it
@@ -250,6 +252,9 @@ class Llama:
     @property
     def engine(self) -> Engine:
         """What runs the network. Calls from all threads, on every `Llama` of the network, share its batch."""
+        if self.draft_model is not None and self._draft is None:
+            stepper = choose_stepper(self.draft_model, cuda_graphs=self._cuda_graphs)
+            self._draft = ModelRunner(self.draft_model, stepper)
         self._engine = engine_of(self.model, self.stepper, self._draft, reuse_prefixes=self.reuse_prefixes)
         return self._engine
 
@@ -257,7 +262,7 @@ class Llama:
         return f"{type(self).__name__}(\n{indent(f'model={self.model!r},', '  ')}\n  tokenizer={self.tokenizer!r},\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_engine"}
+        return {name: value for name, value in vars(self).items() if name not in ("_engine", "_draft")}
 
     def generate(
         self,
@@ -576,7 +581,7 @@ class Llama:
             params.check_ids(vocab_size)
             if params.form is not None:
                 check_form(self.tokenizer, vocab_size, params)
-            if params.speculative == "draft" and self._draft is None:
+            if params.speculative == "draft" and self.draft_model is None:
                 raise PromptError(
                     "speculative='draft' must have a draft model, got none; give draft_ckpt_dir to Llama.build"
                 )
@@ -597,6 +602,16 @@ class Llama:
 
     def _max_gen_len(self, requested: int | None) -> int:
         return max(1, index(self.model.params.max_seq_len) - 1) if requested is None else requested
+
+
+def _check_draft(draft_model: Any, model: Any) -> None:
+    """Raises ValueError unless a draft model is another network with the same vocabulary and cache sizes."""
+    if draft_model is model:
+        raise ValueError("draft_model must be another network than model")
+    for name in ("vocab_size", "max_batch_size", "max_seq_len"):
+        got, expected = (getattr(each.params, name, None) for each in (draft_model, model))
+        if got != expected:
+            raise ValueError(f"draft_model must have the model's {name}, {expected}, got {got}")
 
 
 _built_in_generate = Llama.generate

@@ -56,6 +56,8 @@ class Completer:
             if params.max_gen_len or (params.echo and params.logprobs):
                 for result in self._engine.run(request.call, whole=True):
                     request.add(result)
+            for row in request.completions:
+                row.finish()
             rows = _gathered(request.completions, len(prompts))
             samplers.end()
             return rows
@@ -71,7 +73,8 @@ class Completer:
         request = Request(self._engine, self._tokenizer, [prompt], params, sampler_of=samplers.sampler_and_noise_row)
         if params.max_gen_len == 0:
             yield ""
-            yield from filter(None, [request.completions[0].echo().text])
+            (row,) = request.completions
+            yield from filter(None, [row.echo().text, row.finish()])
             return
         with closing(_InLockstep(self._engine.run(request.call))) as results:
             yield ""
@@ -131,7 +134,7 @@ class Request:
             scored = params.echo and params.logprobs
             self._scores.append(PromptScores(prompt, index // n, top_logprobs, n_words) if scored else None)
             process = None
-            if params.options():
+            if params.options() and params.max_gen_len:
                 keeps_space = continues or params.echo or params.keep_space
                 constraint = make_constraint(tokenizer, vocab_size, params, len(prompt), keeps_space=keeps_space)
                 process = make_process(params, len(prompt), stop_ids, constraint)

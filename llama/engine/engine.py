@@ -270,34 +270,43 @@ class Engine:
             self._speculator.costs.observe(len(started.sequences) * started.width, seconds)
         for sequence, n_cached in zip(started.sequences, started.n_cached, strict=True):
             mine, n_drafted = found.get(id(sequence), ([], 0))
-            if any(result.token == NOT_FINITE for result in mine):
-                self._clear_row(sequence)
             if sequence.is_finished:
+                continue
+            if any(result.token == NOT_FINITE for result in mine):
+                where = f"after token {len(sequence.tokens)} of sequence {sequence.index}"
+                sequence.not_finite = NonFiniteLogitsError(where)
+            if sequence.not_finite:
+                self._start_over(sequence)
                 continue
             if mine and self._speculator and sequence.draft_state:
                 self._speculator.observe(sequence, n_drafted, len(mine) - 1)
             for result in mine:
-                if result.token == NOT_FINITE and not sequence.is_finished:
-                    where = f"after token {len(sequence.tokens)} of sequence {sequence.index}"
-                    sequence.call.abort(NonFiniteLogitsError(where))  # the other calls go on
                 if not sequence.is_finished:
                     sequence.record(result)
-            if sequence.call.error is not None:
-                continue
             # Accepted drafts are cached too, as the newest token is.
             sequence.n_cached = min(n_cached + max(0, len(mine) - 1), len(sequence.tokens))
 
-    def _clear_row(self, sequence: Sequence) -> None:
-        """Clears the row of a sequence that may have NaN in it: attention to NaN gives NaN, even where it is masked."""
+    def _start_over(self, sequence: Sequence) -> None:
+        """Has a sequence whose logits are not finite computed again in a cleared row; ends its call the second time.
+
+        An earlier pass may have left NaN in the row: attention to NaN gives NaN, even where it is masked.
+        """
         assert self._runner is not None
         self._runner.clear_row(self._rows.running.index(sequence))
+        self._in_flight = None
         sequence.n_cached = 0
+        if sequence.n_reused:
+            self._rows.forget()
+            sequence.n_reused = 0
+        if sequence.has_started_over or self._runner.one_position:  # where all rows go on together
+            sequence.call.abort(sequence.not_finite)  # the other calls go on
+        sequence.has_started_over, sequence.not_finite = True, None
 
     def _choose(self, runner: ModelRunner) -> tuple[list[int], int]:
         """The rows of the next pass, and how many tokens of each at most; 0 for a decode pass, of the newest token."""
         running = self._rows.running
         if runner.one_position:  # sequences keep their rows until all have ended
-            return list(range(len(running))), max(s.n_behind for s in running if not s.is_finished)
+            return list(range(len(running))), max([s.n_behind for s in running if not s.is_finished], default=1)
         if self._state is not None:
             self._state.is_same(thorough=False)  # notices a hook that is gone when the next sequence starts
         behind = [row for row, sequence in enumerate(running) if not sequence.is_level]
@@ -316,13 +325,18 @@ class Engine:
         """Computes up to `width` tokens of each of these rows."""
         assert self._runner is not None
         in_rows = [self._rows.running[row] for row in rows]
-        self._batch = sequences = [sequence for sequence in in_rows if not sequence.is_finished]
-        starts = [(sequences[0] if s.is_finished else s).n_cached for s in in_rows]
+        sequences = in_rows
+        if self._runner.one_position:  # those that have ended keep their rows; others may end at any moment
+            sequences = [sequence for sequence in in_rows if not sequence.is_finished]
+            if not sequences:
+                return _Pass([], [], None)
+        self._batch = sequences
+        starts = [(sequence if sequence in sequences else sequences[0]).n_cached for sequence in in_rows]
         tokens = [
-            [0] * width if sequence.is_finished else sequence.tokens[start : start + width]
+            sequence.tokens[start : start + width] if sequence in sequences else [0] * width
             for sequence, start in zip(in_rows, starts, strict=True)
         ]
-        observed = [row for row, sequence in enumerate(in_rows) if sequence.on_logits and not sequence.is_finished]
+        observed = [row for row, sequence in enumerate(in_rows) if sequence in sequences and sequence.on_logits]
         logits = self._runner.prefill(tokens, rows, starts, all_logits=bool(observed))
         self._has_just_prefilled = True
         for row in observed:
@@ -452,9 +466,6 @@ class Engine:
             return
         if runner.one_position and not all(sequence.is_finished for sequence in running):
             return
-        for sequence in running:
-            if sequence.is_finished and not sequence.is_level:  # nobody has looked at the logits after its prompt
-                self._clear_row(sequence)
         keep = self._state is not None and self._state.is_same(thorough=True)
         self._rows.remove_finished(self._caches(), keep=keep)
 

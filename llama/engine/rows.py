@@ -79,11 +79,9 @@ class Rows:
         victim = min(range(row, len(self._kept)), key=lambda free: (bool(self._kept[free]), self._used[free]))
         if length and source >= row and (length == len(self._kept[source]) or source == victim):
             self._exchange(source, row, caches)
-        elif length and source == row:
-            self._copy_kept(row, victim, caches)
         else:
             self._copy_kept(row, victim, caches)
-            if length:
+            if length and source != row:
                 self._used[source] = next(self._clock)
                 for cache in caches:
                     cache.copy_row(source, row, length)

@@ -158,12 +158,10 @@ class ModelRunner:
         self._note_cache()
 
     def clear_row(self, row: int) -> None:
-        """Fills a row of the cache with zeros, in every layer."""
-        is_lost = self.has_lost_cache()
+        """Fills a row of the cache with zeros, in every layer. To be called right after this runner's pass."""
         for cache in _caches(self.model):
             cache[row].zero_()
-        if not is_lost:
-            self._note_cache()
+        self._note_cache()
 
     def swap_rows(self, a: int, b: int, length: int) -> None:
         """Exchanges the first `length` positions of two rows of the cache, in every layer."""

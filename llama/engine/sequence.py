@@ -16,6 +16,7 @@ from weakref import ReferenceType
 from torch import Tensor
 
 from llama.engine.sampling import Sampler
+from llama.errors import NonFiniteLogitsError
 
 FinishReason = Literal["stop", "length"]
 
@@ -65,8 +66,8 @@ class Sequence:
         n_words: number of leading ids that are tokens; the network may have more, which are never sampled. None: all.
         speculative: how to draft tokens: "prompt_lookup", "draft" (by the engine's draft model), or None.
         on_logits: called in each pass over the prompt, with a position and the logits (n, vocab) float32 after the n
-            tokens from there on; None if nobody needs them. Positions may come again, after a lost cache. Such a prompt
-            is computed whole, some hundred positions per pass.
+            tokens from there on; None if nobody needs them. Positions may come again, after a lost cache, and generated
+            ones may follow. Such a prompt is computed whole, some hundred positions per pass where that is possible.
         process: what changes the logits before they are sampled from, see `processors.Process`; None for nothing. Such
             a sequence gets no drafts.
         call: the call that the sequence belongs to; set by `Call`.
@@ -74,6 +75,8 @@ class Sequence:
         n_cached: number of leading tokens whose keys and values are in the sequence's row of the cache.
         n_reused: number of these that were computed for another sequence.
         draft_state: what `speculative.Speculator` remembers about the sequence.
+        not_finite: the error of logits that a pass computed and nobody has dealt with; None if there are none.
+        has_started_over: whether the sequence was computed again for such logits.
         finish_reason: why the sequence has ended; None if it has not, or was aborted.
         n_prompt: number of tokens in the prompt.
     """
@@ -95,6 +98,8 @@ class Sequence:
     n_cached: int = field(default=0, init=False)
     n_reused: int = field(default=0, init=False)
     draft_state: Any = field(default=None, init=False, repr=False)
+    not_finite: NonFiniteLogitsError | None = field(default=None, init=False, repr=False)
+    has_started_over: bool = field(default=False, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     n_prompt: int = field(init=False)
 
@@ -124,14 +129,17 @@ class Sequence:
 
     @property
     def is_level(self) -> bool:
-        """Whether a decode pass, which feeds the newest token, is all that the next token needs."""
-        return self.n_behind <= 1 and self.n_cached > 0
+        """Whether a decode pass, which feeds the newest token, is all that is needed next."""
+        is_shown = self.on_logits is None or self.n_cached >= self.n_prompt
+        return self.n_behind <= 1 and self.n_cached > 0 and is_shown
 
     def show(self, position: int, logits: Tensor) -> None:
         """Calls `on_logits`, whose error ends the call alone."""
         assert self.on_logits is not None
         try:
             self.on_logits(position, logits)
+        except NonFiniteLogitsError as error:
+            self.not_finite = error
         except Exception as error:
             self.call.abort(error)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from llama.distributed.device import to_device
 from llama.distributed.groups import broadcast_from_first, broadcast_number
 from llama.engine.cuda_graphs import MAX_WIDTH
+from llama.engine.lock import lock_of
 from llama.engine.runner import ModelRunner
 from llama.engine.sampled import common_length, sample
 from llama.engine.sequence import Sequence
@@ -158,10 +159,15 @@ class DraftModel:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
+        self._lock = lock_of(runner.model)  # others may use the smaller network too
         self._cached: list[list[int]] = [[] for _ in range(runner.max_batch_size)]  # tokens in each slot of the cache
 
     def propose(self, sequences: abc.Sequence[Sequence], n: int) -> list[list[int]]:
         """Drafts `n` tokens for each sequence with speculative="draft"."""
+        with self._lock:
+            return self._propose(sequences, n)
+
+    def _propose(self, sequences: abc.Sequence[Sequence], n: int) -> list[list[int]]:
         tokens = [s.tokens if s.speculative == "draft" else [0] for s in sequences]
         lengths = self._fill(tokens)
         pending = [t[length:] for t, length in zip(tokens, lengths, strict=True)]
@@ -200,13 +206,15 @@ class DraftModel:
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copies what is cached of the first `length` tokens in row `source` to row `target`."""
         cached = self._cached[source][:length]
-        if cached and not self._runner.has_lost_cache():
-            self._runner.copy_row(source, target, len(cached))
+        with self._lock:
+            if cached and not self._runner.has_lost_cache():
+                self._runner.copy_row(source, target, len(cached))
         self._cached[target] = cached
 
     def swap_rows(self, a: int, b: int, length: int) -> None:
         """Exchanges the first `length` positions of two rows."""
-        self._runner.swap_rows(a, b, length)
+        with self._lock:
+            self._runner.swap_rows(a, b, length)
         self._cached[a], self._cached[b] = self._cached[b], self._cached[a]
 
 
@@ -225,7 +233,6 @@ class Speculator:
     Args:
         device: the network's device.
         draft: the runner of a draft model; None for prompt lookup only.
-
         costs: of the network's decode passes, with the sampling of their tokens.
         draft_costs: of the draft model's.
 
