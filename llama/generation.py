@@ -605,10 +605,10 @@ class Llama:
 
 
 def _check_draft(draft_model: Any, model: Any) -> None:
-    """Raises ValueError unless a draft model is another network with the same vocabulary and cache sizes."""
+    """Raises ValueError unless a draft model is another network whose cache has the same sizes."""
     if draft_model is model:
         raise ValueError("draft_model must be another network than model")
-    for name in ("vocab_size", "max_batch_size", "max_seq_len"):
+    for name in ("max_batch_size", "max_seq_len"):
         got, expected = (getattr(each.params, name, None) for each in (draft_model, model))
         if got != expected:
             raise ValueError(f"draft_model must have the model's {name}, {expected}, got {got}")

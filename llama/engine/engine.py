@@ -272,7 +272,7 @@ class Engine:
             mine, n_drafted = found.get(id(sequence), ([], 0))
             if sequence.is_finished:
                 continue
-            if any(result.token == NOT_FINITE for result in mine):
+            if not sequence.not_finite and any(result.token == NOT_FINITE for result in mine):
                 where = f"after token {len(sequence.tokens)} of sequence {sequence.index}"
                 sequence.not_finite = NonFiniteLogitsError(where)
             if sequence.not_finite:
