@@ -49,7 +49,7 @@ PROMPT_MEDIAN, LONGEST = 32, 255  # tokens of a prompt; of a prompt or an output
 LONGEST_S, START_S = 600.0, 300.0
 N_THREADS = 8  # of Python
 REFERENCE = "kept full"
-TURNS, CHAT_TOKENS, ANSWER_TOKENS = 5, 1000, 100  # of the chat: turns, tokens of the last prompt and of each answer
+TURNS, CHAT_TOKENS, ANSWER_TOKENS = 5, 1000, 100  # of the chat: turns, tokens of it all and of each answer
 SYSTEM_TOKENS, SHARING_CLIENTS = 500, 16
 
 Requests = list[tuple[list[int], int]]  # prompts, and how many tokens to generate
@@ -258,7 +258,7 @@ def last_turn(llama: Llama, draw: random.Random) -> float:
     for _ in range(TURNS - 1):
         history += _ids(draw, CHAT_TOKENS // TURNS - ANSWER_TOKENS, llama.model.vocab_size)
         history += llama.generate([history], ANSWER_TOKENS, 0.0, ignore_eos=True)[0][0]
-    history += _ids(draw, CHAT_TOKENS - len(history), llama.model.vocab_size)
+    history += _ids(draw, CHAT_TOKENS // TURNS - ANSWER_TOKENS, llama.model.vocab_size)
     started = time.perf_counter()
     llama.generate([history], 1, 0.0)
     return time.perf_counter() - started
@@ -281,7 +281,7 @@ def compare_prefixes(job: Job, batch: int, repeats: int) -> None:
         for reuse in (True, False)
     )
     works = {
-        f"first token of turn {TURNS}, {CHAT_TOKENS} tokens": last_turn,
+        f"first token of turn {TURNS} of a chat of {CHAT_TOKENS} tokens": last_turn,
         f"{SHARING_CLIENTS} requests, {SYSTEM_TOKENS} tokens in common": with_one_system_prompt,
     }
     for name, work in works.items():
