@@ -23,7 +23,6 @@ from packaging.utils import canonicalize_name
 import llama
 from llama.tools import cli, commandline, toy
 from tests.conftest import ROOT
-from tests.support.processes import run_python
 
 try:
     import tomllib
@@ -143,7 +142,7 @@ def test_llama_imports_the_named_tool_alone() -> None:
         "try: cli.main()\n"
         "except SystemExit: print(*(n for n in sys.modules if n.startswith('llama.tools.')))"
     )
-    done = run_python("-c", shown)
+    done = subprocess.run([sys.executable, "-c", shown], cwd=ROOT, capture_output=True, text=True, check=True)
     assert {f"llama.tools.{name}" for name in TOOLS} & set(done.stdout.split()) <= {"llama.tools.verify"}
 
 

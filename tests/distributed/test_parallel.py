@@ -195,7 +195,7 @@ def stream_beside_calls(llama: Llama) -> list[Any]:
 def speculative_calls(llama: Llama) -> tuple[list[Any], list[Any], int]:
     """Calls without and with drafts, which always seem to pay; and how many drafted tokens were accepted."""
     costs, draft_costs = PassCosts({1: 1.0, 128: 1.0}), PassCosts({1: 0.01, 128: 0.01})
-    drafts = Speculator(torch.device("cpu"), llama._draft, costs=costs, draft_costs=draft_costs)
+    drafts = Speculator(torch.device("cpu"), llama.engine.draft, costs=costs, draft_costs=draft_costs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PassCosts, "observe", lambda *args: None)
         patch.setattr(llama.engine, "_speculator", drafts)

@@ -36,7 +36,7 @@ class Fixed(PassCosts):
 @pytest.fixture(autouse=True)
 def drafts_always_pay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     llama = request.getfixturevalue("llama")
-    draft = Speculator(torch.device("cpu"), llama._draft, costs=Fixed(FREE), draft_costs=Fixed(SMALL))
+    draft = Speculator(torch.device("cpu"), llama.engine.draft, costs=Fixed(FREE), draft_costs=Fixed(SMALL))
     monkeypatch.setattr(llama.engine, "_speculator", draft)
 
 

@@ -128,8 +128,9 @@ def test_a_foreign_chat_template_goes_with_the_checkpoint(
 
 def test_all_ids_that_end_an_answer_go_there_and_back(checkpoint: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     """`to_hf` wrote the tokenizer's EOS alone."""
-    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 9, 5]}')
-    to_hf(checkpoint, tokenizer_path, tmp_path / "hf")
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 9, 5]}')
+    to_hf(folder, tokenizer_path, tmp_path / "hf")
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == [2, 5, 9]
     from_hf(tmp_path / "hf", tmp_path / "back")
     assert load_tokenizer(tmp_path / "back" / "tokenizer.model", tmp_path / "back").more_stop_ids == {2, 5, 9}
