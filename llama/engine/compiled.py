@@ -74,6 +74,7 @@ class CompiledStepper:
             self._start()
 
     def serves(self, model: object) -> bool:
+        """As a stepper's; says once, by a warning, what has changed."""
         if model is not self._model or not self._works:
             return False
         change = self._change()
