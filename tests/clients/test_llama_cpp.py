@@ -255,8 +255,9 @@ def test_requests_at_once_are_answered_each_for_itself(web: httpx.Client) -> Non
 
 
 def test_a_cancelled_request_frees_its_slot(server: ServerProcesses) -> None:
+    body = {"prompt": "x", "max_tokens": 3000, "n": 8, "ignore_eos": True}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}{COMPLETION}", json={"prompt": "x", "max_tokens": 3000, "n": 8, "ignore_eos": True}, timeout=0.3)
+        httpx.post(f"{server.url}{COMPLETION}", json=body, timeout=0.3)
     server.wait_until_idle(10)
 
 
