@@ -1,6 +1,5 @@
 """What runs download.sh: a server that fails in every way we know of, a folder of tools, a terminal."""
 
-import dataclasses
 import hashlib
 import http.server
 import os
@@ -8,14 +7,15 @@ import pty
 import random
 import select
 import shutil
-import stat
 import subprocess
 import sys
 import termios
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -28,9 +28,6 @@ TOOLS = ["cat", "df", "mkdir", "mv", "rm", "sed", "sleep", "stty", "tail", "tr",
 SECRET = "SeCrEt"
 QUERY = f"Policy={SECRET}-eyJTdGF0_~&Signature={SECRET}~x-y_z&Key-Pair-Id={SECRET}K15"
 SHARD = "llama-2-7b/consolidated.00.pth"
-COMMON = ["LICENSE", "USE_POLICY.md", "tokenizer.model", "tokenizer_checklist.chk"]
-CHAT_7B = [f"llama-2-7b-chat/{name}" for name in ("checklist.chk", "consolidated.00.pth", "params.json")]
-
 HANG_S = 600  # a test that waits longer hangs; no test may depend on how busy the machine is
 
 
@@ -55,7 +52,12 @@ def make_tree() -> dict[str, bytes]:
 TREE = make_tree()
 
 
-@dataclasses.dataclass
+def tree_of(*models: str, without: str = "") -> dict[str, bytes]:
+    folders = tuple(f"llama-2-{model}/" for model in models)
+    return {path: b for path, b in TREE.items() if ("/" not in path or path.startswith(folders)) and path != without}
+
+
+@dataclass
 class Fault:
     """How the server misbehaves on the next `times` requests for a path."""
 
@@ -67,13 +69,12 @@ class Fault:
     times: int = 1
 
 
-@dataclasses.dataclass
-class Request:
-    path: str
-    range: str | None
-
-
 class Server(http.server.ThreadingHTTPServer):
+    """Attributes:
+    requests: the path of each request, and the range that it asked for.
+    hanging: is set once a client waits on a silent connection.
+    """
+
     daemon_threads = True
 
     def __init__(self) -> None:
@@ -81,16 +82,16 @@ class Server(http.server.ThreadingHTTPServer):
         self.tree = dict(TREE)
         self.query = QUERY
         self.faults: dict[str, list[Fault]] = {}
-        self.requests: list[Request] = []
-        self.hanging = threading.Event()  # a client now waits on a silent connection
+        self.requests: list[tuple[str, str | None]] = []
+        self.hanging = threading.Event()
         self.closing = threading.Event()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/*?{self.query}"
 
-    def fault(self, path: str, **how: object) -> None:
-        self.faults.setdefault(path, []).append(Fault(**how))  # type: ignore[arg-type]
+    def fault(self, path: str, **how: Any) -> None:
+        self.faults.setdefault(path, []).append(Fault(**how))
 
     def next_fault(self, path: str) -> Fault:
         faults = self.faults.get(path)
@@ -99,11 +100,11 @@ class Server(http.server.ThreadingHTTPServer):
         faults[0].times -= 1
         return faults[0] if faults[0].times else faults.pop(0)
 
-    def ranges(self, path: str) -> list[str | None]:
-        return [request.range for request in self.requests if request.path == path]
+    def ranges(self, path: str = SHARD) -> list[str | None]:
+        return [asked for requested, asked in self.requests if requested == path]
 
     def paths(self) -> list[str]:
-        return [request.path for request in self.requests]
+        return sorted(path for path, _ in self.requests)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that goes away is part of these tests."""
@@ -119,10 +120,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         path = url.path.removeprefix("/")
-        asked_range = self.headers.get("Range")
-        self.server.requests.append(Request(path, asked_range))
+        asked = self.headers.get("Range")
+        self.server.requests.append((path, asked))
         fault = self.server.next_fault(path)
         body = self.server.tree.get(path) if fault.body is None else fault.body
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and not fault.ignore_range else 0
         self.close_connection = True
         if url.query != self.server.query:
             self.refuse(403)
@@ -130,9 +132,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(fault.status)
         elif body is None:
             self.refuse(404)
+        elif start and start >= len(body):
+            self.refuse(416)
         else:
-            start = int(asked_range.removeprefix("bytes=").rstrip("-")) if asked_range else 0
-            self.serve(body, 0 if fault.ignore_range else start, fault)
+            self.serve(body, start, fault)
 
     def refuse(self, status: int) -> None:
         message = b"<html>an error page, which must not end up in a file</html>"
@@ -142,9 +145,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(message)
 
     def serve(self, body: bytes, start: int, fault: Fault) -> None:
-        if start and start >= len(body):
-            self.refuse(416)
-            return
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -157,17 +157,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.closing.wait(HANG_S)
 
 
-@dataclasses.dataclass
-class Outcome:
-    status: int
-    output: str
-
-    def expect(self, status: int, *words: str) -> None:
-        assert self.status == status, self.output
-        for said in words:
-            assert said in self.output
-
-
 def real_tool(name: str) -> str:
     path = shutil.which(name)
     if path is None:
@@ -177,13 +166,14 @@ def real_tool(name: str) -> str:
 
 def is_gnu_wget_1() -> bool:
     wget = shutil.which("wget")
-    if wget is None:
-        return False
-    return "GNU Wget 1" in subprocess.run([wget, "--version"], capture_output=True, text=True).stdout
+    return wget is not None and b"GNU Wget 1" in subprocess.run([wget, "--version"], capture_output=True).stdout
 
 
 class Download:
-    """A folder of tools, a target folder, and the server's link: what a run of the script sees."""
+    """A folder of tools, a target folder, and the server's link: what a run of the script sees.
+
+    All of 7B but its shard is in the target folder already.
+    """
 
     def __init__(self, folder: Path, server: Server, downloader: str) -> None:
         assert BASH is not None
@@ -191,9 +181,8 @@ class Download:
         self.script = SCRIPT
         self.folder = folder
         self.server = server
-        self.bin = folder / "bin"
-        self.target = folder / "target"
-        self.home = folder / "home"
+        self.downloader = downloader
+        self.bin, self.target, self.home = folder / "bin", folder / "target", folder / "home"
         self.bin.mkdir()
         self.home.mkdir()
         for tool in [*TOOLS, downloader]:
@@ -209,26 +198,30 @@ class Download:
             "RETRIES": "2",
             "SKIP_SPACE_CHECK": "1",
         }
+        self.put(tree_of("7b", without=SHARD))
 
     def install(self, name: str, shell_text: str) -> None:
         """Puts a stand-in for a tool in its place."""
         path = self.bin / name
         path.unlink(missing_ok=True)
         path.write_text(f"#!{self.bash}\n{shell_text}\n")
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        path.chmod(0o700)
+
+    def remove_tools(self, *names: str) -> None:
+        for name in names:
+            (self.bin / name).unlink(missing_ok=True)
 
     def install_md5(self, name: str) -> None:
         """Leaves `name` as the only tool for checksums; md5 is macOS's own or a stand-in that knows `md5 -r FILE`."""
-        for tool in ("md5sum", "md5"):
-            (self.bin / tool).unlink(missing_ok=True)
+        self.remove_tools("md5sum", "md5")
         if name == "md5sum" or shutil.which("md5"):
             (self.bin / name).symlink_to(real_tool(name))
         else:
             code = "import hashlib, sys; p = sys.argv[1]; print(hashlib.md5(open(p, 'rb').read()).hexdigest(), p)"
             self.install("md5", f'[ "$1" = -r ] || exit 64\nexec "{sys.executable}" -I -S -c "{code}" "$2"')
 
-    def start(self, *args: str, cwd: Path | None = None, **kwargs: object) -> "subprocess.Popen[str]":
-        return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+    def start(self, *args: str, cwd: Path | None = None, **kwargs: Any) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
             [self.bash, str(self.script), *args],
             cwd=cwd or self.folder,
             env=self.env,
@@ -236,17 +229,24 @@ class Download:
             **{"stdin": subprocess.DEVNULL, "stdout": -1, "stderr": subprocess.STDOUT, "text": True, **kwargs},
         )
 
-    def run(self, *args: str, cwd: Path | None = None, **env: str | None) -> Outcome:
-        """Runs the script; `env` adds to the variables, or with None takes one away."""
-        self.env.update({name: value for name, value in env.items() if value is not None})
-        for name in [name for name, value in env.items() if value is None]:
-            del self.env[name]
-        return self.finish(self.start(*args, cwd=cwd))
+    def run(
+        self, *says: str, args: tuple[str, ...] = (), status: int = 0, cwd: Path | None = None, **env: str | None
+    ) -> str:
+        """Runs the script, which has to end with that status and to say that; returns its output.
 
-    def finish(self, process: "subprocess.Popen[str]") -> Outcome:
+        Args:
+            env: is added to the variables, for later runs too; None takes one away.
+        """
+        self.env = {name: value for name, value in (self.env | env).items() if value is not None}
+        return self.finish(self.start(*args, cwd=cwd), *says, status=status)
+
+    def finish(self, process: "subprocess.Popen[str]", *says: str, status: int = 0) -> str:
         output, _ = process.communicate(timeout=HANG_S)
         self.check_secrecy(output)
-        return Outcome(process.returncode, output)
+        assert process.returncode == status, output
+        for words in says:
+            assert words in output
+        return output
 
     def check_secrecy(self, output: str) -> None:
         assert SECRET not in output
@@ -254,39 +254,23 @@ class Download:
             if path.is_file() and path.parent != self.bin and path.stat().st_size < 10_000_000:
                 assert SECRET.encode() not in path.read_bytes(), path
 
-    def put_all(self, files: dict[str, bytes]) -> None:
+    def put(self, files: dict[str, bytes]) -> None:
         for path, body in files.items():
-            self.put(path, body)
-
-    def start_empty(self) -> None:
-        shutil.rmtree(self.target)
-
-    def put(self, path: str, body: bytes) -> None:
-        file = self.target / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(body)
+            file = self.target / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(body)
 
     def files(self) -> dict[str, bytes]:
         found = (path for path in self.target.rglob("*") if path.is_file())
         return {path.relative_to(self.target).as_posix(): path.read_bytes() for path in found}
 
 
-def tree_of(*models: str) -> dict[str, bytes]:
-    folders = tuple(f"llama-2-{model}/" for model in models)
-    return {path: body for path, body in TREE.items() if "/" not in path or path.startswith(folders)}
-
-
-def without(tree: dict[str, bytes], *paths: str) -> dict[str, bytes]:
-    return {path: body for path, body in tree.items() if path not in paths}
-
-
 class Terminal:
     """The script at a pseudo-terminal; what it shows is collected in `shown`."""
 
     def __init__(self, download: Download) -> None:
-        self.master, slave = pty.openpty()
-        self.process = download.start(stdin=slave, stdout=slave, stderr=slave)
-        self.slave = slave
+        self.master, self.slave = pty.openpty()
+        self.process = download.start(stdin=self.slave, stdout=self.slave, stderr=self.slave)
         self.shown = ""
 
     def read(self) -> bool:
@@ -299,8 +283,7 @@ class Terminal:
     def wait_for(self, text: str) -> None:
         deadline = time.monotonic() + HANG_S
         while text not in self.shown:
-            assert self.read(), self.shown
-            assert time.monotonic() < deadline, self.shown
+            assert self.read() and time.monotonic() < deadline, self.shown
 
     def type(self, text: str) -> None:
         for start in range(0, len(text), 1000):
