@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 from collections.abc import Callable
@@ -105,9 +106,17 @@ def write_checkpoint(
 
 
 @pytest.fixture(scope="session")
-def checkpoint(write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, torch.Tensor]) -> Path:
+def checkpoint_in(
+    write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, torch.Tensor]
+) -> Callable[[int], Path]:
+    """Gives the folder of the random checkpoint in so many files, which no test may change."""
+    return functools.cache(lambda n_files: write_checkpoint(params, state, n_files))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoint_in: Callable[[int], Path]) -> Path:
     """The random checkpoint in one file."""
-    return write_checkpoint(params, state)
+    return checkpoint_in(1)
 
 
 @pytest.fixture(scope="session")

@@ -40,40 +40,23 @@ def test_litellm_answers_and_streams(litellm: Any, url: str) -> None:
 
 
 def test_litellm_completes_texts_and_responds(litellm: Any, url: str) -> None:
+    ask: Any = {"api_base": url, "api_key": NO_KEY}
     text = litellm.text_completion(
-        model=f"text-completion-openai/{MODEL}",
-        prompt="A llama",
-        max_tokens=8,
-        temperature=0,
-        api_base=url,
-        api_key=NO_KEY,
+        model=f"text-completion-openai/{MODEL}", prompt="A llama", max_tokens=8, temperature=0, **ask
     )
     assert text.choices[0].text
-    response = litellm.responses(model=f"openai/{MODEL}", input="hi", max_output_tokens=8, api_base=url, api_key=NO_KEY)
+    response = litellm.responses(model=f"openai/{MODEL}", input="hi", max_output_tokens=8, **ask)
     assert response.output[0].content[0].text
 
 
 def test_litellm_passes_its_options_on(litellm: Any, url: str) -> None:
-    answer = litellm.completion(
-        model=f"openai/{MODEL}",
-        messages=[{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, *QUESTION],
-        max_tokens=8,
-        temperature=0.3,
-        top_p=0.9,
-        seed=3,
-        n=2,
-        stop=["never"],
-        user="me",
-        frequency_penalty=0,
-        presence_penalty=0,
-        logit_bias={},
-        logprobs=True,
-        top_logprobs=2,
-        parallel_tool_calls=True,
-        api_base=url,
-        api_key=NO_KEY,
-    )
-    assert len(answer.choices) == 2
+    options: Any = {
+        **{"max_tokens": 8, "temperature": 0.3, "top_p": 0.9, "seed": 3, "n": 2, "stop": ["never"], "user": "me"},
+        **{"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "logprobs": True, "top_logprobs": 2},
+        **{"parallel_tool_calls": True, "api_base": url, "api_key": NO_KEY},
+    }
+    dialog = [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, *QUESTION]
+    assert len(litellm.completion(model=f"openai/{MODEL}", messages=dialog, **options).choices) == 2
 
 
 def test_litellm_raises_its_own_errors(litellm: Any, url: str) -> None:
@@ -109,15 +92,8 @@ def test_langchain_answers_streams_and_batches(chat_openai: Any) -> None:
 def test_langchain_sends_dialogs(chat_openai: Any) -> None:
     messages = pytest.importorskip("langchain_core.messages")
     human, system, ai = messages.HumanMessage, messages.SystemMessage, messages.AIMessage
-    dialog = [
-        system("a"),
-        system("b"),
-        human("hi", name="bob"),
-        ai("x"),
-        human("y"),
-        human([{"type": "text", "text": "z"}]),
-    ]
-    assert chat_openai().invoke(dialog).content
+    dialog = [system("a"), system("b"), human("hi", name="bob"), ai("x"), human("y")]
+    assert chat_openai().invoke([*dialog, human([{"type": "text", "text": "z"}])]).content
     first = chat_openai().invoke("hi")
     assert chat_openai().invoke([human("hi"), first, human("more")]).content
     many = chat_openai(temperature=0.2, top_p=0.5, seed=1, n=2, presence_penalty=0, stop=["never"], metadata={"a": "b"})
@@ -159,9 +135,10 @@ def pydantic_ai(url: str) -> Any:
     models = pytest.importorskip("pydantic_ai.models.openai")
     provider = pytest.importorskip("pydantic_ai.providers.openai").OpenAIProvider(base_url=url, api_key=NO_KEY)
 
-    def make(kind: str = "OpenAIChatModel") -> Any:
+    def make(kind: str = "OpenAIChatModel", **options: Any) -> Any:
         model = getattr(models, kind)(MODEL, provider=provider)
-        return ai.Agent(model, system_prompt="a", instructions="b", model_settings={"max_tokens": 8})
+        options = options or {"system_prompt": "a", "instructions": "b", "model_settings": {"max_tokens": 8}}
+        return ai.Agent(model, **options)
 
     return make
 
@@ -181,14 +158,8 @@ def test_pydantic_ai_runs_goes_on_and_streams(pydantic_ai: Any) -> None:
 
 def test_pydantic_ai_passes_its_settings_on(pydantic_ai: Any) -> None:
     settings: Any = {
-        "temperature": 0.1,
-        "top_p": 0.9,
-        "seed": 1,
-        "presence_penalty": 0,
-        "frequency_penalty": 0,
-        "parallel_tool_calls": False,
-        "stop_sequences": ["never"],
-        "extra_body": {"top_k": -1},
+        **{"temperature": 0.1, "top_p": 0.9, "seed": 1, "presence_penalty": 0, "frequency_penalty": 0},
+        **{"parallel_tool_calls": False, "stop_sequences": ["never"], "extra_body": {"top_k": -1}},
     }
     assert pydantic_ai().run_sync("hi", model_settings=settings).output
 
@@ -231,12 +202,9 @@ def test_others_get_an_object_too(url: str, animal: Any, chat_openai: Any) -> No
     assert structured.invoke("hi").legs in (2, 4)
 
 
-def test_pydantic_ai_gets_an_object(url: str, animal: Any) -> None:
-    ai = pytest.importorskip("pydantic_ai")
-    models = pytest.importorskip("pydantic_ai.models.openai")
-    provider = pytest.importorskip("pydantic_ai.providers.openai").OpenAIProvider(base_url=url, api_key=NO_KEY)
-    agent = ai.Agent(models.OpenAIChatModel(MODEL, provider=provider), output_type=ai.NativeOutput(animal))
-    assert agent.run_sync("hi").output.legs in (2, 4)
+def test_pydantic_ai_gets_an_object(pydantic_ai: Any, animal: Any) -> None:
+    native = pytest.importorskip("pydantic_ai").NativeOutput(animal)
+    assert pydantic_ai(output_type=native).run_sync("hi").output.legs in (2, 4)
 
 
 # ---- LlamaIndex ----

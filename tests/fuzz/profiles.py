@@ -12,25 +12,40 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, seed, settings
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis.strategies import SearchStrategy
 
 SEED = int(os.environ.get("LLAMA_FUZZ_SEED") or random.SystemRandom().randrange(2**32))
-_ANY_SPEED = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+EXAMPLES = os.environ.get("LLAMA_FUZZ_EXAMPLES")
+Profile = Callable[..., None]  # calls a function with as many drawn arguments
 
 
-def fast(max_examples: int) -> Callable[[Any], Any]:
-    """Decorates a test that `hypothesis.given` made: the same few cases in every run."""
-    return settings(max_examples=max_examples, derandomize=True, **_ANY_SPEED)
+def _fast(max_examples: int) -> Profile:
+    def run(check: Callable[..., Any], *arguments: SearchStrategy[Any]) -> None:
+        _settings(max_examples, derandomize=True)(given(*arguments)(check))()
+
+    return run
 
 
-def long(max_examples: int) -> Callable[[Any], Any]:
-    """Likewise: many cases, from `SEED`."""
-    profile = settings(max_examples=int(os.environ.get("LLAMA_FUZZ_EXAMPLES") or max_examples), **_ANY_SPEED)
+def _long(max_examples: int) -> Profile:
+    def run(check: Callable[..., Any], *arguments: SearchStrategy[Any]) -> None:
+        print_seed()
+        seed(SEED)(_settings(int(EXAMPLES or max_examples))(given(*arguments)(check)))()
 
-    def decorate(test: Any) -> Any:
-        return seed(SEED)(profile(test))
+    return run
 
-    return decorate
+
+def _settings(max_examples: int, **more: Any) -> settings:
+    return settings(
+        max_examples=max_examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), **more
+    )
+
+
+def fast_and_long(fast: int, long: int) -> pytest.MarkDecorator:
+    """Parametrizes a test with a `profile` of as many cases; the long one is marked fuzz."""
+    profiles = [_fast(fast), pytest.param(_long(long), marks=pytest.mark.fuzz)]
+    return pytest.mark.parametrize("profile", profiles, ids=["fast", "long"])
 
 
 def print_seed() -> None:

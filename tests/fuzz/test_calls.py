@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from fractions import Fraction
@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import event, given
 from hypothesis import strategies as st
 
 from llama import Llama
 from llama.errors import PromptError
-from tests.fuzz import profiles
-from tests.support import oracle
+from tests.fuzz.profiles import Profile, fast_and_long
 
 MAX_SEQ_LEN = 48
 GOLDEN_PROMPTS = [[1, 9, 4, 77], [1], [300, 5] * 12]
@@ -28,21 +26,8 @@ BOTH_BUILDS = pytest.mark.parametrize("llama", ["float32", None], indirect=True,
 
 
 @pytest.fixture(scope="module")
-def llama(
-    request: pytest.FixtureRequest,
-    write_checkpoint: Callable[..., Path],
-    tokenizer_path: Path,
-    params: dict[str, Any],
-) -> Llama:
-    """A network so small that a thousand calls take seconds, in float32 or in the default dtype."""
-    small = params | {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
-    folder = write_checkpoint(small, oracle.random_state(small, seed=2))
-    return Llama.build(folder, tokenizer_path, MAX_SEQ_LEN, 2, device="cpu", dtype=request.param, seed=None)
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    profiles.print_seed()
+def llama(request: pytest.FixtureRequest, small_checkpoint: Path, tokenizer_path: Path) -> Llama:
+    return Llama.build(small_checkpoint, tokenizer_path, MAX_SEQ_LEN, 2, device="cpu", dtype=request.param, seed=None)
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +61,9 @@ class ControlCharacters:
 # Texts with control characters, halves of surrogate pairs and all planes; some of them too long for the cache.
 texts = st.one_of(
     st.text(st.characters(exclude_categories=()), max_size=12),
-    st.sampled_from(
-        ["", " ", "\x00", "\x1b[2J", "\ud83d", "a\udcff", "[INST]", "<s>", "\u202e", "🦙", "x " * 200, "日" * 60]
-    ),
+    st.sampled_from(["", " ", "\x00", "\x1b[2J", "\ud83d", "[INST]", "<s>", "\u202e", "🦙", "x " * 200, "日" * 60]),
 )
-extreme_integers = st.sampled_from(
-    [0, -1, 1, 2**31, 2**32, 2**63, 2**64 - 1, 2**64, -(2**63), -(2**63) - 1, 10**30, 10**400]
-)
+extreme_integers = st.sampled_from([0, 2**31, 2**32, 2**63, 2**64 - 1, 2**64, -(2**63), -(2**63) - 1, 10**400])
 integers = st.one_of(st.integers(), st.integers(-3, 600), extreme_integers)
 floats = st.one_of(st.floats(), st.sampled_from([0.0, -0.0, 5e-324, 1e-40, 1.0, 1e38, 1e39, 1e308, -1e-300, 1 - 1e-16]))
 numbers_of_libraries = st.one_of(
@@ -116,21 +97,7 @@ arrays = st.sampled_from(
         torch.ones(2, requires_grad=True),
     ]
 )
-objects = st.sampled_from(
-    [
-        None,
-        True,
-        False,
-        object,
-        object(),
-        ControlCharacters(),
-        len,
-        ...,
-        NotImplemented,
-        {1, 2},
-        frozenset(),
-    ]
-)
+objects = st.sampled_from([None, True, False, object, object(), ControlCharacters(), len, ..., {1, 2}, frozenset()])
 atoms = st.one_of(objects, integers, floats, numbers_of_libraries, texts, st.binary(max_size=5), arrays)
 junk = st.recursive(
     atoms,
@@ -209,26 +176,18 @@ def check(llama: Llama, golden: list[Any], name: str, args: tuple[Any, ...], opt
             assert "must" in message and ", got " in message, message
             assert message.isprintable() and len(message) < 400, message
             assert not passes
-            event(f"{name}: refused")
         else:
             if name.startswith("stream"):
                 assert all(isinstance(piece, str) and piece for piece in result)
             assert not any(n > MAX_SEQ_LEN for n in passes)
-            event(f"{name}: {'computed' if passes else 'nothing to compute'}")
     assert golden_answers(llama) == golden
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 @BOTH_BUILDS
-@profiles.fast(80)
-@given(made=calls)
-def test_a_call_works_or_is_refused_by_one_clear_error(llama: Llama, golden: list[Any], made: Any) -> None:
-    check(llama, golden, *made)
+@fast_and_long(80, 10_000)
+def test_a_call_works_or_is_refused_by_one_clear_error(llama: Llama, golden: list[Any], profile: Profile) -> None:
+    def call_one(made: Any) -> None:
+        check(llama, golden, *made)
 
-
-@pytest.mark.fuzz
-@BOTH_BUILDS
-@profiles.long(10_000)
-@given(made=calls)
-def test_many_calls_work_or_are_refused_by_one_clear_error(llama: Llama, golden: list[Any], made: Any) -> None:
-    check(llama, golden, *made)
+    profile(call_one, calls)

@@ -1,8 +1,7 @@
 """Mutated checkpoints: each loads to the tensors that its bytes hold, or is refused by one clear error.
 
 An error names the file, is one printable line of bounded length, and `verify` finds a problem too. No code of a file
-runs. A few cases are part of every run; `pytest -m fuzz tests/fuzz` tries thousands, and prints its seed:
-LLAMA_FUZZ_SEED=N repeats it, LLAMA_FUZZ_EXAMPLES=N sets the number of cases of each kind of mutation.
+runs.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import os
 import pickle
 import random
 import resource
-import secrets
 import shutil
 import sys
 import zipfile
@@ -24,14 +22,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from llama.checkpoint.reading import find_shards, load_shard, model_args
 from llama.tools.verify import verify
+from tests.fuzz.profiles import Profile, fast_and_long
 from tests.support import oracle
 
-hypothesis = pytest.importorskip("hypothesis", reason="needs the [test] extra")
-st = hypothesis.strategies
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Duplicate name"),
     pytest.mark.filterwarnings("ignore:invalid escape sequence"),  # in a damaged pickle
@@ -39,10 +37,7 @@ pytestmark = [
 
 State = dict[str, Tensor]
 ERRORS = (ValueError, AssertionError, FileNotFoundError, MemoryError)
-SEED = int(os.environ.get("LLAMA_FUZZ_SEED") or secrets.randbelow(2**32))
-EXAMPLES = int(os.environ.get("LLAMA_FUZZ_EXAMPLES") or 2000)
-FAST_EXAMPLES = 40
-MAX_GROWTH = 256 * 1024  # KiB of resident memory over a whole campaign; a checkpoint has 100
+MAX_GROWTH = 256 * 1024  # KiB of resident memory over all cases; a checkpoint has 100
 MAX_MESSAGE = 2000  # characters
 N_WORDS = 64
 PARAMS: dict[str, Any] = {
@@ -194,12 +189,11 @@ def change_records(checkpoint: Checkpoint, rng: random.Random) -> None:
     with zipfile.ZipFile(checkpoint.path, "w", method) as archive:
         for record in records:
             archive.writestr(*record)
-    if kind == "pickle" or (harmless and kind in ("lost", "renamed", "grown")):
-        checkpoint.expected = {}  # may be right still, or be well-formed and mean something else
-    elif kind not in ("same", "order", "grown"):
+    if kind in ("pickle", "grown") or (harmless and kind in ("lost", "renamed")):
+        # May be right still, or be well-formed and mean something else; torch looks at the bytes alone that it needs.
+        checkpoint.expected = {}
+    elif kind not in ("same", "order"):
         checkpoint.expected = None
-    elif kind == "grown":
-        checkpoint.expected = {}  # torch does not look beyond the bytes that a tensor needs
 
 
 def bomb(rng: random.Random, folder: Path) -> bytes:
@@ -247,9 +241,8 @@ def _damage(state: dict[Any, Any], name: Any, value: Tensor, kind: str, rng: ran
     elif kind == "reshaped":
         state[name] = rng.choice([value[:-1], value.flatten()[:1], value[None], torch.ones(())])
     elif kind == "int":
-        state[name] = torch.zeros(
-            value.shape, dtype=rng.choice([torch.int8, torch.bool, torch.float64, torch.complex64])
-        )
+        dtype = rng.choice([torch.int8, torch.bool, torch.float64, torch.complex64])
+        state[name] = torch.zeros(value.shape, dtype=dtype)
     elif kind == "other":
         state[name] = rng.choice([[1.0], None, "x", {"nested": value}, value.tolist()])
     elif kind == "sparse":
@@ -259,28 +252,8 @@ def _damage(state: dict[Any, Any], name: Any, value: Tensor, kind: str, rng: ran
 def change_params(checkpoint: Checkpoint, rng: random.Random) -> None:
     """Values, keys or bytes of params.json are others. What loads are the same tensors, whatever the rest says."""
     params: Any = dict(PARAMS)
-    numbers: list[Any] = [
-        0,
-        -1,
-        1,
-        2,
-        3,
-        8,
-        16,
-        2.0,
-        0.5,
-        True,
-        None,
-        "16",
-        [],
-        {},
-        2**31,
-        2**53 + 1,
-        2**62,
-        10**400,
-        -2,
-    ]
-    numbers += [1e300, float("nan"), float("inf"), 2_000_000, "\x1b[2J", "x" * 10**5, [[[[1]]]]]
+    numbers: list[Any] = [0, -1, 1, 2, 3, 8, 16, 2.0, 0.5, True, None, "16", [], {}, 2**31, 2**53 + 1, 2**62, 10**400]
+    numbers += [-2, 1e300, float("nan"), float("inf"), 2_000_000, "\x1b[2J", "x" * 10**5, [[[[1]]]]]
     for _ in range(rng.choice([1, 1, 2, 4])):
         key = rng.choice([*PARAMS, "rope_theta", "ffn_dim_multiplier", "heads", "\x1b[2J", "y" * 10**5])
         params[key] = rng.choice(numbers)
@@ -347,21 +320,19 @@ def assert_same(state: State, expected: State) -> None:
         assert torch.equal(state[name].contiguous().view(torch.uint8), weight.contiguous().view(torch.uint8)), name
 
 
-def campaign(
-    original: Checkpoint, mutate: Callable[[Checkpoint, random.Random], None], folder: Path, *, examples: int, seed: int
-) -> dict[str, int]:
-    """Checks as many mutated copies of a checkpoint; returns how many of them were loaded and refused."""
-    counts = {"loaded": 0, "refused": 0}
+def peak_memory() -> int:
+    """KiB of resident memory of this process, at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        phases=[hypothesis.Phase.generate],  # a smaller number is no simpler mutation
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(choices=st.integers(0, 2**64 - 1))
+
+@fast_and_long(40, 2000)
+@pytest.mark.parametrize("mutate", MUTATIONS)
+def test_a_mutated_checkpoint_loads_to_what_it_holds_or_is_one_clear_error(
+    original: Checkpoint, tmp_path: Path, profile: Profile, mutate: Callable[[Checkpoint, random.Random], None]
+) -> None:
+    counts = {"loaded": 0, "refused": 0}
+    folder, before = tmp_path / "mutated", peak_memory()
+
     def case(choices: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(original.folder, folder)
@@ -371,38 +342,10 @@ def campaign(
         counts[check(checkpoint)] += 1
         assert not (folder / "trace").exists()
 
-    case()
-    return counts
-
-
-def peak_memory() -> int:
-    """KiB of resident memory of this process, at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-@pytest.mark.parametrize("mutate", MUTATIONS)
-def test_a_mutated_checkpoint_loads_to_what_it_holds_or_is_one_clear_error(
-    original: Checkpoint, tmp_path: Path, mutate: Callable[[Checkpoint, random.Random], None]
-) -> None:
-    counts = campaign(original, mutate, tmp_path / "mutated", examples=FAST_EXAMPLES, seed=0)
-    assert counts["refused"] > 0
-
-
-@pytest.mark.fuzz
-@pytest.mark.parametrize("mutate", MUTATIONS)
-def test_thousands_of_mutated_checkpoints(
-    original: Checkpoint,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    mutate: Callable[[Checkpoint, random.Random], None],
-) -> None:
-    with capsys.disabled():
-        print(f"\n{mutate.__name__}: LLAMA_FUZZ_SEED={SEED}", flush=True)
-    before = peak_memory()
-    counts = campaign(original, mutate, tmp_path / "mutated", examples=EXAMPLES, seed=SEED)
+    profile(case, st.integers(0, 2**64 - 1))
     growth = peak_memory() - before
-    with capsys.disabled():
-        print(f"{mutate.__name__}: {counts}, peak memory grew by {growth // 1024} MiB", flush=True)
+    print(f"{mutate.__name__}: {counts}, peak memory grew by {growth // 1024} MiB")
+    assert counts["refused"] > 0
     assert growth < MAX_GROWTH
 
 

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import event, given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from llama import Llama
 from llama.serving.app import Server, make_app
 from llama.serving.service import Service
-from tests.fuzz import profiles
-from tests.support import oracle
+from tests.fuzz.profiles import Profile, fast_and_long
 
 LONGEST_MESSAGE = 500
 GOLDEN = {"prompt": "A llama", "temperature": 0, "max_tokens": 8, "logprobs": 2, "echo": True}
 
 
 @pytest.fixture(scope="module")
-def web(write_checkpoint: Callable[..., Path], tokenizer_path: Path, params: dict[str, Any]) -> Iterator[TestClient]:
-    """The routes in this process, on a network so small that thousands of requests take seconds."""
-    small = params | {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
-    folder = write_checkpoint(small, oracle.random_state(small, seed=2))
-    llama = Llama.build(folder, tokenizer_path, 48, 2, device="cpu", dtype="float32", seed=None)
+def web(small_checkpoint: Path, tokenizer_path: Path) -> Iterator[TestClient]:
+    """The routes in this process."""
+    llama = Llama.build(small_checkpoint, tokenizer_path, 48, 2, device="cpu", dtype="float32", seed=None)
     service = Service(llama, max_waiting=8)
     thread = threading.Thread(target=service.run)
     thread.start()
@@ -44,23 +40,11 @@ def web(write_checkpoint: Callable[..., Path], tokenizer_path: Path, params: dic
     assert not thread.is_alive()
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    profiles.print_seed()
-
-
 texts = st.one_of(
     st.text(st.characters(exclude_categories=()), max_size=20),
-    st.sampled_from(
-        ["", "x", "A llama", "\x1b[2J", "\ud83d", "[INST]", "<</SYS>>", "\u202e", "🦙", "y " * 300, "auto"]
-    ),
+    st.sampled_from(["", "x", "A llama", "\x1b[2J", "\ud83d", "[INST]", "\u202e", "🦙", "y " * 300, "auto"]),
 )
-numbers = st.one_of(
-    st.integers(-3, 6),
-    st.integers(),
-    st.floats(),
-    st.sampled_from([2**63, 10**40, 0.5, 1.0, -0.0, 1e-320, True]),
-)
+numbers = st.integers(-3, 6) | st.integers() | st.floats() | st.sampled_from([2**63, 10**40, 0.5, 1.0, 1e-320, True])
 anything = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, texts),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
@@ -162,7 +146,6 @@ def dump(body: Any) -> bytes:
 
 
 bodies = st.one_of(completions, chats, few_fields)
-paths = st.sampled_from(["/v1/completions", "/v1/chat/completions"])
 mutations = st.lists(
     st.tuples(st.integers(0, 10**6), st.sampled_from(["cut", "flip", "double", "insert"]), st.binary(max_size=4))
 )
@@ -182,65 +165,33 @@ def mutated(raw: bytes, changes: list[tuple[int, str, bytes]]) -> bytes:
     return raw
 
 
-def any_fields(web: TestClient, body: tuple[str, Any]) -> None:
-    event(f"status {check(web, body[0], dump(body[1]))}")
+@fast_and_long(80, 3000)
+def test_fields_of_any_value_are_taken_or_refused(web: TestClient, profile: Profile) -> None:
+    def fields(body: tuple[str, Any]) -> None:
+        check(web, body[0], dump(body[1]))
+
+    profile(fields, bodies)
 
 
-def any_json(web: TestClient, path: str, body: Any) -> None:
-    event(f"status {check(web, path, dump(body))}")
+@fast_and_long(40, 1000)
+def test_any_json_is_refused(web: TestClient, profile: Profile) -> None:
+    def any_json(path: str, body: Any) -> None:
+        check(web, path, dump(body))
+
+    profile(any_json, st.sampled_from(["/v1/completions", "/v1/chat/completions"]), anything)
 
 
-def any_bytes(web: TestClient, body: tuple[str, Any], changes: list[tuple[int, str, bytes]]) -> None:
-    event(f"status {check(web, body[0], mutated(dump(body[1]), changes))}")
+@fast_and_long(40, 2000)
+def test_damaged_bodies_are_refused(web: TestClient, profile: Profile) -> None:
+    def damaged(body: tuple[str, Any], changes: list[tuple[int, str, bytes]]) -> None:
+        check(web, body[0], mutated(dump(body[1]), changes))
+
+    profile(damaged, bodies, mutations)
 
 
-@profiles.fast(80)
-@given(body=bodies)
-def test_fields_of_any_value_are_taken_or_refused(web: TestClient, body: tuple[str, Any]) -> None:
-    any_fields(web, body)
-
-
-@profiles.fast(40)
-@given(path=paths, body=anything)
-def test_any_json_is_refused(web: TestClient, path: str, body: Any) -> None:
-    any_json(web, path, body)
-
-
-@profiles.fast(40)
-@given(body=bodies, changes=mutations)
-def test_damaged_bodies_are_refused(web: TestClient, body: tuple[str, Any], changes: Any) -> None:
-    any_bytes(web, body, changes)
-
-
-@pytest.mark.fuzz
-@profiles.long(3000)
-@given(body=bodies)
-def test_fields_of_any_value_are_taken_or_refused_long(web: TestClient, body: tuple[str, Any]) -> None:
-    any_fields(web, body)
-
-
-@pytest.mark.fuzz
-@profiles.long(1000)
-@given(path=paths, body=anything)
-def test_any_json_is_refused_long(web: TestClient, path: str, body: Any) -> None:
-    any_json(web, path, body)
-
-
-@pytest.mark.fuzz
-@profiles.long(2000)
-@given(body=bodies, changes=mutations)
-def test_damaged_bodies_are_refused_long(web: TestClient, body: tuple[str, Any], changes: Any) -> None:
-    any_bytes(web, body, changes)
-
-
-@pytest.mark.parametrize("depth", [100, 5_000, 9_000])
-@pytest.mark.parametrize("opening", ["[", '{"a":'])
-def test_deep_nesting_is_refused(web: TestClient, opening: str, depth: int) -> None:
-    raw = (opening * depth)[:19_000]
-    for body in (raw, f'{{"prompt": {raw}', f'{{"prompt": {"[" * depth}{"]" * depth}}}'):
-        assert check(web, "/v1/completions", body.encode()) == 400
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1", "utf-8-sig"])
-def test_other_encodings_are_refused(web: TestClient, encoding: str) -> None:
-    assert check(web, "/v1/completions", '{"prompt": "é"}'.encode(encoding)) == 400
+def test_deep_nesting_and_other_encodings_are_refused(web: TestClient) -> None:
+    bodies = [(opening * depth)[:19_000] for opening in ("[", '{"a":', '{"prompt": [') for depth in (100, 5_000, 9_000)]
+    bodies += [f'{{"prompt": {"[" * depth}{"]" * depth}}}' for depth in (100, 5_000, 9_000)]
+    encoded = ['{"prompt": "é"}'.encode(encoding) for encoding in ("utf-16", "utf-32", "latin-1", "utf-8-sig")]
+    for raw in (*map(str.encode, bodies), *encoded):
+        assert check(web, "/v1/completions", raw) == 400

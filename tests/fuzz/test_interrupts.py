@@ -25,7 +25,6 @@ import torch
 import llama as library
 from llama import Llama
 from llama.engine.lock import lock_of
-from tests.support import oracle
 
 # Python ignores an interruption that comes while it closes a generator expression.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -36,23 +35,10 @@ TIMEOUT_S = 60
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def llama(
-    request: pytest.FixtureRequest,
-    write_checkpoint: Callable[..., Path],
-    tokenizer_path: Path,
-    params: dict[str, Any],
-) -> Llama:
-    """So small that a call takes a few milliseconds. Prefixes are reused, which moves rows of the cache."""
-    small = params | {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
-    return Llama.build(
-        write_checkpoint(small, oracle.random_state(small, seed=2)),
-        tokenizer_path,
-        max_seq_len=96,
-        max_batch_size=2,
-        device="cpu",
-        dtype=request.param,
-        reuse_prefixes=request.param == "float32",  # rounds differently elsewhere
-    )
+def llama(request: pytest.FixtureRequest, small_checkpoint: Path, tokenizer_path: Path) -> Llama:
+    """Prefixes are reused, which moves rows of the cache."""
+    reuse = request.param == "float32"  # rounds differently elsewhere
+    return Llama.build(small_checkpoint, tokenizer_path, 96, 2, device="cpu", dtype=request.param, reuse_prefixes=reuse)
 
 
 class AtEvent:
@@ -117,6 +103,12 @@ CALLS: dict[str, Callable[[Llama], Any]] = {
 }
 
 
+def few_and_all(*names: str) -> pytest.MarkDecorator:
+    """Parametrizes a test with calls and numbers of events: with few of each named call, and with all of every call."""
+    every = [pytest.param(name, None, marks=pytest.mark.fuzz, id=f"{name}, all events") for name in CALLS]
+    return pytest.mark.parametrize(("name", "n_tried"), [*((name, 8) for name in names), *every])
+
+
 def answers(llama: Llama) -> list[Any]:
     return [
         llama.generate(PROMPTS, 5, temperature=0),
@@ -141,32 +133,25 @@ def check_usable(llama: Llama, expected: list[Any], place: str) -> None:
     assert llama.engine.is_idle and lock_of(llama.model).holder is None, place
 
 
-def interrupted(llama: Llama, call: Callable[[Llama], Any], n_tried: int | None) -> int:
-    """Interrupts the call; returns how often."""
+@few_and_all(*CALLS)
+def test_an_interrupted_call_leaves_the_network_usable(llama: Llama, name: str, n_tried: int | None) -> None:
+    call = CALLS[name]
     call(llama)
     expected = answers(llama)
     events = some_events(lambda: call(llama), n_tried)
+    assert len(events) >= 8
     for n in events:
         at = AtEvent(n, interrupt)
         with contextlib.suppress(KeyboardInterrupt), at:
             call(llama)
         check_usable(llama, expected, at.place)
-    return len(events)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_an_interrupted_call_leaves_the_network_usable(llama: Llama, name: str) -> None:
-    assert interrupted(llama, CALLS[name], 8) >= 8
-
-
-@pytest.mark.fuzz
-@pytest.mark.parametrize("name", CALLS)
-def test_a_call_interrupted_at_any_event_leaves_the_network_usable(llama: Llama, name: str) -> None:
-    print(f"{name}: interrupted {interrupted(llama, CALLS[name], None)} times")
-
-
-def beside_others(llama: Llama, call: Callable[[Llama], Any], n_tried: int | None) -> int:
-    """The same, while a call and a stream of other threads share the batch: they get what they get alone."""
+@pytest.mark.parametrize("llama", ["float32"], indirect=True)  # elsewhere tokens depend on the batch
+@few_and_all("greedy", "stream")
+def test_others_get_every_token_once_next_to_an_interrupted_call(llama: Llama, name: str, n_tried: int | None) -> None:
+    """A call and a stream of other threads share the batch with it, and get what they get alone."""
+    call = CALLS[name]
 
     def streamed() -> str:
         return "".join(llama.stream_text_completion("The fox", 1.2, max_gen_len=20, seed=4))
@@ -176,9 +161,8 @@ def beside_others(llama: Llama, call: Callable[[Llama], Any], n_tried: int | Non
 
     call(llama)
     expected = [streamed(), generated()[0]]
-    events = some_events(lambda: call(llama), n_tried)
     with ThreadPoolExecutor(2) as pool:
-        for n in events:
+        for n in some_events(lambda: call(llama), n_tried):
             at = AtEvent(n, interrupt)
             futures = [pool.submit(streamed), pool.submit(generated)]
             while llama.engine.is_idle and not futures[0].done():
@@ -190,20 +174,6 @@ def beside_others(llama: Llama, call: Callable[[Llama], Any], n_tried: int | Non
             assert len(logprobs[0]) == len(tokens[0]), at.place
             llama.generate([[1]], 1)  # the first step after an interruption frees the rows
             assert llama.engine.is_idle, at.place
-    return len(events)
-
-
-@pytest.mark.parametrize("name", ["greedy", "stream"])
-def test_others_get_every_token_once_next_to_an_interrupted_call(llama: Llama, name: str) -> None:
-    if llama.model.norm.weight.dtype == torch.float32:  # elsewhere tokens depend on the batch
-        assert beside_others(llama, CALLS[name], 8) >= 8
-
-
-@pytest.mark.fuzz
-@pytest.mark.parametrize("name", ["greedy", "sampled", "stream", "speculative"])
-def test_others_get_every_token_once_wherever_a_call_is_interrupted(llama: Llama, name: str) -> None:
-    if llama.model.norm.weight.dtype == torch.float32:
-        print(f"{name}: interrupted {beside_others(llama, CALLS[name], None)} times")
 
 
 class Abandoned:
@@ -215,8 +185,9 @@ class Abandoned:
         next(self.stream)
 
 
-def collected(llama: Llama, call: Callable[[Llama], Any], n_tried: int | None) -> int:
-    """Has the garbage collector close a stream during a call; returns how often."""
+@few_and_all("greedy", "stream")
+def test_the_garbage_collector_may_close_a_stream_during_a_call(llama: Llama, name: str, n_tried: int | None) -> None:
+    call = CALLS[name]
     expected = call(llama)
     events = some_events(lambda: call(llama), n_tried)
     gc.disable()
@@ -232,24 +203,12 @@ def collected(llama: Llama, call: Callable[[Llama], Any], n_tried: int | None) -
 
             assert in_a_thread(work) == expected, at.place
             gc.collect()
-            if call is CALLS["score"]:  # holds the network, and takes no step that would free the stream's row
+            if name == "score":  # holds the network, and takes no step that would free the stream's row
                 llama.engine.advance()
             assert llama.engine.is_idle, at.place
     finally:
         gc.unfreeze()
         gc.enable()
-    return len(events)
-
-
-@pytest.mark.parametrize("name", ["greedy", "stream"])
-def test_the_garbage_collector_may_close_a_stream_during_a_call(llama: Llama, name: str) -> None:
-    assert collected(llama, CALLS[name], 8) >= 8
-
-
-@pytest.mark.fuzz
-@pytest.mark.parametrize("name", CALLS)
-def test_the_garbage_collector_may_close_a_stream_at_any_event(llama: Llama, name: str) -> None:
-    print(f"{name}: a stream closed {collected(llama, CALLS[name], None)} times")
 
 
 # Forks: an operation large enough for torch's second thread runs in each pass.
@@ -315,18 +274,9 @@ for thread in threads:
 """
 
 
-def forks(n: int, checkpoint: Path, tokenizer_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has threads")
+@pytest.mark.parametrize("n", [1, pytest.param(30, marks=pytest.mark.fuzz)])
+def test_a_forked_process_generates(checkpoint: Path, tokenizer_path: Path, n: int) -> None:
     command = [sys.executable, "-c", FORKS, str(checkpoint), str(tokenizer_path), str(n)]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}  # waiting workers leave the cores to the other threads
     subprocess.run(command, check=True, timeout=60 + 30 * n, cwd=ROOT, env=environment)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has threads")
-def test_a_forked_process_generates(checkpoint: Path, tokenizer_path: Path) -> None:
-    forks(1, checkpoint, tokenizer_path)
-
-
-@pytest.mark.fuzz
-@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has threads")
-def test_processes_forked_at_any_time_generate(checkpoint: Path, tokenizer_path: Path) -> None:
-    forks(30, checkpoint, tokenizer_path)

@@ -122,11 +122,6 @@ def expected(checkpoint: Path, tokenizer_path: Path) -> dict[bool, list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def folders(write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, Any]) -> dict[int, Path]:
-    return {size: write_checkpoint(params, state, size) for size in (2, 4)}
-
-
-@pytest.fixture(scope="module")
 def figures() -> Iterator[Counter[str]]:
     """The number of cases of each fault; printed at the end, with the longest time that a rank took to end."""
     counts: Counter[str] = Counter()
@@ -154,14 +149,14 @@ def message(case: Case) -> str:
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_every_rank_ends_or_says_what_happened(
     case: Case,
-    folders: dict[int, Path],
+    checkpoint_in: Callable[[int], Path],
     tokenizer_path: Path,
     expected: dict[bool, list[Any]],
     figures: Counter[str],
 ) -> None:
     print(f"LLAMA_FUZZ_SEED={SEED}")
     absent = (case.rank,) if case.fault == "absent" else ()
-    arguments = (case, folders[case.world_size], tokenizer_path)
+    arguments = (case, checkpoint_in(case.world_size), tokenizer_path)
     outcomes = run_faulty_ranks(
         case.world_size, rank_with_fault, *arguments, within_s=WITHIN_S, absent=absent, agent=case.agent
     )

@@ -33,10 +33,7 @@ DIALOG: Any = [{"role": "user", "content": "Where do llamas live?"}]
 
 @pytest.fixture(params=["float32", None], ids=["float32", "default"])
 def llama(
-    request: pytest.FixtureRequest,
-    write_checkpoint: Callable[..., Path],
-    tokenizer_path: Path,
-    params: dict[str, Any],
+    request: pytest.FixtureRequest, write_checkpoint: Callable[..., Path], tokenizer_path: Path, params: dict[str, Any]
 ) -> Llama:
     state = oracle.random_state(params, seed=3)
     return Llama.build(

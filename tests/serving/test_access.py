@@ -31,8 +31,10 @@ def test_keys_are_taken_from_both_headers_and_bearer_in_any_case(serve: Serve) -
         assert web.get("/v1/models", headers=headers).status_code == 200, (name, value)
     for name, value in (("Authorization", "first"), ("Authorization", "Basic first"), ("X-Api-Key", "Bearer first")):
         assert web.get("/v1/models", headers={name: value}).status_code == 401, (name, value)
-    assert web.get("/v1/models").status_code == 401
-    assert web.get("/health").status_code == 200
+    for path in ("/v1/models", "/metrics"):
+        assert (web.get(path).status_code, web.get(path).json()["error"]["code"]) == (401, "invalid_api_key")
+    assert web.post("/v1/chat/completions", content=b"x" * 10).status_code == 401
+    assert web.get("/health").status_code == web.get("/").status_code == 200
 
 
 def test_keys_that_no_header_can_carry_are_refused_at_the_start(
@@ -127,10 +129,6 @@ def test_head_and_a_slash_at_the_end_are_taken(serve: Serve) -> None:
     assert web.get("/health/", headers={"Host": "evil.example"}, follow_redirects=False).status_code == 200
 
 
-def test_bodies_that_are_compressed_or_of_two_lengths_are_refused(serve: Serve) -> None:
-    web = serve()
+def test_bodies_that_are_compressed_are_refused(serve: Serve) -> None:
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    assert web.post("/v1/completions", content=b"\x1f\x8b", headers=headers).status_code == 415
-    headers = {"Content-Type": "application/json", "Transfer-Encoding": "chunked", "Content-Length": "2"}
-    answer = web.post("/v1/completions", content=b"{}", headers=headers)
-    assert (answer.status_code, answer.headers["connection"]) == (400, "close")
+    assert serve().post("/v1/completions", content=b"\x1f\x8b", headers=headers).status_code == 415

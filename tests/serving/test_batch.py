@@ -6,15 +6,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from llama import Llama
 from llama.serving import jobs
@@ -23,11 +20,14 @@ from llama.serving.batch_results import Results
 from llama.serving.errors import ApiError
 from llama.serving.jobs import Planner
 from llama.tools.batch import main
+from tests.serving.test_serve import CHAT, WRONG
+from tests.serving.test_serve import TEXT_PATH as COMPLETIONS
+from tests.support.processes import Program, run_python
 from tests.support.ranks import run_ranks
 from tests.test_examples import clean_environment
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 DIALOG: Any = [{"role": "user", "content": "Hi"}]
+BODIES: Any = {CHAT: {"messages": DIALOG}, COMPLETIONS: {"prompt": "a"}}
 N_REQUESTS = 60
 N_KILLS = 2
 
@@ -117,24 +117,17 @@ def test_each_result_is_what_the_library_returns_for_the_request_alone(
         assert choice["finish_reason"] == alone["finish_reason"]
 
 
-def test_results_have_the_fields_of_openais(expected: dict[str, Any]) -> None:
+def test_the_official_clients_types_take_the_results(expected: dict[str, Any]) -> None:
+    types = pytest.importorskip("openai.types", reason="needs the package openai, of the extra [test]")
     for custom_id, fields in expected.items():
         assert set(fields) == {"id", "custom_id", "response", "error"}
         assert fields["error"] is None and fields["response"]["status_code"] == 200
-        body = fields["response"]["body"]
-        assert body["object"] == ("chat.completion" if custom_id.startswith("chat") else "text_completion")
-        assert body["model"] == "random"
-        usage = body["usage"]
-        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-        assert 0 <= usage["completion_tokens"] <= 64
-
-
-def test_the_official_clients_types_take_the_results(expected: dict[str, Any]) -> None:
-    types = pytest.importorskip("openai.types", reason="needs the package openai, of the extra [test]")
-    for fields in expected.values():
         body = fields["response"]["body"] | {"created": 0}
-        kind = types.chat.ChatCompletion if body["object"] == "chat.completion" else types.Completion
-        kind.model_validate(body, strict=True)
+        kind = types.chat.ChatCompletion if custom_id.startswith("chat") else types.Completion
+        usage = kind.model_validate(body, strict=True).usage
+        assert body["model"] == "random"
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+        assert 0 <= usage.completion_tokens <= 64
 
 
 def test_stop_strings_and_defaults_are_openais(tmp_path: Path, flags: dict[str, Any], llama: Llama) -> None:
@@ -196,43 +189,18 @@ def test_several_choices_and_prompts_and_log_probabilities_are_the_servers(
 @pytest.mark.parametrize(
     ("url", "body", "param"),
     [
+        *((url, BODIES[url] | wrong, param) for url, wrong, param in WRONG if "stream" not in str(wrong)),
         (CHAT, {}, "messages"),
-        (CHAT, {"messages": []}, "messages"),
         (CHAT, {"messages": "Hi"}, "messages"),
-        (CHAT, {"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role"),
-        (CHAT, {"messages": [{"role": "user", "content": "[INST]"}]}, "messages[0].content"),
-        (CHAT, {"messages": [{"role": "user", "content": "Hi", "weight": 1}]}, "messages[0].weight"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
-        (CHAT, {"messages": [{"role": "user", "content": "much " * 99}]}, "messages"),
-        (CHAT, {"messages": DIALOG, "tools": [{}]}, "tools"),
-        (CHAT, {"messages": DIALOG, "n": 0}, "n"),
-        (CHAT, {"messages": DIALOG, "n": True}, "n"),
-        (CHAT, {"messages": DIALOG, "top_logprobs": 2}, "top_logprobs"),
         (CHAT, {"messages": DIALOG, "stream": True}, "stream"),
-        (CHAT, {"messages": DIALOG, "response_format": {"type": "xml"}}, "response_format"),
-        (CHAT, {"messages": DIALOG, "frequency_penalty": 5}, "frequency_penalty"),
         (CHAT, {"messages": DIALOG, "prompt": "Hi"}, "prompt"),
-        (CHAT, {"messages": DIALOG, "no_such_field": 1}, "no_such_field"),
-        (CHAT, {"messages": DIALOG, "max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         (CHAT, {"messages": DIALOG, "model": "gpt-5"}, "model"),
         (COMPLETIONS, {}, "prompt"),
-        (COMPLETIONS, {"prompt": ["a"] * 100, "n": 100}, "prompt"),
-        (COMPLETIONS, {"prompt": "a", "max_tokens": 64}, "prompt"),
-        (COMPLETIONS, {"prompt": [1, 99999]}, "prompt"),
-        (COMPLETIONS, {"prompt": []}, "prompt"),
         (COMPLETIONS, {"prompt": "\ud800"}, "prompt"),
         (COMPLETIONS, {"prompt": "a", "max_completion_tokens": 3}, "max_completion_tokens"),
-        (COMPLETIONS, {"prompt": "a", "max_tokens": -1}, "max_tokens"),
         (COMPLETIONS, {"prompt": "a", "max_tokens": "many"}, "max_tokens"),
         (COMPLETIONS, {"prompt": "a", "max_tokens": True}, "max_tokens"),
-        (COMPLETIONS, {"prompt": "a", "temperature": -1}, "temperature"),
         (COMPLETIONS, {"prompt": "a", "temperature": float("nan")}, "temperature"),
-        (COMPLETIONS, {"prompt": "a", "top_p": 2}, "top_p"),
-        (COMPLETIONS, {"prompt": "a", "seed": 0.5}, "seed"),
-        (COMPLETIONS, {"prompt": "a", "stop": [""]}, "stop"),
-        (COMPLETIONS, {"prompt": "a", "stop": 5}, "stop"),
-        (COMPLETIONS, {"prompt": "a", "logprobs": 6}, "logprobs"),
-        (COMPLETIONS, {"prompt": "a", "suffix": "z"}, "suffix"),
         ("/v1/embeddings", {}, "url"),
         (CHAT, [], "body"),
     ],
@@ -240,11 +208,12 @@ def test_several_choices_and_prompts_and_log_probabilities_are_the_servers(
 def test_what_is_wrong_or_not_supported_is_an_error_that_names_the_field(
     url: str, body: Any, param: str, reader: Reader
 ) -> None:
+    """What the server's routes refuse, and what a line may not have."""
     raw = json.dumps({"custom_id": "a", "method": "POST", "url": url, "body": body}).encode()
     with pytest.raises(ApiError) as refused:
         reader(read_line(1, raw))
-    assert refused.value.param == param
-    assert param in str(refused.value)
+    assert refused.value.param and refused.value.param.startswith(param)
+    assert refused.value.param in str(refused.value)
 
 
 def test_a_bad_line_becomes_an_error_line_and_the_others_run(
@@ -275,20 +244,20 @@ def test_killed_at_random_it_ends_with_each_result_once(
     """Each run is killed once it has added some lines; what is at the end of the file may then be torn, as here."""
     rng = random.Random(8)
     source, target = write(tmp_path / "in.jsonl", requests(N_REQUESTS)), tmp_path / "out.jsonl"
-    options = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "llama.tools.batch", "--input", str(source), "--output", str(target), *options]
+    options = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    command = ["-m", "llama.tools.batch", "--input", source, "--output", target, *options]
     environment = clean_environment() | {"OMP_NUM_THREADS": "1"}
+    files = (source, tmp_path / "printed", tmp_path / "errors")
     for _ in range(N_KILLS):
         before = target.stat().st_size if target.exists() else 0
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+        process = Program(*command, files=files, env=environment)
         enough = before + rng.randint(1, 8_000)
         while process.poll() is None and (not target.exists() or target.stat().st_size < enough):
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        _, err = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), err.decode()
+        process.kill()
+        assert process.wait(60) in (0, -signal.SIGKILL), files[2].read_text()
         os.truncate(target, target.stat().st_size - rng.randint(1, 300))
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    ended = run_python(*command, env=environment)
     assert ended.returncode == 0, ended.stderr
     assert read(target) == expected
 
@@ -316,42 +285,34 @@ def test_a_run_goes_on_where_another_stopped(tmp_path: Path, flags: dict[str, An
     assert read(target) == expected
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda lines: lines[1:], "is the result of custom_id 'a': the input has no such request"),
-        (lambda lines: [lines[1], line("a", COMPLETIONS, prompt="Z")], "'a': line 2 of the input has another request"),
-        (lambda lines: [*lines, lines[0]], "line 3 must have a custom_id of its own, got 'a', which line 1 has too"),
-        (lambda lines: [*lines, {"method": "POST"}], "line 3 must have a custom_id, a string of its own, got none"),
-        (lambda lines: [*lines, lines[0] | {"custom_id": 5}], "line 3 must have a custom_id, .*, got 5"),
-    ],
-)
 def test_an_input_that_does_not_fit_its_results_is_refused_before_any_work(
-    change: Callable[[list[Any]], list[Any]],
-    message: str,
-    tmp_path: Path,
-    flags: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [line(name, COMPLETIONS, prompt=name, max_tokens=1) for name in "ab"]
     source, target = write(tmp_path / "in", lines), tmp_path / "out"
     main(str(source), str(target), **flags)
     before = target.read_bytes()
     monkeypatch.setattr(Llama, "build", None)
-    with pytest.raises(ValueError, match=message):
-        main(str(write(source, change(lines))), str(target), **flags)
-    assert target.read_bytes() == before
+    for changed, message in (
+        (lines[1:], "is the result of custom_id 'a': the input has no such request"),
+        ([lines[1], line("a", COMPLETIONS, prompt="Z")], "'a': line 2 of the input has another request"),
+        ([*lines, lines[0]], "line 3 must have a custom_id of its own, got 'a', which line 1 has too"),
+        ([*lines, {"method": "POST"}], "line 3 must have a custom_id, a string of its own, got none"),
+        ([*lines, lines[0] | {"custom_id": 5}], "line 3 must have a custom_id, .*, got 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(str(write(source, changed)), str(target), **flags)
+        assert target.read_bytes() == before
 
 
-@pytest.mark.parametrize("change", [{"seed": 2}, {"max_seq_len": 32}, {"dtype": "bfloat16"}], ids=str)
-def test_results_of_other_settings_are_not_continued(
-    change: dict[str, Any], tmp_path: Path, flags: dict[str, Any]
-) -> None:
+def test_results_of_other_settings_are_not_continued(tmp_path: Path, flags: dict[str, Any]) -> None:
     lines = [line(name, COMPLETIONS, prompt=name, max_tokens=1) for name in "ab"]
     source, target = tmp_path / "in", tmp_path / "out"
     main(str(write(source, lines[:1])), str(target), **flags)
-    with pytest.raises(ValueError, match="whose line 1 is a result of others"):
-        main(str(write(source, lines)), str(target), **flags | change)
+    write(source, lines)
+    for change in ({"seed": 2}, {"max_seq_len": 32}, {"dtype": "bfloat16"}):
+        with pytest.raises(ValueError, match="whose line 1 is a result of others"):
+            main(str(source), str(target), **flags | change)
 
 
 def test_a_file_that_is_no_file_of_results_is_refused_and_left_alone(tmp_path: Path, flags: dict[str, Any]) -> None:
@@ -435,19 +396,17 @@ def complete(rank: int, source: str, target: str, flags: dict[str, Any]) -> int:
     return len(started)
 
 
-@pytest.mark.parametrize(("n_ranks", "mp"), [(2, 2), (2, 1), (4, 2)], ids=["MP 2", "2 replicas", "2 replicas of MP 2"])
+@pytest.mark.parametrize(("n_ranks", "mp"), [(2, 1), (4, 2)], ids=["2 replicas", "2 replicas of MP 2"])
 def test_ranks_write_what_one_process_writes(
     n_ranks: int,
     mp: int,
     tmp_path: Path,
     flags: dict[str, Any],
     expected: dict[str, Any],
-    write_checkpoint: Callable[..., Path],
-    params: dict[str, Any],
-    state: dict[str, torch.Tensor],
+    checkpoint_in: Callable[[int], Path],
 ) -> None:
     source, target = write(tmp_path / "in", requests(N_REQUESTS)), tmp_path / "out"
-    sharded = {"ckpt_dir": str(write_checkpoint(params, state, mp)), "model_parallel_size": mp}
+    sharded = {"ckpt_dir": str(checkpoint_in(mp)), "model_parallel_size": mp}
     n_started = run_ranks(n_ranks, complete, str(source), str(target), flags | sharded)
     assert read(target) == expected
     replicas = [n_started[i : i + mp] for i in range(0, n_ranks, mp)]

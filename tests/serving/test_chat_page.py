@@ -103,6 +103,17 @@ def ask(page: Page, text: str) -> None:
     page.press("Enter")
 
 
+def ask_and_feed(page: Page, question: str, *pieces: str) -> None:
+    """Asks, and streams the pieces as the whole answer."""
+    page.js(FED)
+    ask(page, question)
+    page.wait("window.streams.length")
+    for piece in pieces:
+        page.js(f"window.feed({json.dumps(piece)})")
+    page.js("window.end()")
+    page.wait(SETTLED.format(n=1))
+
+
 def click(page: Page, selector: str, text: str = "") -> None:
     """Clicks the only element that is selected, or the one with this text."""
     page.js(f"""{{
@@ -217,11 +228,7 @@ def test_the_key_is_asked_for_where_it_is_missing(page: Page) -> None:
 
 
 def test_markdown_becomes_elements_and_code_has_a_label_and_colors(page: Page) -> None:
-    page.js(FED)
-    ask(page, "Tell me.")
-    page.wait("window.streams.length")
-    page.js(f"window.feed({json.dumps(MARKDOWN)}); window.end()")
-    page.wait(SETTLED.format(n=1))
+    ask_and_feed(page, "Tell me.", MARKDOWN)
     found = page.js("document.querySelector('.answer').innerHTML")
     for text in ("<h1>Llamas</h1>", "<strong>bold</strong>", "<em>slanted</em>", "<code>inline</code>", "<ol>", "<ul>"):
         assert text in found
@@ -240,13 +247,7 @@ def test_markdown_becomes_elements_and_code_has_a_label_and_colors(page: Page) -
 
 def test_what_a_model_writes_is_never_html(page: Page) -> None:
     page.js("document.addEventListener('securitypolicyviolation', (event) => { window.violated = event.blockedURI; })")
-    page.js(FED)
-    ask(page, "Tell me.")
-    page.wait("window.streams.length")
-    for i in range(0, len(HOSTILE), 7):  # also halves of tags and fences
-        page.js(f"window.feed({json.dumps(HOSTILE[i : i + 7])})")
-    page.js("window.end()")
-    page.wait(SETTLED.format(n=1))
+    ask_and_feed(page, "Tell me.", *(HOSTILE[i : i + 7] for i in range(0, len(HOSTILE), 7)))  # halves of tags, too
     inside = "document.querySelector('.answer').querySelectorAll"
     assert page.js(f"{inside}('img, script, b, svg, style, iframe').length") == 0
     names = page.js(f"[...{inside}('*')].flatMap((node) => node.getAttributeNames())")
@@ -405,11 +406,7 @@ def test_chats_are_renamed_searched_deleted_and_brought_back(page: Page, server:
 
 
 def test_chats_are_exported_and_imported(page: Page, server: ServerProcesses, tmp_path: Path) -> None:
-    page.js(FED)
-    ask(page, "What is kept?")
-    page.wait("window.streams.length")
-    page.js("window.feed('Everything'); window.end()")
-    page.wait(SETTLED.format(n=1))
+    ask_and_feed(page, "What is kept?", "Everything")
     page.js("URL.createObjectURL = (blob) => { window.exported = blob.text(); return 'data:,'; }")
     click(page, "#export")
     exported = page.js("window.exported")
@@ -449,11 +446,7 @@ def test_versions_of_a_chat_are_merged(page: Page) -> None:
 
 
 def test_it_fits_a_phone_with_labels_and_large_targets_in_both_themes(page: Page) -> None:
-    page.js(FED)
-    ask(page, "x" * 200)
-    page.wait("window.streams.length")
-    page.js(f"window.feed({json.dumps('`' + 'y' * 200 + '`' + MARKDOWN)}); window.end()")
-    page.wait(SETTLED.format(n=1))
+    ask_and_feed(page, "x" * 200, "`" + "y" * 200 + "`" + MARKDOWN)
     page.size(360, 700, mobile=True)
     small = """[...document.querySelectorAll("button, input, textarea, select, a")].filter((node) => {
         const box = node.getBoundingClientRect(), isText = node.tagName === "A";

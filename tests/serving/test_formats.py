@@ -22,6 +22,18 @@ def chunks_of(answer: Any) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
 
+def test_a_streamed_chat_begins_with_the_role_and_ends_with_the_reason(serve: Serve) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, **options}
+    first, *middle, last, usage = chunks_of(serve().post("/v1/chat/completions", json=body))
+    assert first["choices"][0]["delta"]["role"] == "assistant" and not first["choices"][0]["delta"]["content"]
+    assert len({(chunk["id"], chunk["model"]) for chunk in (first, *middle, last, usage)}) == 1
+    for choice in (chunk["choices"][0] for chunk in middle):
+        assert "role" not in choice["delta"] and choice["finish_reason"] is None
+    assert last["choices"][0]["finish_reason"] == "length" and "content" not in last["choices"][0]["delta"]
+    assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 8
+
+
 def test_offsets_begin_after_the_prompt(serve: Serve, llama: Llama) -> None:
     ids = llama.tokenizer.encode("A llama é", bos=True, eos=False)
     for prompt in ("A llama é", ids):

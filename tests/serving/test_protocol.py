@@ -56,7 +56,8 @@ def test_nested_fields_are_read_like_the_bodys() -> None:
     labels = dict.fromkeys(labels_of(fields.MESSAGE_NEUTRAL), "x")
     neutral = {name: values[0] for name, values in fields.MESSAGE_NEUTRAL.items() if values}
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "annotations": None}
-    for message in ({**QUESTION, **labels, **neutral}, {**QUESTION, "content": [part]}, {**QUESTION, "audio": None}):
+    parts = [part | {"text": "h"}, part | {"text": "i"}]
+    for message in ({**QUESTION, **labels, **neutral}, {**QUESTION, "content": parts}, {**QUESTION, "audio": None}):
         assert check_body({"messages": [message]}, ChatBody).messages == [QUESTION]
     for wrong, name in (
         ({**QUESTION, "weight": 1}, r"messages\[0\]\.weight"),

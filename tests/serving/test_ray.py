@@ -12,11 +12,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from tests.conftest import ROOT, TEXT
 from tests.support.load import CLIENTS, Load
@@ -101,16 +99,10 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(params=[1, 2], ids=["one process", "two ranks"])
 def replicas(
-    request: pytest.FixtureRequest,
-    cluster: Cluster,
-    write_checkpoint: Callable[..., Path],
-    params: dict[str, Any],
-    state: dict[str, torch.Tensor],
-    tokenizer_path: Path,
+    request: pytest.FixtureRequest, cluster: Cluster, checkpoint_in: Callable[[int], Path], tokenizer_path: Path
 ) -> Iterator[dict[str, str]]:
     """Two replicas of one rank or of two; yields the flags that they were started with."""
-    folder = str(write_checkpoint(params, state, request.param))
-    flags = {"ckpt_dir": folder, "tokenizer_path": str(tokenizer_path), "num_replicas": "2"}
+    flags = {"ckpt_dir": str(checkpoint_in(request.param)), "tokenizer_path": str(tokenizer_path), "num_replicas": "2"}
     cluster.run(**flags)
     yield flags
     serve.delete("llama")

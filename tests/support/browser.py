@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import select
@@ -12,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -89,9 +87,6 @@ class Page:
         common = {"key": key, "code": code or key, "windowsVirtualKeyCode": number, "modifiers": int(alt)}
         self("Input.dispatchKeyEvent", type="keyDown", **common, **text)
         self("Input.dispatchKeyEvent", type="keyUp", **common)
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self("Page.captureScreenshot")["data"]))
 
 
 @contextmanager

@@ -139,14 +139,8 @@ def stream_scaled(state: oracle.State, n_blocks: int, by: float) -> oracle.State
 
 
 FACTOR = 4.0  # exact in every dtype
-
-
-LINEAR = ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2")
-
-
-LINEAR = (*LINEAR, "feed_forward.w3")
-
-
+LINEAR = ["attention.wq", "attention.wk", "attention.wv", "attention.wo"]
+LINEAR += ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
 Equal = Callable[[oracle.State], oracle.State]
 
 

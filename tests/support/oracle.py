@@ -5,29 +5,14 @@
 
 import torch
 
-from recipe.network import (
-    Params,
-    State,
-    attention,
-    feed_forward,
-    logits,
-    rms_norm,
-    rotate,
-    shapes,
-)
-
-__all__ = [
-    "Params",
-    "State",
-    "attention",
-    "feed_forward",
-    "logits",
-    "random_state",
-    "rms_norm",
-    "rotate",
-    "shapes",
-    "shard",
-]
+from recipe.network import Params as Params
+from recipe.network import State as State
+from recipe.network import attention as attention
+from recipe.network import feed_forward as feed_forward
+from recipe.network import logits as logits
+from recipe.network import rms_norm as rms_norm
+from recipe.network import rotate as rotate
+from recipe.network import shapes as shapes
 
 
 def random_state(params: Params, seed: int) -> State:

@@ -52,28 +52,26 @@ class Session:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def read_until(self, pattern: str, seconds: float = 60) -> str:
-        """What is shown up to the pattern, which is then behind."""
+    def read_until(self, pattern: str, seconds: float = 60) -> None:
+        """Reads up to the pattern, which `shown` then no longer has."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.shown, re.DOTALL)):
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.shown!r}"
-            if select.select([self._master], [], [], 0.2)[0]:
-                try:
-                    self.shown += os.read(self._master, 65536).decode(errors="replace")
-                except OSError:  # the program has ended
-                    assert re.search(pattern, self.shown, re.DOTALL), self.shown
-        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
-        return before
+            assert time.monotonic() < deadline and self._read(), f"no {pattern!r} in {self.shown!r}"
+        self.shown = self.shown[found.end() :]
+
+    def _read(self) -> bool:
+        """False once the program has ended."""
+        if select.select([self._master], [], [], 0.2)[0]:
+            try:
+                self.shown += os.read(self._master, 65536).decode(errors="replace")
+            except OSError:
+                return False
+        return True
 
     def end(self) -> int:
         """The exit status, reading on so that the program can write."""
-        deadline = time.monotonic() + 60
-        while self.process.poll() is None and time.monotonic() < deadline:
-            if select.select([self._master], [], [], 0.2)[0]:
-                try:
-                    self.shown += os.read(self._master, 65536).decode(errors="replace")
-                except OSError:
-                    break
+        while self._read() and self.process.poll() is None:
+            pass
         return self.process.wait(timeout=30)
 
     def control_characters(self) -> list[bytes]:
@@ -91,18 +89,10 @@ def _take_terminal() -> None:
 
 
 @pytest.fixture(params=[1, 2], ids=["one rank", "two ranks"])
-def command(
-    request: pytest.FixtureRequest,
-    checkpoint: Path,
-    tokenizer_path: Path,
-    write_checkpoint: Callable[..., Path],
-    params: dict[str, Any],
-    state: dict[str, torch.Tensor],
-) -> list[str]:
+def command(request: pytest.FixtureRequest, tokenizer_path: Path, checkpoint_in: Callable[[int], Path]) -> list[str]:
     ranks: int = request.param
-    folder = checkpoint if ranks == 1 else write_checkpoint(params, state, ranks)
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    flags = ["--ckpt_dir", str(folder), "--tokenizer_path", str(tokenizer_path), "--max_seq_len", "4096"]
+    flags = ["--ckpt_dir", str(checkpoint_in(ranks)), "--tokenizer_path", str(tokenizer_path), "--max_seq_len", "4096"]
     return [sys.executable, *(launcher if ranks > 1 else []), "-m", "llama.tools.chat", *flags]
 
 
@@ -132,18 +122,15 @@ def test_a_conversation(session: Session) -> None:
     assert session.end() == 0, session.shown
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_a_terminal_has_its_ctrl_c_again_after_a_signal(
-    signum: signal.Signals, checkpoint: Path, tokenizer_path: Path
-) -> None:
+def test_a_terminal_has_its_ctrl_c_again_after_a_signal(checkpoint: Path, tokenizer_path: Path) -> None:
     flags = ["--ckpt_dir", str(checkpoint), "--tokenizer_path", str(tokenizer_path)]
     session = Session(sys.executable, "-m", "llama.tools.chat", *flags)
     try:
         before = session.control_characters()
         session.read_until("You: ")
         assert session.control_characters() != before
-        session.process.send_signal(signum)
-        assert session.end() == 128 + signum
+        session.process.send_signal(signal.SIGTERM)
+        assert session.end() == 128 + signal.SIGTERM
         assert session.control_characters() == before
     finally:
         session.close()
@@ -158,17 +145,20 @@ def test_a_closed_standard_input_is_refused_before_anything_is_loaded(tmp_path: 
     assert done.stderr == "error: standard input must be a terminal, a file or a pipe, got a closed one\n"
 
 
-def test_a_system_prompt_with_a_tag_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^system must not contain the chat template's tags, .*, got 'a \[INST\] b'$"):
-        chat.main(str(tmp_path), system="a [INST] b")
-
-
-@pytest.mark.parametrize("flags", [{"answer_len": 0}, {"answer_len": 600}, {"system": "a b c d" * 200}])
-def test_no_room_for_question_or_answer_is_refused_before_anything_is_loaded(
-    flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"system": "a [INST] b"}, r"^system must not contain the chat template's tags, .*, got 'a \[INST\] b'$"),
+        ({"answer_len": 0}, "^--answer_len must be"),
+        ({"answer_len": 600}, "^--max_seq_len must have room for"),
+        ({"system": "a b c d" * 200}, "^--max_seq_len must have room for"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_before_anything_is_loaded(
+    flags: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Llama, "build", lambda *args, **kwargs: pytest.fail("loads"))
-    with pytest.raises(ValueError, match=r"^--(answer_len must be|max_seq_len must have room for)"):
+    with pytest.raises(ValueError, match=message):
         chat.main(**flags)
 
 
@@ -224,15 +214,11 @@ def roomy(checkpoint: Path, tokenizer_path: Path) -> Llama:
     return Llama.build(checkpoint, tokenizer_path, 600, 1, device="cpu", dtype="float32")
 
 
-@pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
-def test_a_tag_in_an_answer_stops_no_further_question(
-    roomy: Llama, capsys: pytest.CaptureFixture[str], tag: str
-) -> None:
-    with dictated(roomy, f"one {tag}{tag} two", "three", "four"):
-        ask(roomy, "first", f"typed {tag}", "second", "third", most_tokens=500)
+def test_a_tag_in_an_answer_stops_no_further_question(roomy: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    with dictated(roomy, "one [INST]<</SYS>> two", "three", "four"):
+        ask(roomy, "first", "typed <<SYS>>", "second", "third", most_tokens=500)
     printed = capsys.readouterr().out
-    answers = re.findall(r"Llama: (.*)\n", printed)
-    assert answers == [f"one {tag}{tag} two", "three", "four"]
+    assert re.findall(r"Llama: (.*)\n", printed) == ["one [INST]<</SYS>> two", "three", "four"]
     assert printed.count("not allowed") == 1
 
 

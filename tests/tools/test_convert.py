@@ -6,8 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,9 @@ from safetensors.torch import load_file, save_file
 from llama import Llama, ModelArgs, Tokenizer
 from llama.checkpoint import huggingface
 from llama.checkpoint.format import tensor_shapes
-from llama.checkpoint.huggingface import (
-    config_to_args,
-    hf_name,
-    to_half_split,
-    to_interleaved,
-    with_hidden_dim,
-)
+from llama.checkpoint.huggingface import config_to_args, hf_name, with_hidden_dim
 from llama.text.tokenizer_json import load_tokenizer
 from llama.tools import convert
-from llama.tools.commandline import run
 from llama.tools.convert import from_hf, to_hf
 from llama.tools.reshard import reshard
 from llama.tools.verify import verify
@@ -103,15 +94,17 @@ def assert_refused(kind: type[Exception], message: str, call: Callable[..., None
         {"intermediate_size": 203, "rms_norm_eps": 1e-3, "num_key_value_heads": 1},
     ],
 )
-def test_from_hf_gives_the_logits_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
-    model = hf_model(**changes)
+def test_a_converted_folder_runs_with_the_logits_of_transformers(
+    tokenizer_path: Path, tokenizer: Tokenizer, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    model = hf_model(vocab_size=tokenizer.n_words, **changes)
     model.save_pretrained(tmp_path / "hf")
+    shutil.copy(tokenizer_path, tmp_path / "hf" / "tokenizer.model")
     from_hf(tmp_path / "hf", tmp_path / "out")
-    (state,), params, ids = load(tmp_path / "out"), params_of(tmp_path / "out"), tokens(CONFIG["vocab_size"])
+    llama = Llama.build(tmp_path / "out", tmp_path / "out" / "tokenizer.model", 64, 2, device="cpu", dtype="float32")
+    ids = tokens(tokenizer.n_words)
     with torch.no_grad():
-        expected = model(ids).logits
-    torch.testing.assert_close(oracle.logits(state, params, ids), expected, rtol=1e-4, atol=1e-4)
-    assert state["output.weight"].shape == (320, 64)
+        torch.testing.assert_close(llama.model(ids, 0), model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_foreign_chat_template_goes_with_the_checkpoint(
@@ -136,7 +129,7 @@ def test_all_ids_that_end_an_answer_go_there_and_back(checkpoint: Path, tokenize
     assert load_tokenizer(tmp_path / "back" / "tokenizer.model", tmp_path / "back").more_stop_ids == {2, 5, 9}
 
 
-@pytest.mark.parametrize("n_files", [1, 2, 4])
+@pytest.mark.parametrize("n_files", [1, 2])
 def test_to_hf_gives_transformers_our_logits(
     write_checkpoint: Write, params: dict[str, Any], state: State, tokenizer_path: Path, tmp_path: Path, n_files: int
 ) -> None:
@@ -149,19 +142,7 @@ def test_to_hf_gives_transformers_our_logits(
         torch.testing.assert_close(model(ids).logits, oracle.logits(state, params, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_a_converted_folder_runs(tokenizer_path: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    model = hf_model(vocab_size=tokenizer.n_words)
-    model.save_pretrained(tmp_path / "hf")
-    (tmp_path / "hf" / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
-    from_hf(tmp_path / "hf", tmp_path / "out")
-    llama = Llama.build(tmp_path / "out", tmp_path / "out" / "tokenizer.model", 64, 2, device="cpu", dtype="float32")
-    ids = tokens(tokenizer.n_words)
-    with torch.no_grad():
-        torch.testing.assert_close(llama.model(ids, 0), model(ids).logits, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n_files", [1, 2, 4])
+@pytest.mark.parametrize(("dtype", "n_files"), [(torch.float32, 1), (torch.bfloat16, 2), (torch.float16, 4)])
 def test_there_and_back_is_exact_to_the_bit(
     write_checkpoint: Write,
     params: dict[str, Any],
@@ -229,14 +210,8 @@ def test_dtype_converts(hf_dir: Path, checkpoint: Path, tokenizer_path: Path, tm
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf16").dtype == torch.float16
     assert_refused(ValueError, "dtype must be .*, got 'int8'", from_hf, hf_dir, tmp_path / "no", dtype="int8")
     save_file(weights | {"model.norm.weight": torch.full((64,), 7e4)}, hf_dir / "model.safetensors")
-    assert_refused(
-        ValueError,
-        "model.norm.weight must have values within float16",
-        from_hf,
-        hf_dir,
-        tmp_path / "no",
-        dtype="float16",
-    )
+    message = "model.norm.weight must have values within float16"
+    assert_refused(ValueError, message, from_hf, hf_dir, tmp_path / "no", dtype="float16")
 
 
 def test_each_name_of_transformers_belongs_to_one_released_tensor() -> None:
@@ -246,13 +221,6 @@ def test_each_name_of_transformers_belongs_to_one_released_tensor() -> None:
     config = transformers.LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=12, vocab_size=3)
     with torch.device("meta"):
         assert transformers.LlamaForCausalLM(config).state_dict().keys() == theirs.keys()
-
-
-def test_rows_are_reordered_head_by_head() -> None:
-    rows = torch.arange(12.0).view(12, 1)  # 2 heads of 6 rows
-    split = to_half_split(rows, 2)
-    assert split.flatten().tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
-    assert torch.equal(to_interleaved(split, 2), rows)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +248,8 @@ def test_any_hidden_size_is_met_exactly() -> None:
     for _ in range(300):
         dim, hidden_dim = 2 * draw.randint(1, 5000), draw.randint(1, 40000)
         assert with_hidden_dim(ModelArgs(dim=dim, n_heads=1), hidden_dim).hidden_dim == hidden_dim
+        dim, hidden_dim = 2 ** draw.randint(3, 31), draw.randint(1, 2 ** draw.randint(1, 31) - 1)
+        assert with_hidden_dim(ModelArgs(dim=dim, n_heads=4), hidden_dim).hidden_dim == hidden_dim
 
 
 @pytest.mark.parametrize(
@@ -307,39 +277,41 @@ def test_any_hidden_size_is_met_exactly() -> None:
         ("num_attention_heads", 2.0),
         ("num_key_value_heads", [4]),
         ("vocab_size", -1),
-        ("norm_eps", "rms_norm_eps=small"),
         ("rope_theta", "10000"),
         ("rope_theta", -1),
-        ("n_kv_heads", "num_key_value_heads=3"),
         ("tie_word_embeddings", "yes"),
+        ("hidden_size", 2**31),
+        ("intermediate_size", 2**53 + 1),  # from where on floating point does not tell numbers apart
+        ("num_attention_heads", 10**4000),
     ],
 )
 def test_what_is_not_llama_2_is_refused_by_the_fields_name(
     hf_dir: Path, tmp_path: Path, field: str, value: Any
 ) -> None:
-    config = CONFIG | {field: value}
-    if isinstance(value, str) and "=" in value:  # the field has another name in the released layout
-        name, _, text = value.partition("=")
-        config = CONFIG | {name: int(text) if text.isdigit() else text}
-    (hf_dir / "config.json").write_text(json.dumps(config))
+    (hf_dir / "config.json").write_text(json.dumps(CONFIG | {field: value}))
     assert_refused(ValueError, rf"config.json.*{field}", from_hf, hf_dir, tmp_path / "out")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "nonsense", "[" * 100_000, "{}"])
-def test_a_broken_config_is_refused(hf_dir: Path, tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *((content, "config.json must be JSON") for content in ("", "nonsense", "[" * 100_000, '{"a":' * 100_000)),
+        ("[]", "config.json must hold a JSON object"),
+        ("{}", "config.json: model_type must be"),
+        (json.dumps(CONFIG | {"rms_norm_eps": "small"}), "config.json.*norm_eps"),
+        (json.dumps(CONFIG | {"num_key_value_heads": 3}), "config.json.*n_kv_heads"),
+    ],
+)
+def test_a_broken_config_is_refused(hf_dir: Path, tmp_path: Path, content: str, message: str) -> None:
     (hf_dir / "config.json").write_text(content)
-    assert_refused(ValueError, r"config.json", from_hf, hf_dir, tmp_path / "out")
+    assert_refused(ValueError, message, from_hf, hf_dir, tmp_path / "out")
 
 
 def test_tensors_that_do_not_fit_the_config_are_refused(hf_dir: Path, tmp_path: Path) -> None:
     good = load_file(hf_dir / "model.safetensors")
     norm, bias = "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
     for changed, message in (
-        (
-            {name: tensor for name, tensor in good.items() if name != norm},
-            f"must hold the tensors that config.json describes, got none named {norm}",
-        ),
-        ({name: tensor for name, tensor in good.items() if name != "lm_head.weight"}, "got none named lm_head.weight"),
+        ({name: w for name, w in good.items() if name != norm}, f"config.json describes, got none named {norm}"),
         (good | {norm: torch.zeros(63)}, rf"{norm} must have shape \(64,\) by config.json, got shape \(63,\)"),
         (good | {norm: torch.zeros(64, dtype=torch.int32)}, f"{norm} must have dtype .*, got I32"),
         (good | {bias: torch.zeros(64)}, f"no tensors but Llama 2's, got {bias}"),
@@ -348,13 +320,8 @@ def test_tensors_that_do_not_fit_the_config_are_refused(hf_dir: Path, tmp_path: 
         assert_refused(ValueError, message, from_hf, hf_dir, tmp_path / "out")
     save_file(good, hf_dir / "model.safetensors")
     (hf_dir / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}))
-    assert_refused(
-        ValueError,
-        "must equal model.embed_tokens.weight, as config.json has tie_word_embeddings",
-        from_hf,
-        hf_dir,
-        tmp_path / "out",
-    )
+    message = "must equal model.embed_tokens.weight, as config.json has tie_word_embeddings"
+    assert_refused(ValueError, message, from_hf, hf_dir, tmp_path / "out")
 
 
 def test_missing_things_are_named(hf_dir: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -372,8 +339,8 @@ def test_truncated_and_overwritten_safetensors_are_refused(hf_dir: Path, tmp_pat
     path = hf_dir / "model.safetensors"
     content = path.read_bytes()
     draw = random.Random(0)
-    cuts = [0, 7, 8, 100, len(content) - 1, *(draw.randrange(len(content)) for _ in range(10))]
-    for broken in [*(content[:n] for n in cuts), *(draw.randbytes(500) for _ in range(10)), b"\x02" + bytes(7) + b"{}"]:
+    cuts = [0, 7, 8, 100, len(content) - 1, *(draw.randrange(len(content)) for _ in range(4))]
+    for broken in [*(content[:n] for n in cuts), *(draw.randbytes(500) for _ in range(4)), b"\x02" + bytes(7) + b"{}"]:
         path.write_bytes(broken)
         assert_refused(ValueError, "model.safetensors|0 tensors in all", from_hf, hf_dir, tmp_path / "out")
 
@@ -397,43 +364,24 @@ def test_a_pickle_that_runs_code_is_refused(hf_dir: Path, tmp_path: Path, monkey
     [
         ({"lm_head.weight": "../model.safetensors"}, r"must list .* files beside it, got '\.\./model"),
         ({"lm_head.weight": "/etc/model.safetensors"}, "must list .* files beside it, got '/etc"),
-        ({"lm_head.weight": "sub/model.safetensors"}, "must list .* files beside it, got 'sub"),
         ({"lm_head.weight": "..\\model.safetensors"}, "must list .* files beside it, got"),
-        ({"lm_head.weight": ".."}, "must list .* files beside it, got"),
         ({"lm_head.weight": "model.bin"}, "must list .* files beside it, got 'model.bin'"),
         ({"lm_head.weight": 3}, "must list .* files beside it, got 3"),
         ({"lm_head.weight": "missing.safetensors"}, "lists missing.safetensors, which is missing"),
         ({"no.such": "part.safetensors"}, "must hold all tensors of the index, got none named no.such"),
         ({}, "must have a weight_map"),
         (["part.safetensors"], "must have a weight_map"),
+        (
+            {"lm_head.weight": "part.safetensors", "model.norm.weight": "more.safetensors"},
+            "part.safetensors must not repeat .* lm_head.weight",
+        ),
     ],
 )
 def test_a_hostile_index_is_refused(hf_dir: Path, tmp_path: Path, weight_map: Any, message: str) -> None:
     (hf_dir / "model.safetensors").rename(hf_dir / "part.safetensors")
+    save_file({"lm_head.weight": torch.zeros(320, 64)}, hf_dir / "more.safetensors")
     (hf_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert_refused((ValueError, FileNotFoundError), message, from_hf, hf_dir, tmp_path / "out")
-
-
-@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
-@pytest.mark.parametrize("value", [2**31, 2**53 + 1, 2**60, 10**4000])
-def test_numbers_that_no_model_has_are_refused(hf_dir: Path, tmp_path: Path, field: str, value: int) -> None:
-    """Past 2**53, floating point cannot tell them apart."""
-    (hf_dir / "config.json").write_text(json.dumps(CONFIG | {field: value}))
-    message = rf"config.json: {field} must be an integer from 1 to 2147483647, got "
-    assert_refused(ValueError, message, from_hf, hf_dir, tmp_path / "out")
-
-
-def test_each_width_up_to_the_bound_is_given_exactly_or_refused() -> None:
-    rng = random.Random(0)
-    for _ in range(200):
-        dim, width = 2 ** rng.randint(3, 31), rng.randint(1, 2 ** rng.randint(1, 31) - 1)
-        assert with_hidden_dim(ModelArgs(dim=dim, n_heads=4), width).hidden_dim == width
-
-
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000])
-def test_deeply_nested_json_is_refused_with_the_files_name(hf_dir: Path, tmp_path: Path, content: str) -> None:
-    (hf_dir / "config.json").write_text(content)
-    assert_refused(ValueError, "config.json must be JSON", from_hf, hf_dir, tmp_path / "out")
 
 
 def test_quoted_values_are_short_and_printable(hf_dir: Path, tmp_path: Path) -> None:
@@ -444,28 +392,14 @@ def test_quoted_values_are_short_and_printable(hf_dir: Path, tmp_path: Path) -> 
         assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
 
 
-def test_an_output_path_of_any_letters(hf_dir: Path, tmp_path: Path) -> None:
-    from_hf(hf_dir, tmp_path / "josé", quiet=True)
-    from_hf(hf_dir, tmp_path / "jose", quiet=True)
-    for ours, theirs in zip(load(tmp_path / "josé"), load(tmp_path / "jose"), strict=True):
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_one_tensor_in_two_files_is_refused(hf_dir: Path, tmp_path: Path) -> None:
-    save_file({"lm_head.weight": torch.zeros(320, 64)}, hf_dir / "b.safetensors")
-    (hf_dir / "model.safetensors").rename(hf_dir / "a.safetensors")
-    weight_map = {"lm_head.weight": "a.safetensors", "model.norm.weight": "b.safetensors"}
-    (hf_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert_refused(ValueError, "b.safetensors must not repeat .* lm_head.weight", from_hf, hf_dir, tmp_path / "out")
-
-
 def test_counts_and_places_are_checked(hf_dir: Path, checkpoint: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    assert_refused(ValueError, r"n_kv_heads \(4\).*\(8\)", lambda *a: from_hf(*a, 8), hf_dir, tmp_path / "out")
-    assert_refused(
-        ValueError, "must be an integer of at least 1, got 0", lambda *a: from_hf(*a, 0), hf_dir, tmp_path / "out"
-    )
+    out = tmp_path / "out"
+    for n_files, message in ((8, r"n_kv_heads \(4\).*\(8\)"), (0, "must be an integer of at least 1, got 0")):
+        assert_refused(ValueError, message, lambda *a, n=n_files: from_hf(*a, n), hf_dir, out)
     assert_refused(ValueError, "must not be the input folder", from_hf, hf_dir, hf_dir)
     assert_refused(ValueError, "must not be the input folder", to_hf, checkpoint, tokenizer_path, checkpoint)
+    for call in (lambda *a: from_hf(hf_dir, *a), lambda *a: to_hf(checkpoint, tokenizer_path, *a)):
+        assert_refused(FileExistsError, "must be a new or an empty folder, got", call, tokenizer_path.parent)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(
@@ -485,40 +419,6 @@ def test_without_safetensors_the_error_names_the_extra(
 ) -> None:
     monkeypatch.setattr(huggingface, "safetensors", None)
     assert_refused(ImportError, r"the extra \[convert\] must be installed", from_hf, hf_dir, tmp_path / "out")
-
-
-def test_transformers_reads_the_tokenizer(checkpoint: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model by protobuf")
-    to_hf(checkpoint, tokenizer_path, tmp_path / "hf")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(tokenizer_path)
-    for text in ("The quick brown fox", "naïve café 123\n\n  deep", "x"):
-        assert theirs(text).input_ids == ours.encode(text, bos=True, eos=False)
-
-
-def test_the_commands(
-    hf_dir: Path,
-    checkpoint: Path,
-    tokenizer_path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def command(*arguments: object) -> int | str | None:
-        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-        monkeypatch.setattr(signal, "signal", lambda *args: None)
-        with pytest.raises(SystemExit) as stop:
-            run({"from_hf": from_hf, "to_hf": to_hf})
-        return stop.value.code
-
-    there = ["--ckpt_dir", checkpoint, "--tokenizer_path", tokenizer_path, "--output_dir", tmp_path / "7"]
-    back = ["--hf_dir", tmp_path / "7", "--output_dir", tmp_path / "out", "--model_parallel_size", 2]
-    assert command("to_hf", *there) == 0
-    assert command("from_hf", *back) == 0
-    assert capsys.readouterr().err == ""  # a short run shows no bar
-    assert command("to_hf", *there) == 1
-    taken = f"error: output_dir must be a new or an empty folder, got {tmp_path / '7'}, which exists already\n"
-    assert capsys.readouterr().err == taken
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "hf", "out"]
 
 
 def widen(hf_dir: Path, n_rows: int, tokenizer_path: Path, files: Mapping[str, Any]) -> State:
@@ -547,8 +447,7 @@ CHATML = {
 }
 
 
-@pytest.mark.parametrize("n_rows", [514, 515, 576])
-@pytest.mark.parametrize("n_files", [1, 2, 4])
+@pytest.mark.parametrize(("n_rows", "n_files"), [(514, 1), (515, 1), (514, 4), (515, 2), (576, 4)])
 def test_added_tokens_go_there_and_back_at_any_number_of_files(
     hf_dir: Path, tokenizer_path: Path, tmp_path: Path, n_rows: int, n_files: int
 ) -> None:
@@ -571,15 +470,16 @@ def test_added_tokens_go_there_and_back_at_any_number_of_files(
     assert Tokenizer(tmp_path / "back" / "tokenizer.model").n_words == 514
 
 
-def test_transformers_encodes_added_tokens_alike(hf_dir: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+def test_transformers_encodes_alike(hf_dir: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model by protobuf")
     widen(hf_dir, 514, tokenizer_path, CHATML)
     from_hf(hf_dir, tmp_path / "out", quiet=True)
     to_hf(tmp_path / "out", tmp_path / "out" / "tokenizer.model", tmp_path / "back", quiet=True)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     ours = Tokenizer(tmp_path / "out" / "tokenizer.model")
-    for text in ("<|im_start|>user the fox<|im_end|>\n<|im_start|>x", "the<|im_end|> fox", "the quick"):
+    for text in ("<|im_start|>user the fox<|im_end|>\n<|im_start|>x", "the<|im_end|> fox", "naïve café 123\n\n  deep"):
         assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text, bos=False, eos=False)
+        assert theirs(text).input_ids == ours.encode(text, bos=True, eos=False)
 
 
 def test_a_padding_token_without_a_row_is_left_out(hf_dir: Path, tokenizer_path: Path, tmp_path: Path) -> None:

@@ -196,17 +196,6 @@ def test_a_continuation_of_greedy_tokens_is_said_to_be_greedy(llama: Llama) -> N
         assert found == pytest.approx(sum(llama.score_tokens([[*ids, *tokens]])[0][-len(tokens) :]), rel=1e-4)
 
 
-def test_continuations_of_one_context_share_a_row(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Letters of choices, which differ in their last token alone."""
-    lm = LlamaLM(llama=llama)
-    rows: list[int] = []
-    run = type(lm)._score
-    monkeypatch.setattr(lm, "_score", lambda asked: (rows.append(len(asked)), run(lm, asked))[1])
-    requests = [(None, [1, 40, 41], [token]) for token in range(50, 90)]
-    lm._loglikelihood_tokens([*requests, (None, [1, 40], [41, 50])], disable_tqdm=True)
-    assert rows == [1]
-
-
 DIALOGS: list[list[Message]] = [
     [{"role": "user", "content": " Hi "}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],

@@ -21,21 +21,21 @@ from tests.test_examples import clean_environment
 BOS = 1
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_windows_score_each_token_once_with_as_much_context_as_promised(seed: int) -> None:
-    rng = random.Random(seed)
-    size = rng.randint(2, 20)
-    stride = rng.randint(1, size - 1)
-    tokens = list(range(100, 100 + rng.randint(1, 80)))
-    scored = []
-    for window, n_new in windows(tokens, size, stride, BOS):
-        assert window[0] == BOS and len(window) <= size and 1 <= n_new < len(window)
-        start = window[1] - 100
-        assert window[1:] == tokens[start : start + len(window) - 1]
-        new = window[-n_new:]
-        assert not scored or len(window) - 1 - n_new >= min(size - 1 - stride, new[0] - 100)
-        scored += new
-    assert scored == tokens
+def test_windows_score_each_token_once_with_as_much_context_as_promised() -> None:
+    rng = random.Random(0)
+    for _ in range(100):
+        size = rng.randint(2, 20)
+        stride = rng.randint(1, size - 1)
+        tokens = list(range(100, 100 + rng.randint(1, 80)))
+        scored: list[int] = []
+        for window, n_new in windows(tokens, size, stride, BOS):
+            assert window[0] == BOS and len(window) <= size and 1 <= n_new < len(window)
+            start = window[1] - 100
+            assert window[1:] == tokens[start : start + len(window) - 1]
+            new = window[-n_new:]
+            assert not scored or len(window) - 1 - n_new >= min(size - 1 - stride, new[0] - 100)
+            scored += new
+        assert scored == tokens
 
 
 @pytest.mark.parametrize("stride", [None, 1, 7, 63])
@@ -60,13 +60,10 @@ def test_perplexity_equals_hugging_faces(
     assert value == pytest.approx(math.exp(-total / len(tokens)), rel=1e-4)
 
 
-@pytest.mark.parametrize("stride", [0, 64, -1])
-def test_a_stride_that_leaves_tokens_out_is_refused(llama: Llama, stride: int) -> None:
-    with pytest.raises(ValueError, match=f"stride must be from 1 to 63, one less than max_seq_len, got {stride}"):
-        perplexity(llama, "text", stride=stride)
-
-
-def test_an_empty_text_is_refused(llama: Llama) -> None:
+def test_a_stride_that_leaves_tokens_out_and_an_empty_text_are_refused(llama: Llama) -> None:
+    for stride in (0, 64, -1):
+        with pytest.raises(ValueError, match=f"stride must be from 1 to 63, one less than max_seq_len, got {stride}"):
+            perplexity(llama, "text", stride=stride)
     with pytest.raises(ValueError, match="the text must have at least one token"):
         perplexity(llama, "")
 
@@ -77,19 +74,15 @@ def test_without_the_toy_checkpoint_the_error_says_what_to_pass(
     """As in an installed package, which does not include it."""
     (tmp_path / "text.txt").write_text("a text")
     monkeypatch.setattr(toy, "_REPOSITORY", tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=r"^--ckpt_dir must be given: .* pass the folder that holds params.json"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"^--ckpt_dir must be given: .* the folder that holds params.json"):
         main(str(tmp_path / "text.txt"))
 
 
-def test_the_command_prints_one_line_and_a_mistake_ends_it_with_one(tmp_path: Path) -> None:
+def test_the_command_prints_one_line(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("I think that the meaning of life is to share what we have.")
-    command = ["-m", "llama.tools.perplexity", "--text"]
-    good = run_python(*command, text, env=clean_environment())
-    assert good.returncode == 0, good.stderr
-    assert good.stdout.startswith("perplexity ")
-    bad = run_python(*command, tmp_path / "none.txt", env=clean_environment())
-    assert bad.returncode == 1
-    assert "none.txt" in bad.stderr and "Traceback" not in bad.stderr
+    done = run_python("-m", "llama.tools.perplexity", "--text", text, env=clean_environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("perplexity ") and done.stdout.count("\n") == 1
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
+        main(str(tmp_path / "none.txt"))

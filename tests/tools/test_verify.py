@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -75,19 +73,24 @@ def test_a_changed_byte_is_found_by_its_checksum(folder: Path) -> None:
 
 
 def test_lines_of_a_checklist(folder: Path) -> None:
-    sums = (folder / "checklist.chk").read_text()
+    checklist = folder / "checklist.chk"
+    sums = checklist.read_text()
     pairs = [line.split() for line in sums.splitlines()]
-    (folder / "checklist.chk").write_text("".join(f"{md5.upper()} *./{name}\r\n\r\n" for md5, name in pairs))
-    assert problems(folder) == []
-    (folder / "checklist.chk").write_text(sums + "nonsense\n")
+    for line in ("{upper} *./{name}\r\n\r\n", "MD5 ({name}) = {md5}\n"):  # the last as on macOS
+        checklist.write_text("".join(line.format(md5=md5, upper=md5.upper(), name=name) for md5, name in pairs))
+        assert problems(folder) == []
+    checklist.write_text(sums + "nonsense\n")
     assert_one(problems(folder), "line 4 must be an MD5 sum")
     for name in ("../params.json", "/etc/passwd", "sub/file", ".."):
-        (folder / "checklist.chk").write_text(f"{sums}{'0' * 32}  {name}\n")
+        checklist.write_text(f"{sums}{'0' * 32}  {name}\n")
         assert_one(problems(folder), "line 4 must name a file beside it", name)
-    (folder / "checklist.chk").write_text(f"{sums}{'0' * 32}  consolidated.02.pth\n")
+    checklist.write_text(f"{sums}{'0' * 32}  consolidated.02.pth\n")
     assert_one(problems(folder), "consolidated.02.pth is missing, which checklist.chk lists")
-    (folder / "checklist.chk").write_bytes(sums.encode() + b"\xff\xfe\x00")
+    checklist.write_bytes(sums.encode() + b"\xff\xfe\x00")
     assert_one(problems(folder), "line 4 must be an MD5 sum")
+    checklist.write_text(sums)
+    (folder / "tokenizer_checklist.chk").touch()
+    assert_one(problems(folder), "tokenizer_checklist.chk must list every file, but lacks tokenizer.model")
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "{sum}  params.json\n", "<html>403 Forbidden</html>\n"])
@@ -97,19 +100,6 @@ def test_a_checklist_that_does_not_list_every_file_is_a_problem(folder: Path, co
     (folder / "checklist.chk").write_text(content.format(sum=md5))
     found = [line for line in problems(folder) if "must list every file, but lacks" in line]
     assert_one(found, "consolidated.00.pth, consolidated.01.pth")
-
-
-def test_a_tokenizers_checklist_must_list_it(folder: Path) -> None:
-    (folder / "tokenizer_checklist.chk").touch()
-    assert_one(problems(folder), "tokenizer_checklist.chk must list every file, but lacks tokenizer.model")
-
-
-def test_lines_as_macos_writes_them_are_read(folder: Path) -> None:
-    pairs = [line.split() for line in (folder / "checklist.chk").read_text().splitlines()]
-    (folder / "checklist.chk").write_text("".join(f"MD5 ({name}) = {md5}\n" for md5, name in pairs))
-    assert problems(folder) == []
-    (folder / "params.json").write_text((folder / "params.json").read_text() + " ")
-    assert_one(problems(folder), "params.json must have the listed MD5 sum")
 
 
 def test_a_file_copied_over_another_is_a_problem(folder: Path) -> None:
@@ -169,8 +159,9 @@ def test_what_is_wrong_with_a_tensor(folder: Path, changes: State, words: list[s
     assert_one(problems(folder), "consolidated.01.pth", *words)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float16, float("nan")), (torch.bfloat16, float("inf")), (torch.float32, -float("inf"))]
+)
 def test_values_that_are_not_finite_are_counted(
     write_checkpoint: Write, params: dict[str, Any], state: State, dtype: torch.dtype, value: float
 ) -> None:
@@ -213,17 +204,7 @@ def test_another_number_of_files_than_published_is_noted(folder: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        ("{", "must be JSON"),
-        ('{"dim": "64"}', "dim must be an integer, got '64'"),
-        (
-            '{"dim": 64, "n_heads": 8, "n_layers": 1000000000}',
-            "n_layers must be the number of the checkpoint's layers, got 1000000000",
-        ),
-        ('{"dim": 66, "n_heads": 11, "n_layers": 3, "vocab_size": 8}', "must be a multiple of"),
-        (None, "no params.json"),
-    ],
+    ("content", "word"), [('{"dim": "64"}', "dim must be an integer, got '64'"), (None, "no params.json")]
 )
 def test_wrong_params(folder: Path, content: str | None, word: str) -> None:
     (folder / "checklist.chk").unlink()
@@ -231,49 +212,18 @@ def test_wrong_params(folder: Path, content: str | None, word: str) -> None:
     assert_one(problems(folder), word)
 
 
-class Bomb:
-    """Unpickling it runs code."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("bomb went off",)
-
-
-def test_damaged_and_hostile_files_are_problems(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (folder / "checklist.chk").unlink()
-    path = folder / "consolidated.00.pth"
-    content, draw = path.read_bytes(), random.Random(0)
-    for n in [0, 1, 30, *(draw.randrange(len(content)) for _ in range(8))]:
-        path.write_bytes(content[:n])
-        assert_one(problems(folder), "consolidated.00.pth", "ompare its checksum")
-    torch.save({"norm.weight": Bomb()}, path)
-    assert_one(problems(folder), "must hold tensors alone")
-    assert os.listdir(tmp_path) == []
-
-
 def test_the_command_prints_a_line_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which a hostile name cannot forge: a terminal would carry out its escape sequences."""
     assert main(str(folder)) == 0
     assert capsys.readouterr().out == f"ok: {folder}, 2 files\n"
-    change(folder / "consolidated.01.pth", {"norm.weight": None, "extra": torch.zeros(2)})
+    name = f"\x1b[2K\rok: {folder}, 2 files\n\x1b[8m"
+    change(folder / "consolidated.01.pth", {"norm.weight": None, name: torch.zeros(2)})
     (folder / "checklist.chk").unlink()
-    assert main(str(folder), quiet=True) == 1
-    out, err = capsys.readouterr()
-    assert [line.split(":")[0] for line in out.splitlines()] == [str(folder / "consolidated.01.pth")] * 2 + ["note"]
-    assert err == ""
-
-
-def test_a_hostile_name_cannot_forge_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A terminal would carry out the escape sequences of a tensor's name."""
-    change(folder / "consolidated.01.pth", {f"\x1b[2K\rok: {folder}, 2 files\n\x1b[8m": torch.zeros(2)})
-    assert main(str(folder), quiet=True) == 1
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and out.rstrip("\n").isprintable() and r"\x1b[2K\rok: " in out
-
-
-def test_a_name_of_a_megabyte_is_cut(folder: Path) -> None:
-    change(folder / "consolidated.01.pth", {"x" * 10**6: torch.zeros(2)})
-    (found,) = problems(folder)
-    assert len(found) < 500
+    done = run_python("-m", "llama.tools.verify", "--ckpt_dir", folder, "--quiet")
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == [str(folder / "consolidated.01.pth")] * 2 + ["note"]
+    assert all(map(str.isprintable, lines)) and r"\x1b[2K\rok: " in done.stdout
 
 
 def test_a_named_pipe_is_a_problem_and_not_waited_for(folder: Path) -> None:
@@ -281,12 +231,3 @@ def test_a_named_pipe_is_a_problem_and_not_waited_for(folder: Path) -> None:
     (folder / "consolidated.01.pth").unlink()
     os.mkfifo(folder / "consolidated.01.pth")
     assert_one(problems(folder), "consolidated.01.pth must be a regular file")
-
-
-def test_the_module_is_a_command(folder: Path) -> None:
-    (folder / "params.json").write_text(json.dumps({"dim": True}))
-    done = run_python("-m", "llama.tools.verify", "--ckpt_dir", folder, "--quiet")
-    assert done.returncode == 1 and done.stderr == ""
-    assert [
-        word in done.stdout for word in ("params.json must have the listed MD5 sum", "dim must be an integer, got True")
-    ] == [True, True]
