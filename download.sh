@@ -2,7 +2,7 @@
 # Downloads models of Llama 2 or Code Llama, and checks every file against the published checksums.
 # Asks for the link that Meta mails to those who accepted the licence, and for the models, separated by commas:
 #   7B,13B,70B,7B-chat,13B-chat,70B-chat (none means all of these), or
-#   CodeLlama-7b, -13b, -34b, -70b, each also with -Python or -Instruct behind it.
+#   CodeLlama-7b, -13b, -34b, -70b, each also with -Python or -Instruct appended.
 # Run it again to go on after an interruption: it resumes partial files and skips verified ones. Variables:
 #   PRESIGNED_URL       the link from the mail, with the * that stands in it; by default it is asked for
 #   MODEL_SIZE          the models, "all" or empty for all of Llama 2; by default they are asked for

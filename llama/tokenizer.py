@@ -156,7 +156,7 @@ class Tokenizer:
 
     @cached_property
     def longest_piece(self) -> int:
-        """Number of characters of the longest piece, which no token has more text than."""
+        """Number of characters of the longest piece; no token has a longer text."""
         return max(map(len, [*self.sp_model.id_to_piece(list(range(self.sp_model.vocab_size()))), *self.added_tokens]))
 
     @cached_property

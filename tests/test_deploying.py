@@ -39,11 +39,10 @@ def test_the_table_of_cards_is_what_llama_memory_says() -> None:
     """With 1 GiB of each card left to CUDA."""
     rows = rows_of(ROOT / "docs" / "deploying.md")
     head = next(row for row in rows if row[0] == "model")
-    cards = [int(title.removesuffix(" GiB")) for title in head[3:]]
+    cards = [int(title.removesuffix(" GiB")) for title in head[2:]]
     found = [row for row in rows if row[0] in RELEASES]
-    for model, ranks, total, *batches in found:
-        args = replace(RELEASES[model].args, max_seq_len=4096, max_batch_size=1)
-        assert total == f"{plan_memory(args, int(ranks), torch.float16).total / GIB:.2f}", model
+    for model, ranks, *batches in found:
+        args = replace(RELEASES[model].args, max_seq_len=4096)
         for card, batch in zip(cards, batches, strict=True):
             n = largest(
                 2**12,
