@@ -52,19 +52,24 @@ def main(
         use_cache: path of a cache of results; an interrupted evaluation continues from it. One per checkpoint.
         add_bos_token: whether texts begin with BOS, as the checkpoints expect.
     """
-    from llama.tools.harness import LlamaLM  # the extra [eval]; its error names it
+    from llama.tools.harness import LlamaLM, sampling_params  # the extra [eval]; its error names it
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise ValueError("--tasks must have at least one name, got none")
     if output and not Path(output).resolve().parent.is_dir():
         raise ValueError(f"--output must be a path in a folder that exists, got {output}")
+    from lm_eval import simple_evaluate, utils
+
     manager = _task_manager(names, include_path)
+    overrides = utils.simple_parse_args_string(gen_kwargs)
+    try:  # as overrides of a task that asks for little, as what the tasks themselves ask for is not known yet
+        sampling_params({"max_gen_toks": 1, "do_sample": False} | overrides, max_seq_len)
+    except ValueError as error:
+        raise ValueError(f"--gen_kwargs must be generation arguments that this command takes: {error}") from error
     paths = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
     lm = LlamaLM(*paths, max_seq_len, max_batch_size, add_bos_token=add_bos_token, **build)
-    import lm_eval
-
-    results = lm_eval.simple_evaluate(
+    results = simple_evaluate(
         lm,
         tasks=names,
         task_manager=manager,
@@ -72,7 +77,7 @@ def main(
         limit=limit,
         apply_chat_template=apply_chat_template,
         system_instruction=system_instruction,
-        gen_kwargs=gen_kwargs,
+        gen_kwargs=overrides or None,
         log_samples=log_samples,
         use_cache=use_cache,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -247,34 +248,15 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         return results
 
     def _job(self, number: int, context: str, kwargs: Mapping[str, Any]) -> Job:
-        given = dict(kwargs)
-        lengths = [length for name in _ALIASES if (length := given.pop(name, None)) is not None]
-        max_gen_toks = int((lengths or [_MAX_GEN_TOKS])[0])
-        room = self.max_length - max_gen_toks
-        if room < 1:
-            raise ValueError(
-                f"max_seq_len must be more than the {max_gen_toks} tokens that the task generates, got "
-                f"{self.max_length}; raise it, or lower max_gen_toks"
-            )
-        temperature = float(given.get("temperature") or 0.0)
-        samples = temperature > 0 if given.get("do_sample") is None else bool(given["do_sample"])
-        for name, value in given.items():
-            if samples and name not in _GENERATION and value is not None and value != _NEUTRAL.get(name):
-                raise ValueError(f"the generation argument {quote(name)} is not supported, got {quote(value)}")
-            if name in ("num_beams", "num_return_sequences", "repetition_penalty") and value != _NEUTRAL[name]:
-                raise ValueError(f"the generation argument {name} must be {_NEUTRAL[name]}, got {quote(value)}")
-        until = given.get("until") or []
-        stop = [until] if isinstance(until, str) else list(until)
+        params = sampling_params(kwargs, self.max_length)
         digest = hashlib.sha256(f"{self._seed}:{number}:{context}".encode(errors="replace")).digest()
-        params = SamplingParams(
-            temperature=temperature if samples else 0.0,
-            top_p=given.get("top_p", 1.0) if samples else 1.0,
-            max_gen_len=max_gen_toks,
-            stop=[text for text in [*stop, self._eos] if text],
+        params = replace(
+            params,
+            stop=[text for text in [*params.stop, self._eos] if text],
             stop_ids=self._format.stop_ids(self.llama.tokenizer) if self._is_rendered else None,
             seed=int.from_bytes(digest[:7], "big"),
         )
-        return Job([self.tok_encode(context)[-room:]], params)
+        return Job([self.tok_encode(context)[params.max_gen_len - self.max_length :]], params)
 
     def _complete(self, jobs: Sequence[tuple[int, Job]]) -> list[str]:
         """The texts of this replica's numbered jobs, as many of which run at a time as the cache has rows."""
@@ -308,6 +290,39 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
                 for i in range(len(part)):
                     yield start + i, shares[i % n_replicas][i // n_replicas]
                 bar.update(len(part))
+
+
+def sampling_params(kwargs: Mapping[str, Any], max_seq_len: int) -> SamplingParams:
+    """The parameters by a task's generation arguments; raises ValueError for those that cannot be met."""
+    given = dict(kwargs)
+    lengths = [length for name in _ALIASES if (length := given.pop(name, None)) is not None]
+    max_gen_toks = _as_number("max_gen_toks", (lengths or [_MAX_GEN_TOKS])[0], int)
+    if max_gen_toks >= max_seq_len:
+        raise ValueError(
+            f"max_seq_len must be more than the {max_gen_toks} tokens that the task generates, got "
+            f"{max_seq_len}; raise it, or lower max_gen_toks"
+        )
+    temperature = _as_number("temperature", given.get("temperature") or 0.0, float)
+    samples = temperature > 0 if given.get("do_sample") is None else bool(given["do_sample"])
+    for name, value in given.items():
+        if samples and name not in _GENERATION and value is not None and value != _NEUTRAL.get(name):
+            raise ValueError(f"the generation argument {quote(name)} is not supported, got {quote(value)}")
+        if name in ("num_beams", "num_return_sequences", "repetition_penalty") and value != _NEUTRAL[name]:
+            raise ValueError(f"the generation argument {name} must be {_NEUTRAL[name]}, got {quote(value)}")
+    until = given.get("until") or []
+    return SamplingParams(
+        temperature=temperature if samples else 0.0,
+        top_p=given.get("top_p", 1.0) if samples else 1.0,
+        max_gen_len=max_gen_toks,
+        stop=[text for text in (until if isinstance(until, (list, tuple)) else [until]) if text],
+    )
+
+
+def _as_number(name: str, value: Any, kind: Callable[[Any], T]) -> T:
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"the generation argument {name} must be a number, got {quote(value)}") from error
 
 
 class _ContinuationScores:

@@ -297,6 +297,12 @@ def test_the_command_prints_the_table_and_writes_the_results(
         ({"tasks": ","}, "--tasks must have at least one name"),
         ({"include_path": "/nowhere"}, "--include_path must be a folder of tasks"),
         ({"output": "/nowhere/results.json"}, "--output must be a path in a folder that exists"),
+        ({"gen_kwargs": "num_beams=4"}, "--gen_kwargs .*: the generation argument num_beams must be 1, got 4"),
+        ({"gen_kwargs": "do_sample=True,temperature=-1"}, "--gen_kwargs .*: temperature must be 0 .*, got -1"),
+        ({"gen_kwargs": "do_sample=True,top_k=40"}, "--gen_kwargs .*: .* 'top_k' is not supported, got 40"),
+        ({"gen_kwargs": "max_gen_toks=4096"}, "--gen_kwargs .*: max_seq_len must be more than the 4096 tokens"),
+        ({"gen_kwargs": "max_gen_toks=few"}, "--gen_kwargs .*: .* max_gen_toks must be a number, got 'few'"),
+        ({"gen_kwargs": "until=5"}, "--gen_kwargs .*: stop must be a list of non-empty strings"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_loaded(
