@@ -14,9 +14,8 @@ import pytest
 from benchmarks import bench, busy, report, serving, speculative
 from benchmarks.networks import SHAPES, bytes_per_decode_step
 from benchmarks.peers import ENGINES, Ours
-from benchmarks.report import Line
 from benchmarks.speculative import KINDS, Script, Scripted, repeated_ngrams, write_script
-from benchmarks.worker import LOAD, EngineProcess, Job, figure, left_out_if_it_fails, parse, prepare
+from benchmarks.worker import LOAD, EngineProcess, Job, figure, left_out_if_it_fails, prepare
 from llama import Llama, ModelArgs
 from llama.checkpoint.format import tensor_shapes
 
@@ -81,17 +80,22 @@ def test_int8_is_compared_with_quantized_engines_and_with_our_own_default() -> N
     ]
 
 
+def test_peers_and_shapes_that_cannot_be_run_are_errors() -> None:
+    for wrong, message in (
+        ({"peers": "llama_cpp", "device": "cuda"}, "peers must be of ours_eager, hf, got llama_cpp"),
+        ({"peers": "nonsense"}, "nonsense"),
+        ({"shape": "2b"}, "shape must be one of tiny, 110m, 200m, 1b, 7b, 13b, got '2b'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bench.main(**{"shape": "tiny"} | wrong)  # type: ignore[arg-type]
+
+
 def test_a_peer_that_is_not_installed_is_left_out_with_a_line(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     pythons = {"llama_cpp": "no-such-python"}
     with left_out_if_it_fails("llama_cpp", ENGINES["llama_cpp"].install, pythons):
         prepare("llama_cpp", pythons["llama_cpp"], job)
     assert not pythons
     assert "pip install -c constraints.txt llama-cpp-python torch gguf" in capsys.readouterr().err
-
-
-def test_peers_for_cpus_are_no_peers_on_a_gpu() -> None:
-    with pytest.raises(ValueError, match=r"peers must be of ours_eager, hf, got llama_cpp"):
-        bench.main("tiny", peers="llama_cpp", device="cuda")
 
 
 def test_each_engine_is_the_first_in_some_round() -> None:
@@ -140,18 +144,6 @@ def test_a_process_that_ends_in_its_turn_leaves_its_last_words(job: Job) -> None
         process.take_turn(LOAD)
 
 
-def test_unknown_peers_and_shapes_are_errors() -> None:
-    with pytest.raises(ValueError, match="nonsense"):
-        bench.main("tiny", peers="nonsense")
-    with pytest.raises(ValueError, match=r"shape must be one of tiny, 110m, 200m, 1b, 7b, 13b, got '2b'"):
-        bench.main("2b")
-
-
-def test_lines_of_other_programs_are_no_figures() -> None:
-    assert parse("loading model ...") is None and parse("17") is None
-    assert parse('{"figures": {"load": 1.5}}') == {"load": 1.5}
-
-
 @pytest.mark.parametrize("shape", ["tiny", "1b"])
 def test_a_decode_step_reads_all_but_the_embedding(shape: str, job: Job) -> None:
     args = ModelArgs(**SHAPES[shape])
@@ -184,16 +176,6 @@ def test_the_plot_is_a_picture_that_stays_the_same(tmp_path: Path) -> None:
     picture = (tmp_path / "a.svg").read_text()
     assert picture == (tmp_path / "b.svg").read_text()
     assert all(f">{name}<" in picture for name in ("ours", "hf", "ours_int8", "1b, a processor"))
-
-
-def test_json_lines_are_read_as_they_were() -> None:
-    lines = [Line("decode_1", "hf", "tok/s", [1.0, 2.5])]
-    text = report.json_lines(lines, {"shape": "1b"})
-    assert json.loads(text)["median"] == 1.75
-
-
-def test_every_engine_says_what_to_install() -> None:
-    assert all(engine.imports and engine.install for engine in ENGINES.values())
 
 
 def test_repeated_ngrams_are_those_that_occurred_before() -> None:

@@ -42,17 +42,13 @@ def test_the_table_of_cards_is_what_llama_memory_says() -> None:
     cards = [int(title.removesuffix(" GiB")) for title in head[2:]]
     found = [row for row in rows if row[0] in RELEASES]
     for model, ranks, *batches in found:
-        args = replace(RELEASES[model].args, max_seq_len=4096)
+
+        def total(n: int, model: str = model, ranks: str = ranks) -> int:
+            args = replace(RELEASES[model].args, max_seq_len=4096, max_batch_size=n)
+            return plan_memory(args, int(ranks), torch.float16).total
+
         for card, batch in zip(cards, batches, strict=True):
-            n = largest(
-                2**12,
-                lambda n, args=args, ranks=ranks, card=card: (
-                    plan_memory(  # type: ignore[misc]
-                        replace(args, max_batch_size=n), int(ranks), torch.float16
-                    ).total
-                    <= (card - 1) * GIB
-                ),
-            )
+            n = largest(2**12, lambda n, most=(card - 1) * GIB: total(n) <= most)  # type: ignore[misc]
             assert batch == (str(n) if n else "-"), (model, card)
     assert len(found) >= 8
 

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,47 +22,35 @@ from typing import Any
 import pytest
 
 import llama
+from tests.conftest import ROOT
+from tests.test_readme import Block, blocks_of
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "inspecting.md"
 PAGES = {PAGE: 10, ROOT / "docs" / "sampling.md": 3}  # with the least number of snippets
 PACKAGES = ("transformers", "peft", "captum", "nnsight")  # that a snippet needs, by a comment in front of it
-BLOCK = re.compile(r"(?:^<!-- needs: ([\w ]+) -->\n)?^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Snippet:
-    """A Python snippet of a page, its first line's number there, and the output that is shown after it."""
-
-    line: int
-    code: str
-    output: str
-    needs: str | None
-
-    def run(self, page: Path, names: dict[str, Any]) -> None:
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            exec(compile("\n" * (self.line - 1) + self.code, str(page), "exec"), names)  # errors name the page's lines
-        assert out.getvalue() == self.output, f"the output of the snippet at {page.name}:{self.line} is another one"
+def snippets(page: Path) -> list[tuple[Block, str]]:
+    """The Python snippets of a page, each with the output that is shown after it."""
+    blocks = blocks_of(page)
+    following = [block.text if block.language == "text" else "" for block in blocks[1:]]
+    return [pair for pair in zip_longest(blocks, following, fillvalue="") if pair[0].language == "python"]
 
 
-def snippets(page: str) -> list[Snippet]:
-    blocks = list(BLOCK.finditer(page))
-    found = []
-    for block, following in zip_longest(blocks, blocks[1:]):
-        needs, language, code = block.groups()
-        if language == "python":
-            output = following[3] if following and following[2] == "text" else ""
-            found.append(Snippet(page[: block.start(3)].count("\n") + 1, code, output, needs))
-    return found
+def run(block: Block, output: str, names: dict[str, Any], source: Path | None = None) -> None:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = "\n" * (block.line - 1) + block.text  # errors name the page's lines
+        exec(compile(code, str(source or block.page), "exec"), names)
+    assert out.getvalue() == output, f"the output of the snippet at {block.page.name}:{block.line} is another one"
 
 
 def run_in_order(page: Path) -> dict[str, Any]:
     """Run the snippets of a page that need no other package; return their names."""
     names: dict[str, Any] = {"__name__": "inspecting"}
-    for snippet in snippets(page.read_text(encoding="utf-8")):
-        if snippet.needs is None:
-            snippet.run(page, names)
+    for block, output in snippets(page):
+        if block.needs is None:
+            run(block, output, names)
     return names
 
 
@@ -71,9 +58,9 @@ def run_in_order(page: Path) -> dict[str, Any]:
 def test_the_snippets_run_in_order_and_print_what_is_shown(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     run_in_order(page)
-    found = snippets(page.read_text(encoding="utf-8"))
+    found = snippets(page)
     assert len(found) >= PAGES[page]
-    assert {snippet.needs for snippet in found} <= {None, *PACKAGES}
+    assert {block.needs for block, _ in found} <= {None, *PACKAGES}
 
 
 def test_the_notebook_has_the_page_and_its_snippets() -> None:
@@ -81,7 +68,7 @@ def test_the_notebook_has_the_page_and_its_snippets() -> None:
     path = ROOT / "examples" / "inspecting.ipynb"
     assert path.read_text(encoding="utf-8") == made, "inspecting.md has changed: run python docs/make_notebook.py"
     codes = ["".join(cell["source"]) + "\n" for cell in json.loads(made)["cells"] if cell["cell_type"] == "code"]
-    assert codes[1:] == [found.code for found in snippets(PAGE.read_text(encoding="utf-8")) if found.needs is None]
+    assert codes[1:] == [block.text for block, _ in snippets(PAGE) if block.needs is None]
 
 
 def test_the_notebook_runs_in_its_folder_and_prints_what_it_shows() -> None:
@@ -105,48 +92,27 @@ def test_a_snippet_of_another_package_runs_where_it_is_installed(
         pytest.skip(f"needs {package}: pip install {package}")
     monkeypatch.chdir(ROOT)
     names = run_in_order(PAGE)
-    found = [snippet for snippet in snippets(PAGE.read_text(encoding="utf-8")) if snippet.needs == package]
+    found = [(block, output) for block, output in snippets(PAGE) if block.needs == package]
     assert found
-    for snippet in found:
+    for block, output in found:
         source = tmp_path / "snippet.py"  # nnsight reads it
-        source.write_text("\n" * (snippet.line - 1) + snippet.code, encoding="utf-8")
-        snippet.run(source, names)
+        source.write_text("\n" * (block.line - 1) + block.text, encoding="utf-8")
+        run(block, output, names, source)
 
 
 @pytest.mark.skipif(shutil.which("pyright") is None, reason="needs pyright: pip install pyright")
 def test_pyright_finds_no_wrong_type_in_the_snippets(tmp_path: Path) -> None:
     pages = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "api.md")]
     for page in pages:
-        found = snippets(page.read_text(encoding="utf-8"))
-        together = "\n".join(snippet.code for snippet in found if snippet.needs is None)
-        others = [snippet.code for snippet in found if snippet.needs == "a running server"]
+        found = [block for block in blocks_of(page) if block.language == "python"]
+        together = "\n".join(block.text for block in found if block.needs is None)
+        others = [block.text for block in found if block.needs == "a running server"]
         for i, code in enumerate([together, *others]):
             (tmp_path / f"{page.stem}_{i}.py").write_text(code, encoding="utf-8")
     (tmp_path / "llama").symlink_to(ROOT / "llama")
     command = ["pyright", "--pythonpath", sys.executable, *map(str, tmp_path.glob("*.py"))]
     checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
-
-
-def test_output_after_a_snippet_belongs_to_it() -> None:
-    page = "a\n```python\nx\n```\n\n```text\n1\n```\n<!-- needs: z -->\n```python\ny\n```\n```sh\nz\n```\n"
-    assert snippets(page) == [Snippet(3, "x\n", "1\n", None), Snippet(11, "y\n", "", "z")]
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_links_within_the_page_lead_somewhere(path: Path) -> None:
-    page = path.read_text(encoding="utf-8")
-    headings = {
-        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", page, re.M)
-    }
-    targets = re.findall(r"\]\(([^)]+)\)", page)
-    assert targets
-    for target in targets:
-        assert (
-            target[1:] in headings
-            if target.startswith("#")
-            else target.startswith("https://") or (path.parent / target.partition("#")[0]).exists()
-        ), target
 
 
 def test_the_api_reference_is_what_the_docstrings_say() -> None:

@@ -14,11 +14,7 @@ ESCAPES = "\x1b[2J\x1b]0;title\x07\r\n\u202e\u2028\x85\x00\ud800"
 @pytest.mark.parametrize("value", ["norm.weight", "naïve 語", "it's", "", 7, -1.5, None, True, [1], (64, 64), {"a": 1}])
 def test_short_values_are_shown_as_python_writes_them(value: object) -> None:
     assert quote(value) == repr(value)
-
-
-def test_printable_text_stays_as_it_is() -> None:
-    assert printable("layers.0.attention.wq.weight, naïve 語") == "layers.0.attention.wq.weight, naïve 語"
-    assert printable(7) == "7"
+    assert printable(value) == str(value)
 
 
 @pytest.mark.parametrize("show", [quote, printable])
@@ -43,9 +39,6 @@ def test_what_would_move_a_terminals_cursor_is_escaped(show: type) -> None:
 def test_long_values_are_cut(value: object) -> None:
     assert 0 < len(quote(value)) < 20 * LIMIT
     assert quote(value).isprintable()
-
-
-def test_a_cut_text_tells_its_length() -> None:
     assert quote("x" * 1000) == repr("x" * LIMIT) + "... (1000 characters)"
     assert printable("x" * 1000) == "x" * LIMIT + "..."
 

@@ -28,7 +28,6 @@ from tests.conftest import ROOT
 
 CHAT, TEXT, INFILLING = "example_chat_completion.py", "example_text_completion.py", "example_infilling.py"
 TINY_LLAMA = ROOT / "tiny-llama"
-SAFE_DIALOGS = 5
 
 
 def clean_environment() -> dict[str, str]:
@@ -105,37 +104,26 @@ def answers(printed: str) -> list[str]:
     return re.findall(r"^> (?:Assistant: )?(.*?)\n\n====", printed, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_chat_example_prints_each_dialog_its_answer_and_a_rule(chat_answers: str) -> None:
-    assert chat_answers.count("\n==================================\n") == SAFE_DIALOGS + 1
+def test_the_chat_example_prints_each_dialog_its_fitting_answer_and_a_rule(chat_answers: str) -> None:
+    assert chat_answers.count("\n==================================\n") == 6
     assert "User: How do I make mayonnaise?\n" in chat_answers
     assert "System: Always answer with a haiku.\n" in chat_answers
-    found = answers(chat_answers)
-    assert len(found) == SAFE_DIALOGS + 1
-    assert found[-1] == "Error: special tags are not allowed as part of the prompt."
-    assert all(len(answer) > 3 for answer in found)
-
-
-def test_the_answers_fit_the_dialogs(chat_answers: str) -> None:
-    mayonnaise, eiffel, haiku, emojis, birthday, _ = answers(chat_answers)
+    mayonnaise, eiffel, haiku, emojis, birthday, unsafe = answers(chat_answers)
     assert "egg" in mayonnaise
     assert "Eiffel" in eiffel
     assert len(haiku.splitlines()) == 3
     assert any(ord(character) > 0x2600 for character in emojis)
     assert "John" in birthday
+    assert unsafe == "Error: special tags are not allowed as part of the prompt."
 
 
-def test_the_text_example_completes_sensibly_as_it_ships() -> None:
-    out, err = torchrun(TEXT)
-    life, relativity, mail, french = answers(out)
+def test_the_text_example_completes_sensibly_as_it_ships(capsys: pytest.CaptureFixture[str]) -> None:
+    example_text_completion.main()
+    printed = capsys.readouterr()
+    life, relativity, mail, french = answers(printed.out)
     assert min(map(len, (life, relativity, mail))) > 20
     assert french.startswith("fromage")
-    assert err == ""
-
-
-def test_two_ranks_answer_as_one(chat_answers: str, cut_in_two: tuple[str, ...]) -> None:
-    out, err = torchrun(CHAT, *cut_in_two, processes=2)
-    assert out == chat_answers
-    assert not re.search("Loaded|Kernels|Warning", err)
+    assert printed.err == ""
 
 
 def test_two_machines_answer_as_one(chat_answers: str, cut_in_two: tuple[str, ...]) -> None:
@@ -145,6 +133,7 @@ def test_two_machines_answer_as_one(chat_answers: str, cut_in_two: tuple[str, ..
     printed = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], printed
     assert [out for out, _ in printed] == [chat_answers, ""]
+    assert not any(re.search("Loaded|Kernels|Warning", err) for _, err in printed)
 
 
 def test_two_replicas_share_the_prompts_and_print_what_one_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,32 +193,27 @@ def completions(capsys: pytest.CaptureFixture[str], **flags: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("place", ["checkpoint", "."], ids=["in the folder", "in its parent"])
-def test_the_tokenizer_is_the_checkpoints_own(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the checkpoint's folder, or above it, where the download puts it; here neither is the toy's folder."""
+def test_the_tokenizer_is_the_checkpoints_own(
+    place: str, tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the checkpoint's folder or, if there is none, above it, where the download puts it."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     for name in ("params.json", "consolidated.00.pth"):
         (folder / name).symlink_to(TINY_LLAMA / name)
+    shutil.copy(tokenizer_path, tmp_path / "tokenizer.model")  # of another size, which would be refused
     shutil.copy(TINY_LLAMA / "tokenizer.model", tmp_path / place)
     assert completions(capsys, ckpt_dir=str(folder), temperature=0) == completions(capsys, temperature=0)
 
 
-def test_the_tokenizer_in_the_folder_goes_before_the_one_above(
-    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = shutil.copytree(TINY_LLAMA, tmp_path / "checkpoint")
-    shutil.copy(tokenizer_path, tmp_path / "tokenizer.model")  # of another size, which would be refused
-    assert completions(capsys, ckpt_dir=str(folder))
-
-
-def test_a_folder_without_checkpoint_is_said_before_its_missing_tokenizer(tmp_path: Path) -> None:
+def test_what_is_missing_is_named_the_checkpoint_first(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(AssertionError, match="no checkpoint files found in"):
         example_chat_completion.main(ckpt_dir=str(tmp_path))
-
-
-def test_a_missing_tokenizer_is_named(checkpoint: Path) -> None:
     with pytest.raises(FileNotFoundError, match=re.escape(str(checkpoint / "tokenizer.model"))):
         example_chat_completion.main(ckpt_dir=str(checkpoint))
+    for flag, value in {"dtype": "float64", "device": "abacus", "model_parallel_size": 0, "seed": 2**64}.items():
+        with pytest.raises(ValueError, match=flag):
+            example_chat_completion.main(**{flag: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("says_size", [False, True], ids=["by the tensors", "by params.json"])
@@ -273,11 +257,3 @@ def test_arguments_are_checked_before_the_weights_are_loaded(
     monkeypatch.setattr(Llama, "build", lambda *args, **kwargs: pytest.fail("loads"))
     with pytest.raises(ValueError, match=message):
         main(**flags)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"), [("dtype", "float64"), ("device", "abacus"), ("model_parallel_size", 0), ("seed", 2**64)]
-)
-def test_a_flag_that_the_build_refuses_is_named(flag: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=flag):
-        example_chat_completion.main(**{flag: value})

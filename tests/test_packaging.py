@@ -157,15 +157,17 @@ def test_llama_lists_its_commands_and_tells_its_version(
     assert capsys.readouterr().out == f"llama {llama.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"), [("verfy", "did you mean verify?"), ("Chat", "did you mean chat?"), ("zzz", "llama --help lists")]
-)
 def test_an_unknown_command_is_one_line_with_the_nearest(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, hint: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert llama_command(monkeypatch, name) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"error: there is no command '{name}'; {hint}") and err.count("\n") == 1
+    for name, hint in {
+        "verfy": "did you mean verify?",
+        "Chat": "did you mean chat?",
+        "zzz": "llama --help lists",
+    }.items():
+        assert llama_command(monkeypatch, name) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: there is no command '{name}'; {hint}") and err.count("\n") == 1
 
 
 def test_an_installed_toy_is_found_before_a_repositorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
