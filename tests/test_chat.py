@@ -6,7 +6,6 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,7 @@ import pytest
 import torch
 
 from llama import Llama, Tokenizer
-from llama.chat import (
-    UNSAFE_ERROR,
-    ChatFormat,
-    StepChatFormat,
-    built_in_format,
-    check_dialog,
-    dialog_prompt_tokens,
-    encode_dialog,
-)
+from llama.chat import ChatFormat, StepChatFormat, built_in_format, check_dialog, dialog_prompt_tokens, encode_dialog
 from llama.errors import PromptError
 
 BOS, EOS = 1, 2
@@ -48,10 +39,6 @@ def ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def encode(tokenizer: Tokenizer, *dialog: dict[str, str]) -> list[int]:
     return encode_dialog(dialog, tokenizer)  # type: ignore[arg-type]
-
-
-def test_one_turn(tokenizer: Tokenizer) -> None:
-    assert encode(tokenizer, user("hi there")) == [BOS, *ids(tokenizer, "[INST] hi there [/INST]")]
 
 
 def test_a_finished_pair_stands_alone_between_bos_and_eos(tokenizer: Tokenizer) -> None:
@@ -113,18 +100,6 @@ def test_what_only_looks_like_a_tag_is_safe(text: str) -> None:
     assert not ChatFormat().is_unsafe([user(text)])  # type: ignore[list-item]
 
 
-def test_the_unsafe_answer_word_for_word() -> None:
-    assert UNSAFE_ERROR == "Error: special tags are not allowed as part of the prompt."
-
-
-@pytest.mark.parametrize("n_pairs", range(4))
-@pytest.mark.parametrize("with_system", [False, True])
-def test_turns_in_order_are_accepted(n_pairs: int, with_system: bool) -> None:
-    dialog = [system("s")] * with_system + [user("u"), assistant("a")] * n_pairs + [user("v")]
-    check_dialog(dialog, "dialogs[0]")  # type: ignore[arg-type]
-    check_dialog(tuple(dialog), "dialogs[0]")  # type: ignore[arg-type]
-
-
 def test_turns_are_refused_unless_in_order() -> None:
     """All sequences of up to five roles; the message at fault is the first that cannot stand where it does."""
     makers = {"s": system, "u": user, "a": assistant}
@@ -172,27 +147,6 @@ def test_turns_are_refused_unless_in_order() -> None:
 def test_what_is_no_dialog_is_refused(dialog: Any, message: str) -> None:
     with pytest.raises(PromptError, match="^" + re.escape(f"dialogs[3]{message}")):
         check_dialog(dialog, "dialogs[3]")
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    ["\x1b]0;title\x07" + 10**6 * "a", {"\x1b[2J": "\u202e"}, [10**6 * "a"] * 1000, 10**5000],
-    ids=lambda wrong: type(wrong).__name__,
-)
-def test_what_a_message_quotes_is_short_and_printable(wrong: Any) -> None:
-    for dialog in ([wrong], [{"role": wrong, "content": "a"}]):
-        with pytest.raises(PromptError, match="got ") as caught:
-            check_dialog(dialog, "dialogs[0]")
-        assert str(caught.value).isprintable()
-        assert len(str(caught.value)) < 250
-
-
-def test_a_message_may_be_any_mapping() -> None:
-    check_dialog([MappingProxyType(user("a"))], "dialogs[0]")  # type: ignore[list-item]
-
-
-def test_further_keys_of_a_message_are_no_matter(tokenizer: Tokenizer) -> None:
-    check_dialog([user("a") | {"name": "Ann"}], "dialogs[0]")  # type: ignore[list-item]
 
 
 def step_ids(tokenizer: Tokenizer, *parts: str) -> list[int]:

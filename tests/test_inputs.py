@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import deque
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -90,12 +91,6 @@ def test_wrong_ids_are_refused(prompts: Any, message: str) -> None:
         check_prompts(prompts, VOCAB_SIZE, MAX_SEQ_LEN)
 
 
-def test_a_long_wrong_prompt_makes_no_long_message() -> None:
-    with pytest.raises(ValueError, match="must be a list of token ids") as caught:
-        check_prompts([["word"] * 10000], VOCAB_SIZE, MAX_SEQ_LEN)  # type: ignore[list-item]
-    assert len(str(caught.value)) < 200
-
-
 def test_texts_are_encoded_with_bos_and_without_eos(tokenizer: Tokenizer) -> None:
     texts = ["", "The fox", " a\n"]
     encoded = encode_texts(texts, "prompts", tokenizer, 64)
@@ -142,10 +137,11 @@ def test_an_unsafe_dialog_may_be_of_any_length(tokenizer: Tokenizer) -> None:
     [
         ([], r"^dialogs must have at least one element, got none$"),
         ("text", r"^dialogs must be a list of dialogs, got str$"),
-        (dialog("a"), r"^dialogs\[0\] must be a list of messages, got dict$"),
         ([dialog("a"), []], r"^dialogs\[1\] must have at least one element, got none$"),
-        ([dialog("a"), dialog("b", "c")], r"^dialogs\[1\]\[1\], the last message, must have role 'user', got 'ass"),
-        ([dialog("[INST]"), dialog("b", "c")], r"^dialogs\[1\]\[1\], the last message"),
+        (
+            [dialog("[INST]"), dialog("b", "c")],
+            r"^dialogs\[1\]\[1\], the last message, must have role 'user', got 'ass",
+        ),
         ([dialog("a"), dialog(200 * "b")], r"^dialogs\[1\] must have at most max_seq_len=64 tokens, got \d+$"),
     ],
 )
@@ -154,10 +150,11 @@ def test_wrong_dialogs_are_refused(tokenizer: Tokenizer, dialogs: Any, message: 
         encode_dialogs(dialogs, tokenizer, 64)
 
 
-def test_a_dialog_may_be_a_deque(tokenizer: Tokenizer) -> None:
+def test_a_dialog_may_be_a_deque_and_a_message_any_mapping_with_further_keys(tokenizer: Tokenizer) -> None:
     """As a chat may hold its history, to drop the oldest turns."""
     turns = dialog("a", "b", "c")
-    assert encode_dialogs([deque(turns)], tokenizer, 64) == encode_dialogs([turns], tokenizer, 64)
+    others = deque(MappingProxyType(message | {"name": "Ann"}) for message in turns)
+    assert encode_dialogs([others], tokenizer, 64) == encode_dialogs([turns], tokenizer, 64)
 
 
 def test_a_context_and_its_text_are_encoded_as_one(tokenizer: Tokenizer) -> None:
@@ -199,8 +196,5 @@ def test_wrong_continuations_are_refused(tokenizer: Tokenizer, contexts: Any, te
 def test_a_text_that_no_encoding_takes_is_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"^prompts\[1\].* surrogate"):
         encode_texts(["a", "\udcff"], "prompts", tokenizer, 64)
-
-
-def test_a_dialog_that_no_encoding_takes_is_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"^dialogs\[1\].* surrogate"):
         encode_dialogs([dialog("a"), dialog("b", "c", "\udcff")], tokenizer, 64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,24 +15,12 @@ from torch import Tensor
 
 from llama import Llama, ModelArgs
 from llama.checkpoint import loading
-from llama.checkpoint.format import tensor_shapes
 from llama.checkpoint.loading import load_to_device
 from llama.checkpoint.reading import load_shard
 from tests.checkpoint.conftest import MAPS, mapped_file
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
-
-
-def resident(path: Path) -> int:
-    """Bytes that this process holds of a mapped file."""
-    total, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = line.endswith(f" {path}")
-        elif inside and line.startswith("Rss:"):
-            total += 1024 * int(line.split()[1])
-    return total
 
 
 def test_both_errors_are_raised_under_python_o(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -69,21 +56,6 @@ def test_moved_tensors_are_copies_in_the_new_dtype(
         assert torch.equal(tensor, state[name].to(dtype))
         assert mapped_file(tensor.data_ptr()) != str(path)
         assert torch.equal(mapped[name], state[name])  # what was given back is read from the file again
-
-
-@pytest.mark.skipif(not MAPS.exists(), reason="needs /proc, to see what is held of a mapped file")
-def test_moving_holds_no_second_copy(tmp_path: Path) -> None:
-    """Of what was read from the file, little is left in memory once it stands there in another dtype."""
-    args = ModelArgs(dim=512, n_layers=1, n_heads=8, vocab_size=4096)
-    state = {name: torch.ones(shape) for name, shape in tensor_shapes(args, 1).items()}
-    path = tmp_path / "consolidated.00.pth"
-    torch.save(state, path)
-    shard = load_shard(path, args, 1)
-    mapped = dict(shard)
-    assert all(tensor.sum() == tensor.numel() for tensor in mapped.values())
-    assert resident(path) > 0.9 * path.stat().st_size
-    load_to_device(shard, path, device=CPU, dtype=torch.bfloat16)
-    assert resident(path) < 0.1 * path.stat().st_size
 
 
 class FakeEvent:

@@ -10,13 +10,12 @@ import copy
 import dataclasses
 import inspect
 import json
-import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -32,7 +31,7 @@ import llama
 import llama.generation
 import llama.model
 import llama.tokenizer
-from llama import Dialog, LLaMA, Llama
+from llama import LLaMA, Llama
 from llama.generation import sample_top_p
 from llama.model import (
     Attention,
@@ -50,84 +49,41 @@ from llama.tokenizer import Tokenizer
 from tests.support import oracle
 
 ROOT = Path(__file__).parents[2]
-REQUIRED = object()
 # Each callable's parameters in Meta's order, with their defaults. Ours may have more behind them, by keyword only.
-SIGNATURES: dict[str, dict[str, Any]] = {
-    "generation.Llama.build": {
-        "ckpt_dir": REQUIRED,
-        "tokenizer_path": REQUIRED,
-        "max_seq_len": REQUIRED,
-        "max_batch_size": REQUIRED,
-        "model_parallel_size": None,
-        "seed": 1,
-    },
-    "generation.Llama.__init__": {"model": REQUIRED, "tokenizer": REQUIRED},
-    "generation.Llama.generate": {
-        "prompt_tokens": REQUIRED,
-        "max_gen_len": REQUIRED,
-        "temperature": 0.6,
-        "top_p": 0.9,
-        "logprobs": False,
-        "echo": False,
-        "stop_token": None,  # Code Llama's
-    },
-    "generation.Llama.text_infilling": {
-        "prefixes": REQUIRED,
-        "suffixes": REQUIRED,
-        "temperature": 0.6,
-        "top_p": 0.9,
-        "max_gen_len": None,
-        "logprobs": False,
-        "suffix_first": False,
-    },
-    "generation.infilling_prompt_tokens": {
-        "tokenizer": REQUIRED,
-        "pre": REQUIRED,
-        "suf": REQUIRED,
-        "suffix_first": False,
-    },
-    "generation.dialog_prompt_tokens": {"tokenizer": REQUIRED, "dialog": REQUIRED},
-    "generation.Llama.text_completion": {
-        "prompts": REQUIRED,
-        "temperature": 0.6,
-        "top_p": 0.9,
-        "max_gen_len": None,
-        "logprobs": False,
-        "echo": False,
-    },
-    "generation.Llama.chat_completion": {
-        "dialogs": REQUIRED,
-        "temperature": 0.6,
-        "top_p": 0.9,
-        "max_gen_len": None,
-        "logprobs": False,
-    },
-    "generation.sample_top_p": {"probs": REQUIRED, "p": REQUIRED},
-    "tokenizer.Tokenizer.__init__": {"model_path": REQUIRED},
-    "tokenizer.Tokenizer.encode": {"s": REQUIRED, "bos": REQUIRED, "eos": REQUIRED},
-    "tokenizer.Tokenizer.decode": {"t": REQUIRED},
-    "tokenizer.Tokenizer.token_piece": {"t": REQUIRED},
-    "tokenizer.Tokenizer.encode_infilling": {"s": REQUIRED},
-    "tokenizer.Tokenizer.decode_infilling": {"t": REQUIRED},
-    "model.RMSNorm.__init__": {"dim": REQUIRED, "eps": 1e-6},
-    "model.RMSNorm.forward": {"x": REQUIRED},
-    "model.precompute_freqs_cis": {"dim": REQUIRED, "end": REQUIRED, "theta": 10000.0},
-    "model.reshape_for_broadcast": {"freqs_cis": REQUIRED, "x": REQUIRED},
-    "model.apply_rotary_emb": {"xq": REQUIRED, "xk": REQUIRED, "freqs_cis": REQUIRED},
-    "model.repeat_kv": {"x": REQUIRED, "n_rep": REQUIRED},
-    "model.Attention.__init__": {"args": REQUIRED},
-    "model.Attention.forward": {"x": REQUIRED, "start_pos": REQUIRED, "freqs_cis": REQUIRED, "mask": REQUIRED},
-    "model.FeedForward.__init__": {
-        "dim": REQUIRED,
-        "hidden_dim": REQUIRED,
-        "multiple_of": REQUIRED,
-        "ffn_dim_multiplier": REQUIRED,
-    },
-    "model.FeedForward.forward": {"x": REQUIRED},
-    "model.TransformerBlock.__init__": {"layer_id": REQUIRED, "args": REQUIRED},
-    "model.TransformerBlock.forward": {"x": REQUIRED, "start_pos": REQUIRED, "freqs_cis": REQUIRED, "mask": REQUIRED},
-    "model.Transformer.__init__": {"params": REQUIRED},
-    "model.Transformer.forward": {"tokens": REQUIRED, "start_pos": REQUIRED},
+SIGNATURES = {
+    "generation.Llama.build": "ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size=None, seed=1",
+    "generation.Llama.__init__": "model, tokenizer",
+    "generation.Llama.generate": "prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, "
+    "stop_token=None",  # Code Llama's
+    "generation.Llama.text_infilling": "prefixes, suffixes, temperature=0.6, top_p=0.9, max_gen_len=None, "
+    "logprobs=False, suffix_first=False",
+    "generation.infilling_prompt_tokens": "tokenizer, pre, suf, suffix_first=False",
+    "generation.dialog_prompt_tokens": "tokenizer, dialog",
+    "generation.Llama.text_completion": "prompts, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
+    "echo=False",
+    "generation.Llama.chat_completion": "dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False",
+    "generation.LLaMA.generate": "prompts, max_gen_len, temperature=0.8, top_p=0.95",  # Llama 1's
+    "generation.sample_top_p": "probs, p",
+    "tokenizer.Tokenizer.__init__": "model_path",
+    "tokenizer.Tokenizer.encode": "s, bos, eos",
+    "tokenizer.Tokenizer.decode": "t",
+    "tokenizer.Tokenizer.token_piece": "t",
+    "tokenizer.Tokenizer.encode_infilling": "s",
+    "tokenizer.Tokenizer.decode_infilling": "t",
+    "model.RMSNorm.__init__": "dim, eps=1e-6",
+    "model.RMSNorm.forward": "x",
+    "model.precompute_freqs_cis": "dim, end, theta=10000.0",
+    "model.reshape_for_broadcast": "freqs_cis, x",
+    "model.apply_rotary_emb": "xq, xk, freqs_cis",
+    "model.repeat_kv": "x, n_rep",
+    "model.Attention.__init__": "args",
+    "model.Attention.forward": "x, start_pos, freqs_cis, mask",
+    "model.FeedForward.__init__": "dim, hidden_dim, multiple_of, ffn_dim_multiplier",
+    "model.FeedForward.forward": "x",
+    "model.TransformerBlock.__init__": "layer_id, args",
+    "model.TransformerBlock.forward": "x, start_pos, freqs_cis, mask",
+    "model.Transformer.__init__": "params",
+    "model.Transformer.forward": "tokens, start_pos",
 }
 ARGS = {
     "dim": 4096,
@@ -148,14 +104,14 @@ def test_signatures_are_metas_with_more_by_keyword_only(name: str) -> None:
     function = llama
     for part in name.split("."):
         function = getattr(function, part)
-    parameters = {key: value for key, value in inspect.signature(function).parameters.items() if key != "self"}
-    positional = {key: p for key, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
-    assert list(positional) == list(SIGNATURES[name])
-    for key, default in SIGNATURES[name].items():
-        assert positional[key].default == (inspect.Parameter.empty if default is REQUIRED else default), key
-    for key, p in parameters.items():
-        optional = p.kind is p.VAR_KEYWORD or (p.kind is p.KEYWORD_ONLY and p.default is not inspect.Parameter.empty)
-        assert key in positional or optional, key
+    metas = inspect.signature(eval(f"lambda {SIGNATURES[name]}: None")).parameters
+    ours = {key: value for key, value in inspect.signature(function).parameters.items() if key != "self"}
+    assert [key for key, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == list(metas)
+    for key, p in ours.items():
+        if key in metas:
+            assert p.default == metas[key].default, key
+        else:
+            assert p.kind is p.VAR_KEYWORD or p.default is not p.empty, key
 
 
 def test_the_hyperparameters_and_their_defaults_are_metas() -> None:
@@ -173,23 +129,15 @@ def test_the_names_of_prompts_and_results_are_metas() -> None:
     g = llama.generation
     assert (g.B_INST, g.E_INST, g.B_SYS, g.E_SYS) == ("[INST]", "[/INST]", "<<SYS>>\n", "\n<</SYS>>\n\n")
     assert list(g.SPECIAL_TAGS) == ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
-    assert g.UNSAFE_ERROR == "Error: special tags are not allowed as part of the prompt."
-    assert (
-        set(get_args(g.Role))
-        == {"system", "user", "assistant"}
-        == set(get_args(Literal["system", "user", "assistant"]))
-    )
+    assert g.UNSAFE_ERROR == "Error: special tags are not allowed as part of the prompt."  # word for word
+    assert set(get_args(g.Role)) == {"system", "user", "assistant"}
     assert g.Message(role="user", content="a") == {"role": "user", "content": "a"}
     assert list(get_type_hints(g.Message)) == ["role", "content", "destination"]  # the last is Code Llama 70B's
     assert {"generation", "tokens", "logprobs"} <= get_type_hints(g.CompletionPrediction).keys()
     assert {"generation", "tokens", "logprobs"} <= get_type_hints(g.ChatPrediction).keys()
-    assert Dialog is g.Dialog and inspect.isfunction(Llama.__dict__["build"].__func__)
-
-
-def test_everything_is_imported_by_a_star() -> None:
     namespace: dict[str, Any] = {}
     exec("from llama import *", namespace)
-    assert namespace["Llama"] is Llama and namespace["Dialog"] is Dialog
+    assert namespace["Llama"] is Llama and namespace["Dialog"] is g.Dialog
 
 
 # ---- the network's parts
@@ -238,21 +186,8 @@ def test_hyperparameters_can_be_assigned_compared_and_subclassed() -> None:
 
 
 def test_another_projects_arguments_are_taken() -> None:
-    @dataclass
-    class Config:
-        dim: int = 64
-        n_layers: int = 1
-        n_heads: int = 4
-        n_kv_heads: int | None = None
-        vocab_size: int = 20
-        multiple_of: int = 16
-        ffn_dim_multiplier: float | None = None
-        norm_eps: float = 1e-5
-        max_batch_size: int = 2
-        max_seq_len: int = 8
-        dropout: float = 0.1
-
-    for config in (Config(), argparse.Namespace(**vars(Config())), SimpleNamespace(**vars(Config()))):
+    fields = vars(small_args()) | {"dropout": 0.1}
+    for config in (argparse.Namespace(**fields), SimpleNamespace(**fields)):
         model = fill(Transformer(config))
         assert model.params is config
         state, tokens = dict(model.state_dict()), torch.tensor([[1, 2, 3]])
@@ -368,7 +303,8 @@ def test_the_functions_on_rotations_take_metas_shapes() -> None:
     assert reshape_for_broadcast(freqs_cis, torch.view_as_complex(x.unflatten(-1, (4, 2)))).shape[-3:] == (5, 1, 4)
     xq, xk = apply_rotary_emb(xq=x, xk=x[:, :, :2], freqs_cis=freqs_cis)
     torch.testing.assert_close(xq, oracle.rotate(x, 10000.0))
-    assert torch.equal(xk, xq[:, :, :2])
+    assert torch.equal(xk, xq[:, :, :2]) and xq.is_contiguous() and xk.is_contiguous()
+    assert [out.dtype for out in apply_rotary_emb(x.bfloat16(), x, freqs_cis)] == [torch.bfloat16, torch.float32]
     assert torch.equal(repeat_kv(x=x, n_rep=3), x.repeat_interleave(3, dim=2)) and repeat_kv(x, 1) is x
     with pytest.raises(AssertionError):
         reshape_for_broadcast(freqs_cis[:4], torch.view_as_complex(x.unflatten(-1, (4, 2))))
@@ -451,20 +387,6 @@ def test_a_custom_generation_loop(toy: Llama) -> None:
         assert row[: len(prompt)] == prompt and row[len(prompt) :][: len(new)] == new
 
 
-def test_perplexity_by_a_custom_loop(toy: Llama) -> None:
-    total, n = 0.0, 0
-    texts = ["The context length of Llama 2 is 4096 tokens.", "I think that the meaning of life is to love."]
-    for text in texts:
-        tokens = torch.tensor([toy.tokenizer.encode(text, bos=True, eos=False)])
-        with torch.no_grad():
-            logits = toy.model.forward(tokens, 0)
-        total += F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum").item()
-        n += tokens.size(1) - 1
-    scores = toy.score(texts)
-    assert total / n == pytest.approx(-sum(score["logprob"] for score in scores) / n, rel=0.02)
-    assert math.exp(total / n) < 20
-
-
 def test_subclasses_of_llama(toy: Llama) -> None:
     class WithoutInit(Llama):
         def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -544,17 +466,16 @@ class OwnAttention(nn.Module):
 
     def __init__(self, args: Any) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
-        self.head_dim = args.dim // args.n_heads
+        n_kv_heads = args.n_kv_heads or args.n_heads
+        self.n_rep, self.head_dim = args.n_heads // n_kv_heads, args.dim // args.n_heads
         options: dict[str, Any] = {"bias": False, "init_method": lambda weight: weight}
-        width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        width, kv_width = args.n_heads * self.head_dim, n_kv_heads * self.head_dim
         self.wq = ColumnParallelLinear(args.dim, width, gather_output=False, **options)
         self.wk = ColumnParallelLinear(args.dim, kv_width, gather_output=False, **options)
         self.wv = ColumnParallelLinear(args.dim, kv_width, gather_output=False, **options)
         self.wo = RowParallelLinear(width, args.dim, input_is_parallel=True, **options)
-        shape = (args.max_batch_size, args.max_seq_len, self.n_kv_heads, self.head_dim)
+        shape = (args.max_batch_size, args.max_seq_len, n_kv_heads, self.head_dim)
         self.cache_k, self.cache_v = torch.zeros(shape), torch.zeros(shape)
-        self.scale = torch.full((1,), self.head_dim**-0.5)
 
     def forward(self, x: Tensor, start_pos: int, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
         bsz, seqlen, _ = x.shape
@@ -563,9 +484,8 @@ class OwnAttention(nn.Module):
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis=freqs_cis)
         self.cache_k, self.cache_v = self.cache_k.to(xq), self.cache_v.to(xq)
         self.cache_k[:bsz, start_pos:end], self.cache_v[:bsz, start_pos:end] = xk, xv
-        n_rep = self.n_heads // self.n_kv_heads
-        keys, values = (repeat_kv(c[:bsz, :end], n_rep).transpose(1, 2) for c in (self.cache_k, self.cache_v))
-        scores = xq.transpose(1, 2) @ keys.transpose(2, 3) * self.scale.to(xq)
+        keys, values = (repeat_kv(c[:bsz, :end], self.n_rep).transpose(1, 2) for c in (self.cache_k, self.cache_v))
+        scores = xq.transpose(1, 2) @ keys.transpose(2, 3) / self.head_dim**0.5
         if mask is not None:
             scores = scores + mask
         heads = F.softmax(scores.float(), dim=-1).type_as(xq) @ values
@@ -615,45 +535,7 @@ def test_a_subclass_of_the_network_with_a_head_and_a_default() -> None:
     assert ranker(torch.tensor([[1, 2, 3]])).shape == (1, 3)
 
 
-def test_blocks_can_be_checkpointed_in_training() -> None:
-    model = fill(Transformer(small_args())).requires_grad_()
-    tokens, freqs_cis = torch.tensor([[1, 2, 3, 4]]), model.freqs_cis[:4]
-    F.cross_entropy(model(tokens, 0)[0, :-1], tokens[0, 1:]).backward()
-    expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    model.zero_grad()
-    h = model.tok_embeddings(tokens)
-    for layer in model.layers:
-        h = checkpointed(layer, h, 0, freqs_cis, causal_mask(4), use_reentrant=False)
-    F.cross_entropy(model.output(model.norm(h))[0, :-1], tokens[0, 1:]).backward()
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight.grad, expected[name])
-
-
 # ---- arguments
-
-
-def test_prompts_and_numbers_of_any_kind_are_taken(llama: Llama) -> None:
-    rows = [[1, 5, 6], [1, 7, 8]]
-    expected = llama.generate(rows, 4, temperature=0)
-    prompts: list[Callable[[], Any]] = [
-        lambda: torch.tensor(rows),
-        lambda: np.array(rows, dtype=np.int32),
-        lambda: tuple(map(tuple, rows)),
-        lambda: [torch.tensor(rows[0]), np.array(rows[1])],
-        lambda: (iter(row) for row in rows),
-        lambda: [[np.int64(1), torch.tensor(5), 6], range(1, 2)],
-    ]
-    for make in prompts[:-1]:
-        assert llama.generate(make(), 4, temperature=0) == expected
-    assert llama.generate(prompts[-1](), 4, temperature=0)[0][0] == expected[0][0]
-    numbers: dict[str, list[Any]] = {
-        "max_gen_len": [np.int64(4), torch.tensor(4)],
-        "temperature": [0, np.float32(0), torch.tensor(0.0)],
-        "top_p": [1, np.float64(0.9), torch.tensor(0.9)],
-    }
-    for name, values in numbers.items():
-        for value in values:
-            assert llama.generate(rows, **{"max_gen_len": 4, "temperature": 0} | {name: value}) == expected
 
 
 def test_errors_that_meta_asserts_are_assertion_errors_and_value_errors(
@@ -694,34 +576,6 @@ def write_second_shard(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def test_decode_passes_its_argument_on(toy: Llama) -> None:
-    tokenizer = toy.tokenizer
-    assert tokenizer.decode(300) == tokenizer.sp_model.decode(300) == tokenizer.decode([300])
-    assert tokenizer.decode([[300, 301], [302]]) == [tokenizer.decode([300, 301]), tokenizer.decode([302])]
-    for ids in ((300, 301), torch.tensor([300, 301]), np.array([300, 301])):
-        assert tokenizer.decode(ids) == tokenizer.decode([300, 301])
-    assert tokenizer.decode([]) == ""
-
-
-def test_a_tokenizer_has_metas_attributes(toy: Llama) -> None:
-    tokenizer = toy.tokenizer
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, -1)
-    assert tokenizer.n_words == tokenizer.sp_model.vocab_size() == toy.model.vocab_size
-    assert tokenizer.encode("a b", True, True) == [1, *tokenizer.sp_model.encode("a b"), 2]
-
-
-def test_results_have_metas_keys_and_dialogs_are_left_as_they_were(toy: Llama) -> None:
-    dialog: Any = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
-    before = json.dumps(dialog)
-    (plain,) = toy.chat_completion([dialog], max_gen_len=3)
-    assert json.dumps(dialog) == before
-    assert plain["generation"]["role"] == "assistant"
-    (scored,) = toy.chat_completion([dialog], max_gen_len=3, logprobs=True)
-    assert len(scored["tokens"]) == len(scored["logprobs"]) > 0
-    (unsafe,) = toy.chat_completion([[{"role": "user", "content": "[INST] a"}]], max_gen_len=3)
-    assert unsafe["generation"]["content"] == llama.generation.UNSAFE_ERROR
-
-
 def test_llama_1s_class_and_files(
     llama: Llama, params: dict[str, Any], state: dict[str, Tensor], tokenizer: Tokenizer
 ) -> None:
@@ -729,9 +583,6 @@ def test_llama_1s_class_and_files(
     names = [f"layers.{i}.attention.inner_attention.rope.freqs" for i in range(params["n_layers"])]
     model = Transformer(ModelArgs(max_seq_len=64, max_batch_size=4, **params))
     model.load_state_dict(state | dict.fromkeys(names, torch.zeros(4)), strict=False)
-    defaults = {p.name: p.default for p in inspect.signature(LLaMA.generate).parameters.values()}
-    assert list(defaults) == ["self", "prompts", "max_gen_len", "temperature", "top_p"]
-    assert (defaults["temperature"], defaults["top_p"]) == (0.8, 0.95)
     prompts = ["The quick brown fox", "Llamas"]
     results = LLaMA(model, tokenizer).generate(prompts, max_gen_len=8, temperature=0)
     expected = llama.text_completion(prompts, temperature=0, max_gen_len=8, echo=True)
@@ -758,21 +609,12 @@ def test_sharded_layers_are_of_fairscales_exact_classes() -> None:
 
 
 def test_layer_classes_replaced_in_the_module_are_constructed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Column(ColumnParallelLinear):
-        pass
-
-    class Row(RowParallelLinear):
-        pass
-
-    class Embedding(ParallelEmbedding):
-        pass
-
-    for name, cls in (("ColumnParallelLinear", Column), ("RowParallelLinear", Row), ("ParallelEmbedding", Embedding)):
-        monkeypatch.setattr(llama.model, name, cls)
+    subclasses = [type("Own", (cls,), {}) for cls in (ColumnParallelLinear, RowParallelLinear, ParallelEmbedding)]
+    for cls in subclasses:
+        monkeypatch.setattr(llama.model, cls.__base__.__name__, cls)
     model = fill(Transformer(small_args()))
     kinds = [type(module) for module in model.modules()]
-    found = [kinds.count(cls) for cls in (Column, Row, Embedding)]
-    assert found == [5 * model.n_layers + 1, 2 * model.n_layers, 1]
+    assert [kinds.count(cls) for cls in subclasses] == [5 * model.n_layers + 1, 2 * model.n_layers, 1]
     assert model(torch.tensor([[1, 2]]), 0).isfinite().all()
 
 
@@ -797,15 +639,6 @@ def test_a_custom_norm_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(norm._norm(x), expected)
     monkeypatch.setattr(RMSNorm, "_norm", lambda self, x: 2 * x)
     assert norm(x).equal(2 * x)
-
-
-def test_rotations_are_contiguous_and_in_the_dtype_of_each_input() -> None:
-    xq, xk = torch.randn(2, 5, 4, 8).bfloat16(), torch.randn(2, 5, 2, 8)
-    rotated = apply_rotary_emb(xq, xk, precompute_freqs_cis(8, 5))
-    for x, out in zip((xq, xk), rotated, strict=True):
-        assert out.dtype == x.dtype and out.shape == x.shape and out.is_contiguous()
-    complex_x = torch.zeros(2, 5, 4, 4, dtype=torch.complex64)
-    assert reshape_for_broadcast(precompute_freqs_cis(8, 5), complex_x).shape == (1, 5, 1, 4)
 
 
 def test_sizes_may_be_numpys() -> None:
@@ -865,12 +698,7 @@ def test_a_network_without_a_vocabulary_size_has_the_tokenizers(toy: Llama) -> N
 
 
 def test_classes_replaced_in_the_module_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Network(Transformer):
-        pass
-
-    class Words(Tokenizer):
-        pass
-
+    Network, Words = type("Network", (Transformer,), {}), type("Words", (Tokenizer,), {})
     monkeypatch.setattr(llama.generation, "Transformer", Network)
     monkeypatch.setattr(llama.generation, "Tokenizer", Words)
     built = toy_of()
@@ -908,15 +736,13 @@ def test_data_assigned_to_a_cache_counts_and_its_views_are_plain_tensors_elsewhe
 @pytest.mark.parametrize("prompts", [["The best llama"], ["The best llama"] * 3])
 def test_hooks_compute_with_the_position_where_rows_share_one(toy: Llama, prompts: list[str]) -> None:
     """They slice the cache by it, and compare it with 0, as in Meta's package."""
-    seen = []
+    widths: list[int] = []
 
     def watch(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         x, start_pos = args[:2]
-        bsz, n = x.shape[:2]
-        first = 0
-        if start_pos == 0:
-            first = 1
-        seen.append((first, start_pos, n, module.cache_k[:bsz, : start_pos + n].shape[1]))
+        assert type(start_pos) is int and start_pos == sum(widths)
+        widths.append(x.size(1))
+        assert module.cache_k[: len(x), : start_pos + x.size(1)].size(1) == sum(widths)
 
     expected = greedy(toy, prompts, n=4)
     handle = toy.model.layers[0].attention.register_forward_hook(watch)
@@ -924,24 +750,20 @@ def test_hooks_compute_with_the_position_where_rows_share_one(toy: Llama, prompt
         assert greedy(toy, prompts, n=4) == expected
     finally:
         handle.remove()
-    assert [first for first, *_ in seen] == [1] + [0] * (len(seen) - 1) and len(seen) >= 3
-    end = 0
-    for _, start_pos, n, length in seen:
-        assert type(start_pos) is int and start_pos == end
-        end += n
-        assert length == end
+    assert len(widths) >= 3
 
 
-def test_blocks_can_be_checkpointed_in_a_pass_without_the_cache() -> None:
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
+def test_blocks_can_be_checkpointed_in_training(options: dict[str, bool]) -> None:
     model = fill(Transformer(small_args())).requires_grad_()
-    tokens = torch.randint(1, model.vocab_size, (5, 6), generator=torch.Generator().manual_seed(0))
-    model(tokens, 0, use_cache=False).square().sum().backward()
+    tokens = torch.randint(1, model.vocab_size, (3, 6), generator=torch.Generator().manual_seed(0))
+    model(tokens, 0, **options).square().sum().backward()
     expected = [weight.grad for weight in model.parameters()]
     model.zero_grad()
     for block in model.layers:
         forward = block.forward
         block.forward = lambda *args, forward=forward: checkpointed(forward, *args, use_reentrant=False)
-    model(tokens, 0, use_cache=False).square().sum().backward()
+    model(tokens, 0, **options).square().sum().backward()
     for weight, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient)
 

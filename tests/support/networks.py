@@ -1,10 +1,12 @@
-"""A small random network, for tests of what runs it."""
+"""Small random networks, for tests of what runs them."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llama import ModelArgs, Transformer
 from llama.distributed.groups import init_process_groups
@@ -38,4 +40,31 @@ def make_network(
     for layer in model.layers:
         layer.attention.cache.keys.fill_(100.0)
         layer.attention.cache.values.fill_(100.0)
+    return model
+
+
+class ForwardOnly:
+    """All that Meta's own loop asks of a network: `params`, and `forward` with one int position for all rows."""
+
+    def __init__(self, state: oracle.State, max_batch_size: int) -> None:
+        self.params = SimpleNamespace(**PARAMS, max_batch_size=max_batch_size, max_seq_len=MAX_SEQ_LEN)
+        self._state = state
+        self._seen = torch.zeros((max_batch_size, MAX_SEQ_LEN), dtype=torch.int64)
+
+    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
+        assert type(start_pos) is int
+        bsz, end = tokens.size(0), start_pos + tokens.size(1)
+        self._seen[:bsz, start_pos:end] = tokens
+        return oracle.logits(self._state, PARAMS, self._seen[:bsz, :end])[:, start_pos:]
+
+
+def patched(model: Transformer) -> Transformer:
+    """The network with a `forward` that takes an int start_pos, as Meta's does."""
+    forward = model.forward
+
+    def int_forward(tokens: Tensor, start_pos: int) -> Tensor:
+        assert type(start_pos) is int
+        return forward(tokens, start_pos)
+
+    model.forward = int_forward  # type: ignore[method-assign, assignment]
     return model

@@ -1,17 +1,25 @@
-"""Calls of the engine in one line, for tests of the loop."""
+"""Calls of the engine in one line, and the passes that they make, for tests of the loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
 
+from llama import Llama
 from llama.engine.cuda_graphs import Stepper
 from llama.engine.engine import engine_of
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import Call, TokenResult
 from llama.engine.sequence import Sequence as EngineSequence
+
+
+def greedy(prompt: Sequence[int], max_gen_len: int) -> EngineSequence:
+    return EngineSequence(list(prompt), Sampler(0.0, 1.0, 1, torch.Generator()), 0, max_gen_len, frozenset())
 
 
 def decode(
@@ -49,3 +57,23 @@ def decode(
 
     engine = engine_of(model, stepper)
     yield from engine.run(Call(sequence(place, prompt) for place, prompt in enumerate(prompts)))
+
+
+@contextmanager
+def seen_tokens(model: Any) -> Iterator[list[Tensor]]:
+    """What goes into the network meanwhile: the (bsz, seqlen) ids of each pass."""
+    passes: list[Tensor] = []
+    handle = model.tok_embeddings.register_forward_pre_hook(lambda _, args: passes.append(args[0].clone()))
+    yield passes
+    handle.remove()
+
+
+@contextmanager
+def dictated(llama: Llama, ids: Sequence[int]) -> Iterator[None]:
+    """The network finds these ids the likeliest, one after the other, and then EOS."""
+    script = iter([*ids, llama.tokenizer.eos_id])
+    handle = llama.model.output.register_forward_hook(
+        lambda _, args, out: 9.0 * one_hot(torch.full(out.shape[:-1], next(script)), out.shape[-1])
+    )
+    yield
+    handle.remove()
