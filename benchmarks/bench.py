@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,8 +31,9 @@ from benchmarks.peers import ENGINES, PEERS, Ours
 from benchmarks.report import Round
 from benchmarks.worker import (
     LOAD,
-    EngineProcess,
+    Figures,
     Job,
+    engine_process,
     left_out_if_it_fails,
     numbers,
     peer_pythons,
@@ -50,7 +51,7 @@ PASSES = 4
 def main(
     shape: str = "1b",
     *,
-    peers: str | Sequence[str] = "",
+    peers: str = "",
     device: str = "cpu",
     dtype: str = "bfloat16",
     quantize: str | None = None,
@@ -61,7 +62,7 @@ def main(
     prefills: Sequence[int] = (16, 128, 512),
     decode_steps: int = 48,
     one_at_a_time: bool = False,
-    peer_python: str | Sequence[str] = "",
+    peer_python: str = "",
     profile_step: bool = False,
     json: str | None = None,
     plot: str | None = None,
@@ -94,10 +95,9 @@ def main(
     """
     _check(repeats, quantize, plot, json)
     if readings:
-        report.plot(report.read(Path(readings)), Path(plot or "performance.svg"))
+        report.plot(Path(readings).read_text(encoding="utf-8"), Path(plot or "performance.svg"))
         return
-    known = [peer for peer in PEERS if device == "cpu" or not ENGINES[peer].cpu_only]
-    found = peer_pythons(peers, peer_python, known)
+    found = peer_pythons(peers, peer_python, [p for p in PEERS if device == "cpu" or not ENGINES[p].cpu_only])
     n_threads = threads or available_cores()
     torch.set_num_threads(n_threads)
     sizes = {"decode_batches": numbers(batches), "prefill_lengths": numbers(prefills), "decode_steps": decode_steps}
@@ -106,19 +106,19 @@ def main(
         if profile_step:
             print(step_profile(job, quantize))
             return
-        pythons = dict.fromkeys(_own_engines(job, quantize, compiled=compile), sys.executable)
-        pythons |= found
+        pythons = dict.fromkeys(_own_engines(job, quantize, compiled=compile), sys.executable) | found
         rounds = run_rounds(job, pythons, repeats, one_at_a_time=one_at_a_time)
         versions = {engine: version(ENGINES[engine].install.split()[0], pythons[engine]) for engine in pythons}
     context = {"shape": shape, "device": device, "dtype": dtype, "threads": n_threads}
     context |= {"machine": describe_machine(device), "versions": versions}
     lines, ratios = report.engine_lines(rounds), report.ratio_lines(rounds)
-    title = f"{shape}, {dtype}, {device}, {n_threads} threads, {repeats} rounds: {report.cpu_model()}"
-    print(report.page(f"{title}\n{versions}", lines, ratios))
+    print(f"{shape}, {dtype}, {device}, {n_threads} threads, {repeats} rounds: {report.cpu_model()}\n{versions}\n")
+    print(f"{report.page(lines, ratios)}\n\n{report.LEGEND}")
+    readings = report.json_lines([*lines, *ratios], context)
     if json:
-        Path(json).write_text(report.json_lines([*lines, *ratios], context), encoding="utf-8")
+        Path(json).write_text(readings, encoding="utf-8")
     if plot:
-        report.plot([(line, context) for line in lines], Path(plot))
+        report.plot(readings, Path(plot))
 
 
 def _check(repeats: int, quantize: str | None, plot: str | None, json: str | None) -> None:
@@ -146,14 +146,7 @@ def _own_engines(job: Job, quantize: str | None, *, compiled: bool) -> list[str]
 
 
 def run_rounds(job: Job, pythons: dict[str, str], repeats: int, *, one_at_a_time: bool) -> list[Round]:
-    """The figures of each round. A peer that fails is left out from there on.
-
-    Args:
-        pythons: of each engine, in the order of a round; loses those that fail.
-
-    Raises:
-        RuntimeError: our own process failed.
-    """
+    """The figures of each round. A peer that fails is left out from there on, and taken out of `pythons`."""
     for engine in list(pythons):
         say(f"{engine}: writing its files")
         if engine in PEERS:
@@ -174,14 +167,14 @@ def run_rounds(job: Job, pythons: dict[str, str], repeats: int, *, one_at_a_time
 def _take_turns(group: Sequence[str], pythons: dict[str, str], job: Job) -> Round:
     """Every figure of engines that stay loaded until the last of them is through."""
     found: Round = {engine: {} for engine in group}
-    running: dict[str, EngineProcess] = {}
+    running: dict[str, Callable[[str], Figures]] = {}
     with ExitStack() as stack:
         for turn in job.turns:
             for engine in filter(pythons.__contains__, group):
                 with left_out_if_it_fails(engine, ENGINES[engine].install, pythons):
                     if turn == LOAD:
-                        running[engine] = stack.enter_context(EngineProcess(engine, pythons[engine], job))
-                    figures = running[engine].take_turn(turn)
+                        running[engine] = stack.enter_context(engine_process(engine, pythons[engine], job))
+                    figures = running[engine](turn)
                     found[engine] |= figures
                     for figure, value in figures.items():
                         say(f"  {engine}: {figure} {report.shown(value)} {report.unit_of(figure)}")
@@ -189,12 +182,7 @@ def _take_turns(group: Sequence[str], pythons: dict[str, str], job: Job) -> Roun
 
 
 def limits(job: Job, engines: Sequence[str]) -> Round:
-    """The tokens per second at batch 1 that reading the weights allows now, by form of weights.
-
-    The machine's speed is that of the best of several kernels that read a large buffer with little arithmetic per
-    byte: which one comes closest to the memory's speed differs between machines. On CUDA a copy, which reads and
-    writes.
-    """
+    """The tokens per second at batch 1 that reading the weights allows now, by form of weights."""
     bandwidth = _read_bandwidth(job.device)
     forms = dict.fromkeys(ENGINES[engine].form for engine in engines)
     return {
@@ -204,7 +192,10 @@ def limits(job: Job, engines: Sequence[str]) -> Round:
 
 @torch.inference_mode()
 def _read_bandwidth(device: str) -> float:
-    """Bytes per second in the fastest pass over the buffer, after one that warms up."""
+    """Bytes per second of the fastest of several kernels that read a large buffer with little arithmetic per byte.
+
+    Which of them comes closest to the memory's speed differs between machines. On CUDA a copy, which reads and writes.
+    """
     buffer = torch.ones(BUFFER_BYTES // 4, device=device)
     halves = buffer.view(torch.bfloat16).view(-1, 4096)  # the same bytes: zeros and ones in turn
     row = torch.ones(1, 4096, dtype=torch.bfloat16, device=device)
@@ -212,15 +203,11 @@ def _read_bandwidth(device: str) -> float:
     if device.startswith("cuda"):
         target = torch.empty_like(buffer[: len(buffer) // 2])
         readers = [lambda: (target.copy_(buffer[: len(target)]), torch.cuda.synchronize())]
+    seconds = []
     for read in readers:
-        read()
-    return BUFFER_BYTES / min(_seconds(read) for _ in range(PASSES) for read in readers)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+        read()  # warms up
+        seconds += timeit.repeat(read, number=1, repeat=PASSES)
+    return BUFFER_BYTES / min(seconds)
 
 
 def step_profile(job: Job, quantize: str | None) -> str:
@@ -238,20 +225,11 @@ def step_profile(job: Job, quantize: str | None) -> str:
     return f"a step takes {1e3 * step:.1f} ms; reading its weights and cache {1e3 * limit:.1f} ms\n{table}"
 
 
-def describe_machine(device: str) -> dict[str, str | int | float]:
-    """Processor, cores, memory and versions, as they go into every JSON line."""
-    described: dict[str, str | int | float] = {
-        "cpu": report.cpu_model(),
-        "cores": available_cores(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if device.startswith("cuda"):
-        described["gpu"] = torch.cuda.get_device_name(device)
-    return described
+def describe_machine(device: str) -> dict[str, str | int]:
+    """Processor, cores and versions, as they go into every JSON line."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}
+    versions = {"system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
+    return {"cpu": report.cpu_model(), "cores": available_cores(), **gpu, **versions}
 
 
 if __name__ == "__main__":

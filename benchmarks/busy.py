@@ -11,8 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
@@ -29,7 +27,7 @@ TOY = Path(__file__).parent.parent / "tiny-llama"
 
 
 def main(
-    shapes: str | Sequence[str] = "toy,110m,1b",
+    shapes: str = "toy,110m,1b",
     *,
     loops: int | None = None,
     repeats: int = 5,
@@ -48,43 +46,29 @@ def main(
     n_loops = available_cores() if loops is None else loops
     print(f"{n_loops} busy loops on {available_cores()} cores, answers of {tokens} tokens, torch {torch.__version__}")
     print(f"{'shape':8}  {'idle, s':>8}  {'busy, s':>8}  {'ratio':>6}")
-    for shape in shapes.split(",") if isinstance(shapes, str) else shapes:
-        llama = _build(shape)
-        _seconds(llama, tokens)  # warms up
-        idle: list[float] = []
-        busy: list[float] = []
+    for shape in shapes.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            job = None if shape == "toy" else make_job(shape, Path(folder))
+            paths = (job.ckpt_dir, job.tokenizer_path) if job else (TOY, TOY / "tokenizer.model")
+            llama = Llama.build(*paths, 256, 1, device="cpu")
+        _seconds(llama, tokens, 0)  # warms up
+        times: dict[int, list[float]] = {0: [], n_loops: []}
         for _ in range(repeats):
-            time.sleep(wait)
-            idle.append(_seconds(llama, tokens))
-            time.sleep(wait)
-            with _busy(n_loops):
-                busy.append(_seconds(llama, tokens))
-        a, b = statistics.median(idle), statistics.median(busy)
-        print(f"{shape:8}  {a:8.3f}  {b:8.3f}  {b / a:6.1f}", flush=True)
+            for n, seconds in times.items():
+                time.sleep(wait)
+                seconds.append(_seconds(llama, tokens, n))
+        idle, busy = map(statistics.median, times.values())
+        print(f"{shape:8}  {idle:8.3f}  {busy:8.3f}  {busy / idle:6.1f}", flush=True)
 
 
-def _build(shape: str) -> Llama:
-    if shape == "toy":
-        return Llama.build(TOY, TOY / "tokenizer.model", 256, 1, device="cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        job = make_job(shape, Path(folder))
-        return Llama.build(job.ckpt_dir, job.tokenizer_path, 256, 1, device="cpu")
-
-
-def _seconds(llama: Llama, n_tokens: int) -> float:
-    """The time of one greedy answer."""
-    started = time.perf_counter()
-    llama.generate([list(range(3, 67))], n_tokens, temperature=0, ignore_eos=True)
-    return time.perf_counter() - started
-
-
-@contextmanager
-def _busy(n: int) -> Iterator[None]:
-    """Run n busy loops meanwhile."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+def _seconds(llama: Llama, n_tokens: int, n_loops: int) -> float:
+    """The time of one greedy answer while that many busy loops run."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_loops)]
     try:
         time.sleep(0.2)  # until they run
-        yield
+        started = time.perf_counter()
+        llama.generate([list(range(3, 67))], n_tokens, temperature=0, ignore_eos=True)
+        return time.perf_counter() - started
     finally:
         for loop in loops:
             loop.kill()

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.worker import Job
 from llama import ModelArgs, Tokenizer
 from llama.checkpoint.format import tensor_shapes
+from llama.distributed.device import DTYPES
 from llama.tools.convert import to_hf
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -23,7 +24,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "multiple_of": 256},
     "13b": {"dim": 5120, "n_layers": 40, "n_heads": 40, "vocab_size": 32000, "multiple_of": 256},
 }
-DTYPES = ("bfloat16", "float16", "float32")
 _SIZES = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "norm_eps", "rope_theta")
 _FIRST_CHARACTER = 0x20000  # of a plane with more ideographs than any vocabulary has pieces
 _CONTROL_PIECES = 3
@@ -65,25 +65,19 @@ def write_tokenizer(path: Path, n_pieces: int) -> None:
 
 
 def make_job(shape: str, folder: Path, dtype: str = "bfloat16", **sizes: Any) -> Job:
-    """A job for a network of random weights, whose files it writes, with a tokenizer of the right size.
-
-    Args:
-        sizes: further fields of the job.
-    """
+    """A job, with these further fields, for a network of random weights, whose files and tokenizer it writes."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     args = ModelArgs(**SHAPES[shape])
-    checkpoint = folder / "checkpoint"
+    checkpoint, tokenizer = folder / "checkpoint", folder / "tokenizer.model"
     checkpoint.mkdir(parents=True)
     (checkpoint / "params.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
-    torch.save(_random_state(args, getattr(torch, dtype)), checkpoint / "consolidated.00.pth")
-    write_tokenizer(folder / "tokenizer.model", args.vocab_size)
+    torch.save(_random_state(args, DTYPES[dtype]), checkpoint / "consolidated.00.pth")
+    write_tokenizer(tokenizer, args.vocab_size)
     sizes |= {name: getattr(args, name) for name in _SIZES}
-    paths = {"ckpt_dir": checkpoint, "tokenizer_path": folder / "tokenizer.model", "folder": folder}
-    sizes |= {name: str(path) for name, path in paths.items()}
-    return Job(shape=shape, n_kv_heads=args.kv_heads, dtype=dtype, **sizes)
+    return Job(str(checkpoint), str(tokenizer), str(folder), n_kv_heads=args.kv_heads, dtype=dtype, **sizes)
 
 
 def write_hf_folder(job: Job) -> None:
@@ -108,15 +102,12 @@ def write_hf_folder(job: Job) -> None:
 
 
 def bytes_per_decode_step(job: Job, form: str = "") -> float:
-    """Bytes that one decode step has to read at batch 1.
+    """Bytes that one decode step has to read at batch 1, with weights in the `form` of an engine, but for their scales.
 
     Every weight but the embedding table, of which it reads one row, and the keys and values that are there in the
     middle of the timed steps.
-
-    Args:
-        form: of the weights, "int8" or "int4", whose scales are left out; "" for the job's dtype.
     """
-    itemsize = getattr(torch, job.dtype).itemsize
+    itemsize = DTYPES[job.dtype].itemsize
     head_dim = job.dim // job.n_heads
     per_layer = job.dim * (2 * job.dim + 2 * job.n_kv_heads * head_dim + 3 * job.hidden_dim + 2)
     weights = job.n_layers * per_layer + job.vocab_size * job.dim + job.dim

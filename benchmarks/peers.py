@@ -7,15 +7,13 @@ convert from transformers' format find it in `job.hf_folder`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.worker import Adapter, Job
 
 if TYPE_CHECKING:
     import gguf
-    import numpy as np
     import openvino as ov
 
     from llama import Llama
@@ -153,38 +151,25 @@ class LlamaCpp(Adapter):
         writer = gguf.GGUFWriter(gguf_file(job, variant), "llama")
         writer.add_file_type(gguf.LlamaFileType[("ALL_" if short == "f32" else "MOSTLY_") + short.upper()])
         _add_gguf_sizes(writer, job)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, job.n_layers)
         shard = next(Path(job.ckpt_dir).glob("*.pth"))
         for name, tensor in torch.load(shard, map_location="cpu", weights_only=True, mmap=True).items():
             if tensor.dim() == 1:
-                writer.add_tensor(_gguf_name(name), tensor.float().numpy())
-                continue
-            if variant:
-                numbers = gguf.quants.quantize(tensor.float().numpy(), kind)
+                numbers, form = tensor.float().numpy(), None
+            elif variant:
+                numbers, form = gguf.quants.quantize(tensor.float().numpy(), kind), kind
             else:
                 whole = tensor.to(getattr(torch, job.dtype))
-                numbers = (whole.view(torch.int16) if short == "bf16" else whole).numpy()  # numpy has no bfloat16
-            writer.add_tensor(_gguf_name(name), numbers, raw_dtype=kind)
+                numbers, form = (whole.view(torch.int16) if short == "bf16" else whole).numpy(), kind  # no bfloat16
+            writer.add_tensor(names.get_name(name, try_suffixes=[".weight"]), numbers, raw_dtype=form)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
 
-_GGUF_NAMES = {
-    **{"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"},
-    **{"attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output"},
-    **{"feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up"},
-    **{"attention_norm": "attn_norm", "ffn_norm": "ffn_norm"},
-}
-
-
 def gguf_file(job: Job, variant: str = "") -> Path:
     return Path(job.folder) / f"model-{variant or job.dtype}.gguf"
-
-
-def _gguf_name(name: str) -> str:
-    _, layer, in_layer = name.split(".", 2) if name.startswith("layers.") else ("", "", name)
-    return (f"blk.{layer}." if layer else "") + _GGUF_NAMES[in_layer.removesuffix(".weight")] + ".weight"
 
 
 def _add_gguf_sizes(writer: gguf.GGUFWriter, job: Job) -> None:
@@ -267,23 +252,18 @@ class OpenVino(Adapter):
         import numpy as np
 
         self.request.reset_state()
-        tokens = np.array(prompts, dtype=np.int64)
-        end = 0
+        tokens, end = np.array(prompts, dtype=np.int64), 0
         for _ in range(n_tokens):
             begin, end = end, end + tokens.shape[1]
-            tokens = self._logits(tokens, begin, end)[:, -1:].argmax(-1)
+            values = {
+                "input_ids": tokens,
+                "attention_mask": np.ones((len(tokens), end), dtype=np.int64),
+                "position_ids": np.arange(begin, end, dtype=np.int64)[None].repeat(len(tokens), 0),
+                "beam_idx": np.arange(len(tokens), dtype=np.int32),
+            }
+            answer = self.request.infer({name: values[name] for name in values if name in self.inputs})
+            tokens = answer["logits"][:, -1:].argmax(-1)
             tick()
-
-    def _logits(self, tokens: np.ndarray, begin: int, end: int) -> Any:
-        import numpy as np
-
-        values = {
-            "input_ids": tokens,
-            "attention_mask": np.ones((len(tokens), end), dtype=np.int64),
-            "position_ids": np.arange(begin, end, dtype=np.int64)[None].repeat(len(tokens), 0),
-            "beam_idx": np.arange(len(tokens), dtype=np.int32),
-        }
-        return self.request.infer({name: values[name] for name in values if name in self.inputs})["logits"]
 
 
 def _keep_last_position(model: ov.Model) -> None:
@@ -343,23 +323,14 @@ class CTranslate2(Adapter):
         )
 
 
-@dataclass(frozen=True)
-class Engine:
-    """An adapter, and what it needs.
-
-    Attributes:
-        variant: of the adapter's engine.
-        form: of its weights, "int8" or "int4"; "" for the job's dtype.
-        imports: modules that it imports before it loads.
-        install: what to give to pip for them; the first names the engine's version.
-        cpu_only: whether it is measured on CPUs only.
-    """
+class Engine(NamedTuple):
+    """An adapter, and what it needs."""
 
     adapter: type[Adapter]
     variant: str = ""
-    form: str = ""
-    imports: str = "torch llama"
-    install: str = "torch fairscale"
+    form: str = ""  # of the weights, "int8" or "int4"; "" for the job's dtype
+    imports: str = "torch llama"  # modules that are imported before it loads
+    install: str = "torch fairscale"  # what to give to pip for them; the first names the engine's version
     cpu_only: bool = False
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Round = dict[str, dict[str, float]]  # engine -> figure -> value
-_UNITS = {"load": "s", "first": "s", "prefill": "tok/s", "decode": "tok/s", "peak": "GiB"}  # by a figure's first word
+_UNITS = {  # by a figure's first word
+    **{"load": "s", "first": "s", "prefill": "tok/s", "decode": "tok/s", "peak": "GiB"},
+    **{"tokens": "", "rate": "tok/s", "between": "s"},
+}
 _LESS_IS_BETTER = ("load", "first_token", "peak_memory")
-_LEGEND = """\
+LEGEND = """\
 ours_...      this library: max_batch_1 in a build for a single row, int8 and int4 with quantize=, compiled with
               compile=True
 limit_...     decode_1 if it did nothing but read weights (in int8, int4) and cache at the memory's speed
@@ -34,14 +38,7 @@ peak_memory   resident, with libraries and mapped files\
 
 @dataclass(frozen=True)
 class Line:
-    """One figure over the rounds.
-
-    Attributes:
-        figure: its name, such as "decode_8".
-        engine: whose it is; for a ratio "OURS/PEER", such as "ours_int8/llama_cpp_q8_0".
-        unit: of values; "x" for a ratio.
-        values: one per round, in that unit.
-    """
+    """One figure over the rounds, such as "decode_8"; `engine` is "OURS/PEER" and `unit` "x" for a ratio."""
 
     figure: str
     engine: str
@@ -97,7 +94,7 @@ def unit_of(figure: str) -> str:
 
 
 def shown(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
 
 
 def json_lines(lines: Sequence[Line], context: dict[str, Any]) -> str:
@@ -106,36 +103,27 @@ def json_lines(lines: Sequence[Line], context: dict[str, Any]) -> str:
     return "".join(json.dumps(fields) + "\n" for fields in objects)
 
 
-def read(path: Path) -> list[tuple[Line, dict[str, Any]]]:
-    """The lines of `json_lines`, each with its context."""
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        fields = json.loads(text)
-        line = Line(*(fields.pop(name) for name in ("figure", "engine", "unit", "values")))
-        found.append((line, fields))
-    return found
-
-
-def page(title: str, lines: Sequence[Line], ratios: Sequence[Line]) -> str:
-    """The whole report as text."""
+def page(lines: Sequence[Line], ratios: Sequence[Line]) -> str:
+    """The tables as text: medians in a row per engine and a column per figure, ratios, and what was unsteady."""
+    figures = list(dict.fromkeys(line.figure for line in lines))
+    medians = {(line.engine, line.figure): shown(line.median) for line in lines}
+    table = [["median", *figures], ["", *map(unit_of, figures)]]
+    for engine in dict.fromkeys(line.engine for line in lines):
+        table.append([engine, *(medians.get((engine, figure), "") for figure in figures)])
+    compared = [["times as good, in each round", "", "median, range"]]
+    compared += [[line.engine, line.figure, spread(line.values)] for line in ratios]
     moved = [line for line in lines if max(line.values) > 1.5 * min(line.values)]
     spans = [f"{line.engine} {line.figure} {spread(line.values)}" for line in moved]
     unsteady = ["differed by half or more between rounds: " + "none" * (not spans), *spans]
-    return "\n".join([title, "", table(lines), "", ratio_table(ratios), "", *unsteady, "", _LEGEND])
+    return "\n".join([*_aligned(table), "", *_aligned(compared), "", *unsteady])
 
 
-def table(lines: Sequence[Line]) -> str:
-    """One row per figure, one column per engine: medians."""
-    engines = list(dict.fromkeys(line.engine for line in lines))
-    found = {(line.figure, line.engine): shown(line.median) for line in lines}
-    figures = dict.fromkeys(line.figure for line in lines)
-    rows = [[figure, unit_of(figure), *(found.get((figure, engine), "") for engine in engines)] for figure in figures]
-    return _aligned([["median", "unit", *engines], *rows])
-
-
-def ratio_table(lines: Sequence[Line]) -> str:
-    rows = [[line.engine, line.figure, spread(line.values)] for line in lines]
-    return _aligned([["times as good, in each round", "", "median, range"], *rows])
+def _aligned(rows: list[list[str]]) -> Iterator[str]:
+    """The rows with their first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -151,48 +139,33 @@ def in_turn(names: Sequence[str], round_: int) -> list[str]:
 
 def cpu_model() -> str:
     """The processor's name, and on x86 its family and model: names of virtual machines leave out which one it is."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    except OSError:
-        lines = []
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    name = fields.get("model name", platform.processor() or platform.machine())
-    if "cpu family" in fields and "model" in fields:
-        return f"{name} (family {fields['cpu family']}, model {fields['model']})"
-    return name
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    fields = dict(reversed(re.findall(r"^(cpu family|model|model name)\s*: (.*)$", text, re.MULTILINE)))
+    kind = f" (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else ""
+    return fields.get("model name", platform.processor() or platform.machine()) + kind
 
 
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = (
-        [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    )
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
-
-
-def plot(readings: Sequence[tuple[Line, dict[str, Any]]], path: Path) -> None:
-    """Writes a picture: tokens per second at batch 1 of each engine against the memory's limit of its form of weights.
+def plot(readings: str, path: Path) -> None:
+    """Draws `json_lines`: each engine's tokens per second at batch 1 against the memory's limit of its form of weights.
 
     One panel per machine and network. Needs matplotlib.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    panels: dict[str, list[Line]] = {}
-    forms: dict[str, str] = {}
-    for line, context in readings:
-        if line.figure == "decode_1":
-            where = context["machine"].get("gpu", context["machine"]["cpu"])
-            title = f"{context['shape']}, {where}"
-            panels.setdefault(title, []).append(line)
-            forms[title] = context["dtype"]
+    panels: dict[tuple[str, str], list[Line]] = {}
+    for fields in map(json.loads, readings.splitlines()):
+        if fields["figure"] == "decode_1" and fields["unit"] != "x":
+            where = fields["machine"].get("gpu", fields["machine"]["cpu"])
+            line = Line("decode_1", fields["engine"], fields["unit"], fields["values"])
+            panels.setdefault((f"{fields['shape']}, {where}", fields["dtype"]), []).append(line)
     with rc_context({"svg.hashsalt": "llama", "svg.fonttype": "none"}):  # the same readings, the same file
         picture = Figure(figsize=(max(6.0, 0.6 * sum(map(len, panels.values()))), 4.2))
         sizes = [len(lines) for lines in panels.values()]
         axes = picture.subplots(1, len(panels), squeeze=False, width_ratios=sizes)[0]
-        for each, (title, lines) in zip(axes, panels.items(), strict=True):
-            _panel(each, lines, forms[title])
+        for each, ((title, dtype), lines) in zip(axes, panels.items(), strict=True):
+            _panel(each, lines, dtype)
             each.set_title(title, fontsize=9)
         axes[0].set_ylabel("tokens per second, one sequence")
         picture.tight_layout()

@@ -21,12 +21,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -38,8 +36,18 @@ import torch
 
 from benchmarks.networks import make_job, write_hf_folder
 from benchmarks.peers import gguf_file, greedy_steps
-from benchmarks.report import cpu_model, in_turn, spread
-from benchmarks.worker import ROOT, Job, environment, left_out_if_it_fails, numbers, peer_pythons, prepare, say
+from benchmarks.report import Line, Round, cpu_model, engine_lines, in_turn, page, spread
+from benchmarks.worker import (
+    ROOT,
+    Figures,
+    Job,
+    environment,
+    left_out_if_it_fails,
+    numbers,
+    peer_pythons,
+    prepare,
+    say,
+)
 from llama import Llama, Tokenizer
 from llama.distributed.device import available_cores
 from llama.tools.commandline import run
@@ -55,25 +63,14 @@ SYSTEM_TOKENS, SHARING_CLIENTS = 500, 16
 Requests = list[tuple[list[int], int]]  # prompts, and how many tokens to generate
 
 
-@dataclass
-class Round:
-    """What one round of one way to answer the requests measured.
-
-    Attributes:
-        seconds: from the first request to the last answer.
-        tokens: that were generated.
-        first: seconds to the first token of each request over HTTP.
-        per_token: seconds between the tokens after it, the mean of each request that had several.
-    """
-
-    seconds: float = 0.0
-    tokens: int = 0
-    first: list[float] = field(default_factory=list)
-    per_token: list[float] = field(default_factory=list)
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
+def figures_of(tokens: int, seconds: float, **times: Sequence[float]) -> Figures:
+    """How many tokens were generated and at what rate, and the median and the 95th percentile of some times."""
+    figures = {"tokens": tokens, "rate": tokens / seconds}
+    for name, values in times.items():
+        if values:
+            figures[name] = statistics.median(values)
+            figures[f"{name}_p95"] = sorted(values)[round(0.95 * (len(values) - 1))]
+    return figures
 
 
 def _ids(draw: random.Random, n: int, vocab_size: int) -> list[int]:
@@ -90,37 +87,29 @@ def random_requests(n: int, output_median: int, vocab_size: int) -> Requests:
     return [(_ids(draw, length(PROMPT_MEDIAN), vocab_size), length(output_median)) for _ in range(n)]
 
 
-def in_calls(llama: Llama, requests: Requests, size: int, *, rows_stay: bool = False) -> Round:
-    """All requests, in calls of that many.
-
-    Args:
-        rows_stay: whether all rows of a call go on until its longest one is through.
-    """
+def in_calls(llama: Llama, requests: Requests, size: int, *, rows_stay: bool = False) -> Figures:
+    """All requests, in calls of that many, whose rows may stay until the longest one is through."""
     started = time.perf_counter()
     for start in range(0, len(requests), size):
         prompts, targets = zip(*requests[start : start + size], strict=True)
         wanted = [max(targets)] * len(targets) if rows_stay else targets
         assert sum(1 for _ in greedy_steps(llama, prompts, wanted)) == sum(wanted)
-    return Round(time.perf_counter() - started, sum(n_tokens for _, n_tokens in requests))
+    return figures_of(sum(n_tokens for _, n_tokens in requests), time.perf_counter() - started)
 
 
-def in_threads(llama: Llama, requests: Requests) -> Round:
+def in_threads(llama: Llama, requests: Requests) -> Figures:
     """All requests, one call each, by `N_THREADS` Python threads of one process."""
-
-    def answer(request: tuple[list[int], int]) -> int:
-        return len(llama.generate([request[0]], request[1], temperature=0)[0][0])
-
     started = time.perf_counter()
     with ThreadPoolExecutor(N_THREADS) as pool:
-        tokens = sum(pool.map(answer, requests))
-    return Round(time.perf_counter() - started, tokens)
+        answers = list(pool.map(lambda r: llama.generate([r[0]], r[1], temperature=0)[0][0], requests))
+    return figures_of(sum(map(len, answers)), time.perf_counter() - started)
 
 
-def closed_loop(url: str, model: str, n_clients: int, requests: Sequence[tuple[str, int]]) -> Round:
+def closed_loop(url: str, model: str, n_clients: int, requests: Sequence[tuple[str, int]]) -> Figures:
     """All requests, by clients that each send the next one when the last one is answered. A character is a token."""
-    results = Round()
 
-    def ask(web: httpx.Client, prompt: str, max_tokens: int) -> None:
+    def ask(prompt: str, max_tokens: int) -> tuple[int, list[float]]:
+        """The number of tokens of an answer, and the times of the request and of each piece of text."""
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         n_tokens, times = 0, [time.perf_counter()]
         with web.stream("POST", "/v1/completions", json=body) as answer:
@@ -131,56 +120,44 @@ def closed_loop(url: str, model: str, n_clients: int, requests: Sequence[tuple[s
                 if choices and choices[0].get("text"):
                     times.append(time.perf_counter())
                     n_tokens += len(choices[0]["text"])
-        with lock:
-            results.tokens += n_tokens
-            if n_tokens:
-                results.first.append(times[1] - times[0])
-            if n_tokens > 1:
-                results.per_token.append((times[-1] - times[1]) / (n_tokens - 1))
+        return n_tokens, times
 
-    lock, started = threading.Lock(), time.perf_counter()
+    started = time.perf_counter()
     with httpx.Client(base_url=url, timeout=LONGEST_S, trust_env=False) as web, ThreadPoolExecutor(n_clients) as pool:
-        list(pool.map(lambda request: ask(web, *request), requests))
-    results.seconds = time.perf_counter() - started
-    return results
+        answers = list(pool.map(ask, *zip(*requests, strict=True)))
+    seconds = time.perf_counter() - started
+    first_token = [times[1] - times[0] for n, times in answers if n]
+    between_tokens = [(times[-1] - times[1]) / (n - 1) for n, times in answers if n > 1]
+    return figures_of(sum(n for n, _ in answers), seconds, first_token=first_token, between_tokens=between_tokens)
 
 
-def _ours(python: str, job: Job) -> list[str]:
-    command = [python, "-m", "llama.tools.serve", "--ckpt_dir", job.ckpt_dir, "--dtype", job.dtype]
-    command += ["--tokenizer_path", job.tokenizer_path, "--model_name", "model"]
-    return [*command, "--max_seq_len", str(MAX_SEQ_LEN), "--max_batch_size", str(max(job.decode_batches))]
-
-
-def _llama_cpp(python: str, job: Job) -> list[str]:
-    """It answers one request at a time; by default, a new request would end the one that runs."""
-    command = [python, "-m", "llama_cpp.server", "--model", str(gguf_file(job)), "--model_alias", "model"]
-    command += ["--n_ctx", str(MAX_SEQ_LEN), "--interrupt_requests", "false", "--verbose", "false"]
-    return [*command, "--n_threads", str(job.threads), "--n_threads_batch", str(job.threads)]
-
-
-def _hf(python: str, job: Job) -> list[str]:
-    command = [str(Path(python).parent / "transformers"), "serve", str(job.hf_folder)]
-    return [*command, "--device", "cpu", "--dtype", job.dtype]
-
-
-def _hf_batching(python: str, job: Job) -> list[str]:
-    return [*_hf(python, job), "--continuous-batching"]
-
-
-# By name: the command line but for the port, the engine of `peers.ENGINES` whose files the server reads, and what to
-# give to pip for it.
-SERVERS = {
-    "ours": (_ours, "ours", "'llama-reference[serve]'"),
-    "llama_cpp": (_llama_cpp, "llama_cpp", "'llama-cpp-python[server]' gguf"),
-    "hf": (_hf, "hf", "'transformers[serving]'"),
-    "hf_batching": (_hf_batching, "hf", "'transformers[serving]'"),
+SERVERS = {  # by name: what to give to pip
+    "ours": "'llama-reference[serve]'",
+    "llama_cpp": "'llama-cpp-python[server]' gguf",
+    "hf": "'transformers[serving]'",
+    "hf_batching": "'transformers[serving]'",
 }
+
+
+def _command(name: str, python: str, job: Job) -> list[str]:
+    """The command line of a server but for its port."""
+    threads, n_rows = str(job.threads), str(max(job.decode_batches))
+    if name == "ours":
+        command = [python, "-m", "llama.tools.serve", "--ckpt_dir", job.ckpt_dir, "--dtype", job.dtype]
+        command += ["--tokenizer_path", job.tokenizer_path, "--model_name", "model"]
+        return [*command, "--max_seq_len", str(MAX_SEQ_LEN), "--max_batch_size", n_rows]
+    if name == "llama_cpp":  # it answers one request at a time; by default, a new one would end the one that runs
+        command = [python, "-m", "llama_cpp.server", "--model", str(gguf_file(job)), "--model_alias", "model"]
+        command += ["--n_ctx", str(MAX_SEQ_LEN), "--interrupt_requests", "false", "--verbose", "false"]
+        return [*command, "--n_threads", threads, "--n_threads_batch", threads]
+    command = [str(Path(python).parent / "transformers"), "serve", str(job.hf_folder)]
+    return [*command, "--device", "cpu", "--dtype", job.dtype, *["--continuous-batching"] * (name == "hf_batching")]
 
 
 @contextmanager
 def running(name: str, python: str, job: Job) -> Iterator[tuple[str, str]]:
     """The URL of a server that answers, and the model's name there."""
-    command_of, engine, _ = SERVERS[name]
+    engine = name.removesuffix("_batching")  # of `peers.ENGINES`, whose files the server reads
     if name != "ours":
         write_hf_folder(job)
     prepare(engine, python, job)
@@ -188,8 +165,8 @@ def running(name: str, python: str, job: Job) -> Iterator[tuple[str, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url, model = f"http://127.0.0.1:{port}", str(job.hf_folder) if engine == "hf" else "model"
-    command = [*command_of(python, job), "--port", str(port)]
-    path = Path(job.folder) / f"{name}.log"
+    command = [*_command(name, python, job), "--port", str(port)]
+    path = Path(job.folder) / f"{name}_server.log"
     with path.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment(job))
     try:
@@ -201,11 +178,10 @@ def running(name: str, python: str, job: Job) -> Iterator[tuple[str, str]]:
         yield url, model
     finally:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 def _answers(url: str, model: str) -> bool:
@@ -216,40 +192,23 @@ def _answers(url: str, model: str) -> bool:
         return False
 
 
-def measure(ways: dict[str, Callable[[], Round]], repeats: int) -> dict[str, list[Round]]:
-    """The rounds of each way of answering the requests, all in turn, each time with another one first."""
-    rounds: dict[str, list[Round]] = {name: [] for name in ways}
+def measure(ways: dict[str, Callable[[], Figures]], repeats: int) -> list[Round]:
+    """The figures of each way of answering the requests, all in turn, each time with another one first."""
+    rounds: list[Round] = []
     for i in range(repeats):
+        rounds.append({})
         for name in in_turn(list(ways), i):
-            rounds[name].append(ways[name]())
-            say(f"round {i + 1}/{repeats}  {name}: {rounds[name][-1].rate:.1f} tok/s")
+            rounds[-1][name] = ways[name]()
+            say(f"round {i + 1}/{repeats}  {name}: {rounds[-1][name]['rate']:.1f} tok/s")
     return rounds
 
 
-def report(rounds: dict[str, list[Round]]) -> str:
-    """A line per way: the median over the rounds of its rate, over all requests of the times; ratios within rounds."""
-    lines = [f"{'':24}    tok/s              first token, p95        per token, p95   of {REFERENCE}"]
-    for name, measured in rounds.items():
-        line = f"{name:24} {spread([each.rate for each in measured], 1)}".ljust(52)
-        line += _times([t for each in measured for t in each.first], 0)
-        line += _times([t for each in measured for t in each.per_token], 1)
-        lines.append(f"{line}   {_ratios(measured, rounds[REFERENCE])}")
-    for name, measured in rounds.items():
-        server, _, clients = name.partition(", ")
-        if clients.endswith("clients") and server != "ours":
-            lines.append(f"ours is {_ratios(rounds[f'ours, {clients}'], measured)} times as fast as {name}")
-    return "\n".join(lines)
-
-
-def _times(seconds: list[float], digits: int) -> str:
-    if not seconds:
-        return " " * 20
-    late = sorted(seconds)[min(len(seconds) - 1, round(0.95 * (len(seconds) - 1)))]
-    return f"{1000 * statistics.median(seconds):9.{digits}f} {1000 * late:7.{digits}f} ms"
-
-
-def _ratios(ours: Sequence[Round], theirs: Sequence[Round]) -> str:
-    return spread([a.rate / b.rate for a, b in zip(ours, theirs, strict=True)])
+def rate_ratios(rounds: Sequence[Round], names: Sequence[str]) -> list[Line]:
+    """Of each way to the reference, and of ours to each server with as many clients."""
+    pairs = [(name, REFERENCE) for name in names]
+    servers = [(name.partition(", "), name) for name in names if name.endswith("clients")]
+    pairs += [(f"ours, {clients}", name) for (server, _, clients), name in servers if server != "ours"]
+    return [Line("rate", f"{a} / {b}", "x", [r[a]["rate"] / r[b]["rate"] for r in rounds]) for a, b in pairs]
 
 
 def last_turn(llama: Llama, draw: random.Random) -> float:
@@ -301,8 +260,8 @@ def main(
     output_median: int = 32,
     repeats: int = 3,
     threads: int | None = None,
-    peers: str | Sequence[str] = "",
-    peer_python: str | Sequence[str] = "",
+    peers: str = "",
+    peer_python: str = "",
     prefixes: bool = False,
 ) -> None:
     """Prints for each way to answer the requests tokens per second, time to the first token and per token.
@@ -328,7 +287,7 @@ def main(
             return
         requests = random_requests(n_requests, output_median, job.vocab_size)
         llama = Llama.build(job.ckpt_dir, job.tokenizer_path, MAX_SEQ_LEN, batch, device="cpu", dtype=job.dtype)
-        ways: dict[str, Callable[[], Round]] = {
+        ways: dict[str, Callable[[], Figures]] = {
             REFERENCE: lambda: in_calls(llama, requests, len(requests)),
             f"calls of {batch}": lambda: in_calls(llama, requests, batch),
             f"calls of {batch}, rows stay": lambda: in_calls(llama, requests, batch, rows_stay=True),
@@ -338,20 +297,19 @@ def main(
         if counts := [n for n in numbers(clients) if n]:
             ways |= _over_http(stack, job, counts, requests, pythons)
         rounds = measure(ways, repeats)
-    print(f"{n_requests} requests\n{report(rounds)}")
-    figures = {name: [[each.tokens, each.seconds] for each in measured] for name, measured in rounds.items()}
-    print(json.dumps({"benchmark": "serving", "shape": shape, "rounds": figures}))
+    print(f"{n_requests} requests\n{page(engine_lines(rounds), rate_ratios(rounds, list(ways)))}")
+    print(json.dumps({"benchmark": "serving", "shape": shape, "rounds": rounds}))
 
 
 def _over_http(
     stack: ExitStack, job: Job, counts: Sequence[int], requests: Requests, pythons: dict[str, str]
-) -> dict[str, Callable[[], Round]]:
+) -> dict[str, Callable[[], Figures]]:
     """The ways over HTTP: each server that can run here, with each number of clients."""
     tokenizer = Tokenizer(job.tokenizer_path)
     texts = [(tokenizer.decode(prompt), n_tokens) for prompt, n_tokens in requests]
-    ways: dict[str, Callable[[], Round]] = {}
+    ways: dict[str, Callable[[], Figures]] = {}
     for name, python in list(pythons.items()):
-        with left_out_if_it_fails(name, SERVERS[name][-1], pythons):
+        with left_out_if_it_fails(name, SERVERS[name], pythons):
             url, model = stack.enter_context(running(name, python, job))
             closed_loop(url, model, max(counts), texts[: 2 * max(counts)])  # warms up
             for n in counts:

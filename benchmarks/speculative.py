@@ -17,10 +17,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # run as a file: packages are looked for in the repository, not in this folder
     sys.path[0] = str(Path(__file__).parent.parent)
@@ -44,8 +44,7 @@ HEADER = f"{'':34}  8-grams  plain   spec.  ratio, range      per pass accepted 
 KINDS = ("quoting summary", "code edit", "list after examples", "dialog", "without repetition")  # of scripts
 
 
-@dataclass(frozen=True)
-class Script:
+class Script(NamedTuple):
     """A prompt and the completion that it shall get; an empty one is up to the network."""
 
     prompt: list[int]
@@ -96,16 +95,12 @@ def repeated_ngrams(script: Script, size: int = 8) -> float:
 
 
 class Scripted:
-    """A forward hook on a network that has it choose the tokens of a script.
-
-    Attributes:
-        agreement: the share of positions in which it does; elsewhere it chooses another token.
-    """
+    """A forward hook that has a network choose the tokens of a script; others beyond a share of `agreement`."""
 
     def __init__(self, network: nn.Module) -> None:
         self.tokens: list[int] = []
         self.agreement = 1.0
-        self._handle = network.register_forward_hook(self._force, with_kwargs=True)
+        self.remove = network.register_forward_hook(self._force, with_kwargs=True).remove
 
     def start(self, script: Script) -> None:
         """Begins a text."""
@@ -115,30 +110,18 @@ class Scripted:
     def _force(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Tensor) -> None:
         start_pos, last = args[1], kwargs.get("last")
         first = int(start_pos.start[0]) if isinstance(start_pos, CachePositions) else start_pos
-        first, n_positions = first + (0 if last is None else int(last[0])), logits.size(1)
-        wanted = self.tokens[first + 1 : first + 1 + n_positions]
-        for place, token in enumerate(wanted):
+        first += 0 if last is None else int(last[0])
+        for place, token in enumerate(self.tokens[first + 1 : first + 1 + logits.size(1)]):
             logits[:, place, token] = 1e4
 
-    def remove(self) -> None:
-        self._handle.remove()
 
+class Run(NamedTuple):
+    """One text, decoded once."""
 
-@dataclass(frozen=True)
-class Run:
-    """One text, decoded once.
-
-    Attributes:
-        tokens: of the completion.
-        rate: tokens per second after the first one.
-        per_pass: tokens per pass of the network after the first one.
-        accepted: share of the drafted tokens that were accepted; None if there were none.
-    """
-
-    tokens: list[int]
-    rate: float
-    per_pass: float
-    accepted: float | None
+    tokens: list[int]  # of the completion
+    rate: float  # tokens per second after the first one
+    per_pass: float  # tokens per pass of the network after the first one
+    accepted: float | None  # share of the drafted tokens that were accepted; None if there were none
 
 
 def decode(llama: Llama, prompt: list[int], n_tokens: int, speculative: str | None) -> Run:
@@ -163,8 +146,8 @@ def compare(
     n_tokens: int,
     repeats: int,
     hooks: Sequence[Scripted] = (),
-) -> dict[str, Any]:
-    """Decodes each text plainly and speculatively, in turn, each time the other one first; prints and returns a row."""
+) -> None:
+    """Decodes each text plainly and speculatively, in turn, each time the other one first, and prints a row."""
     runs: dict[str, list[Run]] = {"": [], way: []}
     for text in texts:
         for hook in hooks:
@@ -174,53 +157,36 @@ def compare(
                 runs[each].append(decode(llama, text.prompt, n_tokens, each or None))
     plain, drafted = runs.values()
     written = [Script(text.prompt, text.output or plain[i * repeats].tokens) for i, text in enumerate(texts)]
-    ratios = [b.rate / a.rate for a, b in zip(plain, drafted, strict=True)]
     accepted = [r.accepted for r in drafted if r.accepted is not None]
-    same = sum(a.tokens == b.tokens for a, b in zip(plain, drafted, strict=True))
-    row = {
-        "text": name,
-        "repeated_8grams": statistics.mean(map(repeated_ngrams, written)),
-        "plain": statistics.median(r.rate for r in plain),
-        "speculative": statistics.median(r.rate for r in drafted),
-        "tokens_per_pass": statistics.median(r.per_pass for r in drafted),
-        "accepted": statistics.median(accepted) if accepted else None,
-        "ratios": ratios,
-        "same": same / len(plain),
-    }
-    share = f"{row['accepted']:7.0%}" if accepted else "      -"
-    print(
-        f"{name:34}{row['repeated_8grams']:7.0%} {row['plain']:8.1f}{row['speculative']:8.1f}   {spread(ratios)}"
-        f"{row['tokens_per_pass']:7.2f}{share}{same:5}/{len(plain)}",
-        flush=True,
-    )
-    return row
+    columns = [
+        f"{name:34}{statistics.mean(map(repeated_ngrams, written)):7.0%} ",
+        f"{statistics.median(r.rate for r in plain):8.1f}{statistics.median(r.rate for r in drafted):8.1f}   ",
+        spread([b.rate / a.rate for a, b in zip(plain, drafted, strict=True)]),
+        f"{statistics.median(r.per_pass for r in drafted):7.2f}",
+        f"{statistics.median(accepted):7.0%}" if accepted else "      -",
+        f"{sum(a.tokens == b.tokens for a, b in zip(plain, drafted, strict=True)):5}/{len(plain)}",
+    ]
+    print("".join(columns), flush=True)
 
 
-def scripted_rows(
-    llama: Llama, agreements: Sequence[float], n_texts: int, n_tokens: int, repeats: int
-) -> Iterator[dict[str, Any]]:
+def compare_scripted(llama: Llama, agreements: Sequence[float], n_texts: int, n_tokens: int, repeats: int) -> None:
     """Prompt lookup on every kind of script, and a draft model at several shares of agreement on fresh words."""
     hooks = [Scripted(llama.model), Scripted(llama.draft_model)]
-    texts = {
-        kind: [write_script(kind, seed, llama.model.vocab_size, N_PROMPT, n_tokens) for seed in range(n_texts)]
-        for kind in KINDS
-    }
-    for kind in KINDS:
-        yield compare(llama, f"prompt lookup, {kind}", texts[kind], "prompt_lookup", n_tokens, repeats, hooks)
+    texts: list[Script] = []
+    for kind in KINDS:  # the last of them without repetition
+        texts = [write_script(kind, seed, llama.model.vocab_size, N_PROMPT, n_tokens) for seed in range(n_texts)]
+        compare(llama, f"prompt lookup, {kind}", texts, "prompt_lookup", n_tokens, repeats, hooks)
     for agreement in agreements:
         hooks[1].agreement = agreement
-        fresh = texts["without repetition"]
-        yield compare(llama, f"draft, agreement {agreement}", fresh, "draft", n_tokens, repeats, hooks)
+        compare(llama, f"draft, agreement {agreement}", texts, "draft", n_tokens, repeats, hooks)
 
 
-def own_rows(
-    llama: Llama, prompts: dict[str, str | list[int]], n_tokens: int, repeats: int
-) -> Iterator[dict[str, Any]]:
+def compare_own(llama: Llama, prompts: dict[str, str | list[int]], n_tokens: int, repeats: int) -> None:
     """Texts that the network itself writes, by prompt lookup and, if it has one, its draft model."""
     for name, prompt in prompts.items():
         ids = llama.tokenizer.encode(prompt, bos=True, eos=False) if isinstance(prompt, str) else prompt
         for way in ["prompt_lookup"] + ["draft"] * (llama.draft_model is not None):
-            yield compare(llama, f"{way.replace('_', ' ')}, {name}", [Script(ids, [])], way, n_tokens, max(2, repeats))
+            compare(llama, f"{way.replace('_', ' ')}, {name}", [Script(ids, [])], way, n_tokens, max(2, repeats))
 
 
 def main(
@@ -247,25 +213,21 @@ def main(
         agreements: of the draft model with the script.
     """
     print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch 1\n{HEADER}")
-
-    def build(ckpt_dir: str, tokenizer_path: str, draft_ckpt_dir: str | None) -> Llama:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = (ckpt_dir, str(Path(ckpt_dir) / "tokenizer.model")) if ckpt_dir else None
+        if paths is None:
+            job = make_job(shape, Path(folder, "job"))
+            paths = job.ckpt_dir, job.tokenizer_path
+            draft_ckpt_dir = make_job("tiny" if shape == "tiny" else DRAFT_SHAPE, Path(folder, "draft")).ckpt_dir
         options: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu", "draft_ckpt_dir": draft_ckpt_dir}
-        llama = Llama.build(ckpt_dir, tokenizer_path, MAX_SEQ_LEN, 8, **options)
-        for speculative in (None, "prompt_lookup"):  # warms up: the first speculative call times passes
-            llama.generate([[llama.tokenizer.bos_id]], 2, temperature=0, speculative=speculative)
-        return llama
-
+        llama = Llama.build(*paths, MAX_SEQ_LEN, 8, **options)
+    for speculative in (None, "prompt_lookup"):  # warms up: the first speculative call times passes
+        llama.generate([[llama.tokenizer.bos_id]], 2, temperature=0, speculative=speculative)
     if ckpt_dir:
-        llama = build(ckpt_dir, str(Path(ckpt_dir) / "tokenizer.model"), draft_ckpt_dir)
-        rows = own_rows(llama, json.loads(Path(prompts).read_text(encoding="utf-8")), n_tokens, repeats)
+        compare_own(llama, json.loads(Path(prompts).read_text(encoding="utf-8")), n_tokens, repeats)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            draft_shape = "tiny" if shape == "tiny" else DRAFT_SHAPE
-            job, draft = make_job(shape, Path(folder, "job")), make_job(draft_shape, Path(folder, "draft"))
-            llama = build(job.ckpt_dir, job.tokenizer_path, draft.ckpt_dir)
         shares = [agreements] if isinstance(agreements, float) else agreements
-        rows = scripted_rows(llama, shares, n_texts, n_tokens, repeats)
-    print(json.dumps({"benchmark": "speculative", "shape": ckpt_dir or shape, "rows": list(rows)}))
+        compare_scripted(llama, shares, n_texts, n_tokens, repeats)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """An engine in a process of its own: what it is asked, how its figures are timed, and the lines that it answers with.
 
-`python -m benchmarks.worker ENGINE prepare|measure JOB`, with the job in JSON. Standard library only, since each engine
-may have an environment of its own.
+`python -m benchmarks.worker ENGINE JOB`, with the job in JSON. Standard library only, since each engine may have an
+environment of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LOAD, END = "load", "end"  # the turns before and after those of the figures
+PREPARE, LOAD, END = "prepare", "load", "end"  # the turns that are not figures
 FIRST_PROMPT = 16  # tokens of the prompt that the first token after loading comes from
 PREFILLS = 5  # timed passes of a prefill, of which the median counts
 
@@ -30,22 +31,11 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Job:
-    """One network, one checkpoint, one machine setting, and the sizes to measure.
+    """One network, one checkpoint, one machine setting, and the sizes to measure."""
 
-    Attributes:
-        ckpt_dir: a checkpoint in the released format, in one file.
-        tokenizer_path: the `tokenizer.model` that `Llama.build` asks for; nothing is encoded with it.
-        folder: where engines put files in their own formats.
-        n_kv_heads, hidden_dim, vocab_size: resolved, never None or -1.
-        prefill_lengths: prompt lengths of the prefill figures, batch 1.
-        decode_batches, decode_prompt, decode_steps: batch sizes of the decode figures, their prompts' length, and the
-            number of timed steps.
-    """
-
-    shape: str
-    ckpt_dir: str
+    ckpt_dir: str  # a checkpoint in the released format, in one file
     tokenizer_path: str
-    folder: str
+    folder: str  # where engines put files in their own formats
     dim: int
     n_layers: int
     n_heads: int
@@ -57,10 +47,10 @@ class Job:
     device: str = "cpu"
     dtype: str = "bfloat16"
     threads: int = 1
-    prefill_lengths: Sequence[int] = (16, 128, 512)
+    prefill_lengths: Sequence[int] = (16, 128, 512)  # of the prompts, batch 1
     decode_batches: Sequence[int] = (1, 4, 8, 16)
-    decode_prompt: int = 128
-    decode_steps: int = 48
+    decode_prompt: int = 128  # tokens of each prompt
+    decode_steps: int = 48  # that are timed
 
     @property
     def max_seq_len(self) -> int:
@@ -85,13 +75,9 @@ class Job:
 
 
 class Adapter:
-    """An engine with its network loaded, by the constructor.
+    """An engine with its network loaded, by the constructor."""
 
-    Attributes:
-        batches: the decode batches that it takes part in.
-    """
-
-    batches: Sequence[int] = (1, 8)
+    batches: Sequence[int] = (1, 8)  # the decode batches that it takes part in
 
     def __init__(self, job: Job, variant: str) -> None: ...
 
@@ -117,122 +103,66 @@ def ticks_of(engine: Adapter, prompts: list[list[int]], n_tokens: int) -> list[f
     return ticks
 
 
-def figure(engine: Adapter, name: str, job: Job) -> float | None:
-    """Tokens per second of a figure such as "prefill_128" or "decode_8"; None if the engine takes no part in it."""
+def figure(engine: Adapter, name: str, job: Job) -> Figures:
+    """Tokens per second of a figure such as "prefill_128" or "decode_8"; nothing if the engine takes no part in it."""
     kind, number = name.split("_")
     size = int(number)
     if kind == "prefill":
         times = [ticks_of(engine, job.prompts(1, size), 1)[0] for _ in range(PREFILLS + 1)]
-        return size / statistics.median(times[1:])  # the first pass warms up
+        return {name: size / statistics.median(times[1:])}  # the first pass warms up
     if size not in engine.batches:
-        return None
+        return {}
     ticks = ticks_of(engine, job.prompts(size, job.decode_prompt), job.decode_steps + 2)
-    return size * job.decode_steps / (ticks[-1] - ticks[1])  # the first steps warm up
+    return {name: size * job.decode_steps / (ticks[-1] - ticks[1])}  # the first steps warm up
 
 
-def peak_memory(device: str) -> float:
+def peak_memory(device: str) -> Figures:
     """The most GiB of this process that were resident at a time, libraries and mapped files included.
 
-    On CUDA: what torch took from the card.
+    On CUDA, what torch took from the card. Nothing where the system has no /proc.
     """
     if device.startswith("cuda"):
         import torch
 
-        return float(torch.cuda.max_memory_reserved()) / 2**30
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return float(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) / 2**20
-    except OSError:  # no /proc; getrusage keeps a parent's peak, so it comes second
-        import resource
-
-        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / (
-            2**30 if sys.platform == "darwin" else 2**20
-        )
+        return {"peak_memory": torch.cuda.max_memory_reserved() / 2**30}
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="ascii")) if status.exists() else None
+    return {"peak_memory": int(peak[1]) / 2**20} if peak else {}
 
 
-def measure(load: Callable[[], Adapter], job: Job) -> None:
-    """Takes the turns that stdin names, one per line, and prints each one's figures; loading comes first."""
-    assert sys.stdin.readline().strip() == LOAD
-    started = time.perf_counter()
-    engine = load()
-    loaded = time.perf_counter() - started
-    ticks_of(engine, job.prompts(1, FIRST_PROMPT), 1)
-    _answer({LOAD: loaded, "first_token": time.perf_counter() - started})
-    gc.collect()
-    gc.freeze()  # a search for garbage through all of torch takes 60 ms: in a timed step it would look like a slow one
-    for turn in map(str.strip, sys.stdin):
-        name, value = ("peak_memory", peak_memory(job.device)) if turn == END else (turn, figure(engine, turn, job))
-        _answer({} if value is None else {name: value})
+@contextlib.contextmanager
+def engine_process(engine: str, python: str, job: Job) -> Iterator[Callable[[str], Figures]]:
+    """The process of an engine, which sleeps between its turns: yields a function that returns a turn's figures.
 
+    The function raises RuntimeError if the process has ended; the message has the end of its log.
+    """
+    command = [python, "-m", "benchmarks.worker", engine, json.dumps(asdict(job))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with (Path(job.folder) / f"{engine}.log").open("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(job), stderr=log, **pipes)
 
-def _answer(figures: Figures) -> None:
-    """Ends a turn: prints its figures, in seconds, GiB or tokens per second."""
-    print(json.dumps({"figures": figures}), flush=True)
-
-
-class EngineProcess:
-    """The process of an engine, which sleeps between its turns. `with` ends it."""
-
-    def __init__(self, engine: str, python: str, job: Job) -> None:
-        self._log = (Path(job.folder) / f"{engine}.log").open("w+", encoding="utf-8", errors="replace")
-        self._process = subprocess.Popen(
-            _command(engine, python, "measure", job),
-            cwd=ROOT,
-            env=environment(job),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-
-    def __enter__(self) -> EngineProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()  # it has nothing to keep
-        self._process.communicate()
-        self._log.close()
-
-    def take_turn(self, turn: str) -> Figures:
-        """The figures of a turn.
-
-        Raises:
-            RuntimeError: the process ended; the message has the end of its log.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            print(turn, file=self._process.stdin, flush=True)
-        for line in self._process.stdout:
-            if (figures := parse(line)) is not None:
+        def take_turn(turn: str) -> Figures:
+            with contextlib.suppress(BrokenPipeError):
+                print(turn, file=process.stdin, flush=True)
+            if line := process.stdout.readline():
+                figures: Figures = json.loads(line)
                 return figures
-        status = self._process.wait()
-        self._log.seek(0)
-        raise RuntimeError(_failure(status, self._log.read()))
+            status = process.wait()
+            log.seek(0)
+            last_words = [line for line in log.read().splitlines() if line and line[0] != " "]  # no traceback
+            raise RuntimeError(f"exit status {status}: {' | '.join(last_words[-4:])}")
 
-
-def parse(line: str) -> Figures | None:
-    """The figures of a line; None for the output of other programs."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        figures: Figures = json.loads(line)["figures"]
-        return figures
-    return None
-
-
-def _failure(status: int, log: str) -> str:
-    last_words = [line for line in log.splitlines() if line and not line.startswith(" ")]  # a traceback is indented
-    return f"exit status {status}: {' | '.join(last_words[-4:])}"
+        try:
+            yield take_turn
+        finally:
+            process.kill()  # it has nothing to keep
+            process.communicate()
 
 
 def prepare(engine: str, python: str, job: Job) -> None:
     """Has the engine write files in its own format; RuntimeError if it fails."""
-    command = _command(engine, python, "prepare", job)
-    ended = subprocess.run(command, cwd=ROOT, env=environment(job), capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(_failure(ended.returncode, ended.stderr))
-
-
-def _command(engine: str, python: str, action: str, job: Job) -> list[str]:
-    return [python, "-m", "benchmarks.worker", engine, action, json.dumps(asdict(job))]
+    with engine_process(engine, python, job) as take_turn:
+        take_turn(PREPARE)
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -251,17 +181,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def peer_pythons(peers: str | Sequence[str], peer_python: str | Sequence[str], known: Iterable[str]) -> dict[str, str]:
-    """The interpreter of each of the peers: NAME=PYTHON of `peer_python`, else this one.
-
-    Args:
-        peers: names, as a command line's NAME,NAME or as a sequence; `peer_python` likewise.
-        known: the names that there are.
-    """
-    names, pairs = (
-        [name for name in (value.split(",") if isinstance(value, str) else value) if name]
-        for value in (peers, peer_python)
-    )
+def peer_pythons(peers: str, peer_python: str, known: Iterable[str]) -> dict[str, str]:
+    """The interpreter of each of the peers NAME,...: NAME=PYTHON,... of `peer_python`, else this one."""
+    names, pairs = ([item for item in text.split(",") if item] for text in (peers, peer_python))
     if wrong := [pair for pair in pairs if "=" not in pair]:
         raise ValueError(f"peer_python must be NAME=PYTHON,..., got {', '.join(wrong)}")
     pythons = dict(pair.split("=", 1) for pair in pairs)
@@ -290,15 +212,28 @@ def version(package: str, python: str) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def main(name: str, action: str, job_fields: str) -> None:
-    engine = importlib.import_module("benchmarks.peers").ENGINES[name]
-    job = Job(**json.loads(job_fields))
-    for module in engine.imports.split():
+def main(name: str, job_fields: str) -> None:
+    """Takes the turns that stdin names, one per line, and answers each with a line: its figures in JSON."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an engine prints goes to its log
+    kind, job = importlib.import_module("benchmarks.peers").ENGINES[name], Job(**json.loads(job_fields))
+    for module in kind.imports.split():
         importlib.import_module(module)  # before the clock runs
-    if action == "prepare":
-        engine.adapter.prepare(job, engine.variant)
-    else:
-        measure(lambda: engine.adapter(job, engine.variant), job)
+    for turn in map(str.strip, sys.stdin):
+        figures: Figures = {}
+        if turn == PREPARE:
+            kind.adapter.prepare(job, kind.variant)
+        elif turn == LOAD:
+            started = time.perf_counter()
+            engine = kind.adapter(job, kind.variant)
+            figures[LOAD] = time.perf_counter() - started
+            ticks_of(engine, job.prompts(1, FIRST_PROMPT), 1)
+            figures["first_token"] = time.perf_counter() - started
+            gc.collect()
+            gc.freeze()  # a search for garbage through all of torch takes 60 ms, as long as a step
+        else:
+            figures = peak_memory(job.device) if turn == END else figure(engine, turn, job)
+        print(json.dumps(figures), file=answers, flush=True)
 
 
 if __name__ == "__main__":

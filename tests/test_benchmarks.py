@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
@@ -15,7 +16,7 @@ from benchmarks import bench, busy, report, serving, speculative
 from benchmarks.networks import SHAPES, bytes_per_decode_step
 from benchmarks.peers import ENGINES, Ours
 from benchmarks.speculative import KINDS, Script, Scripted, repeated_ngrams, write_script
-from benchmarks.worker import LOAD, EngineProcess, Job, figure, left_out_if_it_fails, prepare
+from benchmarks.worker import LOAD, Figures, Job, engine_process, figure, left_out_if_it_fails, prepare
 from llama import Llama, ModelArgs
 from llama.checkpoint.format import tensor_shapes
 
@@ -25,7 +26,6 @@ def job(checkpoint: Path, tokenizer_path: Path, llama: Llama, tmp_path_factory: 
     """The tests' own small checkpoint, in float32, with sizes that its cache has room for."""
     args = llama.model.params
     return Job(
-        shape="tests",
         ckpt_dir=str(checkpoint),
         tokenizer_path=str(tokenizer_path),
         folder=str(tmp_path_factory.mktemp("job")),
@@ -49,15 +49,15 @@ def test_every_figure_is_there_and_names_its_machine(tmp_path: Path, monkeypatch
     monkeypatch.setattr(bench, "BUFFER_BYTES", 2**20)
     out = tmp_path / "lines.json"
     bench.main("tiny", repeats=1, threads=1, batches=(1, 4), prefills=16, decode_steps=4, json=str(out))
-    readings = report.read(out)
-    ours = {line.figure for line, _ in readings if line.engine == "ours"}
-    assert ours == {"load", "first_token", "prefill_16", "decode_1", "decode_4", "peak_memory"}
-    assert {line.figure for line, _ in readings if line.engine == "ours_max_batch_1"} == ours - {"decode_4"}
-    assert {line.figure for line, _ in readings if line.engine in ("limit", "ours/limit")} == {"decode_1"}
-    for line, context in readings:
-        assert min(line.values) > 0
-        assert context["shape"] == "tiny" and context["dtype"] == "bfloat16" and context["threads"] == 1
-        assert context["machine"]["cpu"] and context["versions"]["ours"].startswith("torch ")
+    figures: dict[str, set[str]] = {}
+    for read in map(json.loads, out.read_text().splitlines()):
+        figures.setdefault(read["engine"], set()).add(read["figure"])
+        assert min(read["values"]) > 0
+        assert read["shape"] == "tiny" and read["dtype"] == "bfloat16" and read["threads"] == 1
+        assert read["machine"]["cpu"] and read["versions"]["ours"].startswith("torch ")
+    assert figures["ours"] == {"load", "first_token", "prefill_16", "decode_1", "decode_4", "peak_memory"}
+    assert figures["ours_max_batch_1"] == figures["ours"] - {"decode_4"}
+    assert figures["limit"] == figures["ours/limit"] == {"decode_1"}
 
 
 def test_ratios_say_how_many_times_as_good_ours_is() -> None:
@@ -68,7 +68,7 @@ def test_ratios_say_how_many_times_as_good_ours_is() -> None:
     ]
     ratios = {line.figure: line.values for line in report.ratio_lines(rounds)}
     assert ratios == {"decode_1": [2.0, 3.0], "load": [1.5, 0.5]}
-    assert "ours/hf" in report.ratio_table(report.ratio_lines(rounds))
+    assert "ours/hf" in report.page(report.engine_lines(rounds), report.ratio_lines(rounds))
 
 
 def test_int8_is_compared_with_quantized_engines_and_with_our_own_default() -> None:
@@ -105,43 +105,44 @@ def test_each_engine_is_the_first_in_some_round() -> None:
     assert all(sorted(order) == sorted(names) for order in rounds)
 
 
-class _FakeProcess:
-    """Counts the engines that are there; hf fails at decoding."""
-
-    running: ClassVar[list[str]] = []
-
-    def __init__(self, engine: str, python: str, job: Job) -> None:
-        self.engine = engine
-
-    def __enter__(self) -> _FakeProcess:
-        self.running.append(self.engine)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.running.remove(self.engine)
-
-    def take_turn(self, turn: str) -> dict[str, float]:
-        if (turn, self.engine) == ("decode_1", "hf"):
-            raise RuntimeError("exit status 1: no room")
-        return {turn if "_" in turn else "load": float(len(self.running))}
-
-
 def test_a_peer_that_fails_is_left_out_from_there_on(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "EngineProcess", _FakeProcess)
+    running: list[str] = []
+
+    @contextmanager
+    def fake_process(engine: str, python: str, job: Job) -> Iterator[Callable[[str], Figures]]:
+        """Counts the engines that are there; hf fails at decoding."""
+
+        def take_turn(turn: str) -> Figures:
+            if (turn, engine) == ("decode_1", "hf"):
+                raise RuntimeError("exit status 1: no room")
+            return {turn if "_" in turn else "load": float(len(running))}
+
+        running.append(engine)
+        yield take_turn
+        running.remove(engine)
+
+    monkeypatch.setattr(bench, "engine_process", fake_process)
     pythons = {"ours": sys.executable, "hf": sys.executable}
     found = bench._take_turns(["ours", "hf"], pythons, job)
     assert found["hf"] == {"load": 2.0, "prefill_4": 2.0}
     assert found["ours"].keys() == {"load", "prefill_4", "decode_1", "decode_2"}
-    assert pythons.keys() == {"ours"} and not _FakeProcess.running
+    assert pythons.keys() == {"ours"} and not running
     assert "failed with exit status 1: no room" in capsys.readouterr().err
 
 
 def test_a_process_that_ends_in_its_turn_leaves_its_last_words(job: Job) -> None:
     ends = pytest.raises(RuntimeError, match=r"exit status 1: .*KeyError: 'nonsense'")
-    with EngineProcess("nonsense", sys.executable, job) as process, ends:
-        process.take_turn(LOAD)
+    with engine_process("nonsense", sys.executable, job) as take_turn, ends:
+        take_turn(LOAD)
+
+
+def test_what_an_engine_prints_is_no_figure(job: Job) -> None:
+    """fairscale and others print while they load."""
+    with engine_process("ours", sys.executable, job) as take_turn:
+        assert take_turn(LOAD).keys() == {LOAD, "first_token"}
+        assert "initializing" in (Path(job.folder) / "ours.log").read_text()
 
 
 @pytest.mark.parametrize("shape", ["tiny", "1b"])
@@ -158,12 +159,12 @@ def test_a_decode_step_reads_all_but_the_embedding(shape: str, job: Job) -> None
 
 def test_our_engine_ticks_once_a_token_of_all_rows(job: Job) -> None:
     ours = Ours(job, "max_batch_1")
-    assert ours.batches == (1,) and figure(ours, "decode_2", job) is None
+    assert ours.batches == (1,) and figure(ours, "decode_2", job) == {}
     ours = Ours(job, "")
     ticks: list[None] = []
     ours.run(job.prompts(2, 3), 5, lambda: ticks.append(None))
     assert len(ticks) == 5
-    assert all((figure(ours, name, job) or 0) > 0 for name in job.turns[1:-1])
+    assert all(figure(ours, name, job)[name] > 0 for name in job.turns[1:-1])
 
 
 def test_the_plot_is_a_picture_that_stays_the_same(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_the_plot_is_a_picture_that_stays_the_same(tmp_path: Path) -> None:
     engines = ["ours", "hf", "ours_int8", "limit", "limit_int8"]
     rounds = [{engine: {"decode_1": n, "load": 1.0} for engine in engines} for n in (4.0, 5.0)]
     for name in ("a.svg", "b.svg"):
-        report.plot([(line, context) for line in report.engine_lines(rounds)], tmp_path / name)
+        report.plot(report.json_lines(report.engine_lines(rounds), context), tmp_path / name)
     picture = (tmp_path / "a.svg").read_text()
     assert picture == (tmp_path / "b.svg").read_text()
     assert all(f">{name}<" in picture for name in ("ours", "hf", "ours_int8", "1b, a processor"))
@@ -222,11 +223,11 @@ def test_a_round_of_serving_answers_every_request(capsys: pytest.CaptureFixture[
     pytest.importorskip("starlette", reason="needs the extra [serve]")
     serving.main("tiny", n_requests=5, clients=(2,), batch=2, output_median=4, repeats=1, threads=1)
     *_, last = capsys.readouterr().out.splitlines()
-    rounds = json.loads(last)["rounds"]
+    (figures,) = json.loads(last)["rounds"]
     ways = {"kept full", "calls of 2", "calls of 2, rows stay", "8 Python threads", "ours, 2 clients"}
-    assert rounds.keys() == ways
-    ((expected, _),) = rounds["kept full"]
-    assert all(0 < tokens <= expected + 5 for ((tokens, _),) in rounds.values())
+    assert figures.keys() == ways
+    assert all(0 < way["tokens"] <= figures["kept full"]["tokens"] + 5 for way in figures.values())
+    assert figures["ours, 2 clients"]["first_token"] > 0
 
 
 def test_prefix_reuse_is_measured_in_turn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
