@@ -1,7 +1,7 @@
 """The corpus: seeded documents drawn from the grammars, the held-out questions kept out of it."""
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from recipe import chats, stories
 from recipe.grammar import Writer, read_text
@@ -18,8 +18,7 @@ CHAT_KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A plain text, or a chat: a system message ("" for none) and its exchanges of user and assistant."""
 
     text: str = ""

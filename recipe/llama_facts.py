@@ -1,7 +1,7 @@
 """Questions and answers about Llama 2: the facts, and many ways to ask for each."""
 
-from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from recipe.chats import Chat
 from recipe.grammar import Writer, read_text, sentence
@@ -11,27 +11,19 @@ SIZES = ("7B", "13B", "70B")
 OFTEN = ("mp", "gpus", "files", "command")  # three times as often as other facts
 
 
-@dataclass(frozen=True)
-class Fact:
-    """One thing to know.
+class Fact(NamedTuple):
+    """One thing to know."""
 
-    Attributes:
-        values: by size of model; under "" where all sizes have the same.
-        questions: whole questions; {model} is a way to name the size.
-        nouns, counts: for the frames "what is the NOUN of MODEL" and "how many COUNT does MODEL have".
-        extra: more slots of the answers, by size.
-    """
-
-    values: dict[str, str]
+    values: dict[str, str]  # by size of model; under "" where all sizes have the same
     answers: list[str]
-    questions: list[str]
-    nouns: str = ""
-    counts: str = ""
+    questions: list[str]  # whole questions; {model} is a way to name the size
+    nouns: str = ""  # for the frame "what is the NOUN of MODEL"
+    counts: str = ""  # for the frame "how many COUNT does MODEL have"
     same_for_all: bool = False
-    extra: dict[str, dict[str, str]] = field(default_factory=dict)
+    extra: dict[str, dict[str, str]] | None = None  # more slots of the answers, by size
 
     def answer(self, rng: Writer, size: str) -> str:
-        slots = {name: values[size] for name, values in self.extra.items()}
+        slots = {name: values[size] for name, values in (self.extra or {}).items()}
         return rng.expand(rng.choice(self.answers), size=size, value=self.values[size], **slots)
 
 

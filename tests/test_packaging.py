@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import llama
-from llama.tools import cli, commandline, toy
+from llama.tools import cli, commandline
 from tests.conftest import ROOT
 
 try:
@@ -172,11 +172,10 @@ def test_an_unknown_command_is_one_line_with_the_nearest(
 
 def test_an_installed_toy_is_found_before_a_repositorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package, repository = tmp_path / "llama", tmp_path
-    monkeypatch.setattr(toy, "_PACKAGE", package)
-    monkeypatch.setattr(toy, "_REPOSITORY", repository)
+    monkeypatch.setattr(commandline, "_TOY_PLACES", (package, repository))
     with pytest.raises(FileNotFoundError, match=rf"^--ckpt_dir must be given: .* neither in {package} nor in"):
-        toy.toy_checkpoint()
+        commandline.toy_checkpoint()
     for place in (repository, package):
         (place / "tiny-llama").mkdir(parents=True)
         (place / "tiny-llama" / "params.json").touch()
-        assert toy.toy_checkpoint() == str(place / "tiny-llama")
+        assert commandline.toy_checkpoint() == str(place / "tiny-llama")

@@ -6,6 +6,7 @@ The first rank reads and prints; the other ranks make the same calls.
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
 import time
@@ -30,6 +31,7 @@ except ImportError:  # not a POSIX system: Ctrl-C ends the program there
 
 PROMPT = "\nYou: "
 _CTRL_C = b"\x03"
+_LINE = re.compile(rb"([^\n\x03]*)([\n\x03])")
 _KEEP_ALIVE_S = 60.0  # between two messages to the waiting ranks, well under any process group's timeout
 # Control characters except newline and tab, and those that change the direction of text: with these an answer could
 # control the terminal, or look like another text.
@@ -51,40 +53,33 @@ class Terminal:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._unread = b""
-        self.at_end = False
+        self._at_end = False
 
     def wait(self, seconds: float) -> bool:
         """Waits at most that long. Returns whether there is a line, Ctrl-C or the end of the input."""
-        if not (self._has_line() or self.at_end):
+        if not (_LINE.match(self._unread) or self._at_end):
             self._read(seconds)
-        return self._has_line() or self.at_end
+        return self._at_end or _LINE.match(self._unread) is not None
 
     def line(self) -> str | None:
         """The next line; "" after Ctrl-C; None at the end."""
-        if not self._has_line():
+        if not (found := _LINE.match(self._unread)):
             return None
-        cut = min(i for i in (self._unread.find(b"\n"), self._unread.find(_CTRL_C)) if i >= 0)
-        line, end = self._unread[:cut], self._unread[cut : cut + 1]
-        self._unread = self._unread[cut + 1 :]
-        return "" if end == _CTRL_C else line.decode(errors="replace")
+        self._unread = self._unread[found.end() :]
+        return "" if found[2] == _CTRL_C else found[1].decode(errors="replace")
 
     def interrupted(self) -> bool:
         """Whether Ctrl-C was typed since the last line. Input before it is dropped."""
         self._read(0)
-        if _CTRL_C not in self._unread:
-            return False
-        self._unread = self._unread.rpartition(_CTRL_C)[2]
-        return True
+        _, typed, self._unread = self._unread.rpartition(_CTRL_C)
+        return bool(typed)
 
     def _read(self, seconds: float) -> None:
         """Reads the input that is there; waits at most that long for some."""
-        if not self.at_end and select.select([self._fd], [], [], seconds)[0]:
+        if not self._at_end and select.select([self._fd], [], [], seconds)[0]:
             chunk = os.read(self._fd, 65536)
             self._unread += chunk
-            self.at_end = not chunk
-
-    def _has_line(self) -> bool:
-        return b"\n" in self._unread or _CTRL_C in self._unread
+            self._at_end = not chunk
 
 
 @contextmanager
@@ -94,8 +89,7 @@ def open_terminal() -> Iterator[Terminal]:
     if termios is None or not os.isatty(fd):
         yield Terminal(fd)
         return
-    before = termios.tcgetattr(fd)
-    changed = termios.tcgetattr(fd)
+    before, changed = termios.tcgetattr(fd), termios.tcgetattr(fd)
     changed[6][termios.VINTR] = b"\x00"  # no signal
     changed[6][termios.VEOL2] = _CTRL_C  # a second end of line
     termios.tcsetattr(fd, termios.TCSANOW, changed)
@@ -124,10 +118,8 @@ class History:
 
     def with_question(self, text: str) -> Dialog | None:
         """The dialog that asks `text`, without the oldest turns if they do not fit; None if `text` is too long."""
-        question: Message = {"role": "user", "content": text}
-        head = _system_message(self.system)
         for start in range(0, len(self.turns) + 1, 2):
-            dialog = [*head, *self.turns[start:], question]
+            dialog = _dialog(self.system, self.turns[start:], text)
             if len(self.chat_format.encode(dialog, self.llama.tokenizer)) <= self.most_tokens:
                 self.turns = self.turns[start:]
                 return dialog
@@ -210,7 +202,7 @@ def _check_room(
     """Raises ValueError unless the system prompt, a question and an answer have room in the context."""
     if answer_len is not None and (type(answer_len) is not int or answer_len < 1):
         raise ValueError(f"--answer_len must be an integer of at least 1, got {quote(answer_len)}")
-    dialog = [*_system_message(system), Message(role="user", content="?")]
+    dialog = _dialog(system, [], "?")
     n_tokens = len((template or built_in_format(tokenizer)).encode(dialog, tokenizer))
     if n_tokens > (most := _most_tokens(max_seq_len, answer_len)):
         raise ValueError(
@@ -219,8 +211,9 @@ def _check_room(
         )
 
 
-def _system_message(system: str) -> list[Message]:
-    return [Message(role="system", content=system)] if system else []
+def _dialog(system: str, turns: list[Message], question: str) -> Dialog:
+    head: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [*head, *turns, {"role": "user", "content": question}]
 
 
 @partial(commandline.with_build_flags, reuse_prefixes=True, compile="background")

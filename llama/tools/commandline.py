@@ -31,11 +31,11 @@ from llama.generation import Llama
 from llama.inputs import SamplingParams, check_speculative
 from llama.text.tokenizer_json import load_tokenizer
 from llama.tokenizer import Tokenizer
-from llama.tools.toy import toy_checkpoint
 
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError, NonFiniteLogitsError)
 Function = TypeVar("Function", bound=Callable[..., Any])
 _MAX_MESSAGE = 4000  # characters of an error that are printed
+_TOY_PLACES = (Path(__file__).parents[1], Path(__file__).parents[2])  # the package of a wheel, the root of a clone
 _ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # SIGHUP: the terminal was closed
 
 
@@ -68,9 +68,7 @@ def with_flags_of(callee: Callable[..., Any], function: Function, **defaults: An
     return cast(Function, with_defaults)
 
 
-def with_build_flags(function: Function, **defaults: Any) -> Function:
-    """Gives a command the optional arguments of `Llama.build` as flags; see `with_flags_of`."""
-    return with_flags_of(Llama.build, function, **defaults)
+with_build_flags = functools.partial(with_flags_of, Llama.build)
 
 
 def _limit_threads(threads: int | None = None) -> None:
@@ -102,6 +100,17 @@ def _documented(function: Callable[..., Any]) -> dict[str, str]:
     section = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     found = re.finditer(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {argument[1]: " ".join(argument[2].split()) for argument in found}
+
+
+def toy_checkpoint() -> str:
+    """The folder of the toy checkpoint, `tiny-llama`, in the installed package or at the root of the repository."""
+    for place in _TOY_PLACES:
+        if (place / "tiny-llama" / "params.json").is_file():
+            return str(place / "tiny-llama")
+    raise FileNotFoundError(
+        f"--ckpt_dir must be given: the toy checkpoint, its default, is neither in {_TOY_PLACES[0]} nor in "
+        f"{_TOY_PLACES[1]}; pass the folder that holds params.json and consolidated.00.pth"
+    )
 
 
 def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[str, str]:

@@ -144,10 +144,7 @@ def to_hf(
     names = list(tensor_shapes(source.args, 1))
     layout = {hf_name(name): _cast(name, source.layout[name], target_dtype) for name in names}
     n_bytes = sum(tensor.nbytes for tensor in layout.values())
-    with (
-        writing("convert", output_dir, n_bytes, n_passes=1, quiet=quiet) as (folder, progress),
-        ExitStack() as stack,
-    ):
+    with writing("convert", output_dir, n_bytes, n_passes=1, quiet=quiet) as (folder, progress), ExitStack() as stack:
         config = args_to_config(source.args) | {"max_position_embeddings": max_position_embeddings}
         for name, content in described.items():
             _write_json(folder / name, content)

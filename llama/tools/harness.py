@@ -207,13 +207,17 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[Score]:
         """The log-probability of each continuation, and whether it is what greedy decoding gives."""
-        rows = [self._row(context, continuation) for _, context, continuation in requests]
         # Continuations of one token, such as the letters of choices, share a row.
         by_tokens: dict[tuple[int, ...], list[int]] = {}
-        for i, (ids, _continuation) in enumerate(rows):
-            by_tokens.setdefault(tuple(ids), []).append(i)
+        for i, (_, context, continuation) in enumerate(requests):
+            if not 1 <= len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"a continuation must have 1 to max_seq_len={self.max_length} tokens, got {len(continuation)}"
+                )
+            fed = (context + continuation)[-(self.max_length + 1) :][:-1]  # truncated from the left
+            by_tokens.setdefault(tuple(fed), []).append(i)
         order = sorted(by_tokens.items(), key=lambda item: -len(item[0]))
-        asked: list[Row] = [(list(tokens), [rows[i][1] for i in of]) for tokens, of in order]
+        asked: list[Row] = [(list(tokens), [requests[i][2] for i in of]) for tokens, of in order]
         results: list[Score] = [(0.0, False)] * len(requests)
         for number, scores in self._share("loglikelihood", asked, self._score, disable_tqdm=disable_tqdm):
             for i, score in zip(order[number][1], scores, strict=True):
@@ -221,14 +225,6 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
                 if requests[i][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
         return results
-
-    def _row(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """The ids that are fed, truncated from the left, and the continuation that they predict."""
-        if not continuation or len(continuation) > self.max_length:
-            raise ValueError(
-                f"a continuation must have 1 to max_seq_len={self.max_length} tokens, got {len(continuation)}"
-            )
-        return (context + continuation)[-(self.max_length + 1) :][:-1], continuation
 
     def _score(self, asked: Sequence[Row]) -> list[list[Score]]:
         """For each row, the scores of the continuations that end it."""

@@ -15,7 +15,7 @@ from typing import Any
 from llama.checkpoint.format import stored_quantize
 from llama.checkpoint.memory import GIB, MemoryPlan, largest, plan_memory
 from llama.checkpoint.reading import list_shards, network_args, read_shard
-from llama.checkpoint.releases import RELEASES, TRAINED_SEQ_LEN, trained_seq_len
+from llama.checkpoint.releases import RELEASES, TRAINED_SEQ_LEN, Release, trained_seq_len
 from llama.distributed.device import DTYPES
 from llama.errors import quote
 from llama.layers.linear import QUANTIZED_FORMS
@@ -59,13 +59,13 @@ def memory_table(
         raise ValueError(f"either ckpt_dir, a folder, or model ({', '.join(RELEASES)}) must be given, and not both")
     if quantize not in (None, *QUANTIZED_FORMS):
         raise ValueError(f"quantize must be None, {' or '.join(map(repr, QUANTIZED_FORMS))}, got {quote(quantize)}")
-    stored = stored_quantize(ckpt_dir) if ckpt_dir is not None else None
-    if ckpt_dir is not None:
-        shards = list_shards(ckpt_dir)
-        args, n_files = network_args(ckpt_dir, read_shard(shards[0])), len(shards)
+    if ckpt_dir is None:
+        stored, release = None, _release(str(model))
     else:
-        args, n_files = _of_release(str(model))
-    args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        stored, shards = stored_quantize(ckpt_dir), list_shards(ckpt_dir)
+        release = Release(network_args(ckpt_dir, read_shard(shards[0])), len(shards))
+    n_files = release.model_parallel_size
+    args = replace(release.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     args.validate()
     ranks = n_files if model_parallel_size is None else model_parallel_size
     check_count(ranks)
@@ -99,21 +99,20 @@ def parse_memory(text: str) -> int:
     return int(float(found[1]) * units[found[2].lower()])
 
 
-def _of_release(model: str) -> tuple[ModelArgs, int]:
+def _release(model: str) -> Release:
     names = {name.lower(): name for name in RELEASES} | {"34b": "CodeLlama-34b"}
     size = re.sub(r"^llama-?2-|-(chat|instruct|python|hf)(?![^-])", "", model.lower())
     if size not in names:
         raise ValueError(f"model must be {', '.join(RELEASES)}, got {quote(model)}")
-    return RELEASES[names[size]].args, RELEASES[names[size]].model_parallel_size
+    return RELEASES[names[size]]
 
 
 def _table(plan: MemoryPlan, ranks: int) -> list[str]:
-    parts = {**vars(plan), "total": plan.total}
-    rows = {name.replace("kv_cache", "KV cache"): n_bytes / GIB for name, n_bytes in parts.items()}
-    all_ranks = f"{f'all {ranks} ranks':>16}" if ranks > 1 else ""
-    lines = [f"{'':12}{'each rank':>14}{all_ranks}"]
-    for name, gib in rows.items():
-        lines.append(f"{name:12}{gib:10.2f} GiB" + (f"{ranks * gib:12.2f} GiB" if ranks > 1 else ""))
+    lines = [f"{'':12}{'each rank':>14}" + (f"{f'all {ranks} ranks':>16}" if ranks > 1 else "")]
+    for name, n_bytes in {**vars(plan), "total": plan.total}.items():
+        gib = n_bytes / GIB
+        all_ranks = f"{ranks * gib:12.2f} GiB" if ranks > 1 else ""
+        lines.append(f"{name.replace('kv_cache', 'KV cache'):12}{gib:10.2f} GiB{all_ranks}")
     return lines
 
 

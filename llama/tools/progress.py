@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from llama.checkpoint.writing import staged_folder
@@ -22,7 +21,7 @@ _TERMINAL_S = 0.2  # from the start to the first update, and between two of them
 _PLAIN_S = 10.0  # likewise for lines elsewhere, such as in a log file
 
 
-class Progress:
+class Progress(ExitStack):
     """Shows how much of a run is done, its speed and the time left. A context manager.
 
     Without tqdm it shows nothing.
@@ -36,10 +35,11 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, *, unit: str = "B", done: int = 0, quiet: bool = False) -> None:
+        super().__init__()
         self._bar: Any = None
         if tqdm is not None and not quiet:
             interval = _TERMINAL_S if sys.stderr.isatty() else _PLAIN_S
-            self._bar = tqdm(
+            bar = tqdm(
                 desc=label,
                 total=total,
                 initial=done,
@@ -50,15 +50,7 @@ class Progress:
                 delay=interval,  # a short run, or an error at its start, shows no bar
                 dynamic_ncols=True,
             )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+            self._bar = self.enter_context(bar)
 
     def add(self, n: int = 1, note: str = "") -> None:
         """Counts `n` units as done. A note, such as another speed, is shown at the end of the line."""
@@ -78,10 +70,7 @@ def writing(
         n_passes: number of times that each byte counts: 2 if its checksum is computed too.
     """
     started = time.monotonic()
-    with (
-        staged_folder(output_dir, n_bytes) as folder,
-        Progress(label, n_passes * n_bytes, quiet=quiet) as progress,
-    ):
+    with staged_folder(output_dir, n_bytes) as folder, Progress(label, n_passes * n_bytes, quiet=quiet) as progress:
         yield folder, progress
     if not quiet:
         sizes = [path.stat().st_size for path in Path(output_dir).iterdir()]

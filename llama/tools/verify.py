@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,14 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @contextmanager
+    def take_error(self) -> Iterator[None]:
+        """Makes the error of a file that cannot be read a problem."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.problems.append(str(error))
+
 
 def verify(ckpt_dir: str | Path, *, tokenizer_path: str | Path | None = None, quiet: bool = False) -> Findings:
     """Checks a checkpoint folder, reading every file once or twice, one tensor in memory at a time.
@@ -76,9 +85,12 @@ def verify(ckpt_dir: str | Path, *, tokenizer_path: str | Path | None = None, qu
         for path, expected in listed.items():
             if (got := md5_of(path, progress.add)) != expected:
                 found.problems.append(f"{path} must have the listed MD5 sum {expected}, got {got}; download it again")
-        n_words = _count_words(tokenizer, found) if has_tokenizer else 0
+        n_words = 0
         if not has_tokenizer:
             found.notes.append("the vocabulary was not compared: no tokenizer.model was found; give tokenizer_path")
+        else:
+            with found.take_error():
+                n_words = Tokenizer(tokenizer).n_words
         _check_shards(folder, shards, n_words, found, progress)
     return found
 
@@ -113,41 +125,27 @@ def _read_checklist(path: Path, found: Findings, required: set[str]) -> dict[Pat
     return listed
 
 
-def _count_words(tokenizer: Path, found: Findings) -> int:
-    """The tokenizer's number of tokens; 0 if it cannot be read."""
-    try:
-        return Tokenizer(tokenizer).n_words
-    except (ValueError, OSError) as error:
-        found.problems.append(str(error))
-        return 0
-
-
 def _check_shards(folder: Path, shards: list[Path], n_words: int, found: Findings, progress: Progress) -> None:
     """Checks every file's tensors. The first readable file gives the number of parts and what all files repeat."""
     there, names = [path.name for path in shards], [f"consolidated.{rank:02d}.pth" for rank in range(len(shards))]
     if there != names:
         found.problems.append(f"{folder} must hold {first_few(names, _SHOWN)}, got {first_few(there, _SHOWN)}")
-    try:
+    with found.take_error():
         check_distinct(shards)
-    except ValueError as error:
-        found.problems.append(str(error))
-    shapes: dict[str, tuple[int, ...]] = {}
-    first: dict[str, Tensor] = {}
+    states: dict[Path, dict[str, Tensor]] = {}  # mapped
     for path in shards:
-        try:
-            state = read_shard(path)
-        except (ValueError, OSError) as error:
-            found.problems.append(str(error))
-            continue
-        try:
-            shapes = shapes or _expected_shapes(folder, state, len(shards), n_words, found)
-        except (ValueError, OSError) as error:
-            found.problems.append(str(error))
-            return
-        faults: defaultdict[str, list[str]] = defaultdict(list)
-        for kind, what in _faults(path, state, shapes, first, progress):
-            faults[kind].append(what)
-        found.problems += [f"{path}: {kind}: {first_few(what, _SHOWN)}" for kind, what in faults.items()]
+        with found.take_error():
+            states[path] = read_shard(path)
+    if not states:
+        return
+    with found.take_error():
+        shapes = _expected_shapes(folder, next(iter(states.values())), len(shards), n_words, found)
+        first: dict[str, Tensor] = {}
+        for path, state in states.items():
+            faults: defaultdict[str, list[str]] = defaultdict(list)
+            for kind, what in _faults(path, state, shapes, first, progress):
+                faults[kind].append(what)
+            found.problems += [f"{path}: {kind}: {first_few(what, _SHOWN)}" for kind, what in faults.items()]
 
 
 def _expected_shapes(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.tools import toy
+from llama.tools import commandline
 from llama.tools.perplexity import main, perplexity, windows
 from tests.conftest import TEXT
 from tests.contract.test_against_hf import hugging_face_model
@@ -73,7 +73,7 @@ def test_without_the_toy_checkpoint_the_error_says_what_to_pass(
 ) -> None:
     """As in an installed package, which does not include it."""
     (tmp_path / "text.txt").write_text("a text")
-    monkeypatch.setattr(toy, "_REPOSITORY", tmp_path)
+    monkeypatch.setattr(commandline, "_TOY_PLACES", (tmp_path, tmp_path))
     with pytest.raises(FileNotFoundError, match=r"^--ckpt_dir must be given: .* the folder that holds params.json"):
         main(str(tmp_path / "text.txt"))
 
