@@ -138,13 +138,6 @@ def test_a_process_that_ends_in_its_turn_leaves_its_last_words(job: Job) -> None
         take_turn(LOAD)
 
 
-def test_what_an_engine_prints_is_no_figure(job: Job) -> None:
-    """fairscale and others print while they load."""
-    with engine_process("ours", sys.executable, job) as take_turn:
-        assert take_turn(LOAD).keys() == {LOAD, "first_token"}
-        assert "initializing" in (Path(job.folder) / "ours.log").read_text()
-
-
 @pytest.mark.parametrize("shape", ["tiny", "1b"])
 def test_a_decode_step_reads_all_but_the_embedding(shape: str, job: Job) -> None:
     args = ModelArgs(**SHAPES[shape])
