@@ -4,7 +4,6 @@ It shares nothing with `llama/model.py`: no cache, sharding or modules, one form
 `params` is the content of a `params.json`; dim, n_layers and n_heads must stand in it, and for `shapes` vocab_size too.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 Params = dict[str, Any]
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,9 +36,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ v
 
 
-def attention(
-    state: State, params: Params, name: str, x: Tensor, attend: AttentionFunction = causal_attention
-) -> Tensor:
+def attention(state: State, params: Params, name: str, x: Tensor) -> Tensor:
     bsz, seqlen, dim = x.shape
     n_heads, n_kv_heads = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
     theta = params.get("rope_theta") or 10000.0
@@ -49,7 +45,7 @@ def attention(
     v = F.linear(x, state[f"{name}.wv.weight"]).view(bsz, seqlen, n_kv_heads, -1)
     q, k = rotate(q, theta).to(v.dtype), rotate(k, theta).to(v.dtype)
     k, v = (t.repeat_interleave(n_heads // n_kv_heads, dim=2) for t in (k, v))  # query head h reads KV head h // group
-    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return F.linear(out.transpose(1, 2).reshape(bsz, seqlen, dim), state[f"{name}.wo.weight"])
 
 
