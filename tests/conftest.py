@@ -106,11 +106,17 @@ def write_checkpoint(
 
 
 @pytest.fixture(scope="session")
-def checkpoint_in(
+def split_checkpoint(
     write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, torch.Tensor]
 ) -> Callable[[int], Path]:
+    """Writes the random checkpoint in so many files, into a folder of its own."""
+    return lambda n_files: write_checkpoint(params, state, n_files)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_in(split_checkpoint: Callable[[int], Path]) -> Callable[[int], Path]:
     """Gives the folder of the random checkpoint in so many files, which no test may change."""
-    return functools.cache(lambda n_files: write_checkpoint(params, state, n_files))
+    return functools.cache(split_checkpoint)
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,6 @@ import os
 import pickle
 import random
 import re
-import resource
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,7 +22,6 @@ from llama.checkpoint.loading import load_to_device
 from llama.checkpoint.reading import find_shards, list_shards, load_shard, model_args, read_shard
 from llama.checkpoint.sharded import ShardedCheckpoint
 from tests.checkpoint.conftest import MAPS, mapped_file
-from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 
@@ -86,9 +81,9 @@ def test_a_hugging_face_folder_is_met_with_the_command_that_converts_it(tmp_path
 
 
 def test_what_stands_for_a_file_that_was_not_downloaded(
-    write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, Tensor], tokenizer_path: Path
+    split_checkpoint: Callable[[int], Path], params: dict[str, Any], tokenizer_path: Path
 ) -> None:
-    folder = write_checkpoint(params, state)
+    folder = split_checkpoint(1)
     build = partial(Llama.build, folder, tokenizer_path, max_seq_len=8, max_batch_size=1, device="cpu")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
     for name in ("consolidated.00.pth", "params.json"):
@@ -108,11 +103,9 @@ def test_what_stands_for_a_file_that_was_not_downloaded(
         Llama.build(folder, tokenizer, max_seq_len=8, max_batch_size=1, device="cpu")
 
 
-def test_a_file_copied_over_another_is_refused(
-    write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, Tensor]
-) -> None:
+def test_a_file_copied_over_another_is_refused(split_checkpoint: Callable[[int], Path], params: dict[str, Any]) -> None:
     """Two ranks with the same part of the weights gave text without sense, and no error."""
-    folder = write_checkpoint(params, state, 2)
+    folder = split_checkpoint(2)
     sizes = {"max_batch_size": 1, "max_seq_len": 8}
     model_args(folder, params["vocab_size"], **sizes)
     (folder / "consolidated.01.pth").write_bytes((folder / "consolidated.00.pth").read_bytes())
@@ -141,10 +134,10 @@ def test_more_layers_than_the_file_has_tensors_are_refused_before_anything_is_pl
 
 
 def test_every_rank_finds_that_another_ranks_file_is_cut_short(
-    write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, Tensor]
+    split_checkpoint: Callable[[int], Path], params: dict[str, Any]
 ) -> None:
     """Before the ranks meet: one that failed alone would leave the others waiting."""
-    path = write_checkpoint(params, state, 2) / "consolidated.01.pth"
+    path = split_checkpoint(2) / "consolidated.01.pth"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read .* is it cut short\?"):
         model_args(path.parent, params["vocab_size"], max_batch_size=1, max_seq_len=1)
@@ -152,13 +145,9 @@ def test_every_rank_finds_that_another_ranks_file_is_cut_short(
 
 @pytest.mark.parametrize("files", [1, 2, 4])
 def test_split_files_are_accepted_and_joined_are_the_whole(
-    write_checkpoint: Callable[..., Path],
-    args: ModelArgs,
-    params: dict[str, Any],
-    state: dict[str, Tensor],
-    files: int,
+    split_checkpoint: Callable[[int], Path], args: ModelArgs, state: dict[str, Tensor], files: int
 ) -> None:
-    folder = write_checkpoint(params, state, files)
+    folder = split_checkpoint(files)
     shards = [load_shard(path, args, files) for path in find_shards(folder, files)]
     for name, whole in state.items():
         parts = [shard[name] for shard in shards]
@@ -200,20 +189,12 @@ def test_rope_freqs_is_the_one_known_extra(one_file: Callable[..., Path], args: 
             {"layers.1.attention.wk.weight": torch.ones(64, 64)},
             r"layers\.1\.attention\.wk\.weight must have shape \(32, 64\) by params\.json, got shape \(64, 64\)",
         ),
-        (
-            {"norm.weight": torch.ones(1, 64)},
-            r"norm\.weight must have shape \(64,\) by params\.json, got shape \(1, 64\)",
-        ),
         ({"norm.weight": torch.ones(())}, r"norm\.weight must have shape \(64,\) by params\.json, got shape \(\)"),
         (
             {"norm.weight": torch.ones(64, dtype=torch.int8)},
             r"norm\.weight must have dtype float16, bfloat16 or float32, got torch\.int8",
         ),
         ({"norm.weight": torch.ones(64, dtype=torch.bool)}, r"norm\.weight must have dtype .*, got torch\.bool"),
-        (
-            {"norm.weight": torch.ones(64, dtype=torch.complex64)},
-            r"norm\.weight must have dtype .*, got torch\.complex64",
-        ),
         ({7: torch.ones(1)}, r"but has 7$"),
     ],
 )
@@ -225,27 +206,9 @@ def test_tensors_that_do_not_fit_the_network_are_refused(
         load_shard(path, args, 1)
 
 
-def test_a_file_for_another_number_of_ranks_is_refused_with_both_shapes(
-    write_checkpoint: Callable[..., Path], args: ModelArgs, params: dict[str, Any], state: dict[str, Tensor]
-) -> None:
-    folder = write_checkpoint(params, state, 2)
-    with pytest.raises(
-        ValueError, match=rf"must have shape .*{args.dim}.* by params\.json, got shape .*{args.dim // 2}"
-    ):
-        load_shard(folder / "consolidated.00.pth", args, 1)
-
-
 @pytest.mark.parametrize(
     "content",
-    [
-        [torch.ones(1)],
-        torch.ones(1),
-        {"model": {"norm.weight": torch.ones(1)}},
-        {"norm.weight": [1.0, 2.0]},
-        {"norm.weight": torch.ones(1), "step": 5},
-        {},
-        None,
-    ],
+    [[torch.ones(1)], torch.ones(1), {"model": {"a": torch.ones(1)}}, {"a": torch.ones(1), "step": 5}, {}, None],
     ids=repr,
 )
 def test_what_is_no_flat_dict_of_tensors_is_refused(tmp_path: Path, args: ModelArgs, content: object) -> None:
@@ -261,32 +224,19 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(one_file: Callable[..., 
     path = one_file()
     whole = path.read_bytes()
     rng = random.Random(0)
-    for n in [0, 2, len(whole) - 1, *(rng.randrange(80000, len(whole)) for _ in range(15))]:
+    for n in [0, 2, 5000, 30000, len(whole) - 1, *(rng.randrange(80000, len(whole)) for _ in range(15))]:
         path.write_bytes(whole[:n])
-        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read .*; is it cut short\?"):
+        hint = r".*; is it cut short\?" if n < 5000 or n > 80000 else ""
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read{hint}"):
             read_shard(path)
 
 
-@pytest.mark.parametrize("n", [5000, 30000, 60000])
-def test_a_file_of_which_a_few_kilobytes_came_is_refused(one_file: Callable[..., Path], n: int) -> None:
-    path = one_file()
-    path.write_bytes(path.read_bytes()[:n])
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read"):
-        read_shard(path)
-
-
-def test_a_file_of_the_format_before_zip_is_read(one_file: Callable[..., Path], state: dict[str, Tensor]) -> None:
-    path = one_file(_use_new_zipfile_serialization=False)
-    assert path.read_bytes()[:2] != b"PK"
-    loaded = read_shard(path)
-    assert loaded.keys() == state.keys()
-    assert all(torch.equal(loaded[name], state[name]) for name in state)
-
-
-def test_a_file_of_the_format_before_zip_cut_short_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_the_format_before_zip_is_read_and_refused_if_it_is_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "consolidated.00.pth"
     torch.save({"norm.weight": torch.ones(8)}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(read_shard(path)["norm.weight"], torch.ones(8))
     whole = path.read_bytes()
+    assert whole[:2] != b"PK"
     for n in range(len(whole)):
         path.write_bytes(whole[:n])
         with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} "):
@@ -323,28 +273,6 @@ def test_a_folder_does_not_count_as_a_file_of_the_checkpoint(one_file: Callable[
 def test_what_is_no_path_is_refused(folder: Any) -> None:
     with pytest.raises(ValueError, match=rf"^ckpt_dir must be the path of a folder, got {re.escape(repr(folder))}$"):
         list_shards(folder)
-
-
-@pytest.mark.parametrize("record", ["data.pkl", "byteorder", "version"])
-def test_a_record_that_unpacks_to_gigabytes_is_refused_unread(one_file: Callable[..., Path], record: str) -> None:
-    path = one_file()
-    with zipfile.ZipFile(path) as archive:
-        content = {info.filename: archive.read(info) for info in archive.infolist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in content.items():
-            archive.writestr(name, data if not name.endswith(f"/{record}") else data + bytes(2**28))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read .*must be stored uncompressed") as e:
-        read_shard(path)
-    assert len(str(e.value)) < 1000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # KiB, of 2**18
-
-
-def test_a_byte_array_as_large_as_the_pickle_asks_for_is_not_made(tmp_path: Path) -> None:
-    path = tmp_path / "consolidated.00.pth"
-    torch.save({"norm.weight": torch.ones(1), "x": bytearray(5)}, path)
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} cannot be read .*byte array"):
-        read_shard(path)
 
 
 def test_names_of_tensors_in_errors_are_short_and_printable(one_file: Callable[..., Path], args: ModelArgs) -> None:
@@ -404,24 +332,8 @@ def test_changes_of_loaded_tensors_do_not_reach_the_file(one_file: Callable[...,
 def test_a_tensor_wider_than_its_storage_does_no_harm(tmp_path: Path) -> None:
     """A file can hold one number that is repeated to a whole matrix: in memory, it is one number too."""
     path = tmp_path / "consolidated.00.pth"
-    code = f"""
-import json
-from pathlib import Path
-import torch
-from llama import ModelArgs
-from llama.checkpoint.format import tensor_shapes
-from llama.checkpoint.reading import load_shard
-from llama.checkpoint.loading import load_to_device
-args = ModelArgs(dim=1024, n_layers=1, n_heads=8, vocab_size=4096)
-path = Path({str(path)!r})
-torch.save({{name: torch.ones(1).expand(shape) for name, shape in tensor_shapes(args, 1).items()}}, path)
-try:
+    args = ModelArgs(dim=1024, n_layers=1, n_heads=8, vocab_size=4096)
+    torch.save({name: torch.ones(1).expand(shape) for name, shape in tensor_shapes(args, 1).items()}, path)
     shard = load_shard(path, args, 1)
-    load_to_device(shard, path, device=torch.device("cpu"), dtype=torch.bfloat16)
+    load_to_device(shard, path, device=CPU, dtype=torch.bfloat16)
     assert all((tensor == 1).all() for tensor in shard.values())
-except ValueError as error:
-    assert str(path) in str(error)
-print("unharmed")
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("unharmed\n", 0), done.stderr

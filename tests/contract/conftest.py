@@ -19,12 +19,8 @@ from llama import Llama
 from llama.checkpoint import loading
 from llama.layers.kernels import can_quantize
 from tests.support import oracle
-from tests.support.builds import (
-    BUILDS,
-    MAX_SEQ_LEN,
-    SMALL,
-    Built,
-)
+from tests.support.builds import BUILDS, MAX_SEQ_LEN, SMALL, Built
+from tests.support.cuda_graph import RecordedStepper
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +62,8 @@ def make(folders: dict[torch.dtype, Path], tokenizer_path: Path, small: dict[str
             llama.stepper = build.stepper(llama.model)
         built = Built(build, llama, small)
         built.assert_unedited()  # from here on, what is captured is captured
+        if isinstance(llama.stepper, RecordedStepper):
+            assert llama.stepper.n_replayed, "nothing was replayed, so that the tests would show nothing"
         return built
 
     return build_one

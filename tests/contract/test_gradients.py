@@ -11,11 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.support import oracle
-from tests.support.builds import (
-    PROMPTS,
-    Built,
-    LoRA,
-)
+from tests.support.builds import PROMPTS, Built, LoRA
 
 
 def train(model: Any, tokens: Tensor, steps: int) -> list[float]:

@@ -13,16 +13,9 @@ from torch import Tensor, nn
 import llama.generation
 from llama import Transformer
 from llama.model import Attention, FeedForward, RMSNorm, TransformerBlock
+from tests.contract.test_meta_interface import OwnAttention
 from tests.support import oracle
-from tests.support.builds import (
-    MAX_SEQ_LEN,
-    Built,
-    Equal,
-    output_cases,
-    patched,
-    scaled,
-    skip_rounded,
-)
+from tests.support.builds import MAX_SEQ_LEN, Built, Equal, output_cases, patched, scaled, skip_rounded
 
 
 def test_a_patched_forward_of_any_module_counts(built: Built) -> None:
@@ -36,23 +29,7 @@ def test_a_patched_forward_of_any_module_counts(built: Built) -> None:
 
 
 def meta_attention_forward(self: Any, x: Tensor, start_pos: int, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention as somebody would write it for Meta's package: an int start_pos, cache_k and cache_v, no fast path."""
-    bsz, seqlen, _ = x.shape
-    xq = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)
-    xk = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
-    xv = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
-    xq, xk = llama.model.apply_rotary_emb(xq, xk, freqs_cis=freqs_cis)
-    self.cache_k = self.cache_k.to(xq)
-    self.cache_v = self.cache_v.to(xq)
-    self.cache_k[:bsz, start_pos : start_pos + seqlen] = xk
-    self.cache_v[:bsz, start_pos : start_pos + seqlen] = xv
-    keys = llama.model.repeat_kv(self.cache_k[:bsz, : start_pos + seqlen], self.n_rep).transpose(1, 2)
-    values = llama.model.repeat_kv(self.cache_v[:bsz, : start_pos + seqlen], self.n_rep).transpose(1, 2)
-    scores = xq.transpose(1, 2) @ keys.transpose(2, 3) / self.head_dim**0.5
-    if mask is not None:
-        scores = scores + mask
-    out = scores.float().softmax(-1).type_as(xq) @ values
-    return -self.wo(out.transpose(1, 2).reshape(bsz, seqlen, -1))
+    return -OwnAttention.forward(self, x, start_pos, freqs_cis, mask)
 
 
 def meta_block_forward(self: Any, x: Tensor, start_pos: int, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.support.builds import (
-    Built,
-    LoRA,
-    output_cases,
-    scaled,
-    skip_rounded,
-    times,
-)
+from tests.support.builds import Built, LoRA, output_cases, scaled, skip_rounded, times
 
 
 class Times(nn.Module):

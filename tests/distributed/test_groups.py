@@ -12,30 +12,29 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from llama import Llama
 from llama.distributed import groups
 from tests.conftest import ROOT
 from tests.support import oracle
+from tests.support.processes import run_python
 
-CPU = torch.device("cpu")
 
-
-def run_script(script: str, *arguments: object, options: tuple[str, ...] = (), **environment: str) -> Any:
+def run_script(script: str, *arguments: object, fresh: str = "", **environment: str) -> Any:
     """Runs Python with these environment variables and no others but the search paths; returns what it prints as JSON.
 
     The script may leave no word on stderr and has to end with status 0.
+
+    Args:
+        fresh: how a new interpreter treats warnings; else one is used that has imported torch.
     """
-    paths = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": os.environ.get("HOME", "/")}
-    done = subprocess.run(
-        [sys.executable, *options, "-c", script, *map(str, arguments)],
-        env=paths | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": os.environ.get("HOME", "/")}
+    env |= {"OMP_NUM_THREADS": "1"} | environment
+    if fresh:
+        command = [sys.executable, "-W", fresh, "-c", script, *map(str, arguments)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    else:
+        done = run_python("-c", script, *map(str, arguments), env=env)
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
 
@@ -59,7 +58,7 @@ results.append(first.generate([[1, 9]], 8, seed=4)[0])
 def test_a_plain_script_needs_no_environment(checkpoint: Path, tokenizer_path: Path, llama: Llama) -> None:
     """No launcher, no variables; two builds; any warning is an error; the end is clean."""
     greedy, seeded = llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0], llama.generate([[1, 9]], 8, seed=4)[0]
-    got = run_script(PLAIN, checkpoint, tokenizer_path, options=("-W", "error"), OMP_NUM_THREADS="1")
+    got = run_script(PLAIN, checkpoint, tokenizer_path, fresh="error")
     assert got == [greedy, greedy, seeded, False]  # and no process group is left
 
 
@@ -90,18 +89,11 @@ print(json.dumps([errors, rows, kept]))
 
 
 def test_groups_that_exist_are_used_and_an_unfinished_launch_is_explained(
-    checkpoint: Path,
-    tokenizer_path: Path,
-    llama: Llama,
-    write_checkpoint: Callable[..., Path],
-    params: dict[str, Any],
-    state: oracle.State,
+    checkpoint: Path, tokenizer_path: Path, llama: Llama, checkpoint_in: Callable[[int], Path]
 ) -> None:
     """WORLD_SIZE=2 without a launcher's other variables; then, the error past, a program with groups of its own."""
-    two_files = write_checkpoint(params, state, 2)
-    errors, rows, kept = run_script(
-        OWN_GROUPS, checkpoint, tokenizer_path, two_files, OMP_NUM_THREADS="1", WORLD_SIZE="2"
-    )
+    two_files = checkpoint_in(2)
+    errors, rows, kept = run_script(OWN_GROUPS, checkpoint, tokenizer_path, two_files, WORLD_SIZE="2")
     assert len(errors) == 2
     for error in errors:
         assert "WORLD_SIZE=2" in error and "MASTER_ADDR" in error and "torchrun" in error
@@ -138,7 +130,7 @@ print(json.dumps([errors, rows, kept, printed.getvalue(), "print" in vars(initia
 def test_first_builds_in_several_threads(checkpoint: Path, tokenizer_path: Path, llama: Llama) -> None:
     """They make the groups once, print nothing, and leave stdout to the other threads."""
     expected = llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0]
-    got = run_script(THREADS, checkpoint, tokenizer_path, OMP_NUM_THREADS="1")
+    got = run_script(THREADS, checkpoint, tokenizer_path)
     assert got == [[], [expected] * 8, True, "", False]
 
 
@@ -167,7 +159,7 @@ print(json.dumps(seen))
 
 def test_fairscale_is_silenced_in_its_own_module_alone_and_only_while_it_makes_the_groups() -> None:
     """Also after an error in it."""
-    assert run_script(PRINTS, OMP_NUM_THREADS="1") == [True, False, True, False]
+    assert run_script(PRINTS, fresh="ignore") == [True, False, True, False]
 
 
 FORK = """
@@ -188,7 +180,7 @@ def test_a_forked_child_can_exit_and_leaves_the_parents_groups_alone(
     checkpoint: Path, tokenizer_path: Path, llama: Llama
 ) -> None:
     expected = llama.generate([[1, 9, 4], [7]], 8, temperature=0)[0]
-    status, rows = run_script(FORK, checkpoint, tokenizer_path, options=("-W", "ignore"), OMP_NUM_THREADS="1")
+    status, rows = run_script(FORK, checkpoint, tokenizer_path, fresh="ignore")
     assert (status, rows) == (7, expected)
 
 
@@ -220,7 +212,7 @@ def test_loading_never_holds_a_second_copy(
     weights = sum(tensor.numel() for tensor in state.values()) * (2 if dtype == "bfloat16" else 4)
     folder = write_checkpoint(big, state)
     assert weights > 90 * 2**20
-    for grown in run_script(PEAK, folder, tokenizer_path, dtype, OMP_NUM_THREADS="1"):
+    for grown in run_script(PEAK, folder, tokenizer_path, dtype, fresh="ignore"):
         assert grown < 1.25 * weights + 20 * 2**20
 
 
@@ -234,32 +226,17 @@ def test_the_model_parallel_size_defaults_to_the_world_size_else_one(nothing_ini
     assert [groups.resolve_model_parallel_size(size) for size in (1, 2, 4, 8)] == [1, 2, 4, 8]
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "", "1.5"])
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_WORLD_SIZE"])
-def test_sizes_in_the_environment_are_whole_numbers_above_zero(
-    nothing_initialized: Callable[..., None], name: str, value: str
-) -> None:
-    nothing_initialized(**{name: value})
-    read = groups.world_size if name == "WORLD_SIZE" else groups.local_world_size
-    with pytest.raises(
-        ValueError, match=rf"variable {name} must be a whole number of at least 1, got '{value}'; unset"
-    ):
-        read()
+def test_sizes_in_the_environment_are_whole_numbers_above_zero(nothing_initialized: Callable[..., None]) -> None:
+    for name, read in (("WORLD_SIZE", groups.world_size), ("LOCAL_WORLD_SIZE", groups.local_world_size)):
+        for value in ("0", "-1", "two", "", "1.5"):
+            nothing_initialized(**{name: value})
+            message = f"variable {name} must be a whole number of at least 1, got '{value}'; unset"
+            with pytest.raises(ValueError, match=message):
+                read()
 
 
-@pytest.mark.parametrize("size", [3, 5, 9, 16])
-def test_no_size_is_clamped(nothing_initialized: Callable[..., None], size: int) -> None:
+def test_no_size_is_clamped(nothing_initialized: Callable[..., None]) -> None:
     nothing_initialized(WORLD_SIZE="8")
-    with pytest.raises(ValueError, match=rf"multiple .* got a world size of 8 and model_parallel_size={size};"):
-        groups.resolve_model_parallel_size(size)
-
-
-def test_one_process_is_its_own_first_rank_group_and_replica(llama: Llama) -> None:
-    assert groups.is_first_rank() and groups.is_first_of_group()
-    assert groups.model_parallel_rank() == 0
-    assert groups.replica() == (0, 1)
-    assert groups.gather_replicas("mine") == ["mine"]
-    assert groups.broadcast_flag(True) and not groups.broadcast_flag(False)
-    tensor = torch.tensor([3, 4])
-    assert groups.broadcast_from_first(tensor) is tensor
-    assert dist.get_backend() == "gloo" or torch.cuda.is_available()
+    for size in (3, 5, 9, 16):
+        with pytest.raises(ValueError, match=rf"multiple .* got a world size of 8 and model_parallel_size={size};"):
+            groups.resolve_model_parallel_size(size)

@@ -11,11 +11,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from tests.conftest import ROOT
 
@@ -54,11 +52,7 @@ def wait(holds: Callable[[], bool], seconds: float, log: Callable[[], str]) -> f
 
 @pytest.mark.parametrize("launcher", [(), ("--standalone",)], ids=["one port", "standalone"])
 def test_a_killed_rank_is_started_again_with_the_others(
-    launcher: tuple[str, ...],
-    write_checkpoint: Callable[..., Path],
-    params: dict[str, Any],
-    state: dict[str, torch.Tensor],
-    tokenizer_path: Path,
+    launcher: tuple[str, ...], checkpoint_in: Callable[[int], Path], tokenizer_path: Path
 ) -> None:
     """Without --standalone all attempts share one store, in which the killed attempt has left its keys."""
     ports = []
@@ -68,7 +62,7 @@ def test_a_killed_rank_is_started_again_with_the_others(
             ports.append(probe.getsockname()[1])
     url = f"http://127.0.0.1:{ports[0]}"
     launcher = launcher or ("--master_addr", "127.0.0.1", "--master_port", str(ports[1]))
-    server = ["-m", "llama.tools.serve", "--ckpt_dir", str(write_checkpoint(params, state, 2))]
+    server = ["-m", "llama.tools.serve", "--ckpt_dir", str(checkpoint_in(2))]
     server += ["--tokenizer_path", str(tokenizer_path), "--port", str(ports[0]), "--max_seq_len", "64"]
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc_per_node", "2"]
     with tempfile.TemporaryFile("w+") as stderr:
