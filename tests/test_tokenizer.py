@@ -168,6 +168,13 @@ def test_decoders_do_not_share_state(tokenizer: Tokenizer) -> None:
     assert first.flush() == "\ufffd"
 
 
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "tokenizer.model", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"got {path}, which is not a file") as error:
+            Tokenizer(path)
+        assert isinstance(error.value, AssertionError)  # which Meta's package raises
+
+
 def test_a_damaged_file_is_named(tmp_path: Path, tokenizer_path: Path) -> None:
     whole = tokenizer_path.read_bytes()
     path = tmp_path / "tokenizer.model"
@@ -266,6 +273,11 @@ def test_infilling_text_has_no_added_leading_space(code_tokenizer: Tokenizer) ->
         assert ids == sp.encode("\u263a" + text)[2:]
         assert code_tokenizer.decode_infilling(ids) == sp.decode([smile, *ids])[1:] == text
     assert code_tokenizer.decode_infilling(code_tokenizer.encode("fox", bos=False, eos=False)) == " fox"
+
+
+def test_infilling_text_needs_no_piece_of_the_tokenizers(tokenizer: Tokenizer) -> None:
+    for text in TEXTS:
+        assert tokenizer.decode_infilling(tokenizer.encode_infilling(text)) == text
 
 
 def test_a_tokenizer_of_another_class_has_its_text_split(tokenizer: Tokenizer) -> None:
