@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,13 +15,13 @@ from llama.distributed import groups
 from llama.distributed.device import default_generator
 from llama.engine.constraints import make_constraint
 from llama.engine.engine import Engine
-from llama.engine.output import Completion, Piece
+from llama.engine.output import Completion, Piece, TokenScore, TopLogprobs
 from llama.engine.processors import make_process
 from llama.engine.runner import device_of
 from llama.engine.sampling import Sampler
-from llama.engine.scoring import PromptScores, score
 from llama.engine.sequence import Call, TokenResult
 from llama.engine.sequence import Sequence as EngineSequence
+from llama.errors import NonFiniteLogitsError
 from llama.inputs import SamplingParams, n_usable_ids, n_words_of, vocab_size_of
 from llama.tokenizer import IncrementalDetokenizer
 
@@ -46,20 +46,19 @@ class Completer:
 
     def complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """Returns the completions of prompts, in their order."""
-        replica, n_replicas = groups.replica()
+        model, tokenizer, (replica, n_replicas) = self._engine.model, self._tokenizer, groups.replica()
         with groups.rank_errors():
-            samplers = _CallSamplers(
-                self._engine.model, self._tokenizer, params, len(prompts), (replica, n_replicas), self._draw
-            )
-            share = prompts[replica::n_replicas]
-            request = Request(self._engine, self._tokenizer, share, params, sampler_of=samplers.sampler_and_noise_row)
+            shared, samplers = _call_samplers(model, params, len(prompts), (replica, n_replicas), self._draw)
+            request = Request(self._engine, tokenizer, prompts[replica::n_replicas], params, samplers=samplers)
             if params.max_gen_len or (params.echo and params.logprobs):
                 for result in self._engine.run(request.call, whole=True):
                     request.add(result)
             for row in request.completions:
                 row.finish()
             rows = _gathered(request.completions, len(prompts))
-            samplers.end()
+            # The stream of all replicas goes on from where the one that drew the most has left it.
+            n_steps = max(groups.gather_replicas(shared.steps))
+            shared.skip_to(n_steps, n_usable_ids(vocab_size_of(model, tokenizer), tokenizer))
             return rows
 
     def stream(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
@@ -69,8 +68,8 @@ class Completer:
         return pieces
 
     def _pieces(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
-        samplers = _CallSamplers(self._engine.model, self._tokenizer, params, 1, (0, 1), self._draw)
-        request = Request(self._engine, self._tokenizer, [prompt], params, sampler_of=samplers.sampler_and_noise_row)
+        _, samplers = _call_samplers(self._engine.model, params, 1, (0, 1), self._draw)
+        request = Request(self._engine, self._tokenizer, [prompt], params, samplers=samplers)
         if params.max_gen_len == 0:
             yield ""
             (row,) = request.completions
@@ -82,10 +81,13 @@ class Completer:
                 yield from (piece.text for piece in request.add(result) if piece.text)
 
     def score(self, rows: list[list[int]]) -> list[list[float]]:
-        """Returns the log-probability of each id given those before it."""
+        """Returns the log-probability of each id given those before it; 0.0 for the first of each row."""
         replica, n_replicas = groups.replica()
         with groups.rank_errors():
-            return _gathered(score(self._engine, rows[replica::n_replicas]), len(rows))
+            share = rows[replica::n_replicas]
+            scorers = [PromptScores(row, i) for i, row in enumerate(share)]
+            observe_logits(self._engine, share, scorers)
+            return _gathered([[logprob or 0.0 for logprob, _ in scorer.scores] for scorer in scorers], len(rows))
 
 
 def _gathered(share: list[T], n: int) -> list[T]:
@@ -102,7 +104,7 @@ class Request:
         n: number of completions of each prompt. With a seed, the j-th is the one that `n=1` gives with `seed + j`.
         top_logprobs: number of most likely tokens to report at each position.
         continues: whether a completion continues the prompt's text, and keeps its leading space.
-        sampler_of: returns the sampler and noise row of the i-th completion; None for samplers that depend on no other.
+        samplers: the sampler and noise row of each completion; None for samplers that depend on no other.
 
     Attributes:
         call: the request's sequences, in the order of the completions. The caller adds it to the engine.
@@ -119,26 +121,36 @@ class Request:
         n: int = 1,
         top_logprobs: int = 0,
         continues: bool = False,
-        sampler_of: Callable[[int], tuple[Sampler, int]] | None = None,
+        samplers: Sequence[tuple[Sampler, int]] | None = None,
     ) -> None:
         self.completions: list[Completion] = []
-        self._scores: list[PromptScores | None] = []
         stop_ids = params.ends(tokenizer)
         vocab_size, n_words = vocab_size_of(engine.model, tokenizer), n_words_of(tokenizer)
         sequences = []
         for index, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
             echoed = prompt if params.echo else []
             text = new_detokenizer(tokenizer, params, prompt if continues else echoed)
-            completion = Completion(text, index=index, prompt=echoed, with_tokens=params.logprobs)
+            scorer = (
+                PromptScores(prompt, index // n, top_logprobs, n_words) if params.echo and params.logprobs else None
+            )
+            completion = Completion(
+                text,
+                index=index,
+                prompt=echoed,
+                scores=scorer.scores if scorer else (),
+                with_tokens=params.logprobs,
+            )
             self.completions.append(completion)
-            scored = params.echo and params.logprobs
-            self._scores.append(PromptScores(prompt, index // n, top_logprobs, n_words) if scored else None)
             process = None
             if params.options() and params.max_gen_len:
                 keeps_space = continues or params.echo or params.keep_space
                 constraint = make_constraint(tokenizer, vocab_size, params, len(prompt), keeps_space=keeps_space)
                 process = make_process(params, len(prompt), stop_ids, constraint)
-            sampler, noise_row = sampler_of(index) if sampler_of else (_own_sampler(engine.model, params, index % n), 0)
+            if samplers is not None:
+                sampler, noise_row = samplers[index]
+            else:
+                generator = _generator(engine.model, params.seed, index % n)
+                sampler, noise_row = Sampler(params.temperature, params.top_p, 1, generator), 0
             sequences.append(
                 EngineSequence(
                     list(prompt),
@@ -151,7 +163,7 @@ class Request:
                     ends=completion.ends,
                     n_words=n_words,
                     speculative=params.speculative,
-                    on_logits=self._scores[-1],
+                    on_logits=scorer,
                     process=process,
                 )
             )
@@ -159,13 +171,7 @@ class Request:
 
     def add(self, result: TokenResult) -> list[Piece]:
         """Adds a result of the call; returns the pieces that it makes final, with echo first the one of the prompt."""
-        completion, sequence = self.completions[result.sequence], self.call.sequences[result.sequence]
-        pieces = []
-        if completion.lacks_echo:
-            scores = self._scores[result.sequence]
-            pieces.append(completion.echo(scores.scores if scores else ()))
-        piece = completion.add(result)
-        return [*pieces, replace(piece, n_reused=sequence.n_reused) if piece.finish_reason else piece]
+        return self.completions[result.sequence].add(result, self.call.sequences[result.sequence].n_reused)
 
     def new_pieces(self) -> Iterator[Piece]:
         """The pieces of the results that the engine has made since the last time."""
@@ -178,66 +184,88 @@ def new_detokenizer(tokenizer: Any, params: SamplingParams, prefix: Sequence[int
     return IncrementalDetokenizer(tokenizer, params.stop, prefix, at_start=not params.keep_space)
 
 
-def _own_sampler(model: Any, params: SamplingParams, index: int) -> Sampler:
-    """The sampler of one of a request's completions of a prompt."""
-    generator = default_generator(device_of(model))
-    if params.seed is not None and params.temperature > 0:
-        generator = torch.Generator(generator.device).manual_seed((params.seed + index) % 2**64)
-    return Sampler(params.temperature, params.top_p, 1, generator)
+class PromptScores:
+    """The log-probability of each token of a prompt given those before it, to be called with the prompt's logits.
+
+    Args:
+        index: its index in the call, for errors.
+        n_top: number of most likely tokens to report in the place of each token.
+        n_words: number of leading ids that are tokens; None for all.
+
+    Attributes:
+        scores: by position; (None, ()) for the first token.
+    """
+
+    def __init__(self, prompt: Sequence[int], index: int, n_top: int = 0, n_words: int | None = None) -> None:
+        self.scores: list[TokenScore] = [(None, ())]
+        self._prompt, self._index, self._n_top, self._n_words = prompt, index, n_top, n_words
+
+    def __call__(self, position: int, logits: Tensor) -> None:
+        """Takes the logits (n, vocab) after the tokens from `position` on; a position may come again."""
+        following = self._prompt[position + 1 : position + 1 + len(logits)]
+        targets = torch.tensor(following, dtype=torch.int64, device=logits.device)
+        logprobs = logits[: len(targets)].log_softmax(-1)
+        found = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1).tolist()
+        if not all(map(math.isfinite, found)):
+            raise NonFiniteLogitsError(f"in text {self._index}")
+        top: list[TopLogprobs] = [()] * len(found)
+        if self._n_top:
+            of_words = logprobs[:, : self._n_words]
+            values, ids = of_words.topk(min(self._n_top, of_words.size(-1)))
+            top = [tuple(zip(*both, strict=True)) for both in zip(ids.tolist(), values.tolist(), strict=True)]
+        self.scores[position + 1 : position + 1 + len(found)] = zip(found, top, strict=True)
 
 
-class _CallSamplers:
-    """The samplers of one call's prompts.
+def observe_logits(
+    engine: Engine, texts: Sequence[Sequence[int]], observers: Sequence[Callable[[int, Tensor], None]]
+) -> None:
+    """Runs the network over texts, and calls each one's observer as `Sequence.on_logits`."""
+    greedy = Sampler(0.0, 1.0, len(texts), torch.Generator())
+    sequences = [
+        EngineSequence(list(text), greedy, i, 0, frozenset(), on_logits=observer)
+        for i, (text, observer) in enumerate(zip(texts, observers, strict=True))
+    ]
+    for _ in engine.run(Call(sequences), whole=True):
+        pass
+
+
+def _generator(model: Any, seed: int | None, offset: int = 0) -> torch.Generator:
+    """A generator on the model's device with the seed `seed + offset`; torch's default one if the seed is None."""
+    device = device_of(model)
+    return default_generator(device) if seed is None else torch.Generator(device).manual_seed((seed + offset) % 2**64)
+
+
+def _call_samplers(
+    model: Any,
+    params: SamplingParams,
+    n_prompts: int,
+    replica: tuple[int, int],
+    draw: Callable[[Tensor, float], Tensor] | None,
+) -> tuple[Sampler, list[tuple[Sampler, int]]]:
+    """The sampler that prompts of a call share, and the sampler and noise row of each prompt in a replica's share.
 
     The first prompts, as many as all replicas together have slots, share one sampler, as the rows of a batch do in
     Meta's code. Each further prompt has its own sampler, seeded by its index in the call, so that its random numbers
     depend neither on when it gets a slot nor on the number of replicas.
+
+    Args:
+        n_prompts: number of prompts on all replicas together.
+        replica: index of the replica among those that share the prompts, and their number.
     """
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        params: SamplingParams,
-        n_prompts: int,
-        replica: tuple[int, int],
-        draw: Callable[[Tensor, float], Tensor] | None,
-    ) -> None:
-        """
-        Args:
-            n_prompts: number of prompts on all replicas together.
-            replica: index of this replica among those that share the prompts, and their number.
-        """
-        self._params = params
-        self._draw = draw
-        self._device = device_of(model)
-        self._n_words = n_usable_ids(vocab_size_of(model, tokenizer), tokenizer)
-        self._replica, self._n_replicas = replica
-        self._n_shared = min(n_prompts, model.params.max_batch_size * self._n_replicas)
-        generator = default_generator(self._device)
-        if params.seed is not None:
-            generator = torch.Generator(self._device).manual_seed(params.seed)
-        self._shared = self._sampler(self._n_shared, generator)
-        self._seed = params.seed
-        if n_prompts > self._n_shared and params.seed is None and not self._shared.is_greedy:
-            self._seed = int(torch.randint(2**62, (1,), generator=generator, device=self._device))
-
-    def _sampler(self, n_rows: int, generator: torch.Generator) -> Sampler:
-        temperature = self._params.temperature if self._params.max_gen_len else 0.0  # which draws nothing
-        return Sampler(temperature, self._params.top_p, n_rows, generator, self._draw)
-
-    def sampler_and_noise_row(self, i: int) -> tuple[Sampler, int]:
-        """Returns the sampler and noise row of the i-th prompt in this replica's share."""
-        index = self._replica + i * self._n_replicas  # in the call
-        if index < self._n_shared or self._seed is None:
-            return self._shared, index
-        seed = (self._seed + index * _SEED_STEP) % 2**64
-        return self._sampler(1, torch.Generator(self._device).manual_seed(seed)), 0
-
-    def end(self) -> None:
-        """Brings the generators of all replicas to the state of the replica that drew the most."""
-        max_steps = max(groups.gather_replicas(self._shared.steps))
-        self._shared.skip_to(max_steps, self._n_words)
+    index, n_replicas = replica
+    temperature = params.temperature if params.max_gen_len else 0.0  # which draws nothing
+    n_shared = min(n_prompts, model.params.max_batch_size * n_replicas)
+    shared = Sampler(temperature, params.top_p, n_shared, _generator(model, params.seed), draw)
+    if shared.is_greedy or n_prompts == n_shared:
+        return shared, [(shared, i) for i in range(index, n_prompts, n_replicas)]
+    seed = params.seed
+    if seed is None:
+        generator = shared.generator
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    samplers = [(shared, i) for i in range(index, n_shared, n_replicas)]
+    for i in range(index + n_replicas * len(samplers), n_prompts, n_replicas):
+        samplers.append((Sampler(temperature, params.top_p, 1, _generator(model, seed, i * _SEED_STEP), draw), 0))
+    return shared, samplers
 
 
 class _InLockstep:
@@ -294,13 +322,16 @@ def complete_by_generate(
         n_echoed = len(prompt) if params.echo else 0
         stop = next((n for n, token in enumerate(ids) if n >= n_echoed and token in ends), len(ids))
         ids = list(ids)[:stop]
-        row = Completion(new_detokenizer(tokenizer, params, ids[:n_echoed]), prompt=ids[:n_echoed])
         scores = list(logprobs[i]) if logprobs else []
-        row.echo([(logprob, ()) for logprob in scores[:n_echoed]])
+        row = Completion(
+            new_detokenizer(tokenizer, params, ids[:n_echoed]),
+            prompt=ids[:n_echoed],
+            scores=[(logprob, ()) for logprob in scores[:n_echoed]],
+        )
         limit = min(params.max_gen_len, max_seq_len - len(prompt))
         row.finish_reason = "stop" if len(ids) - n_echoed < limit else "length"
-        for token, logprob in itertools.zip_longest(ids[n_echoed:], scores[n_echoed:]):
-            stopped = row.ends(token, len(row.tokens) - n_echoed)
+        for n, (token, logprob) in enumerate(itertools.zip_longest(ids[n_echoed:], scores[n_echoed:])):
+            stopped = row.ends(token, n)
             row.add(TokenResult(i, token, logprob, "stop" if stopped else None))
             if stopped:
                 break

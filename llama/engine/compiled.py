@@ -44,6 +44,7 @@ _OPTIONS = {"cpp.min_chunk_size": 16384, "cpp.dynamic_threads": True, "aot_induc
 _CUDA_OPTIONS: dict[str, Any] = {"size_asserts": False, "nan_asserts": False, "coordinate_descent_tuning": True}
 _CACHES = (".keys", ".values")  # names of a block's buffers end with these
 _LEAST_PARAMETERS = 1 << 25  # smaller networks have answered before a compiler in the background is done
+_NAMES = ("row", "rows")  # of jobs, for one row and for several
 _NOT_TRACED = ("layer_id", "training")  # attributes that no graph depends on
 
 
@@ -66,12 +67,10 @@ class CompiledStepper:
         self._signature = _signature(model.layers[0])
         self._most_rows = _most_rows(model.layers[0])
         self._graphs: dict[bool, Compiled] = {}
-        self._compiler: Compiler | None = None
         self._works = True
         self._has_warned = False
         self._compiled = self._with_compiled_blocks()
-        if background:
-            self._start()
+        self._compiler = self._new_compiler() if background else None
 
     def serves(self, model: object) -> bool:
         """As a stepper's; says once, by a warning, what has changed."""
@@ -87,7 +86,7 @@ class CompiledStepper:
 
     def _change(self) -> str | None:
         """What keeps compiled blocks from computing what the network would; None for nothing."""
-        if has_hooks(self._model):
+        if has_hooks(self._model.modules()):
             return "the network has hooks"
         if not same_objects(_library_code(), _LIBRARY_CODE):
             return "the code of the network was changed"
@@ -129,8 +128,10 @@ class CompiledStepper:
     def _has_graph(self, n_rows: int) -> bool:
         """Whether there is a graph for that many rows; waits for it unless it is made in the background."""
         several_rows = n_rows > 1
-        if not self._works or n_rows > self._most_rows or several_rows in self._graphs:
-            return self._works and n_rows <= self._most_rows
+        if not self._works or n_rows > self._most_rows:
+            return False
+        if several_rows in self._graphs:
+            return True
         try:
             graph = self._graph(several_rows)
         except Exception as error:
@@ -147,12 +148,10 @@ class CompiledStepper:
         block = self._model.layers[0]
         if not _is_compiled_ahead(block):
             return _compile_here(_job(block, several_rows=several_rows), _cache_of(block).device)
-        if self._compiler is None:
-            self._start()
-        assert self._compiler is not None
-        return self._compiler.result(_name(several_rows), wait=not self._background)
+        self._compiler = self._compiler or self._new_compiler()
+        return self._compiler.result(_NAMES[several_rows], wait=not self._background)
 
-    def _start(self) -> None:
+    def _new_compiler(self) -> Compiler:
         """Has the graphs loaded, or compiled."""
         block = self._model.layers[0]
         _operators()  # loaded code asks for them
@@ -160,9 +159,8 @@ class CompiledStepper:
         sources = [__file__, *(str(part.__file__) for part in parts)]
         code = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
         kinds = [several for several in (False, True) if self._most_rows > several]
-        self._compiler = Compiler(
-            f"{code} {self._signature} {_OPTIONS}", [_job(block, several_rows=kind) for kind in kinds]
-        )
+        jobs = [_job(block, several_rows=several) for several in kinds]
+        return Compiler(f"{code} {self._signature} {_OPTIONS}", jobs)
 
 
 def compiled_stepper(model: Transformer, *, cuda_graphs: bool = True, background: bool = False) -> Stepper | None:
@@ -312,10 +310,6 @@ def _library_code() -> list[object]:
 _LIBRARY_CODE = _library_code()  # as another process imports it
 
 
-def _name(several_rows: bool) -> str:
-    return "rows" if several_rows else "row"
-
-
 def _job(block: TransformerBlock, *, several_rows: bool) -> Job:
     """What compiles a step of a block, with any number of positions, for one row or any number of several.
 
@@ -337,7 +331,7 @@ def _job(block: TransformerBlock, *, several_rows: bool) -> Job:
     tensors = [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in _inputs(exportable).values()]
     shapes = {"x": rows, "slots": rows, "rotations": rows, "mask": {**rows, **positions}}
     shapes["inputs"] = tuple({} for _ in tensors)  # type: ignore[assignment]
-    return Job(_name(several_rows), _BlockStep(exportable), [*inputs, *tensors], shapes, _OPTIONS)
+    return Job(_NAMES[several_rows], _BlockStep(exportable), [*inputs, *tensors], shapes, _OPTIONS)
 
 
 def _compile_here(job: Job, device: torch.device) -> Compiled:

@@ -5,7 +5,6 @@ The process has low priority and ends with this one. What it has compiled is loa
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import logging
 import os
@@ -22,9 +21,8 @@ import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +32,8 @@ from llama.errors import first_line
 Compiled: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor]]
 
 _LONGEST_S = 600  # after which a compiler is taken for one that never ends
+_POLL_S = 0.1
+_JOBS = "jobs"  # file that they are handed over in
 _CHILD = "from llama.engine.compiler import compile_jobs; compile_jobs()"
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,8 @@ class Job:
     """A module to compile.
 
     Attributes:
-        name: unique among the jobs of a `Compiler`.
         module: `module(*inputs)` is traced. Can be pickled.
-        inputs: example inputs on the meta device.
+        inputs: examples on the meta device.
         dynamic_shapes: as for `torch.export.export`.
         options: of inductor.
     """
@@ -73,7 +72,7 @@ class Compiler:
         digest = hashlib.sha256(f"{key} {torch.__version__} {_processor()}".encode()).hexdigest()[:20]
         self._jobs = {f"{digest}-{job.name}.pt2": job for job in jobs}
         self._loaded: dict[str, Compiled] = {}
-        self._error: str | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="compiler", daemon=True)
         self._thread.start()
 
@@ -81,42 +80,84 @@ class Compiler:
         """Return what a job was compiled to, a function of the list of its inputs; None if it is not ready.
 
         Raises:
-            CompileError: it could not be compiled.
+            Exception: it could not be compiled.
         """
         while wait and name not in self._loaded and self._thread.is_alive():  # a forked process has no such thread
             self._thread.join(0.02)
         if name not in self._loaded and self._error:
-            raise CompileError(self._error)
+            raise self._error
         return self._loaded.get(name)
 
     def _run(self) -> None:
         started = time.perf_counter()
         try:
             folder = private_folder()
-            missing = [file for file in self._jobs if not self._load(folder / file)]
-            if missing and not has_cpp_compiler():
+            if self._load(folder):
+                return
+            if not has_cpp_compiler():
                 raise CompileError("a C++ compiler must be installed, such as g++, or named by CXX; got none")
-            if missing:
-                _compile_in_process(folder, {file: self._jobs[file] for file in missing}, self._load)
-                logger.info("Compiled the decode step in %.0f seconds", time.perf_counter() - started)
-            if len(self._loaded) < len(self._jobs):
-                self._error = "the compiler left no result that can be loaded"
+            self._compile(folder)
+            if not self._load(folder):
+                raise CompileError("the compiler left no result that can be loaded")
+            logger.info("Compiled the decode step in %.0f seconds", time.perf_counter() - started)
         except Exception as error:  # whatever happens here, the network runs uncompiled
-            self._error = str(error) if isinstance(error, CompileError) else f"{type(error).__name__}: {error}"
+            self._error = error
 
-    def _load(self, path: Path) -> bool:
-        """Load a result if it is there and undamaged."""
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    return False
-        except (OSError, zipfile.BadZipFile):
-            return False
-        # As `torch._inductor.aoti_load_package`, which imports the compiler first: steps would wait a second for that.
-        # The True: the network's lock lets one thread in at a time.
-        loaded = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
-        self._loaded[self._jobs[path.name].name] = loaded.boxed_run
-        return True
+    def _load(self, folder: Path) -> bool:
+        """Load the results that are there, undamaged and not loaded yet; return whether all are loaded."""
+        for file, job in self._jobs.items():
+            if job.name not in self._loaded and _is_undamaged(folder / file):
+                # As `torch._inductor.aoti_load_package`, which imports the compiler first: steps would wait a second
+                # for that. The True: the network's lock lets one thread in at a time.
+                loaded = torch._C._aoti.AOTIModelPackageLoader(str(folder / file), "model", True, 1, -1)
+                self._loaded[job.name] = loaded.boxed_run
+        return len(self._loaded) == len(self._jobs)
+
+    def _compile(self, folder: Path) -> None:
+        """Compile what is not loaded in a separate process; load each result as soon as it is there."""
+        with (
+            tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch,
+            tempfile.TemporaryFile() as errors,
+        ):
+            jobs = {file: job for file, job in self._jobs.items() if job.name not in self._loaded}
+            Path(scratch, _JOBS).write_bytes(pickle.dumps(jobs))
+            process = subprocess.Popen(
+                [sys.executable, "-c", _CHILD, scratch, str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(sys.path),
+                    "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # with what it has learned of the C++ compiler
+                    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+                },
+                start_new_session=True,  # Ctrl-C is for this process
+            )
+            end = time.monotonic() + _LONGEST_S
+            try:
+                while process.poll() is None:
+                    if time.monotonic() > end:
+                        raise CompileError(f"the compiler must end within {_LONGEST_S} seconds")
+                    time.sleep(_POLL_S)
+                    self._load(folder)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+                    process.wait()
+            if process.returncode:
+                errors.seek(0)
+                lines = errors.read().decode(errors="replace").strip().splitlines()
+                raise CompileError(lines[-1] if lines else f"the compiler ended with status {process.returncode}")
+
+
+def _is_undamaged(path: Path) -> bool:
+    """Whether a result is there and whole: loading another could end the process."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def has_cpp_compiler() -> bool:
@@ -136,11 +177,9 @@ def private_folder() -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        writable = os.access(folder, os.W_OK)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise CompileError(f"the folder of compiled code must be writable, got {folder}: {error.strerror}") from None
-    if not writable:
-        raise CompileError(f"the folder of compiled code must be writable, got {folder}")
     if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         raise CompileError(f"the folder of compiled code must be this user's alone, got {folder}")
     return folder
@@ -154,97 +193,26 @@ def _processor() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def _compile_in_process(folder: Path, jobs: dict[str, Job], done: Callable[[Path], bool]) -> None:
-    """Compile jobs in a separate process; calls `done` with each result's path as soon as it is there."""
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, tempfile.TemporaryFile() as errors:
-        process = _start_process(folder, errors)
-        assert process.stdin and process.stdout
-        stop = threading.Timer(_LONGEST_S, _kill, [process])
-        stop.daemon = True
-        stop.start()
-        end = partial(_end, process, threading.current_thread())
-        atexit.register(end)
-        try:
-            with suppress(BrokenPipeError):
-                pickle.dump((scratch, jobs), process.stdin)
-                process.stdin.flush()  # and stays open: its end tells the process that this one is gone
-            for line in process.stdout:
-                name = line.decode(errors="replace").strip()
-                if name in jobs:
-                    os.replace(Path(scratch, name), folder / name)
-                    done(folder / name)
-            status = process.wait()
-        finally:
-            ended = stop.is_alive()
-            stop.cancel()
-            _kill(process)
-            with suppress(BrokenPipeError):
-                process.stdin.close()
-            atexit.unregister(end)
-        if not ended:
-            raise CompileError(f"the compiler must end within {_LONGEST_S} seconds")
-        if status:
-            errors.seek(0)
-            lines = errors.read().decode(errors="replace").strip().splitlines()
-            raise CompileError(lines[-1] if lines else f"the compiler ended with status {status}")
-
-
-def _start_process(folder: Path, errors: IO[bytes]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", _CHILD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # with what it has learned of the C++ compiler
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        },
-        start_new_session=True,  # Ctrl-C is for this process
-    )
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process, if it runs, and what it has started."""
-    if process.poll() is not None:
-        return
-    with suppress(OSError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    process.wait()
-
-
-def _end(process: subprocess.Popen[bytes], waiting: threading.Thread) -> None:
-    """End a process with this one, and have the thread that waits for it tidy up."""
-    _kill(process)
-    waiting.join(10)
-
-
 def compile_jobs() -> None:
-    """Compile the jobs of standard input into a folder, and print the name of each when it is there."""
+    """Compile the jobs of a `Compiler`, in a process of its own; move each result to its place when it is there."""
     os.nice(19)
-    folder, jobs = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
-    report, sys.stdout = sys.stdout, sys.stderr
+    scratch, parent = Path(sys.argv[1]), int(sys.argv[2])
+    threading.Thread(target=_end_with_parent, args=(scratch, parent), daemon=True).start()
     try:
-        for name, job in jobs.items():
-            compile_job(job, Path(folder, name))
-            print(name, file=report, flush=True)
+        for file, job in pickle.loads((scratch / _JOBS).read_bytes()).items():
+            compile_job(job, scratch / file)
+            os.replace(scratch / file, scratch.parent / file)
     except Exception as error:  # its last line is the reason that the other process gives
         print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
         sys.exit(1)
 
 
-def _end_with_parent(folder: str) -> None:
+def _end_with_parent(scratch: Path, parent: int) -> None:
     """Ends this process, and the C++ compiler that it runs, once the one that started it has gone."""
-    os.read(sys.stdin.fileno(), 1)
-    shutil.rmtree(folder, ignore_errors=True)
-    if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
+    while os.getppid() == parent:
+        time.sleep(_POLL_S)
+    shutil.rmtree(scratch, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 def export_job(job: Job, device: torch.device) -> torch.export.ExportedProgram:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections import OrderedDict
-from functools import cached_property
+from functools import cache, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -50,35 +49,31 @@ def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:
 class Vocabulary:
     """The bytes of each token, and the grammars compiled for them. Safe for use from several threads.
 
+    It has the attributes, and can be called, as llguidance expects of a tokenizer.
+
     Args:
         tokenizer: an object with `token_bytes`, `encode_part` and `eos_id`.
         vocab_size: number of logits; those that no token has are excluded.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        self._special = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.special_tokens.values()}
         self._tokenizer = ref(tokenizer)  # it is a key of `_vocabularies`
-        self._eos_id: int = tokenizer.eos_id
-        self._bos_id: int = tokenizer.bos_id
+        self.eos_token_id: int = tokenizer.eos_id
+        self.bos_token_id: int = tokenizer.bos_id
+        special = {self.bos_token_id, self.eos_token_id, *tokenizer.special_tokens.values()}
+        self.special_token_ids = sorted(special)
         n_words = min(tokenizer.n_words, vocab_size)
-        self._bytes = [b"" if t in self._special else tokenizer.token_bytes(t) or b"" for t in range(n_words)]
-        self._bytes += [b""] * (vocab_size - n_words)
+        self.tokens = [b"" if t in special else tokenizer.token_bytes(t) or b"" for t in range(n_words)]
+        self.tokens += [b""] * (vocab_size - n_words)
         # Of two tokens with the same bytes, one piece of text and one byte, only the first may be sampled.
         self._id_of: dict[bytes, int] = {}
-        by_length = sorted(range(n_words), key=lambda t: (self._is_byte(tokenizer, t), t))
-        for token in by_length:
-            if self._bytes[token] and self._id_of.setdefault(self._bytes[token], token) != token:
-                self._bytes[token] = b""
-        self._ll_tokenizers: dict[frozenset[int], Any] = {}  # some 19 MB each, by the ids that end an answer
-        self._grammars: OrderedDict[tuple[AnswerForm, bool, frozenset[int]], Any] = OrderedDict()
-        self._lock = threading.Lock()
+        for token in sorted(range(n_words), key=lambda t: (_is_byte(tokenizer, t), t)):
+            if self.tokens[token] and self._id_of.setdefault(self.tokens[token], token) != token:
+                self.tokens[token] = b""
+        self._ll_tokenizer = cache(self._load)  # some 19 MB each
+        self._compiled = lru_cache(_KEPT_GRAMMARS)(self._compile)
 
-    @staticmethod
-    def _is_byte(tokenizer: Any, token: int) -> bool:
-        sp_model = getattr(tokenizer, "sp_model", None)
-        return sp_model is not None and token < sp_model.vocab_size() and bool(sp_model.is_byte(token))
-
-    def encode(self, text: str | bytes) -> list[int]:
+    def __call__(self, text: str | bytes) -> list[int]:
         """Ids whose bytes are exactly those of a text: of the tokenizer where it gives such, else the longest ones."""
         data = text.encode() if isinstance(text, str) else text
         tokenizer = self._tokenizer()
@@ -86,29 +81,14 @@ class Vocabulary:
             ids: list[int] = tokenizer.encode_part(data.decode()) if tokenizer is not None else []
         except (UnicodeDecodeError, ValueError):
             ids = []
-        if ids and b"".join(self._bytes[token] for token in ids) == data:
+        if ids and b"".join(self.tokens[token] for token in ids) == data:
             return ids
         ids = []
         while data:
             length = next(n for n in range(len(data), 0, -1) if data[:n] in self._id_of or n == 1)
-            ids.append(self._id_of.get(data[:length], self._eos_id))
+            ids.append(self._id_of.get(data[:length], self.eos_token_id))
             data = data[length:]
         return ids
-
-    @cached_property
-    def _wrapper(self) -> Any:
-        llguidance = _llguidance()
-
-        class Tokens:
-            eos_token_id = self._eos_id
-            bos_token_id = self._bos_id
-            tokens = self._bytes
-            special_token_ids = sorted(self._special)
-
-            def __call__(_, text: str | bytes) -> list[int]:
-                return self.encode(text)
-
-        return llguidance.TokenizerWrapper(Tokens())
 
     def matcher(self, form: AnswerForm, *, leading_space: bool, stop_ids: frozenset[int]) -> Any:
         """Returns a matcher at the start of an answer, compiled at the first call for a form.
@@ -120,32 +100,30 @@ class Vocabulary:
         Raises:
             PromptError: the form is wrong, or not supported.
         """
-        key = form, leading_space, stop_ids
-        with self._lock:
-            if key not in self._grammars:
-                self._grammars[key] = self._compile(form, leading_space, stop_ids)
-                if len(self._grammars) > _KEPT_GRAMMARS:
-                    self._grammars.popitem(last=False)
-            self._grammars.move_to_end(key)
-            return self._grammars[key].deep_copy()
+        with _lock:
+            return self._compiled(form, leading_space, stop_ids).deep_copy()
+
+    def _load(self, stop_ids: frozenset[int]) -> Any:
+        llguidance = _llguidance()
+        ends = sorted(stop_ids) or [self.eos_token_id]
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(self), n_vocab=len(self.tokens), eos_token=ends)
 
     def _compile(self, form: AnswerForm, leading_space: bool, stop_ids: frozenset[int]) -> Any:
-        llguidance = _llguidance()
-        if stop_ids not in self._ll_tokenizers:
-            ends = sorted(stop_ids) or [self._eos_id]
-            self._ll_tokenizers[stop_ids] = llguidance.LLTokenizer(
-                self._wrapper, n_vocab=len(self._bytes), eos_token=ends
-            )
         answer = _grammar(form)
         grammar = {"grammars": [answer]}
         if leading_space:
             grammar = {"grammars": [{"name": "spaced", "lark_grammar": 'start: " " @answer'}, answer]}
-        matcher = llguidance.LLMatcher(self._ll_tokenizers[stop_ids], json.dumps(grammar), log_level=0)
+        matcher = _llguidance().LLMatcher(self._ll_tokenizer(stop_ids), json.dumps(grammar), log_level=0)
         if matcher.is_error():
             raise PromptError(
                 f"{form.kind} must be one that llguidance supports, got: {printable(matcher.get_error(), 300)}"
             )
         return matcher
+
+
+def _is_byte(tokenizer: Any, token: int) -> bool:
+    sp_model = getattr(tokenizer, "sp_model", None)
+    return sp_model is not None and token < sp_model.vocab_size() and bool(sp_model.is_byte(token))
 
 
 class Constraint:

@@ -48,16 +48,6 @@ class Stepper(Protocol):
         """
 
 
-class CompiledStep(Protocol):
-    """A faster way to compute steps of one token per row, for `StaticStepper`."""
-
-    def serves(self, model: object) -> bool:
-        """As a stepper's."""
-
-    def run(self, tokens: Tensor, positions: CachePositions) -> Tensor:
-        """What calling the model would return, for tokens (bsz, 1)."""
-
-
 class StaticStepper:
     """Reads tokens and positions from fixed buffers on the device.
 
@@ -67,12 +57,13 @@ class StaticStepper:
         model: the network.
         graphs: whether to capture a CUDA graph for each (rows, width, positions) on first use and replay it afterwards,
             with one launch instead of hundreds. If capturing fails, logs a warning and launches kernels one by one.
-        compiled: computes the steps of one token per row as long as it serves the model; None for the model itself.
+        compiled: a `CompiledStepper`, which computes the steps of one token per row as long as it serves the model;
+            None for the model itself.
     """
 
     looks_ahead = True
 
-    def __init__(self, model: Transformer, *, graphs: bool, compiled: CompiledStep | None = None) -> None:
+    def __init__(self, model: Transformer, *, graphs: bool, compiled: Any = None) -> None:
         device = model.norm.weight.device
         self._model = model
         self._tokens = torch.zeros(model.params.max_batch_size * MAX_WIDTH, dtype=torch.int64, device=device)
@@ -94,7 +85,7 @@ class StaticStepper:
             self._is_compiled = is_compiled
         if not self._graphs:
             return True
-        if has_hooks(self._model):
+        if has_hooks(self._model.modules()):
             return False
         objects, addresses = fixed_parts(self._model)
         known, known_addresses = self._captured
@@ -122,9 +113,8 @@ class StaticStepper:
 
         def step() -> Tensor:
             positions = CachePositions(self._positions[:bsz], kv_len=kv_len)
-            if width == 1 and self._is_compiled and self._compiled is not None:
-                return self._compiled.run(tokens, positions)
-            logits: Tensor = self._model(tokens, positions)
+            run = self._compiled.run if width == 1 and self._is_compiled else self._model
+            logits: Tensor = run(tokens, positions)
             return logits
 
         if not self._graphs:

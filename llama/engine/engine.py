@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from llama.distributed.groups import model_parallel_size, on_any_rank
 from llama.engine.cuda_graphs import Stepper
 from llama.engine.lock import lock_of
 from llama.engine.network_state import NetworkState, has_hooks
-from llama.engine.rows import Cache, Rows
+from llama.engine.rows import Rows
 from llama.engine.runner import ModelRunner, device_of, dtype_of
 from llama.engine.sampled import NOT_FINITE, SampledTokens
 from llama.engine.sequence import Call, Sequence, TokenResult
@@ -43,19 +43,14 @@ class _Pass:
         n_cached: for each, the number of its tokens in the cache after the pass; drafted tokens do not count.
         sampled: the tokens of those sequences that need no further pass for it; None if there are none.
         width: number of tokens per row of a decode pass; 0 for a prefill.
-        started: when it was started, by `time.perf_counter`.
+        started: when a decode pass was started, by `time.perf_counter`.
     """
 
     sequences: list[Sequence]
     n_cached: list[int]
     sampled: SampledTokens | None
     width: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def n_sampled(self) -> int:
-        """Number of sequences that get a token."""
-        return len(self.sampled.sequences) if self.sampled else 0
+    started: float = 0.0
 
 
 class Engine:
@@ -99,18 +94,21 @@ class Engine:
         self._threads = AdaptiveThreads(weights) if device_of(model).type == "cpu" else nullcontext()
         self._lock = lock_of(model)  # guards all attributes below
         self._is_in_step = False  # stays True after a step that was interrupted
-        self._rows = Rows(0)
-        self._runner: ModelRunner | None = None
+        self._rows = Rows(ModelRunner(model))
         self._state: NetworkState | None = None  # of the network, with `reuse_prefixes`
         self._batch: list[Sequence] = []  # the sequences of the pass that is run now
         self._in_flight: _Pass | None = None  # started before the previous one's tokens were on the host
         self._has_just_prefilled = False
-        self._speculator: Speculator | None = None  # made when it is first needed
+        self._speculator = Speculator(device_of(model), draft)
+
+    @property
+    def _runner(self) -> ModelRunner:
+        return self._rows.runner
 
     @property
     def draft_counts(self) -> Counts:
         """Statistics of speculative decoding."""
-        return self._speculator.counts if self._speculator else Counts()
+        return self._speculator.counts
 
     @property
     def n_running(self) -> int:
@@ -141,6 +139,9 @@ class Engine:
         Args:
             whole: yields the first result when the call has ended. Then several threads' calls take less time: a thread
                 runs passes for all of them until its own call has ended, in place of a thread per pass.
+
+        Raises:
+            Exception: the error of a pass whose batch had one of the call's sequences.
         """
         results = self._run(call, whole=whole)
         call.reader = weakref.ref(results)
@@ -149,27 +150,15 @@ class Engine:
     def _run(self, call: Call, *, whole: bool) -> Generator[TokenResult, None, None]:
         try:
             self.add(call)
-            if whole:
-                self._run_passes(call, until=lambda: call.is_finished)
-            while (result := self.next_result(call)) is not None:
-                yield result
+            while not call.is_finished or call.results:
+                self._run_passes(call, until=lambda: call.is_finished or (bool(call.results) and not whole))
+                while call.results:
+                    yield call.results.popleft()
+            if call.error is not None:
+                raise call.error
         finally:
             self.abort(call)
             pause_workers()  # the next call may come from another thread
-
-    def next_result(self, call: Call) -> TokenResult | None:
-        """Returns the call's next result, running passes in this thread if necessary; None when the call has ended.
-
-        Raises:
-            Exception: the error of a pass whose batch had one of the call's sequences.
-        """
-        if not call.results:
-            self._run_passes(call, until=lambda: bool(call.results) or call.is_finished)
-        if call.results:
-            return call.results.popleft()
-        if call.error is not None:
-            raise call.error
-        return None
 
     def _run_passes(self, call: Call, *, until: Callable[[], bool]) -> None:
         """Runs passes until the condition holds, in this thread or in another one that does so for its own call."""
@@ -215,22 +204,17 @@ class Engine:
         try:
             self._apply_changes()
             if with_pass:
-                if self._runner is not None and self._runner.has_lost_cache():
+                if self._runner.has_lost_cache():
                     self._rows.lose()
                     self._in_flight = None
                 self._admit()
-            if with_pass and self._rows.running and self._runner is not None:
+            if with_pass and self._rows.running:
                 with self._threads:
-                    if (started := self._in_flight) is None:
-                        rows, width = self._choose(self._runner)
-                        level = self._rows.running[: len(rows)]
-                        started = self._prefill(rows, width) if width else self._decode(level)
+                    started = self._in_flight or self._start_pass()
                     ahead = self._may_look_ahead(started)
                     self._in_flight = self._decode(started.sequences, after=started) if ahead else None
                     self._record(started)
-                if not self._in_flight or all(sequence.is_finished for sequence in self._rows.running):
-                    self._in_flight = None
-                    self._remove_finished()
+                self._remove_finished()
         except Exception as error:
             self._fail(error)
         self._is_in_step = False
@@ -242,6 +226,7 @@ class Engine:
         self._lock.last_writer = None
         if self.draft is not None:
             lock_of(self.draft.model).last_writer = None
+        self._rows.lose()
 
     def _may_look_ahead(self, started: _Pass) -> bool:
         """Whether the next pass decodes the same rows whatever the tokens of this one are, which it need not know.
@@ -249,27 +234,22 @@ class Engine:
         None waits for a row, and none reaches its last token now. Drafts and processors need to know the tokens.
         """
         running = self._rows.running
-        assert self._runner is not None
         return (
             self._runner.looks_ahead
             and not self._waiting
-            and started.sequences == running
-            and started.n_sampled == len(running)
+            and started.sampled is not None
+            and started.sampled.sequences == running
             and all(s.n_remaining > 1 and not (s.is_finished or s.speculative or s.process) for s in running)
         )
 
     def _record(self, started: _Pass) -> None:
         """Adds the tokens of a pass to its sequences. This alone moves `n_cached` forward, after the tokens."""
-        sampled = started.sampled
-        found = {}
-        if sampled:
-            for sequence, results, draft in zip(sampled.sequences, sampled.on_host(), sampled.drafts, strict=True):
-                found[id(sequence)] = results, len(draft)
-        if self._speculator and started.width:
+        results = started.sampled.on_host() if started.sampled else {}
+        if started.width and any(sequence.speculative for sequence in started.sequences):
             seconds = time.perf_counter() - started.started
             self._speculator.costs.observe(len(started.sequences) * started.width, seconds)
         for sequence, n_cached in zip(started.sequences, started.n_cached, strict=True):
-            mine, n_drafted = found.get(id(sequence), ([], 0))
+            mine = results.get(sequence, [])
             if sequence.is_finished:
                 continue
             if not sequence.not_finite and any(result.token == NOT_FINITE for result in mine):
@@ -278,8 +258,8 @@ class Engine:
             if sequence.not_finite:
                 self._start_over(sequence)
                 continue
-            if mine and self._speculator and sequence.draft_state:
-                self._speculator.observe(sequence, n_drafted, len(mine) - 1)
+            if started.width:
+                self._speculator.observe(sequence, len(mine) - 1)
             for result in mine:
                 if not sequence.is_finished:
                     sequence.record(result)
@@ -291,7 +271,6 @@ class Engine:
 
         An earlier pass may have left NaN in the row: attention to NaN gives NaN, even where it is masked.
         """
-        assert self._runner is not None
         self._runner.clear_row(self._rows.running.index(sequence))
         self._in_flight = None
         sequence.n_cached = 0
@@ -302,55 +281,48 @@ class Engine:
             sequence.call.abort(sequence.not_finite)  # the other calls go on
         sequence.has_started_over, sequence.not_finite = True, None
 
-    def _choose(self, runner: ModelRunner) -> tuple[list[int], int]:
-        """The rows of the next pass, and how many tokens of each at most; 0 for a decode pass, of the newest token."""
-        running = self._rows.running
+    def _start_pass(self) -> _Pass:
+        """Decides what the next pass holds, and starts it."""
+        runner, running = self._runner, self._rows.running
         if runner.one_position:  # sequences keep their rows until all have ended
-            return list(range(len(running))), max([s.n_behind for s in running if not s.is_finished], default=1)
+            n_behind = [sequence.n_behind for sequence in running if not sequence.is_finished]
+            return self._prefill(list(range(len(running))), max(n_behind)) if n_behind else _Pass([], [], None)
         if self._state is not None:
             self._state.is_same(thorough=False)  # notices a hook that is gone when the next sequence starts
+        level = running[: self._rows.n_level]
         behind = [row for row, sequence in enumerate(running) if not sequence.is_level]
-        level = list(range(self._rows.n_level))
         # The sequences of one call begin to decode together, as the rows of a batch do.
         call = running[behind[0]].call if behind else None
-        others_decode = any(running[row].n_generated > 1 or running[row].call is not call for row in level)
+        others_decode = any(sequence.n_generated > 1 or sequence.call is not call for sequence in level)
         if not behind or (others_decode and self._has_just_prefilled):
-            return level, 0
-        all_logits = any(running[row].on_logits for row in behind)
-        limit = runner.positions_per_pass(in_chunks=others_decode, all_logits=all_logits)
-        group, width = runner.next_group([running[row].n_behind for row in behind], limit)
-        return [behind[i] for i in group], width
+            return self._decode(level)
+        observed = running[behind[0]].on_logits is not None  # such passes are smaller, so others get their own
+        behind = [row for row in behind if (running[row].on_logits is not None) == observed]
+        lengths = [running[row].n_behind for row in behind]
+        group, width = runner.next_group(lengths, in_chunks=others_decode, all_logits=observed)
+        return self._prefill([behind[i] for i in group], width)
 
     def _prefill(self, rows: list[int], width: int) -> _Pass:
         """Computes up to `width` tokens of each of these rows."""
-        assert self._runner is not None
-        in_rows = [self._rows.running[row] for row in rows]
-        sequences = in_rows
-        if self._runner.one_position:  # those that have ended keep their rows; others may end at any moment
-            sequences = [sequence for sequence in in_rows if not sequence.is_finished]
-            if not sequences:
-                return _Pass([], [], None)
-        self._batch = sequences
-        starts = [(sequence if sequence in sequences else sequences[0]).n_cached for sequence in in_rows]
-        tokens = [
-            sequence.tokens[start : start + width] if sequence in sequences else [0] * width
-            for sequence, start in zip(in_rows, starts, strict=True)
-        ]
-        observed = [row for row, sequence in enumerate(in_rows) if sequence in sequences and sequence.on_logits]
+        self._batch = sequences = [self._rows.running[row] for row in rows]
+        starts = [sequence.n_cached for sequence in sequences]
+        if self._runner.one_position:  # those that have ended go on with the others
+            starts = [max(starts)] * len(rows)
+        tokens = [s.tokens[start : start + width] for s, start in zip(sequences, starts, strict=True)]
+        observed = [i for i, sequence in enumerate(sequences) if sequence.on_logits and not sequence.is_finished]
         logits = self._runner.prefill(tokens, rows, starts, all_logits=bool(observed))
         self._has_just_prefilled = True
-        for row in observed:
-            in_rows[row].show(starts[row], logits[row, : len(tokens[row])])
-        ends = [sequence.n_cached + min(width, sequence.n_behind) for sequence in sequences]
-        complete = [s for s, end in zip(sequences, ends, strict=True) if end == len(s.tokens)]
+        for i in observed:
+            sequences[i].show(starts[i], logits[i, : len(tokens[i])])
+        if observed:
+            logits = torch.stack([row[len(part) - 1] for row, part in zip(logits, tokens, strict=True)])
+        ends = [start + len(part) for start, part in zip(starts, tokens, strict=True)]
+        complete = [i for i, s in enumerate(sequences) if ends[i] == len(s.tokens) and not s.is_finished]
         if not complete:
             return _Pass(sequences, ends, None)
-        if observed or len(complete) < len(in_rows):
-            index = [in_rows.index(sequence) for sequence in complete]
-            last = [len(tokens[row]) - 1 for row in index]
-            rows_of = to_device(index, logits.device)
-            logits = logits[rows_of, to_device(last, logits.device)] if observed else logits[rows_of]
-        return _Pass(sequences, ends, SampledTokens.sample(logits.unsqueeze(1), complete))
+        if len(complete) < len(sequences):
+            logits = logits[to_device(complete, logits.device)]
+        return _Pass(sequences, ends, SampledTokens.sample(logits.unsqueeze(1), [sequences[i] for i in complete]))
 
     def _decode(self, sequences: list[Sequence], *, after: _Pass | None = None) -> _Pass:
         """Computes the newest token of the sequences in the first rows, and drafted tokens after it.
@@ -358,47 +330,36 @@ class Engine:
         Args:
             after: a pass of the same sequences whose tokens are not recorded yet; they are then the newest.
         """
-        runner = self._runner
-        assert runner is not None
         self._batch = sequences = list(sequences)
+        started = time.perf_counter()
+        drafts: list[list[int]] = []
         if after is not None and after.sampled is not None:
             starts, tokens = after.n_cached, after.sampled.chosen.clamp(min=0).unsqueeze(1)
-            drafts: list[list[int]] = []
         else:
-            starts, drafts = [sequence.n_cached for sequence in sequences], self._drafts(sequences)
-            tokens = runner.pad([(s.tokens[-1], *draft) for s, draft in zip(sequences, drafts, strict=True)])
-        started = time.perf_counter()
-        logits = runner.decode(tokens, starts)
+            starts, drafts = [sequence.n_cached for sequence in sequences], [[] for _ in sequences]
+            if any(sequence.speculative for sequence in sequences):
+                drafts, started = self._speculator.propose(sequences), time.perf_counter()
+            tokens = self._runner.pad([(s.tokens[-1], *draft) for s, draft in zip(sequences, drafts, strict=True)])
+        logits = self._runner.decode(tokens, starts)
         self._has_just_prefilled = False
         sampled = SampledTokens.sample(logits, sequences, drafts, ahead=int(after is not None))
         return _Pass(sequences, [start + 1 for start in starts], sampled, tokens.size(1), started)
-
-    def _drafts(self, sequences: list[Sequence]) -> list[list[int]]:
-        """Drafts tokens for each sequence; empty lists where nothing is drafted."""
-        if not any(sequence.speculative for sequence in sequences):
-            return [[] for _ in sequences]
-        assert self._runner is not None
-        if self._speculator is None:
-            self._speculator = Speculator(self._runner.device, self.draft)
-        return self._speculator.propose(sequences)
 
     def _admit(self) -> None:
         """Gives rows to waiting sequences."""
         if not self._waiting or not self._is_runner_current():
             return
-        runner, rows = self._runner, self._rows
-        assert runner is not None
-        if runner.one_position:
-            self._admit_of_one_length(runner.max_batch_size)
-            return
-        reuse = self.reuse_prefixes and self._may_reuse()
-        while self._waiting and len(rows.running) < runner.max_batch_size:
-            sequence = self._waiting[0]
+        runner, rows, waiting = self._runner, self._rows, list(self._waiting)
+        if runner.one_position:  # only sequences of one call and length run together
+            first = waiting[0]
+            waiting = [s for s in waiting if s.call is first.call and len(s.tokens) == len(first.tokens)]
+        reuse = self.reuse_prefixes and not runner.one_position and self._may_reuse()
+        for sequence in waiting[: runner.max_batch_size - len(rows.running)]:
             if reuse and not sequence.on_logits and rows.must_wait(sequence.tokens):
                 return
             if sequence not in rows.running:  # it is where an interruption came before the next line
-                rows.add(sequence, self._caches(), reuse=reuse and not sequence.on_logits)
-            self._waiting.popleft()
+                rows.add(sequence, reuse=reuse and not sequence.on_logits)
+            self._waiting.remove(sequence)
             self.n_reused += sequence.n_reused
 
     def _is_runner_current(self) -> bool:
@@ -407,42 +368,27 @@ class Engine:
         If none is running, a new runner is made where hooks were added to the network, or modules replaced.
         """
         running = self._rows.running
-        if running and (self._runner is None or len(running) == self._runner.max_batch_size):
+        if len(running) == self._runner.max_batch_size:
             return False
         steps = self.stepper is not None and self.stepper.serves(self.model)
         runner = ModelRunner(self.model, self.stepper if steps else None)
-        is_same = self._runner is not None and runner.key == self._runner.key
+        is_same = runner.key == self._runner.key
         if running:
             return is_same and not runner.one_position
         if not is_same:
-            self._runner, self._rows = runner, Rows(runner.max_batch_size)
+            self._rows = Rows(runner)
         return True
 
     def _may_reuse(self) -> bool:
         """Whether new sequences may take prefixes from the cache. Forgets them if the network has changed on a rank."""
         if self._state is None:
             self._state = NetworkState(self.model)
-        assert self._runner is not None
-        flags = [not self._state.is_same(thorough=True), has_hooks(self.model)]
+        flags = [not self._state.is_same(thorough=True), has_hooks(self.model.modules())]
         has_changed, hooked = on_any_rank(flags, self._runner.device)
         if has_changed:
             self._rows.forget()
             self._state = NetworkState(self.model)
         return not hooked
-
-    def _admit_of_one_length(self, n_rows: int) -> None:
-        """Gives rows to waiting sequences of one call and length, for a network that needs equal positions."""
-        first = self._waiting[0]
-        alike = [s for s in list(self._waiting) if s.call is first.call and len(s.tokens) == len(first.tokens)]
-        for sequence in alike[:n_rows]:
-            if sequence not in self._rows.running:
-                self._rows.add(sequence, self._caches(), reuse=False)
-            self._waiting.remove(sequence)
-
-    def _caches(self) -> list[Cache]:
-        """The caches whose rows belong together: the network's, and the draft model's."""
-        assert self._runner is not None
-        return [self._runner, *(self._speculator.caches if self._speculator else [])]
 
     def _apply_changes(self) -> None:
         """Removes sequences that have ended, were aborted, or have nobody to receive their tokens."""
@@ -454,20 +400,16 @@ class Engine:
             if sequence.is_finished:
                 sequence.sampler.end_row(sequence.noise_row)
                 self._waiting.remove(sequence)
-        if self._in_flight and not all(sequence.is_finished for sequence in self._rows.running):
-            return  # rows must not change while a pass is in flight
-        self._in_flight = None
         self._remove_finished()
 
     def _remove_finished(self) -> None:
         """Removes sequences that have ended, and moves running ones into the gaps."""
-        running, runner = self._rows.running, self._runner
-        if runner is None or not any(sequence.is_finished for sequence in running):
-            return
-        if runner.one_position and not all(sequence.is_finished for sequence in running):
-            return
+        finished = [sequence.is_finished for sequence in self._rows.running]
+        if not any(finished) or ((self._in_flight or self._runner.one_position) and not all(finished)):
+            return  # rows must not change while a pass is in flight
+        self._in_flight = None
         keep = self._state is not None and self._state.is_same(thorough=True)
-        self._rows.remove_finished(self._caches(), keep=keep)
+        self._rows.remove_finished(keep=keep)
 
     def _fail(self, error: Exception) -> None:
         """Ends the calls in the pass that failed; or of all running sequences, or of the first one that waits."""
@@ -478,8 +420,7 @@ class Engine:
             if not sequence.is_finished:
                 sequence.call.abort(error)
         self._lose_cache()
-        self._rows.lose()
-        self._rows.drop_finished()
+        self._rows.remove_finished(keep=False)
 
 
 def engine_of(

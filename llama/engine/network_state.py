@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,12 +11,8 @@ from torch.nn.modules import module as torch_module
 from llama import model as network
 
 
-def has_hooks(model: nn.Module) -> bool:
-    """Whether calling the model runs forward hooks."""
-    return _has_hooks(list(model.modules()))
-
-
-def _has_hooks(modules: list[nn.Module]) -> bool:
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether calling one of the modules runs forward hooks."""
     global_hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     return any(global_hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
@@ -48,7 +45,7 @@ class NetworkState:
         self._parameters = list(model.parameters())
         self._objects, self._addresses = fixed_parts(model)
         self._versions = self._versions_now()
-        self._is_same = not _has_hooks(self._modules)
+        self._is_same = not has_hooks(self._modules)
 
     def _versions_now(self) -> list[int]:
         return [0 if parameter.is_inference() else parameter._version for parameter in self._parameters]
@@ -59,7 +56,7 @@ class NetworkState:
         Args:
             thorough: also compares modules, code, attributes and addresses, which takes a millisecond.
         """
-        self._is_same = self._is_same and not _has_hooks(self._modules) and self._versions_now() == self._versions
+        self._is_same = self._is_same and not has_hooks(self._modules) and self._versions_now() == self._versions
         if self._is_same and thorough:
             objects, addresses = fixed_parts(self._model)
             self._is_same = same_objects(objects, self._objects) and addresses == self._addresses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict, cast
@@ -99,50 +98,50 @@ class Completion:
         text: decodes the completion; its prefix is the prompt if the text continues it or echoes it.
         index: its index in its call or request.
         prompt: ids to be echoed.
+        scores: for each token of the prompt; none for no log-probabilities. May be filled in until the first result.
         with_tokens: whether pieces contain tokens.
 
     Attributes:
-        tokens: ids, an echoed prompt's first.
-        logprobs: the log-probability of each token; empty if not asked for.
         finish_reason: why generation ended.
     """
 
     def __init__(
-        self, text: IncrementalDetokenizer, *, index: int = 0, prompt: Sequence[int] = (), with_tokens: bool = False
+        self,
+        text: IncrementalDetokenizer,
+        *,
+        index: int = 0,
+        prompt: Sequence[int] = (),
+        scores: Sequence[TokenScore] = (),
+        with_tokens: bool = False,
     ) -> None:
-        self.tokens = list(prompt)
         self.finish_reason: FinishReason = "length"
         self._text = text
         self._index = index
-        self._n_echoed = len(self.tokens)
-        self._has_echo = False
+        self._prompt = list(prompt)
+        self._scores = scores
         self._with_tokens = with_tokens
-        self._logprobs: list[float] = []
         self._pushed: list[tuple[int, str, bool]] = []  # each new token, what it made final, whether it was `at_start`
         self._is_pushing = False  # stays True after a push that was interrupted
-        self._n_chars_final = 0
-        self._held: deque[tuple[TokenResult, bool]] = deque()  # of tokens that may still be cut off at a stop string
-        self._n_released = 0  # number of tokens in pieces so far
-        self._n_chars_released = 0  # number of characters of these tokens
+        self._results: list[TokenResult] = []  # of the pushed tokens that were added
+        self._n_released = 0  # number of tokens in pieces so far; a later one may still be cut off at a stop string
+        self._n_chars_ahead = 0  # number of characters in pieces so far that belong to later tokens
 
     @property
-    def lacks_echo(self) -> bool:
-        """Whether the piece of an echoed prompt has not been asked for yet."""
-        return bool(self._n_echoed) and not self._has_echo
-
-    @property
-    def echo_pieces(self) -> list[str]:
-        """The text of each token of an echoed prompt."""
-        return self._text.prefix_pieces if self._n_echoed else []
+    def tokens(self) -> list[int]:
+        """Ids, an echoed prompt's first."""
+        return self._prompt + [token for token, _, _ in self._pushed[: len(self._results)]]
 
     @property
     def pieces(self) -> list[str]:
         """The text of each token, up to a stop string."""
-        return self.echo_pieces + self._text.pieces
+        return (self._text.prefix_pieces if self._prompt else []) + self._text.pieces
 
     @property
     def logprobs(self) -> list[float]:
-        return self._logprobs[: len(self.pieces)]
+        """The log-probability of each token; empty if not asked for."""
+        logprobs = [logprob or 0.0 for logprob, _ in self._scores]
+        logprobs += [result.logprob for result in self._results if result.logprob is not None]
+        return logprobs[: len(self.pieces)]
 
     def ends(self, token: int, position: int) -> bool:
         """Adds a token to the text; returns whether the completion ends with it, at a stop string.
@@ -161,36 +160,30 @@ class Completion:
         self._is_pushing = False
         return self._text.stopped
 
-    def echo(self, scores: Sequence[TokenScore] = ()) -> Piece:
-        """Adds the scores of the prompt; returns the piece that has it.
-
-        Args:
-            scores: for each token of the prompt; none for no log-probabilities.
-        """
-        self._has_echo = True
+    def echo(self) -> Piece:
+        """The piece that has the prompt."""
         texts = self._text.prefix_pieces
-        self._logprobs = [logprob or 0.0 for logprob, _ in scores]
-        found = zip(self.tokens, texts, scores, self._text.prefix_starts, strict=True) if scores else ()
+        found = zip(self._prompt, texts, self._scores, self._text.prefix_starts, strict=True) if self._scores else ()
         tokens = tuple(Token(token, text, *score, at_start) for token, text, score, at_start in found)
         return Piece(self._index, "".join(texts), tokens)
 
-    def add(self, result: TokenResult) -> Piece:
-        """Adds a result, after `ends` had its token; returns the piece that it makes final."""
-        text = ""
+    def add(self, result: TokenResult, n_reused: int = 0) -> list[Piece]:
+        """Adds a result, after `ends` had its token; returns the pieces that it makes final, an echoed prompt's first.
+
+        Args:
+            n_reused: number of the prompt's tokens that the KV cache held already, for the last piece.
+        """
+        pieces = [self.echo()] if self._prompt and not self._results else []
+        text, reason = "", result.finish_reason
         if result.token is not None:
-            _, text, at_start = self._pushed[len(self.tokens) - self._n_echoed]
-            self.tokens.append(result.token)
-            if result.logprob is not None:
-                self._logprobs.append(result.logprob)
-            if self._with_tokens:
-                self._held.append((result, at_start))
-        reason = result.finish_reason
+            text = self._pushed[len(self._results)][1]
+            self._results.append(result)
         if reason:
             text += self.finish()
             self.finish_reason = reason = "stop" if self._text.stopped else reason
-        self._n_chars_final += len(text)
-        tokens = tuple(self._release(is_last=reason is not None)) if self._with_tokens else ()
-        return Piece(self._index, text, tokens, int(result.token is not None), reason)
+        tokens = self._release(text, is_last=reason is not None) if self._with_tokens else ()
+        n_generated = int(result.token is not None)
+        return [*pieces, Piece(self._index, text, tokens, n_generated, reason, n_reused if reason else 0)]
 
     def finish(self) -> str:
         """Ends the text; returns what was held back of it. Without effect after a result with a finish reason."""
@@ -199,20 +192,22 @@ class Completion:
             self.finish_reason = "stop"
         return rest
 
-    def _release(self, *, is_last: bool) -> list[Token]:
-        """Returns the tokens that became final. A token without text waits for the character that it is part of."""
-        pieces, n_final, n_chars = self._text.pieces, self._n_released, self._n_chars_released
-        for i in range(self._n_released, len(pieces)):
-            n_chars += len(pieces[i])
-            if is_last or (pieces[i] and n_chars <= self._n_chars_final):
-                n_final, self._n_chars_released = i + 1, n_chars
-        tokens = []
-        for text in pieces[self._n_released : n_final]:
-            result, at_start = self._held.popleft()
-            assert result.token is not None
-            tokens.append(Token(result.token, text, result.logprob, result.top_logprobs, at_start))
-        self._n_released = max(self._n_released, n_final)
-        return tokens
+    def _release(self, text: str, *, is_last: bool) -> tuple[Token, ...]:
+        """The tokens that become final with a text. One without text waits for the character that it is part of."""
+        self._n_chars_ahead += len(text)
+        first, texts, n_final, n_chars, n_chars_final = self._n_released, self._text.pieces, self._n_released, 0, 0
+        for i in range(first, len(texts)):
+            n_chars += len(texts[i])
+            if is_last or (texts[i] and n_chars <= self._n_chars_ahead):
+                n_final, n_chars_final = i + 1, n_chars
+        self._n_released = n_final
+        self._n_chars_ahead -= n_chars_final
+        return tuple(
+            Token(token, text, result.logprob, result.top_logprobs, at_start)
+            for (token, _, at_start), text, result in zip(
+                self._pushed[first:n_final], texts[first:n_final], self._results[first:n_final], strict=True
+            )
+        )
 
 
 def completion_prediction(row: Completion, params: SamplingParams) -> CompletionPrediction:

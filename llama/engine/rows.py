@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import abc
-from typing import Protocol
 
+from llama.engine.runner import ModelRunner
 from llama.engine.sampled import common_length
 from llama.engine.sequence import Sequence
 
 MIN_REUSED = 16  # tokens; copying fewer would save no time
-
-
-class Cache(Protocol):
-    """What holds keys and values by row, as a `ModelRunner` does."""
-
-    def copy_row(self, source: int, target: int, length: int) -> None: ...
-
-    def swap_rows(self, a: int, b: int, length: int) -> None: ...
 
 
 class Rows:
@@ -28,16 +20,18 @@ class Rows:
     on tokens alone, so the ranks of a model-parallel group make the same ones.
 
     Args:
-        n_rows: number of rows of the cache.
+        runner: owner of the cache.
 
     Attributes:
         running: the running sequences; the index of each is its row.
     """
 
-    def __init__(self, n_rows: int) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
         self.running: list[Sequence] = []
-        self._kept: list[list[int]] = [[] for _ in range(n_rows)]  # by row, tokens left by a sequence that has ended
-        self._used = [0] * n_rows  # by row, when its kept tokens were last used
+        # By row, tokens left by a sequence that has ended, and when they were last used.
+        self._kept: list[list[int]] = [[] for _ in range(runner.max_batch_size)]
+        self._used = [0] * runner.max_batch_size
         self._clock = itertools.count(1)
         self._shared: set[int] = set()  # ids of the running sequences whose keys others may take
 
@@ -67,31 +61,30 @@ class Rows:
             if id(sequence) in self._shared and not (sequence.is_level or sequence.is_finished)
         )
 
-    def add(self, sequence: Sequence, caches: abc.Sequence[Cache], *, reuse: bool) -> None:
+    def add(self, sequence: Sequence, *, reuse: bool) -> None:
         """Gives a sequence the row after the running ones, with the longest prefix of its prompt that a row holds.
 
         Args:
-            caches: the network's and a draft model's.
             reuse: whether to look for a prefix, and to let others take this sequence's.
         """
         row = len(self.running)
         source, length = self._match(sequence.tokens) if reuse else (row, 0)
         victim = min(range(row, len(self._kept)), key=lambda free: (bool(self._kept[free]), self._used[free]))
         if length and source >= row and (length == len(self._kept[source]) or source == victim):
-            self._exchange(source, row, caches)
+            self._move(source, row)
         else:
-            self._copy_kept(row, victim, caches)
+            self._kept[victim] = []
+            self._move(row, victim)
             if length and source != row:
                 self._used[source] = next(self._clock)
-                for cache in caches:
-                    cache.copy_row(source, row, length)
+                self.runner.copy_row(source, row, length)
         self._kept[row] = []
         sequence.n_cached = sequence.n_reused = length
         if reuse:
             self._shared.add(id(sequence))
         self.running.append(sequence)
 
-    def remove_finished(self, caches: abc.Sequence[Cache], *, keep: bool) -> None:
+    def remove_finished(self, *, keep: bool) -> None:
         """Removes sequences that have ended, and closes the gaps.
 
         A gap is filled with the last one of the level sequences in front, and that one's row with the last sequence.
@@ -110,18 +103,10 @@ class Rows:
             self._shared.discard(id(sequence))
             for source in (self.n_level - 1, len(self.running) - 1):
                 if source > row:
-                    self._move(source, row, caches)
+                    self._move(source, row)
                     row = source
             assert row == len(self.running) - 1
             self.running.pop()
-
-    def drop_finished(self) -> None:
-        """Removes sequences that have ended from a lost cache, of which nothing has to move."""
-        finished = [sequence for sequence in self.running if sequence.is_finished]
-        for sequence in finished:
-            sequence.sampler.end_row(sequence.noise_row)
-        self._shared.difference_update(map(id, finished))
-        self.running = [sequence for sequence in self.running if sequence not in finished]
 
     def _match(self, tokens: abc.Sequence[int]) -> tuple[int, int]:
         """The row that holds the longest prefix of a prompt, without its last token, and the prefix's length or 0."""
@@ -136,34 +121,20 @@ class Rows:
                 best, row = length, i
         return (row, best) if best >= MIN_REUSED else (0, 0)
 
-    def _move(self, source: int, target: int, caches: abc.Sequence[Cache]) -> None:
-        """Moves a running sequence to the row of one that has ended, and what that one left to the sequence's row."""
-        sequence = self.running[source]
-        left = self._kept[target]
-        for cache in caches:
-            if left:
-                cache.swap_rows(source, target, max(sequence.n_cached, len(left)))
-            else:
-                cache.copy_row(source, target, sequence.n_cached)
-        self._kept[source], self._kept[target] = left, []
-        self._used[source] = self._used[target]
-        self.running[target], self.running[source] = sequence, self.running[target]
-
-    def _exchange(self, a: int, b: int, caches: abc.Sequence[Cache]) -> None:
-        """Exchanges what ended sequences left in two rows."""
-        if a == b:
+    def _move(self, source: int, target: int) -> None:
+        """Moves a running sequence, or what an ended one left, to a row; what had been left there takes its place."""
+        if source == target:
             return
-        for cache in caches:
-            cache.swap_rows(a, b, max(len(self._kept[a]), len(self._kept[b])))
-        self._kept[a], self._kept[b] = self._kept[b], self._kept[a]
-        self._used[a], self._used[b] = self._used[b], self._used[a]
-
-    def _copy_kept(self, row: int, victim: int, caches: abc.Sequence[Cache]) -> None:
-        """Copies what an ended sequence left in a row to the row that was used least recently."""
-        if row != victim and self._kept[row]:
-            for cache in caches:
-                cache.copy_row(row, victim, len(self._kept[row]))
-            self._kept[victim], self._used[victim] = self._kept[row], self._used[row]
+        is_running, left = source < len(self.running), self._kept[target]
+        length = self.running[source].n_cached if is_running else len(self._kept[source])
+        if left:
+            self.runner.swap_rows(source, target, max(length, len(left)))
+        elif length:
+            self.runner.copy_row(source, target, length)
+        self._kept[source], self._kept[target] = left, self._kept[source]
+        self._used[source], self._used[target] = self._used[target], self._used[source]
+        if is_running:
+            self.running[target], self.running[source] = self.running[source], self.running[target]
 
 
 def _shared_length(cached: abc.Sequence[int], tokens: abc.Sequence[int]) -> int:

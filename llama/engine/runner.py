@@ -28,11 +28,8 @@ class ModelRunner:
         stepper: runs the decode passes of an unmodified network; None to call the network directly.
 
     Attributes:
-        model: the network.
         one_position: whether all rows of a pass must be at the same position.
         looks_ahead: whether to start the next decode pass before the tokens of the current one are on the host.
-        device: the device of the network's parameters.
-        max_batch_size, max_seq_len: size of the KV cache.
     """
 
     def __init__(self, model: Any, stepper: Stepper | None = None) -> None:
@@ -109,35 +106,25 @@ class ModelRunner:
         self._note_cache()
         return logits.float()
 
-    def next_group(self, lengths: Sequence[int], limit: int) -> tuple[list[int], int]:
+    def next_group(
+        self, lengths: Sequence[int], *, in_chunks: bool = False, all_logits: bool = False
+    ) -> tuple[list[int], int]:
         """The part of a prefill that the next pass computes, given how many tokens each of several rows lacks.
-
-        Args:
-            limit: maximum number of positions.
-
-        Returns:
-            The indices of the rows that share the pass, among them the first, and the maximum number of tokens of each.
-        """
-        group = next(group for group in prefill_groups(lengths, limit, self._pass_cost) if group[0] == 0)
-        return group, min(max(lengths[i] for i in group), limit)
-
-    def positions_per_pass(self, *, in_chunks: bool, all_logits: bool) -> int:
-        """Maximum number of positions in a prefill pass.
 
         Args:
             in_chunks: whether other sequences are to be decoded between the passes.
             all_logits: whether the logits after all positions are needed, which take much memory.
-        """
-        limits = [self._args.prefill_tokens]
-        if in_chunks:
-            limits.append(_CHUNK_IN_PASS_COSTS * self._pass_cost)
-        if all_logits:
-            limits.append(_LOGIT_POSITIONS)
-        return min(limits)
 
-    def groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Groups rows, given by their number of tokens, into passes: see `prefill_groups`."""
-        return prefill_groups(lengths, self._args.prefill_tokens, self._pass_cost)
+        Returns:
+            The indices of the rows that share the pass, among them the first, and the maximum number of tokens of each.
+        """
+        limit = self._args.prefill_tokens
+        if in_chunks:
+            limit = min(limit, _CHUNK_IN_PASS_COSTS * self._pass_cost)
+        if all_logits:
+            limit = min(limit, _LOGIT_POSITIONS)
+        group = next(group for group in prefill_groups(lengths, limit, self._pass_cost) if 0 in group)
+        return group, min(max(lengths[i] for i in group), limit)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Right-pads rows to a tensor (bsz, longest) int64.
@@ -202,21 +189,15 @@ def prefill_groups(lengths: Sequence[int], max_positions: int, pass_cost: int) -
         The indices of each group's prompts, in ascending order.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    best: list[tuple[int, int]] = [(0, 0)]  # for the first n prompts in order: minimum cost, start of the last group
+    best: list[tuple[int, list[list[int]]]] = [(0, [])]  # for the first n prompts in order: minimum cost, groups
     for end in range(1, len(order) + 1):
-        costs = []
-        for start in range(end):
-            positions = lengths[order[start]] * (end - start)
-            if positions <= max_positions or end - start == 1:
-                costs.append((best[start][0] + positions + pass_cost, start))
-        best.append(min(costs))
-    groups: list[list[int]] = []
-    end = len(order)
-    while end:
-        start = best[end][1]
-        groups.append(sorted(order[start:end]))
-        end = start
-    return groups[::-1]
+        cost, start = min(
+            (best[start][0] + positions + pass_cost, start)
+            for start in range(end)
+            if (positions := lengths[order[start]] * (end - start)) <= max_positions or end - start == 1
+        )
+        best.append((cost, [*best[start][1], sorted(order[start:end])]))
+    return best[-1][1]
 
 
 def device_of(model: Any) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,18 +28,14 @@ class SampledTokens:
         chosen: (n,) int64 on the device, the same on all ranks of a model-parallel group: for each sequence, the token
             chosen after its newest token, then those chosen after each drafted token; `NOT_FINITE` where logits are NaN
             or infinite.
-        values: waits for the copy of `chosen`, and returns it as a list.
-        logprobs: waits for the log-probabilities of `chosen`, and returns them; None if no sequence asked for any.
-        top: two functions, which return the most likely tokens at the position of each one in `chosen`, and their
-            log-probabilities; None if no sequence asked for any.
+        copies: functions that wait for copies of `chosen`, of the log-probabilities of these tokens, and of the most
+            likely tokens at each position and their log-probabilities, and return them; [] if no sequence asked for it.
     """
 
     sequences: list[Sequence]
     drafts: abc.Sequence[abc.Sequence[int]]
     chosen: Tensor
-    values: Callable[[], list[int]]
-    logprobs: Callable[[], list[float]] | None
-    top: tuple[Callable[[], list[list[int]]], Callable[[], list[list[float]]]] | None
+    copies: list[Callable[[], list[Any]]]
 
     @classmethod
     def sample(
@@ -70,40 +67,35 @@ class SampledTokens:
         # The flag travels with the tokens, to save a synchronization. A mask may have put -inf, but not everywhere.
         is_finite = _of_words(logits, sequences).amax(-1).isfinite()
         chosen = broadcast_from_first(sample(logits, steps).where(is_finite, NOT_FINITE))
-        n_top = max(sequence.top_logprobs for sequence in sequences)
-        logprobs = top = None
+        copies: list[Callable[[], list[Any]]] = [to_host(chosen), list, list, list]
         if any(sequence.logprobs for sequence in sequences):
-            logprobs = to_host(logprobs_of(raw, chosen.clamp(min=0)))
-        if n_top:
+            copies[1] = to_host(logprobs_of(raw, chosen.clamp(min=0)))
+        if n_top := max(sequence.top_logprobs for sequence in sequences):
             of_words = _of_words(raw.log_softmax(-1), sequences)
-            likely = of_words.topk(min(n_top, of_words.size(-1)))
-            top = to_host(likely.indices), to_host(likely.values)
-        return cls(list(sequences), drafts, chosen, to_host(chosen), logprobs, top)
+            copies[3], copies[2] = map(to_host, of_words.topk(min(n_top, of_words.size(-1))))
+        return cls(list(sequences), drafts, chosen, copies)
 
-    def on_host(self) -> list[list[TokenResult]]:
+    def on_host(self) -> dict[Sequence, list[TokenResult]]:
         """Waits for the tokens; returns the results of each sequence, which do not have a finish reason yet.
 
         A sequence gets a result for each accepted draft token (one that equals the token chosen in its place), and one
         for the token chosen after these.
         """
-        tokens = self.values()
-        logprobs = self.logprobs() if self.logprobs else None
-        top = [list(zip(*row, strict=True)) for row in zip(*(f() for f in self.top), strict=True)] if self.top else None
-        results, first = [], 0
+        tokens, logprobs, likely, likely_logprobs = (copy() for copy in self.copies)
+        results, first = {}, 0
         for sequence, draft in zip(self.sequences, self.drafts, strict=True):
             end = first + 1 + common_length(draft, tokens[first : first + len(draft)])
-            results.append(
-                [
-                    TokenResult(
-                        sequence.index,
-                        tokens[i],
-                        logprobs[i] if logprobs and sequence.logprobs else None,
-                        None,
-                        tuple(top[i][: sequence.top_logprobs]) if top else (),
-                    )
-                    for i in range(first, end)
-                ]
-            )
+            n_top = sequence.top_logprobs
+            results[sequence] = [
+                TokenResult(
+                    sequence.index,
+                    tokens[i],
+                    logprobs[i] if sequence.logprobs else None,
+                    None,
+                    tuple(zip(likely[i][:n_top], likely_logprobs[i][:n_top], strict=True)) if n_top else (),
+                )
+                for i in range(first, end)
+            ]
             first += 1 + len(draft)
         return results
 

@@ -69,7 +69,7 @@ class Sampler:
             return self.draw(probs, self.top_p).reshape(-1)
         noise = [self._noise_of(step, logits.size(-1))[row] for row, step in zip(rows, steps, strict=True)]
         if logits.device.type == "cpu":
-            return _sample_rows(probs, self.top_p, noise)
+            return torch.stack([_sample_row(row, self.top_p, mine) for row, mine in zip(probs, noise, strict=True)])
         return sample_top_p(probs, self.top_p, noise=_exponentials(torch.stack(noise))).squeeze(-1)
 
     def add_row(self, row: int) -> None:
@@ -168,22 +168,8 @@ def _exponentials_are_logarithms() -> bool:
     return torch.equal(_exponentials(integers), exponentials) and torch.equal(one.get_state(), other.get_state())
 
 
-def _sample_rows(probs: Tensor, p: float, numbers: Sequence[Tensor]) -> Tensor:
-    """The result of `sample_top_p` as (bsz,), sorting no more than it takes."""
-    drawn = [_sample_row(row, p, row_numbers) for row, row_numbers in zip(probs, numbers, strict=True)]
-    tokens = torch.stack([token for _, token in drawn])
-    tied = [i for i, (_, token) in enumerate(drawn) if token < 0]
-    if tied:
-        ranks = torch.stack([drawn[i][0] for i in tied]).unsqueeze(-1)
-        tokens[tied] = probs[tied].sort(-1, descending=True).indices.gather(-1, ranks).squeeze(-1)
-    return tokens
-
-
-def _sample_row(probs: Tensor, p: float, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples from one row (vocab,): the token's rank, and the token.
-
-    The token is -1 if another one is as likely: which of them has this rank is up to the sort of the whole row.
-    """
+def _sample_row(probs: Tensor, p: float, numbers: Tensor) -> Tensor:
+    """The result of `sample_top_p` for one row (vocab,), sorting no more than it takes."""
     n = len(probs)
     limit = max(1 - p, _LEFT_OUT) / (2 * n)  # the total probability of those below is at most half of 1 - p, or tiny
     likely = (probs <= limit).logical_not_().nonzero().squeeze(-1)
@@ -191,13 +177,13 @@ def _sample_row(probs: Tensor, p: float, numbers: Tensor) -> tuple[Tensor, Tenso
         ranked, order = probs[likely].sort(descending=True)
         noise = _exponentials(numbers[: len(likely)])
         rank = (_truncate(ranked, p) / noise).argmax()
-        # Others are outside of the set, or too unlikely to be drawn, whichever noise they would get.
-        if ranked.sum() > p or limit < 0.999 * ranked[rank] / noise[rank] * _least(numbers[len(likely) :]):
-            tied = (ranked == ranked[rank]).sum() > 1
-            return rank, likely[order[rank]].masked_fill(tied, -1)
+        # Others are outside of the set, or too unlikely to be drawn, whichever noise they would get. Which of several
+        # tokens that are equally likely has this rank is up to the sort of the whole row.
+        is_certain = ranked.sum() > p or limit < 0.999 * ranked[rank] / noise[rank] * _least(numbers[len(likely) :])
+        if is_certain and (ranked == ranked[rank]).sum() == 1:
+            return likely[order[rank]]
     ranked, order = probs.sort(descending=True)
-    rank = (_truncate(ranked, p) / _exponentials(numbers)).argmax()
-    return rank, order[rank]
+    return order[(_truncate(ranked, p) / _exponentials(numbers)).argmax()]
 
 
 def sample_top_p(probs: Tensor, p: float, *, noise: Tensor | None = None) -> Tensor:

@@ -40,10 +40,6 @@ class TokenResult:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-def _never(token: int, position: int) -> bool:
-    return False
-
-
 def _do_together(actions: Iterable[Callable[[], object]]) -> None:
     """Calls built-in functions, all or none of them: Ctrl-C cannot come between, as no line of Python runs there."""
     deque(map(methodcaller("__call__"), actions), maxlen=0)
@@ -59,7 +55,6 @@ class Sequence:
         noise_row: the row of the sampler's noise that belongs to this sequence.
         max_gen_len: maximum number of new tokens; the engine lowers it to what a row of the cache has room for.
         stop_ids: the tokens that end the sequence, such as EOS.
-        logprobs: whether to compute the log-probability of each new token.
         top_logprobs: number of most likely tokens to report with each token, with their log-probabilities.
         ends: called with each new token and its position among them, from 0; returns whether the sequence ends with
             it, as at a stop string. Called again for a position whose token was not recorded, after Ctrl-C.
@@ -70,15 +65,13 @@ class Sequence:
             ones may follow. Such a prompt is computed whole, some hundred positions per pass where that is possible.
         process: what changes the logits before they are sampled from, see `processors.Process`; None for nothing. Such
             a sequence gets no drafts.
-        call: the call that the sequence belongs to; set by `Call`.
-        index: index of the sequence in its call; set by `Call`.
+        call, index: the call that the sequence belongs to, and its index in it; set by `Call`.
         n_cached: number of leading tokens whose keys and values are in the sequence's row of the cache.
         n_reused: number of these that were computed for another sequence.
         draft_state: what `speculative.Speculator` remembers about the sequence.
         not_finite: the error of logits that a pass computed and nobody has dealt with; None if there are none.
         has_started_over: whether the sequence was computed again for such logits.
         finish_reason: why the sequence has ended; None if it has not, or was aborted.
-        n_prompt: number of tokens in the prompt.
     """
 
     tokens: list[int]
@@ -88,7 +81,7 @@ class Sequence:
     stop_ids: frozenset[int]
     logprobs: bool = False
     top_logprobs: int = 0
-    ends: Callable[[int, int], bool] = _never
+    ends: Callable[[int, int], bool] = lambda token, position: False
     n_words: int | None = None
     speculative: str | None = None
     on_logits: Callable[[int, Tensor], None] | None = None
@@ -172,8 +165,7 @@ class Call:
     """The sequences that one caller waits for.
 
     Attributes:
-        sequences: the call's sequences.
-        ended: those that have ended.
+        ended: the sequences that have ended.
         results: results that the caller has not received yet, oldest first.
         error: the error that ended the sequences, to be raised in the caller's thread; None if there is none.
         reader: the iterator over the results, as a weak reference; None if they are taken from `results` directly.

@@ -19,7 +19,6 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from llama.distributed.device import to_device
 from llama.distributed.groups import broadcast_from_first, broadcast_number
 from llama.engine.cuda_graphs import MAX_WIDTH
 from llama.engine.lock import lock_of
@@ -41,15 +40,9 @@ _MIN_SPEEDUP = 1.05
 
 @dataclass
 class Counts:
-    """Statistics of speculative decoding.
+    """Statistics of speculative decoding, summed over sequences."""
 
-    Attributes:
-        passes: number of passes with drafted tokens, summed over sequences.
-        drafted: number of drafted tokens.
-        accepted: number of drafted tokens that were accepted.
-    """
-
-    passes: int = 0
+    passes: int = 0  # with drafted tokens
     drafted: int = 0
     accepted: int = 0
 
@@ -114,15 +107,11 @@ class Acceptance:
 
 
 class PassCosts:
-    """The duration of a pass by its number of positions, learned from the passes that run.
+    """The duration of a pass by its number of positions, learned from the passes that run."""
 
-    Args:
-        seconds: durations known before, by number of positions.
-    """
-
-    def __init__(self, seconds: abc.Mapping[int, float] | None = None) -> None:
-        self._seconds = {n: deque([time], maxlen=_OBSERVED) for n, time in (seconds or {}).items()}
-        self._warm = set(self._seconds)  # numbers of positions whose kernels have been set up
+    def __init__(self) -> None:
+        self._seconds: dict[int, deque[float]] = {}
+        self._warm: set[int] = set()  # numbers of positions whose kernels have been set up
 
     def observe(self, n_positions: int, seconds: float) -> None:
         """Adds the duration of a pass. The first one of a size does not count: it sets up kernels and buffers."""
@@ -151,71 +140,65 @@ class PassCosts:
 
 
 class DraftModel:
-    """Drafts with a smaller network, which must have the same vocabulary and whose KV cache has the same slots.
-
-    Args:
-        runner: runs the smaller network.
-    """
+    """Drafts with a smaller network, which must have the same vocabulary and whose KV cache has the same slots."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self._lock = lock_of(runner.model)  # others may use the smaller network too
         self._cached: list[list[int]] = [[] for _ in range(runner.max_batch_size)]  # tokens in each slot of the cache
 
     def propose(self, sequences: abc.Sequence[Sequence], n: int) -> list[list[int]]:
         """Drafts `n` tokens for each sequence with speculative="draft"."""
-        with self._lock:
-            return self._propose(sequences, n)
-
-    def _propose(self, sequences: abc.Sequence[Sequence], n: int) -> list[list[int]]:
         tokens = [s.tokens if s.speculative == "draft" else [0] for s in sequences]
-        lengths = self._fill(tokens)
-        pending = [t[length:] for t, length in zip(tokens, lengths, strict=True)]
-        device = self._runner.device
-        logits = self._runner.decode(self._runner.pad(pending), lengths)
-        last = to_device([len(p) - 1 for p in pending], device)
-        logits = logits[torch.arange(len(tokens), device=device), last]
-        drafts = [self._sample(logits, sequences, 0)]
-        for i in range(1, n):
-            logits = self._runner.decode(drafts[-1].unsqueeze(1), [len(t) + i - 1 for t in tokens])
-            drafts.append(self._sample(logits[:, 0], sequences, i))
-        rows: list[list[int]] = broadcast_from_first(torch.stack(drafts, 1)).tolist()
-        for slot, (t, row) in enumerate(zip(tokens, rows, strict=True)):
-            self._cached[slot] = t + row[:-1]
+        with lock_of(self._runner.model):  # others may use the smaller network too
+            lengths = self._fill(tokens)
+            pending = [t[length:] for t, length in zip(tokens, lengths, strict=True)]
+            logits = self._runner.decode(self._runner.pad(pending), lengths)
+            last = torch.stack([row[len(p) - 1] for row, p in zip(logits, pending, strict=True)])
+            drafts = [self._sample(last, sequences, 0)]
+            for i in range(1, n):
+                logits = self._runner.decode(drafts[-1].unsqueeze(1), [len(t) + i - 1 for t in tokens])
+                drafts.append(self._sample(logits[:, 0], sequences, i))
+            rows: list[list[int]] = broadcast_from_first(torch.stack(drafts, 1)).tolist()
+            for slot, (t, row) in enumerate(zip(tokens, rows, strict=True)):
+                self._cached[slot] = t + row[:-1]
         return [row if s.speculative == "draft" else [] for s, row in zip(sequences, rows, strict=True)]
 
     def _fill(self, tokens: abc.Sequence[list[int]]) -> list[int]:
         """Prefills slots that lack more than a few tokens; returns the number of each slot's tokens in the cache."""
         if self._runner.has_lost_cache():
             self._cached = [[] for _ in self._cached]
-        lengths = [common_length(self._cached[i], t[:-1]) for i, t in enumerate(tokens)]
-        lagging = [i for i, t in enumerate(tokens) if len(t) - lengths[i] > MAX_WIDTH]
-        if lagging:
-            for group in self._runner.groups([len(tokens[i]) - 1 - lengths[i] for i in lagging]):
-                rows = [lagging[j] for j in group]
-                starts = [lengths[row] for row in rows]
-                self._runner.prefill([tokens[row][lengths[row] : -1] for row in rows], rows, starts)
-                for row in rows:
-                    lengths[row] = len(tokens[row]) - 1
+        known = [t[:-1] for t in tokens]
+        lengths = [self._find(slot, known) for slot in range(len(known))]
+        while lagging := [i for i, t in enumerate(known) if len(t) - lengths[i] >= MAX_WIDTH]:
+            group, width = self._runner.next_group([len(known[i]) - lengths[i] for i in lagging])
+            slots = [lagging[j] for j in group]
+            starts = [lengths[slot] for slot in slots]
+            parts = [known[slot][start : start + width] for slot, start in zip(slots, starts, strict=True)]
+            self._runner.prefill(parts, slots, starts)
+            for slot, part in zip(slots, parts, strict=True):
+                lengths[slot] += len(part)
         return lengths
+
+    def _find(self, slot: int, known: abc.Sequence[list[int]]) -> int:
+        """The number of a slot's tokens in the cache, of those in another slot if it lacks more than a few."""
+        tokens, cached = known[slot], self._cached
+        length = common_length(cached[slot], tokens)
+        if len(tokens) - length < MAX_WIDTH:
+            return length
+        longest, source = max((common_length(other, tokens), i) for i, other in enumerate(cached))
+        if longest < length + MAX_WIDTH:
+            return length
+        if source < len(known):
+            self._runner.copy_row(source, slot, longest)
+            cached[slot] = cached[source][:longest]
+        else:  # nobody runs there, and what was left here may be asked for
+            self._runner.swap_rows(source, slot, max(len(cached[source]), len(cached[slot])))
+            cached[slot], cached[source] = cached[source], cached[slot]
+        return longest
 
     def _sample(self, logits: Tensor, sequences: abc.Sequence[Sequence], ahead: int) -> Tensor:
         """Samples with the noise that the large network will use, which makes equal tokens more likely."""
         return sample(logits, [(sequence, sequence.n_generated + ahead) for sequence in sequences])
-
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copies what is cached of the first `length` tokens in row `source` to row `target`."""
-        cached = self._cached[source][:length]
-        with self._lock:
-            if cached and not self._runner.has_lost_cache():
-                self._runner.copy_row(source, target, len(cached))
-        self._cached[target] = cached
-
-    def swap_rows(self, a: int, b: int, length: int) -> None:
-        """Exchanges the first `length` positions of two rows."""
-        with self._lock:
-            self._runner.swap_rows(a, b, length)
-        self._cached[a], self._cached[b] = self._cached[b], self._cached[a]
 
 
 @dataclass
@@ -225,6 +208,7 @@ class _DraftState:
     lookup: PromptLookup = field(default_factory=PromptLookup)
     acceptance: Acceptance = field(default_factory=Acceptance)
     matched: int = 0  # length of the match that gave the newest draft; 0 for a draft model
+    n_drafted: int = 0  # length of the newest draft
 
 
 class Speculator:
@@ -233,27 +217,18 @@ class Speculator:
     Args:
         device: the network's device.
         draft: the runner of a draft model; None for prompt lookup only.
-        costs: of the network's decode passes, with the sampling of their tokens.
-        draft_costs: of the draft model's.
 
     Attributes:
         counts: statistics so far.
-        costs: as given, or learned from the start.
+        costs: of the network's decode passes, with the sampling of their tokens.
+        draft_costs: of the draft model's.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        draft: ModelRunner | None = None,
-        *,
-        costs: PassCosts | None = None,
-        draft_costs: PassCosts | None = None,
-    ) -> None:
+    def __init__(self, device: torch.device, draft: ModelRunner | None = None) -> None:
         self._device = device
-        self.costs = costs or PassCosts()
-        self._draft_costs = draft_costs or PassCosts()
         self._draft = DraftModel(draft) if draft else None
         self.counts = Counts()
+        self.costs, self.draft_costs = PassCosts(), PassCosts()
 
     def propose(self, sequences: abc.Sequence[Sequence]) -> list[list[int]]:
         """Returns the drafted tokens of each sequence, which may be none. To be called once before each pass.
@@ -261,7 +236,8 @@ class Speculator:
         Args:
             sequences: all running sequences, in the order of their slots.
         """
-        limits = _limits(sequences)
+        rooms = [s.n_remaining - 1 if s.speculative and not s.process else 0 for s in sequences]
+        limits = [max(0, min(room, MAX_WIDTH - 1)) for room in rooms]
         drafts: list[list[int]] = []
         for sequence, n in zip(sequences, limits, strict=True):
             sequence.draft_state = state = sequence.draft_state or _DraftState()
@@ -269,22 +245,27 @@ class Speculator:
             if sequence.speculative == "prompt_lookup" and n > 0:
                 draft, state.matched = state.lookup.propose(sequence.tokens, n)
             drafts.append(draft)
-        width = self._best_width(sequences, drafts, limits)
-        if width > 1 and any(s.speculative == "draft" and n for s, n in zip(sequences, limits, strict=True)):
+        by_model = [n if s.speculative == "draft" else 0 for s, n in zip(sequences, limits, strict=True)]
+        width = self._best_width(sequences, [n or len(draft) for n, draft in zip(by_model, drafts, strict=True)])
+        if width > 1 and any(by_model):
             assert self._draft is not None
             started = time.perf_counter()
-            by_model = self._draft.propose(sequences, width - 1)
-            self._draft_costs.observe(len(sequences), (time.perf_counter() - started) / (width - 1))
-            drafts = [a or b[:n] for a, b, n in zip(drafts, by_model, limits, strict=True)]
-        return [draft[: width - 1] for draft in drafts]
+            drafted = self._draft.propose(sequences, width - 1)
+            self.draft_costs.observe(len(sequences), (time.perf_counter() - started) / (width - 1))
+            drafts = [a or b[:n] for a, b, n in zip(drafts, drafted, limits, strict=True)]
+        drafts = [draft[: width - 1] for draft in drafts]
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            sequence.draft_state.n_drafted = len(draft)
+        return drafts
 
-    def _best_width(
-        self, sequences: abc.Sequence[Sequence], drafts: abc.Sequence[list[int]], limits: abc.Sequence[int]
-    ) -> int:
-        """The number of tokens per row with the highest expected tokens per second; 1 for plain decoding."""
+    def _best_width(self, sequences: abc.Sequence[Sequence], longest: abc.Sequence[int]) -> int:
+        """The number of tokens per row with the highest expected tokens per second; 1 for plain decoding.
+
+        Args:
+            longest: for each sequence, the maximum number of drafted tokens.
+        """
         rates = [s.draft_state.acceptance.rate(s.draft_state.matched) for s in sequences]
-        by_model = [s.speculative == "draft" and n > 0 for s, n in zip(sequences, limits, strict=True)]
-        longest = [n if model else len(draft) for model, n, draft in zip(by_model, limits, drafts, strict=True)]
+        uses_model = any(s.speculative == "draft" and n for s, n in zip(sequences, longest, strict=True))
         bsz = len(sequences)
         plain = self.costs(bsz)
         best, best_speed = 1, _MIN_SPEEDUP * bsz / plain if plain else math.inf
@@ -293,29 +274,20 @@ class Speculator:
             if width > 1 + max(longest) or seconds is None:
                 break
             tokens = sum(_expected(rate, min(n, width - 1)) for rate, n in zip(rates, longest, strict=True))
-            if any(by_model):
-                seconds += (width - 1) * (self._draft_costs(bsz) or 0.0)
+            if uses_model:
+                seconds += (width - 1) * (self.draft_costs(bsz) or 0.0)
             if tokens / seconds > best_speed:
                 best, best_speed = width, tokens / seconds
         return broadcast_number(best, self._device)  # the ranks' clocks differ
 
-    def observe(self, sequence: Sequence, n_drafted: int, n_accepted: int) -> None:
-        """Updates the statistics after a pass with the sequence's draft."""
+    def observe(self, sequence: Sequence, n_accepted: int) -> None:
+        """Updates the statistics after a pass with the sequence's newest draft."""
         if sequence.speculative:
-            sequence.draft_state.acceptance.observe(sequence.draft_state.matched, n_drafted, n_accepted)
-            self.counts.passes += n_drafted > 0
-            self.counts.drafted += n_drafted
+            state: _DraftState = sequence.draft_state
+            state.acceptance.observe(state.matched, state.n_drafted, n_accepted)
+            self.counts.passes += state.n_drafted > 0
+            self.counts.drafted += state.n_drafted
             self.counts.accepted += n_accepted
-
-    @property
-    def caches(self) -> list[DraftModel]:
-        """The draft model's cache, whose rows are moved as the network's are."""
-        return [self._draft] if self._draft else []
-
-
-def _limits(sequences: abc.Sequence[Sequence]) -> list[int]:
-    """The maximum number of tokens to draft for each sequence."""
-    return [max(0, min(s.n_remaining - 1, MAX_WIDTH - 1)) if s.speculative and not s.process else 0 for s in sequences]
 
 
 def _expected(rate: float, n: int) -> float:

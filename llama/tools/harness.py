@@ -21,8 +21,8 @@ from llama import Llama, Message
 from llama.chat import StepChatFormat, built_in_format
 from llama.checkpoint.reading import find_tokenizer
 from llama.distributed import groups
+from llama.engine.calls import observe_logits
 from llama.engine.sampling import logprobs_of
-from llama.engine.scoring import observe_logits
 from llama.errors import missing_extra, quote
 from llama.inputs import SamplingParams
 from llama.serving.jobs import Job, as_completed

@@ -132,7 +132,7 @@ def test_another_start_loads_what_is_compiled(
     compiled: tuple[Transformer, CompiledStepper], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the background too, where the first steps may be the network's own."""
-    monkeypatch.setattr(compiler, "_compile_in_process", _fail)
+    monkeypatch.setattr(compiler.Compiler, "_compile", _fail)
     model = make()
     stepper = CompiledStepper(model, background=True)
     assert stepper._compiler is not None

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from llama import ModelArgs, Transformer
+from llama.engine.calls import Completer
 from llama.engine.cuda_graphs import MAX_WIDTH, StaticStepper
 from llama.engine.engine import Engine, engine_of
 from llama.engine.sampling import Sampler
-from llama.engine.scoring import score
 from llama.engine.sequence import Call, Sequence, TokenResult
 from tests.support import oracle
 from tests.support.networks import MAX_SEQ_LEN, PARAMS, ForwardOnly, patched
@@ -34,6 +34,10 @@ def state() -> oracle.State:
 
 def sampler(temperature: float, n_rows: int, seed: int = 0) -> Sampler:
     return Sampler(temperature, 0.95, n_rows, torch.Generator().manual_seed(seed))
+
+
+def score(engine: Engine, texts: list[list[int]]) -> list[list[float]]:
+    return Completer(engine, None, None).score(texts)
 
 
 def drain(steps: Iterator[TokenResult], n_prompts: int) -> list[list[TokenResult]]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from llama import Llama
 from llama.engine import speculative
+from llama.engine.calls import observe_logits
 from llama.engine.sampling import Sampler
-from llama.engine.scoring import observe_logits
 from llama.engine.sequence import Call, Sequence
 
 PROMPTS = [[1, 5, 6, 7], [1, *range(5, 55)]]
@@ -34,19 +34,17 @@ def greedy_call(tokens: list[int], max_gen_len: int) -> Call:
 def test_an_abort_before_its_prefill_ends_no_other_call(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread may abort a call at any moment, also after the rows of a pass were chosen."""
     engine, aborted = llama.engine, greedy_call([1, *range(5, 105)], 10)
-    choose = engine._choose
+    prefill = engine._prefill
 
-    def abort_it(runner: Any) -> tuple[list[int], int]:
-        chosen = choose(runner)
-        if chosen[1]:
-            aborted.abort()
-        return chosen
+    def abort_it(rows: list[int], width: int) -> Any:
+        aborted.abort()
+        return prefill(rows, width)
 
     expected = [result.token for result in engine.run(greedy_call(PROMPTS[0], 9))]
     results = engine.run(greedy_call(PROMPTS[0], 9))
     tokens = [next(results).token]
     engine.add(aborted)
-    monkeypatch.setattr(engine, "_choose", abort_it)
+    monkeypatch.setattr(engine, "_prefill", abort_it)
     assert tokens + [result.token for result in results] == expected
 
 
