@@ -126,31 +126,26 @@ class Request:
         self.completions: list[Completion] = []
         stop_ids = params.ends(tokenizer)
         vocab_size, n_words = vocab_size_of(engine.model, tokenizer), n_words_of(tokenizer)
+        is_scored = params.echo and params.logprobs
         sequences = []
         for index, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
             echoed = prompt if params.echo else []
-            text = new_detokenizer(tokenizer, params, prompt if continues else echoed)
-            scorer = (
-                PromptScores(prompt, index // n, top_logprobs, n_words) if params.echo and params.logprobs else None
-            )
-            completion = Completion(
-                text,
-                index=index,
-                prompt=echoed,
-                scores=scorer.scores if scorer else (),
-                with_tokens=params.logprobs,
-            )
+            prefix = prompt if continues else echoed
+            text = IncrementalDetokenizer(tokenizer, params.stop, prefix, at_start=not params.keep_space)
+            scorer = PromptScores(prompt, index // n, top_logprobs, n_words) if is_scored else None
+            scores = scorer.scores if scorer else ()
+            completion = Completion(text, index=index, prompt=echoed, scores=scores, with_tokens=params.logprobs)
             self.completions.append(completion)
             process = None
             if params.options() and params.max_gen_len:
                 keeps_space = continues or params.echo or params.keep_space
                 constraint = make_constraint(tokenizer, vocab_size, params, len(prompt), keeps_space=keeps_space)
                 process = make_process(params, len(prompt), stop_ids, constraint)
-            if samplers is not None:
-                sampler, noise_row = samplers[index]
-            else:
+            if samplers is None:
                 generator = _generator(engine.model, params.seed, index % n)
                 sampler, noise_row = Sampler(params.temperature, params.top_p, 1, generator), 0
+            else:
+                sampler, noise_row = samplers[index]
             sequences.append(
                 EngineSequence(
                     list(prompt),
@@ -177,11 +172,6 @@ class Request:
         """The pieces of the results that the engine has made since the last time."""
         while self.call.results:
             yield from self.add(self.call.results.popleft())
-
-
-def new_detokenizer(tokenizer: Any, params: SamplingParams, prefix: Sequence[int]) -> IncrementalDetokenizer:
-    """The detokenizer of a completion; `prefix` are the ids whose text it continues."""
-    return IncrementalDetokenizer(tokenizer, params.stop, prefix, at_start=not params.keep_space)
 
 
 class PromptScores:
@@ -324,7 +314,7 @@ def complete_by_generate(
         ids = list(ids)[:stop]
         scores = list(logprobs[i]) if logprobs else []
         row = Completion(
-            new_detokenizer(tokenizer, params, ids[:n_echoed]),
+            IncrementalDetokenizer(tokenizer, params.stop, ids[:n_echoed], at_start=not params.keep_space),
             prompt=ids[:n_echoed],
             scores=[(logprob, ()) for logprob in scores[:n_echoed]],
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import abc, deque
 from dataclasses import dataclass, field
 from statistics import median
@@ -130,11 +130,9 @@ class PassCosts:
         medians = [median(self._seconds[n]) for n in sizes]
         # A disturbed pass took too long: no pass takes longer than one with more positions.
         medians = [min(medians[i:]) for i in range(len(medians))]
-        i = bisect_left(sizes, n_positions)
+        i = bisect_right(sizes, n_positions)
         if i == len(sizes):
             return medians[-1]
-        if sizes[i] == n_positions:
-            return medians[i]
         (x0, x1), (y0, y1) = sizes[i - 1 : i + 1], medians[i - 1 : i + 1]
         return y0 + (y1 - y0) * (n_positions - x0) / (x1 - x0)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from llama import Llama
 from llama.engine import speculative
 from llama.engine.calls import observe_logits
+from llama.engine.runner import ModelRunner
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import Call, Sequence
 
@@ -56,6 +57,27 @@ def test_the_logits_of_all_positions_are_shown(llama: Llama, length: int) -> Non
     observe_logits(llama.engine, [ids], [lambda at, logits: seen.update(enumerate(logits, at))])
     expected = llama.model(torch.tensor([ids]), 0)[0]
     torch.testing.assert_close(torch.stack([seen[i] for i in range(length)]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_beside_one_that_is_scored_is_computed_in_one_pass(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits of all of its positions are not asked for, so its passes need not be small."""
+    lengths: list[list[int]] = []
+    prefill = ModelRunner.prefill
+
+    def counted(self: ModelRunner, tokens: list[list[int]], *args: Any, **kwargs: Any) -> Tensor:
+        lengths.append([len(row) for row in tokens])
+        return prefill(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(ModelRunner, "prefill", counted)
+    scored = greedy_call(PROMPTS[0], 0)
+    scored.sequences[0].on_logits = lambda position, logits: None
+    for call in (greedy_call([1, *(5 + i % 50 for i in range(549))], 1), scored):
+        llama.engine.add(call)
+    while not llama.engine.is_idle:
+        llama.engine.advance()
+    assert lengths == [[550], [len(PROMPTS[0])]]
 
 
 def test_what_a_failed_pass_left_in_a_row_harms_nobody(llama: Llama) -> None:
