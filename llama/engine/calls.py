@@ -34,8 +34,6 @@ class Completer:
     """Completes, streams and scores prompts, given as token ids. Each replica computes a share of them.
 
     Args:
-        engine: runs the network.
-        tokenizer: the network's tokenizer.
         draw: called instead of `sampling.sample_top_p`; None for the built-in sampling.
     """
 

@@ -127,12 +127,7 @@ def _is_byte(tokenizer: Any, token: int) -> bool:
 
 
 class Constraint:
-    """Restricts one sequence's logits to what its grammar allows.
-
-    Args:
-        matcher: at the start of the answer.
-        n_prompt: number of tokens before the answer.
-    """
+    """Restricts one sequence's logits to what its grammar allows. The matcher is at the start of the answer."""
 
     def __init__(self, matcher: Any, n_prompt: int) -> None:
         self._matcher = matcher

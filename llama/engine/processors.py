@@ -17,11 +17,7 @@ Process = Callable[[list[int], Tensor], Tensor]
 def make_process(
     params: SamplingParams, n_prompt: int, stop_ids: Collection[int], constraint: Process | None = None
 ) -> Process | None:
-    """Returns what the parameters do to the logits of one sequence, in order; None if that is nothing.
-
-    Args:
-        constraint: comes first.
-    """
+    """Returns what the constraint, and then the parameters, do to the logits of one sequence; None for nothing."""
     steps: list[Process] = [] if constraint is None else [constraint]
     if params.logit_bias:
         steps.append(_bias(dict(params.logit_bias)))

@@ -19,9 +19,6 @@ class Rows:
     The row of a sequence that has ended keeps its keys and values until another sequence needs it. All decisions depend
     on tokens alone, so the ranks of a model-parallel group make the same ones.
 
-    Args:
-        runner: owner of the cache.
-
     Attributes:
         running: the running sequences; the index of each is its row.
     """

@@ -212,12 +212,7 @@ class _DraftState:
 class Speculator:
     """Drafts tokens for the running sequences, choosing the number of tokens that promises the highest speed.
 
-    Args:
-        device: the network's device.
-        draft: the runner of a draft model; None for prompt lookup only.
-
     Attributes:
-        counts: statistics so far.
         costs: of the network's decode passes, with the sampling of their tokens.
         draft_costs: of the draft model's.
     """
@@ -229,11 +224,7 @@ class Speculator:
         self.costs, self.draft_costs = PassCosts(), PassCosts()
 
     def propose(self, sequences: abc.Sequence[Sequence]) -> list[list[int]]:
-        """Returns the drafted tokens of each sequence, which may be none. To be called once before each pass.
-
-        Args:
-            sequences: all running sequences, in the order of their slots.
-        """
+        """Returns the drafted tokens, maybe none, of each sequence. To be called before each pass, with its sequences."""
         rooms = [s.n_remaining - 1 if s.speculative and not s.process else 0 for s in sequences]
         limits = [max(0, min(room, MAX_WIDTH - 1)) for room in rooms]
         drafts: list[list[int]] = []
