@@ -224,7 +224,7 @@ class Speculator:
         self.costs, self.draft_costs = PassCosts(), PassCosts()
 
     def propose(self, sequences: abc.Sequence[Sequence]) -> list[list[int]]:
-        """Returns the drafted tokens, maybe none, of each sequence. To be called before each pass, with its sequences."""
+        """Returns each sequence's drafted tokens, maybe none. To be called before each pass, with its sequences."""
         rooms = [s.n_remaining - 1 if s.speculative and not s.process else 0 for s in sequences]
         limits = [max(0, min(room, MAX_WIDTH - 1)) for room in rooms]
         drafts: list[list[int]] = []
