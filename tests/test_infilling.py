@@ -41,12 +41,10 @@ def by_hand(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool) 
     return [1, pre, suf, *after, mid, *before] if suffix_first else [1, pre, *before, suf, *after, mid]
 
 
-@pytest.mark.parametrize("suffix_first", [False, True])
-def test_the_prompt_has_its_parts_in_order(code_tokenizer: Tokenizer, suffix_first: bool) -> None:
+def test_the_prompt_has_its_parts_in_order(code_tokenizer: Tokenizer) -> None:
     texts = [*PREFIXES, *SUFFIXES, " <PRE> ", "日本 🙂", "  two"]
-    for prefix, suffix in itertools.product(texts, repeat=2):
-        ids = infilling_prompt_tokens(code_tokenizer, prefix, suffix, suffix_first)
-        assert ids == by_hand(code_tokenizer, prefix, suffix, suffix_first)
+    for parts in itertools.product(texts, texts, (False, True)):
+        assert infilling_prompt_tokens(code_tokenizer, *parts) == by_hand(code_tokenizer, *parts)
 
 
 def train(tokenizer: Tokenizer, params: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -114,11 +112,6 @@ def test_each_pair_gets_its_text(code_llama: Llama, suffix_first: bool) -> None:
         assert result["finish_reason"] == "stop"
         assert "".join(result["tokens"]) == result["generation"]
         assert len(result["logprobs"]) == len(result["tokens"]) and all(-0.5 < p < 0 for p in result["logprobs"])
-
-
-def test_without_logprobs_there_are_texts_alone(code_llama: Llama) -> None:
-    (result,) = code_llama.text_infilling([PREFIXES[0]], [SUFFIXES[1]], 0.0, 0.9, 20)
-    assert result == {"generation": "x, y", "full_text": "def fox(x, y and eat grass\n", "finish_reason": "stop"}
 
 
 @pytest.mark.parametrize("speculative", [None, "prompt_lookup"])

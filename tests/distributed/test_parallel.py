@@ -134,13 +134,11 @@ def check(result: Result, one_process: Result) -> None:
 
 
 @pytest.fixture(scope="module")
-def split(
-    write_checkpoint: Callable[..., Path], tokenizer_path: Path, params: dict[str, Any], state: oracle.State
-) -> Callable[..., Checkpoint]:
+def split(checkpoint_in: Callable[[int], Path], tokenizer_path: Path) -> Callable[..., Checkpoint]:
     """The random checkpoint in that many files."""
 
     def split(files: int, size: int | None = None) -> Checkpoint:
-        return Checkpoint(write_checkpoint(params, state, files), tokenizer_path, size)
+        return Checkpoint(checkpoint_in(files), tokenizer_path, size)
 
     return split
 
@@ -158,25 +156,23 @@ def one_process_unseeded(split: Callable[..., Checkpoint]) -> list[Any]:
 # ---- two ranks: MP 2, then two replicas of MP 1 ----
 
 
-def early_exits(llama: Llama, rank: int) -> list[Any]:
-    """Streams that the ranks leave at different moments, a call after each."""
-    seen: list[Any] = []
-    for leaver, pieces in ((0, 1), (1, 1), (0, 3), (1, 3)):
-        stream = llama.stream_text_completion("The", temperature=1.0, max_gen_len=9, seed=14)
-        if rank == leaver:
-            seen.append(list(islice(stream, pieces)))
-            stream.close()
-        else:
-            seen.append(list(stream))
-        seen.append(llama.generate(PROMPTS[:2], 5, temperature=0)[0])
-    both = llama.stream_text_completion("The", temperature=1.0, max_gen_len=9, seed=14)
-    seen.append(list(islice(both, 1 + rank)))
-    both.close()
-    for piece in llama.stream_text_completion("The", temperature=1.0, max_gen_len=9, seed=14):
-        seen.append([piece])
-        if rank == 0:
-            break  # the generator is closed when it is forgotten
-    return seen
+LEAVERS = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 3), (1, 3)]
+
+
+def early_exits(llama: Llama, rank: int) -> tuple[list[str], list[Any]]:
+    """The texts of streams that a rank of LEAVERS leaves after so many pieces, and the rows of a call after each."""
+    texts, rows = [], []
+
+    def stream() -> Iterator[str]:
+        return llama.stream_text_completion("The", temperature=1.0, max_gen_len=9, seed=14)
+
+    for leaver, pieces in LEAVERS:
+        left = stream()
+        texts.append("".join(islice(left, pieces if rank == leaver else None)))
+        left.close()  # type: ignore[attr-defined]
+        rows.append(llama.generate(PROMPTS[:2], 5, temperature=0)[0])
+    list(islice(stream(), 1 + rank))  # both leave: the generator is closed when it is forgotten
+    return texts, rows
 
 
 def stream_beside_calls(llama: Llama) -> list[Any]:
@@ -194,10 +190,8 @@ def stream_beside_calls(llama: Llama) -> list[Any]:
 
 def speculative_calls(llama: Llama) -> tuple[list[Any], list[Any], int]:
     """Calls without and with drafts, which always seem to pay; and how many drafted tokens were accepted."""
-    drafts = Speculator(torch.device("cpu"), llama.engine.draft)
-    for costs, seconds in ((drafts.costs, 1.0), (drafts.draft_costs, 0.01)):
-        for n_positions in (1, 1, 128, 128):  # the first pass of a size does not count
-            costs.observe(n_positions, seconds)
+    costs, draft_costs = PassCosts({1: 1.0, 128: 1.0}), PassCosts({1: 0.01, 128: 0.01})
+    drafts = Speculator(torch.device("cpu"), llama.engine.draft, costs=costs, draft_costs=draft_costs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PassCosts, "observe", lambda *args: None)
         patch.setattr(llama.engine, "_speculator", drafts)
@@ -284,19 +278,15 @@ def test_all_ranks_emit_the_first_ones_tokens(world_2: list[Result], one_process
 
 
 def test_ranks_that_leave_a_stream_early_stay_in_step(world_2: list[Result], one_process: Result) -> None:
+    """Where rank 1 leaves, rank 0 gets the rest; where rank 0 does, rank 1 ends too."""
     whole = one_process["stream"]
+    (first, _), (second, _) = (result["early exits"] for result in world_2)
+    for (leaver, pieces), mine, theirs in zip(LEAVERS, first, second, strict=True):
+        assert whole.startswith(mine) and whole.startswith(theirs)
+        assert mine == whole if leaver else theirs == mine
+        assert bool(theirs if leaver else mine) == (pieces > 0)
     for result in world_2:
-        after = []
-        for seen in result["early exits"]:
-            if isinstance(seen[0], str):
-                assert whole.startswith("".join(seen)) or whole.find(seen[0]) >= 0
-            else:
-                after.append(seen)
-        assert after == [[row[:5] for row in one_process["greedy"][:2]]] * 4
-    first, second = ([s for s in result["early exits"] if isinstance(s[0], str)] for result in world_2)
-    assert "".join(first[1]) == "".join(first[3]) == whole  # where rank 1 left, rank 0 got the rest
-    assert len(first[0]) == 1 and len(first[2]) == 3
-    assert second[0] != first[1] and whole.startswith("".join(second[0]))  # where rank 0 left, rank 1 ended too
+        assert result["early exits"][1] == [[row[:5] for row in one_process["greedy"][:2]]] * len(LEAVERS)
 
 
 def test_streams_and_calls_go_side_by_side_on_all_ranks(
@@ -306,29 +296,6 @@ def test_streams_and_calls_go_side_by_side_on_all_ranks(
     the, dog = (alone.text_completion([text], temperature=0, max_gen_len=9)[0]["generation"] for text in ("The", "dog"))
     row = alone.generate(PROMPTS[:2], 5, temperature=0)[0]
     assert [result["beside"] for result in world_2] == [[the, row, [the, dog]]] * 2
-
-
-def leave_before_the_first_piece(rank: int, halves: Checkpoint) -> list[Any]:
-    faulthandler.dump_traceback_later(20, exit=True)
-    llama = halves.build()
-    seen: list[Any] = []
-    for leaver in (0, 1):
-        stream = llama.stream_text_completion("The", temperature=1.0, max_gen_len=9, seed=14)
-        if rank == leaver:
-            stream.close()
-        else:
-            seen.append("".join(stream))
-        seen.append(llama.generate(PROMPTS[:2], 5, temperature=0)[0])
-    return seen
-
-
-def test_ranks_that_leave_a_stream_before_its_first_piece_stay_in_step(
-    split: Callable[..., Checkpoint], one_process: Result
-) -> None:
-    greedy = [row[:5] for row in one_process["greedy"][:2]]
-    first, second = run_ranks(2, leave_before_the_first_piece, split(2))
-    assert first == [greedy, one_process["stream"], greedy]
-    assert second == ["", greedy, greedy]
 
 
 def test_errors_of_sizes_give_both_numbers(world_2: list[Result]) -> None:
@@ -341,11 +308,6 @@ def test_errors_of_sizes_give_both_numbers(world_2: list[Result]) -> None:
             assert f"got a world size of 2 and model_parallel_size={size}; " in got
         assert result["another size"].startswith("ValueError: model_parallel_size must be 2, ")
         assert "got 1; " in result["another size"]
-
-
-def test_a_build_on_two_ranks_does_not_import_the_compiler(world_2: list[Result]) -> None:
-    """Which took each rank longer than loading a model."""
-    assert [result["compiler"] for result in world_2] == [False, False]
 
 
 def test_a_second_build_next_to_the_first(world_2: list[Result], one_process: Result) -> None:
@@ -364,9 +326,10 @@ def test_mp_2_in_bfloat16_stays_close(world_2: list[Result], one_process: Result
 def test_ranks_join_over_gloo_print_nothing_and_without_a_seed_leave_the_default_generator(
     world_2: list[Result],
 ) -> None:
-    assert [result["printed"] for result in world_2] == ["", ""]
-    assert [result["backend"] for result in world_2] == ["gloo", "gloo"]
-    assert all(result["default generator kept"] for result in world_2)
+    """Nor do they import the compiler, which takes each rank longer than loading a model."""
+    for result in world_2:
+        assert (result["printed"], result["backend"], result["compiler"]) == ("", "gloo", False)
+        assert result["default generator kept"]
 
 
 def test_two_replicas_equal_one_process(world_2: list[Result], one_process: Result) -> None:
@@ -444,39 +407,6 @@ def test_bad_input_is_an_error_on_every_rank(world_4: list[Result]) -> None:
         assert "must be 2" in result["sizes"][1] and "got 4; " in result["sizes"][1]
 
 
-# ---- eight ranks ----
-
-EIGHT = {"dim": 64, "n_layers": 1, "n_heads": 16, "n_kv_heads": 8, "multiple_of": 16, "norm_eps": 1e-5}
-
-
-def eight_ranks(rank: int, eighths: Checkpoint, too_few_heads: Checkpoint) -> Result:
-    faulthandler.dump_traceback_later(DEADLINE, exit=True)
-    error = message(too_few_heads.build)
-    llama = eighths.build()
-    forward = llama.model.forward(TOKENS, 0)
-    return {"error": error, "forward": forward, "greedy": llama.generate(PROMPTS[:5], 4, temperature=0)[0]}
-
-
-def test_mp_8_equals_the_oracle_and_one_process(
-    write_checkpoint: Callable[..., Path],
-    tokenizer_path: Path,
-    params: dict[str, Any],
-    state: oracle.State,
-    split: Callable[..., Checkpoint],
-) -> None:
-    eight = EIGHT | {"vocab_size": params["vocab_size"]}
-    weights = oracle.random_state(eight, seed=6)
-    folders = [write_checkpoint(eight, weights, 8), write_checkpoint(eight, weights, 1)]
-    eighths, whole = (Checkpoint(folder, tokenizer_path, None) for folder in folders)
-    expected = whole.build().generate(PROMPTS[:5], 4, temperature=0)[0]
-    for result in run_ranks(8, eight_ranks, eighths, split(8)):
-        assert result["error"].startswith(
-            "ValueError: n_kv_heads (4) must be a multiple of the model-parallel size (8)"
-        )
-        torch.testing.assert_close(result["forward"], oracle.logits(weights, eight, TOKENS), atol=1e-4, rtol=0)
-        assert result["greedy"] == expected
-
-
 # ---- calls that differ ----
 
 
@@ -486,25 +416,26 @@ def different_calls(rank: int, halves: Checkpoint) -> Result:
     llama = halves.build()
     odd = rank == 1
     greedy = {"temperature": 0, "max_gen_len": 4}
+
+    def generate(prompts: Any = ([1, 2],), n: int = 4, **options: Any) -> Callable[[], object]:
+        return lambda: llama.generate(prompts, n, **options)
+
     pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "a stream": (
             lambda: llama.text_completion(["The"], **greedy),
             lambda: next(llama.stream_text_completion("The", **greedy)),
         ),
-        "another kind": (lambda: llama.generate([[1, 2]], 4), lambda: llama.score_tokens([[1, 2]])),
-        "other prompts": (lambda: llama.generate([[1, 2]], 4), lambda: llama.generate([[1, 3]], 4)),
-        "more prompts": (lambda: llama.generate([[1, 2]], 4), lambda: llama.generate([[1, 2]] * 2, 4)),
-        "another length": (lambda: llama.generate([[1, 2]], 4), lambda: llama.generate([[1, 2]], 5)),
-        "another temperature": (lambda: llama.generate([[1]], 4), lambda: llama.generate([[1]], 4, temperature=0)),
-        "another seed": (lambda: llama.generate([[1]], 4, seed=1), lambda: llama.generate([[1]], 4, seed=2)),
-        "logprobs": (lambda: llama.generate([[1]], 4), lambda: llama.generate([[1]], 4, logprobs=True)),
-        "another stop string": (
-            lambda: llama.text_completion(["The"], stop=["a"]),
-            lambda: llama.text_completion(["The"], stop=["b"]),
-        ),
-        "a mistake": (lambda: llama.generate([[1]], 4), lambda: llama.generate([[1]], -4)),
-        "a mistake of both": (lambda: llama.generate([[1]], -4), lambda: llama.generate([[1]], -4)),
-        "another thread": (lambda: in_a_thread(lambda: llama.generate([[1]], 4)),) * 2,
+        "another kind": (generate(), lambda: llama.score_tokens([[1, 2]])),
+        "other prompts": (generate(), generate([[1, 3]])),
+        "more prompts": (generate(), generate([[1, 2]] * 2)),
+        "another length": (generate(), generate(n=5)),
+        "another temperature": (generate(), generate(temperature=0)),
+        "another seed": (generate(seed=1), generate(seed=2)),
+        "logprobs": (generate(), generate(logprobs=True)),
+        "another stop token": (generate(stop_token=3), generate(stop_token=4)),
+        "a mistake": (generate(), generate(n=-4)),
+        "a mistake of both": (generate(n=-4),) * 2,
+        "another thread": (lambda: in_a_thread(generate()),) * 2,
     }
     result: Result = {}
     for name, calls in pairs.items():
@@ -656,10 +587,10 @@ def build_and_call(rank: int, checkpoints: list[Checkpoint], max_batch_size: lis
 
 
 def test_a_shard_that_one_rank_cannot_load_ends_all(
-    write_checkpoint: Callable[..., Path], split: Callable[..., Checkpoint], params: dict[str, Any], state: oracle.State
+    split_checkpoint: Callable[[int], Path], split: Callable[..., Checkpoint]
 ) -> None:
     good = split(2)
-    bad = Checkpoint(write_checkpoint(params, state, 2), good.tokenizer_path, None)
+    bad = Checkpoint(split_checkpoint(2), good.tokenizer_path, None)
     shard = torch.load(bad.folder / "consolidated.01.pth", weights_only=True)
     torch.save(shard | {"norm.weight": torch.ones(3)}, bad.folder / "consolidated.01.pth")
     first, second = run_faulty_ranks(2, build_and_call, [good, bad], [4, 4], within_s=40)
@@ -673,10 +604,10 @@ def test_ranks_that_build_different_networks_are_refused(split: Callable[..., Ch
 
 
 def test_under_torchrun_the_error_of_a_shard_stands_once_in_its_report(
-    write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State, tokenizer_path: Path
+    split_checkpoint: Callable[[int], Path], tokenizer_path: Path
 ) -> None:
     """Without a traceback of ours; the entry of the other rank says why that one stopped."""
-    folder = write_checkpoint(params, state, 2)
+    folder = split_checkpoint(2)
     shard = torch.load(folder / "consolidated.01.pth", weights_only=True)
     torch.save(shard | {"norm.weight": torch.ones(3)}, folder / "consolidated.01.pth")
     with socket.socket() as probe:

@@ -13,8 +13,6 @@ from llama import Llama
 from llama.engine.constraints import Constraint, Vocabulary, vocabulary_of
 from llama.errors import PromptError
 from llama.inputs import SamplingParams
-from llama.serving.jobs import Job
-from llama.serving.service import Service
 
 jsonschema = pytest.importorskip("jsonschema", reason="needs the package jsonschema, of the extra [test]")
 pytest.importorskip("llguidance", reason="needs the package llguidance, of the extra [structured]")
@@ -120,7 +118,7 @@ def test_an_interrupted_constraint_consumes_each_token_once(llama: Llama) -> Non
     assert form is not None
     matcher = vocabulary_of(llama.tokenizer, n_words).matcher(form, leading_space=False, stop_ids=frozenset({2}))
     constraint = Constraint(matcher, 1)
-    a, b = (vocabulary_of(llama.tokenizer, n_words)(letter)[0] for letter in "ab")
+    a, b = (vocabulary_of(llama.tokenizer, n_words).encode(letter)[0] for letter in "ab")
 
     class Interrupted:
         def consume_token(self, token: int) -> None:
@@ -135,41 +133,18 @@ def test_an_interrupted_constraint_consumes_each_token_once(llama: Llama) -> Non
     assert logits[a] < 0 and logits[b] == 0
 
 
-def test_an_answer_cut_by_length_says_so(llama: Llama) -> None:
-    options: dict[str, Any] = {"max_gen_len": 4, "structured_outputs": {"regex": "[a-z]{60}"}}
-    (row,) = llama.text_completion(["a"], temperature=1, seed=1, **options)
-    assert row["finish_reason"] == "length"
-
-
-def test_completions_of_the_service_continue_the_prompt(llama: Llama) -> None:
-    """Without a space that nobody asked for."""
-    texts: list[str] = []
-
-    def keep(piece: Any) -> None:
-        assert not isinstance(piece, BaseException), piece
-        texts.append(piece.text)
-        if piece.finish_reason:
-            service.stop()
-
-    service = Service(llama)
-    params = SamplingParams(0.0, 1.0, 10, structured_outputs={"choice": ["yes", "no"]})
-    service.submit(Job([llama.tokenizer.encode("Answer:", bos=True, eos=False)], params, continues=True), keep)
-    service.run()
-    assert "".join(texts) in ("yes", "no")
-
-
 def test_ids_of_a_text_have_exactly_its_bytes(llama: Llama) -> None:
     vocabulary = vocabulary_of(llama.tokenizer, llama.model.params.vocab_size)
     assert vocabulary is vocabulary_of(llama.tokenizer, llama.model.params.vocab_size)
     for text in ("test", " test", "  two", "naïve 日本🦙", "\u2581x", "<s></s>", "\x00\n", ""):
-        ids = vocabulary(text)
-        assert b"".join(vocabulary.tokens[token] for token in ids) == text.encode()
+        ids = vocabulary.encode(text)
+        assert b"".join(vocabulary._bytes[token] for token in ids) == text.encode()
     broken = "é".encode()[:1] + b" x"
-    assert b"".join(vocabulary.tokens[token] for token in vocabulary(broken)) == broken
+    assert b"".join(vocabulary._bytes[token] for token in vocabulary.encode(broken)) == broken
 
 
 def test_no_two_tokens_have_the_same_bytes_and_controls_none(llama: Llama) -> None:
-    found = Vocabulary(llama.tokenizer, llama.model.params.vocab_size + 8).tokens
+    found = Vocabulary(llama.tokenizer, llama.model.params.vocab_size + 8)._bytes
     texts = [data for data in found if data]
     assert len(set(texts)) == len(texts)
     for token in (llama.tokenizer.bos_id, llama.tokenizer.eos_id, 0, *range(len(found) - 8, len(found))):

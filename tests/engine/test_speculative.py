@@ -26,49 +26,33 @@ SMALL = {1: 0.01, 128: 0.01}
 EMAIL = [5, 6, 7, 8, 9, 10, 11]
 
 
-def costs_of(seconds: dict[int, float]) -> PassCosts:
-    costs = PassCosts()
-    for n_positions in seconds:
-        costs.observe(n_positions, 0)  # the first one does not count
-        costs.observe(n_positions, seconds[n_positions])
-    return costs
+class Fixed(PassCosts):
+    """Costs that no pass changes."""
 
-
-def with_fixed_costs(
-    monkeypatch: pytest.MonkeyPatch, llama: Llama, costs: dict[int, float], draft_costs: dict[int, float]
-) -> None:
-    """Has the engine draft as if passes took so long, whatever they take."""
-    speculator = Speculator(torch.device("cpu"), llama.engine.draft)
-    speculator.costs, speculator.draft_costs = costs_of(costs), costs_of(draft_costs)
-    for fixed in (speculator.costs, speculator.draft_costs):
-        monkeypatch.setattr(fixed, "observe", lambda n_positions, seconds: None)
-    monkeypatch.setattr(llama.engine, "_speculator", speculator)
+    def observe(self, n_positions: int, seconds: float) -> None:
+        pass
 
 
 @pytest.fixture(autouse=True)
 def drafts_always_pay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     llama = request.getfixturevalue("llama")
-    with_fixed_costs(monkeypatch, llama, FREE, SMALL)
+    draft = Speculator(torch.device("cpu"), llama.engine.draft, costs=Fixed(FREE), draft_costs=Fixed(SMALL))
+    monkeypatch.setattr(llama.engine, "_speculator", draft)
 
 
 @pytest.fixture(scope="module")
-def draft_checkpoint(write_checkpoint: Callable[..., Path], params: dict[str, Any], state: dict[str, Tensor]) -> Path:
-    """The random checkpoint without its last layer: it often agrees with the whole one."""
+def llama(
+    checkpoint: Path,
+    write_checkpoint: Callable[..., Path],
+    params: dict[str, Any],
+    state: dict[str, Tensor],
+    tokenizer_path: Path,
+) -> Llama:
+    """Its draft model is the network without its last layer, which often agrees with the whole one."""
     kept = {name: tensor for name, tensor in state.items() if not name.startswith("layers.2.")}
-    return write_checkpoint(params | {"n_layers": 2}, kept)
-
-
-@pytest.fixture(scope="module")
-def llama(checkpoint: Path, draft_checkpoint: Path, tokenizer_path: Path) -> Llama:
-    return Llama.build(
-        checkpoint,
-        tokenizer_path,
-        max_seq_len=64,
-        max_batch_size=4,
-        device="cpu",
-        dtype="float32",
-        draft_ckpt_dir=draft_checkpoint,
-    )
+    draft_checkpoint = write_checkpoint(params | {"n_layers": 2}, kept)
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "draft_ckpt_dir": draft_checkpoint}
+    return Llama.build(checkpoint, tokenizer_path, max_seq_len=64, max_batch_size=4, **options)
 
 
 def repeating_prompts(rng: random.Random, n: int, longest: int = 64) -> list[list[int]]:
@@ -108,17 +92,6 @@ def test_tokens_match_plain_decoding(llama: Llama, way: str, temperature: float)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_greedy_tokens_match_the_oracle(
-    llama: Llama, params: dict[str, Any], state: dict[str, Tensor], way: str
-) -> None:
-    for prompt in repeating_prompts(random.Random(2), 4, longest=40):
-        (answer,), _ = llama.generate([prompt], 24, 0.0, speculative=way)
-        logits = oracle.logits(state, params, torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(answer).view(-1, 1)).squeeze(1)
-        assert torch.all(chosen > logits.amax(1) - 1e-4)
-
-
-@pytest.mark.parametrize("way", WAYS)
 def test_the_default_stream_is_left_as_plain_decoding_leaves_it(llama: Llama, way: str) -> None:
     prompts = repeating_prompts(random.Random(3), 3, longest=30)
     torch.manual_seed(5)
@@ -127,13 +100,6 @@ def test_the_default_stream_is_left_as_plain_decoding_leaves_it(llama: Llama, wa
     torch.manual_seed(5)
     assert [llama.generate(prompts, 20, 0.8, speculative=way)[0] for _ in range(2)] == expected
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_sequences_that_share_a_stream_may_be_at_different_steps(llama: Llama) -> None:
-    """One that repeats itself runs ahead of one that does not; each still draws its own noise."""
-    prompts = [[7] * 20, list(range(30, 50)), [9, 10] * 10, list(range(60, 80))]
-    expected = llama.generate(prompts, 40, 0.05, 0.9, seed=2)
-    assert llama.generate(prompts, 40, 0.05, 0.9, seed=2, speculative="prompt_lookup") == expected
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -184,15 +150,6 @@ def test_texts_streams_and_stop_strings_match_plain_decoding(llama: Llama, way: 
     assert llama.chat_completion([dialog], 0, speculative=way) == expected_answer
     answer = "".join(llama.stream_chat_completion(dialog, 0, speculative=way))
     assert answer == expected_answer[0]["generation"]["content"]
-
-
-def test_a_draft_beyond_eos_brings_nothing(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = [40, 41, 42, 43] * 5
-    (plain,), _ = llama.generate([prompt], 30, 0.0)
-    end = next(token for token in plain[4:] if token not in plain[:4])
-    monkeypatch.setattr(llama.tokenizer, "eos_id", end)
-    for way in WAYS:
-        assert llama.generate([prompt], 30, 0.0, speculative=way)[0] == [plain[: plain.index(end)]]
 
 
 def test_calls_with_and_without_drafts_share_a_batch(llama: Llama) -> None:
@@ -302,8 +259,8 @@ def test_a_draft_in_another_number_of_files_or_none_is_refused(
 def test_nothing_is_drafted_where_a_pass_costs_as_much_as_it_has_positions(
     llama: Llama, monkeypatch: pytest.MonkeyPatch, per_position: float, drafts: bool
 ) -> None:
-    costs = {n: 1 + per_position * (n - 1) for n in (1, 2, 4, 8, 16, 32, 64, 128)}
-    with_fixed_costs(monkeypatch, llama, costs, SMALL)
+    costs = Fixed({n: 1 + per_position * (n - 1) for n in (1, 2, 4, 8, 16, 32, 64, 128)})
+    monkeypatch.setattr(llama.engine, "_speculator", Speculator(torch.device("cpu"), costs=costs))
     _, drafted, _ = counted(llama, [EMAIL * 4], 20, 0.0, speculative="prompt_lookup")
     assert (drafted > 0) == drafts
 
@@ -343,7 +300,7 @@ def test_drafting_ends_where_drafts_are_rejected_and_is_tried_again() -> None:
 
 
 def test_costs_between_observed_ones_lie_between_them() -> None:
-    costs = costs_of({1: 1, 2: 1.5, 4: 1.2, 8: 2, 16: 3, 128: 24})
+    costs = PassCosts({1: 1, 2: 1.5, 4: 1.2, 8: 2, 16: 3, 128: 24})
     assert [costs(n) for n in (1, 2, 4, 8, 128, 256)] == [1, 1.2, 1.2, 2, 24, 24]
     values = [costs(n) for n in range(1, 300)]
     assert values == sorted(values)
@@ -355,13 +312,6 @@ def test_one_disturbed_pass_changes_no_cost() -> None:
     for seconds in (50.0, 1.0, 1.1, 30.0, 0.9):  # the first sets up kernels
         costs.observe(1, seconds)
     assert costs(1) == pytest.approx(1.05)
-
-
-def test_a_short_cache_is_speculated_in_too(checkpoint: Path, tokenizer_path: Path) -> None:
-    llama = Llama.build(checkpoint, tokenizer_path, 16, 1, device="cpu", dtype="float32")
-    prompts = ["The"]
-    expected = llama.text_completion(prompts, temperature=0)
-    assert llama.text_completion(prompts, temperature=0, speculative="prompt_lookup") == expected
 
 
 # Prompt lookup
@@ -389,10 +339,6 @@ def test_the_draft_follows_the_longest_match() -> None:
         assert matched == longest_match(tokens)
         assert len(draft) == (5 if matched else 0)
         if matched:
-            whole = tokens + draft
-            ends = [
-                end
-                for end in range(matched, len(tokens))
-                if tokens[end - matched : end] == tokens[-matched:] and whole[end : end + 5] == draft
-            ]
-            assert ends
+            text, whole = tokens[-matched:], tokens + draft
+            ends = [end for end in range(matched, len(tokens)) if tokens[end - matched : end] == text]
+            assert any(whole[end : end + 5] == draft for end in ends)
