@@ -190,8 +190,10 @@ def stream_beside_calls(llama: Llama) -> list[Any]:
 
 def speculative_calls(llama: Llama) -> tuple[list[Any], list[Any], int]:
     """Calls without and with drafts, which always seem to pay; and how many drafted tokens were accepted."""
-    costs, draft_costs = PassCosts({1: 1.0, 128: 1.0}), PassCosts({1: 0.01, 128: 0.01})
-    drafts = Speculator(torch.device("cpu"), llama.engine.draft, costs=costs, draft_costs=draft_costs)
+    drafts = Speculator(torch.device("cpu"), llama.engine.draft)
+    for costs, seconds in ((drafts.costs, 1.0), (drafts.draft_costs, 0.01)):
+        for n_positions in (1, 1, 128, 128):  # the first pass of a size does not count
+            costs.observe(n_positions, seconds)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PassCosts, "observe", lambda *args: None)
         patch.setattr(llama.engine, "_speculator", drafts)

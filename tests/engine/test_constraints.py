@@ -118,7 +118,7 @@ def test_an_interrupted_constraint_consumes_each_token_once(llama: Llama) -> Non
     assert form is not None
     matcher = vocabulary_of(llama.tokenizer, n_words).matcher(form, leading_space=False, stop_ids=frozenset({2}))
     constraint = Constraint(matcher, 1)
-    a, b = (vocabulary_of(llama.tokenizer, n_words).encode(letter)[0] for letter in "ab")
+    a, b = (vocabulary_of(llama.tokenizer, n_words)(letter)[0] for letter in "ab")
 
     class Interrupted:
         def consume_token(self, token: int) -> None:
@@ -137,14 +137,14 @@ def test_ids_of_a_text_have_exactly_its_bytes(llama: Llama) -> None:
     vocabulary = vocabulary_of(llama.tokenizer, llama.model.params.vocab_size)
     assert vocabulary is vocabulary_of(llama.tokenizer, llama.model.params.vocab_size)
     for text in ("test", " test", "  two", "naïve 日本🦙", "\u2581x", "<s></s>", "\x00\n", ""):
-        ids = vocabulary.encode(text)
-        assert b"".join(vocabulary._bytes[token] for token in ids) == text.encode()
+        ids = vocabulary(text)
+        assert b"".join(vocabulary.tokens[token] for token in ids) == text.encode()
     broken = "é".encode()[:1] + b" x"
-    assert b"".join(vocabulary._bytes[token] for token in vocabulary.encode(broken)) == broken
+    assert b"".join(vocabulary.tokens[token] for token in vocabulary(broken)) == broken
 
 
 def test_no_two_tokens_have_the_same_bytes_and_controls_none(llama: Llama) -> None:
-    found = Vocabulary(llama.tokenizer, llama.model.params.vocab_size + 8)._bytes
+    found = Vocabulary(llama.tokenizer, llama.model.params.vocab_size + 8).tokens
     texts = [data for data in found if data]
     assert len(set(texts)) == len(texts)
     for token in (llama.tokenizer.bos_id, llama.tokenizer.eos_id, 0, *range(len(found) - 8, len(found))):

@@ -26,18 +26,29 @@ SMALL = {1: 0.01, 128: 0.01}
 EMAIL = [5, 6, 7, 8, 9, 10, 11]
 
 
-class Fixed(PassCosts):
-    """Costs that no pass changes."""
+def costs_of(seconds: dict[int, float]) -> PassCosts:
+    costs = PassCosts()
+    for n_positions in seconds:
+        costs.observe(n_positions, 0)  # the first one does not count
+        costs.observe(n_positions, seconds[n_positions])
+    return costs
 
-    def observe(self, n_positions: int, seconds: float) -> None:
-        pass
+
+def with_fixed_costs(
+    monkeypatch: pytest.MonkeyPatch, llama: Llama, costs: dict[int, float], draft_costs: dict[int, float]
+) -> None:
+    """Has the engine draft as if passes took so long, whatever they take."""
+    speculator = Speculator(torch.device("cpu"), llama.engine.draft)
+    speculator.costs, speculator.draft_costs = costs_of(costs), costs_of(draft_costs)
+    for fixed in (speculator.costs, speculator.draft_costs):
+        monkeypatch.setattr(fixed, "observe", lambda n_positions, seconds: None)
+    monkeypatch.setattr(llama.engine, "_speculator", speculator)
 
 
 @pytest.fixture(autouse=True)
 def drafts_always_pay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     llama = request.getfixturevalue("llama")
-    draft = Speculator(torch.device("cpu"), llama.engine.draft, costs=Fixed(FREE), draft_costs=Fixed(SMALL))
-    monkeypatch.setattr(llama.engine, "_speculator", draft)
+    with_fixed_costs(monkeypatch, llama, FREE, SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -259,8 +270,8 @@ def test_a_draft_in_another_number_of_files_or_none_is_refused(
 def test_nothing_is_drafted_where_a_pass_costs_as_much_as_it_has_positions(
     llama: Llama, monkeypatch: pytest.MonkeyPatch, per_position: float, drafts: bool
 ) -> None:
-    costs = Fixed({n: 1 + per_position * (n - 1) for n in (1, 2, 4, 8, 16, 32, 64, 128)})
-    monkeypatch.setattr(llama.engine, "_speculator", Speculator(torch.device("cpu"), costs=costs))
+    costs = {n: 1 + per_position * (n - 1) for n in (1, 2, 4, 8, 16, 32, 64, 128)}
+    with_fixed_costs(monkeypatch, llama, costs, SMALL)
     _, drafted, _ = counted(llama, [EMAIL * 4], 20, 0.0, speculative="prompt_lookup")
     assert (drafted > 0) == drafts
 
@@ -300,7 +311,7 @@ def test_drafting_ends_where_drafts_are_rejected_and_is_tried_again() -> None:
 
 
 def test_costs_between_observed_ones_lie_between_them() -> None:
-    costs = PassCosts({1: 1, 2: 1.5, 4: 1.2, 8: 2, 16: 3, 128: 24})
+    costs = costs_of({1: 1, 2: 1.5, 4: 1.2, 8: 2, 16: 3, 128: 24})
     assert [costs(n) for n in (1, 2, 4, 8, 128, 256)] == [1, 1.2, 1.2, 2, 24, 24]
     values = [costs(n) for n in range(1, 300)]
     assert values == sorted(values)
