@@ -9,6 +9,7 @@ import os
 import re
 import select
 import sys
+import termios
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -23,11 +24,6 @@ from llama.errors import quote
 from llama.text.chat_format import read_chat_format
 from llama.tokenizer import Tokenizer
 from llama.tools import commandline
-
-try:
-    import termios
-except ImportError:  # not a POSIX system: Ctrl-C ends the program there
-    termios = None  # type: ignore[assignment]
 
 PROMPT = "\nYou: "
 _CTRL_C = b"\x03"
@@ -86,7 +82,7 @@ class Terminal:
 def open_terminal() -> Iterator[Terminal]:
     """Standard input. If it is a terminal, Ctrl-C ends a line instead of raising a signal, until the exit."""
     fd = sys.stdin.fileno()
-    if termios is None or not os.isatty(fd):
+    if not os.isatty(fd):
         yield Terminal(fd)
         return
     before, changed = termios.tcgetattr(fd), termios.tcgetattr(fd)

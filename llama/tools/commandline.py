@@ -36,7 +36,7 @@ MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError, NonFi
 Function = TypeVar("Function", bound=Callable[..., Any])
 _MAX_MESSAGE = 4000  # characters of an error that are printed
 _TOY_PLACES = (Path(__file__).parents[1], Path(__file__).parents[2])  # the package of a wheel, the root of a clone
-_ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # SIGHUP: the terminal was closed
+_ENDING = (signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
 
 
 def with_flags_of(callee: Callable[..., Any], function: Function, **defaults: Any) -> Function:
