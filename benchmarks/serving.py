@@ -205,7 +205,7 @@ def measure(ways: dict[str, Callable[[], Figures]], repeats: int) -> list[Round]
 
 def rate_ratios(rounds: Sequence[Round], names: Sequence[str]) -> list[Line]:
     """Of each way to the reference, and of ours to each server with as many clients."""
-    pairs = [(name, REFERENCE) for name in names]
+    pairs = [(name, REFERENCE) for name in names if name != REFERENCE]
     servers = [(name.partition(", "), name) for name in names if name.endswith("clients")]
     pairs += [(f"ours, {clients}", name) for (server, _, clients), name in servers if server != "ours"]
     return [Line("rate", f"{a} / {b}", "x", [r[a]["rate"] / r[b]["rate"] for r in rounds]) for a, b in pairs]
