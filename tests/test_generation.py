@@ -6,8 +6,7 @@ import logging
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,12 @@ import torch
 from torch import Tensor
 
 from llama import Llama
+from llama.chat import encode_dialog
+from llama.checkpoint import loading
+from llama.errors import PromptError
+from tests.engine.test_sampling import published
 from tests.support import oracle
+from tests.support.steps import dictated, seen_tokens
 
 MAX_SEQ_LEN = 64  # the `llama` fixture's
 NO_EOS = -1
@@ -87,15 +91,6 @@ def forward(state: oracle.State, params: dict[str, Any]) -> Forward:
     return lambda tokens: oracle.logits(state, params, torch.tensor(tokens))
 
 
-@contextmanager
-def seen_tokens(llama: Llama) -> Iterator[list[Tensor]]:
-    """What goes into the network meanwhile: the (bsz, seqlen) ids of each pass."""
-    passes: list[Tensor] = []
-    handle = llama.model.tok_embeddings.register_forward_pre_hook(lambda _, args: passes.append(args[0].clone()))
-    yield passes
-    handle.remove()
-
-
 def random_prompts(n: int, longest: int, seed: int) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(3, 500) for _ in range(rng.randint(1, longest))] for _ in range(n)]
@@ -121,48 +116,29 @@ def test_a_model_parallel_size_that_the_world_is_no_multiple_of(build: Build, si
         build(model_parallel_size=size)
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.0, "1", True])
-def test_a_model_parallel_size_that_is_none(build: Build, size: Any) -> None:
-    with pytest.raises(ValueError, match=rf"model_parallel_size .*{re.escape(repr(size))}"):
-        build(model_parallel_size=size)
+WRONG_BUILDS: list[tuple[str, Any]] = [
+    *(("model_parallel_size", value) for value in (0, -1, 1.0, "1", True)),
+    *((name, value) for name in ("max_seq_len", "max_batch_size") for value in (0, 2.5, "8")),
+    *(("seed", value) for value in (1.5, "1", True, 2**64, -(2**63) - 1)),
+    *(("threads", value) for value in (0, 1.5, "2", True)),
+    *(("compile", value) for value in ("yes", 2, None)),
+    *(("quantize", value) for value in ("int3", "", True, 8)),
+]
 
 
-@pytest.mark.parametrize("name", ["max_seq_len", "max_batch_size"])
-@pytest.mark.parametrize("value", [0, -3, 2.5, "8"])
-def test_cache_sizes_that_are_none(build: Build, name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}$"):
+@pytest.mark.parametrize(("name", "value"), WRONG_BUILDS)
+def test_a_wrong_argument_of_build_is_refused_before_anything_is_loaded(
+    build: Build, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    monkeypatch.delattr(loading, "load_shard")
+    generator = torch.get_rng_state()
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}"):
         build(**{name: value})
-
-
-def test_the_tokenizers_vocabulary_stands_in_for_minus_one(
-    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any], state: oracle.State, llama: Llama
-) -> None:
-    other = build(ckpt_dir=write_checkpoint(params | {"vocab_size": -1}, state))
-    assert other.model.params.vocab_size == llama.tokenizer.n_words
-    prompts = random_prompts(3, 20, seed=0)
-    assert other.generate(prompts, 8, temperature=0) == llama.generate(prompts, 8, temperature=0)
-
-
-def test_each_value_of_params_json_is_used(
-    build: Build, write_checkpoint: Callable[..., Path], params: dict[str, Any]
-) -> None:
-    params = params | {"rope_theta": 500.0, "norm_eps": 0.3, "n_kv_heads": 2, "ffn_dim_multiplier": 0.7}
-    state = oracle.random_state(params, seed=4)
-    other = build(ckpt_dir=write_checkpoint(params, state))
-    tokens = torch.randint(500, (2, 30), generator=torch.Generator().manual_seed(0))
-    expected = oracle.logits(state, params, tokens)
-    torch.testing.assert_close(other.model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [
-        (None, torch.bfloat16),
-        ("bfloat16", torch.bfloat16),
-        ("float16", torch.float16),
-        ("float32", torch.float32),
-        (torch.float32, torch.float32),
-    ],
+    ("dtype", "expected"), [(None, torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)]
 )
 def test_the_network_computes_in_the_dtype(build: Build, forward: Forward, dtype: Any, expected: torch.dtype) -> None:
     other = build(dtype=dtype)
@@ -172,18 +148,6 @@ def test_the_network_computes_in_the_dtype(build: Build, forward: Forward, dtype
     exact, got = forward(tokens.tolist()), other.model.forward(tokens, 0)
     error, eps = (got - exact).abs().max() / exact.std(), torch.finfo(expected).eps
     assert eps < error < 60 * eps
-    assert other.generate(tokens.tolist(), 5, temperature=0, seed=1) == other.generate(
-        tokens.tolist(), 5, temperature=0
-    )
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see what is mapped")
-def test_the_checkpoint_is_mapped_not_read(build: Build, checkpoint: Path) -> None:
-    alive = build(dtype="float32")  # the dtype on disk
-    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(checkpoint) in line]
-    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in mapped]
-    for name, tensor in alive.model.state_dict().items():
-        assert any(start <= tensor.data_ptr() < end for start, end in ranges), name
 
 
 def test_build_and_calls_change_no_global(
@@ -210,14 +174,6 @@ def test_build_and_calls_change_no_global(
     other.generate([[1, 2], [3]], 4)
     assert globals_now() == before
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("seed", [1.5, "1", True, 2**64, -(2**63) - 1])
-def test_a_wrong_seed_is_refused_before_anything_is_read(build: Build, tmp_path: Path, seed: Any) -> None:
-    generator = torch.get_rng_state()
-    with pytest.raises(ValueError, match=f"^seed must be None or an integer .*, got {seed!r}$"):
-        build(seed=seed, ckpt_dir=tmp_path / "none", tokenizer_path=tmp_path / "none")
-    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_the_torch_default_dtype_and_device_do_not_reach_in(build: Build, llama: Llama) -> None:
@@ -266,17 +222,6 @@ def test_any_number_of_prompts_gives_single_calls_results_in_order(llama: Llama,
             assert llama.generate([prompt], 20, temperature=0)[0] == [answer]
 
 
-def test_a_row_ends_before_its_first_generated_eos(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = random_prompts(9, 12, seed=3)
-    monkeypatch.setattr(llama.tokenizer, "eos_id", NO_EOS)
-    endless, _ = llama.generate(prompts, 25, temperature=0)
-    eos_id = endless[0][7]
-    monkeypatch.setattr(llama.tokenizer, "eos_id", eos_id)
-    cut = [row[: row.index(eos_id)] if eos_id in row else row for row in endless]
-    assert llama.generate(prompts, 25, temperature=0)[0] == cut
-    assert len(cut[0]) <= 7
-
-
 @both_builds
 def test_an_eos_inside_the_prompt_ends_nothing(llama: Llama, forward: Forward) -> None:
     prompts = [[1, 2, 50, 2], [2], [2, 9], [1, 2, 2, 7]]
@@ -304,45 +249,18 @@ def test_logprobs_equal_rescoring(llama: Llama, forward: Forward, echo: bool, te
         assert not echo or scores[0] == 0.0
 
 
-@both_builds
-@pytest.mark.usefixtures("no_eos")
-def test_a_prompt_of_the_whole_length_gets_no_token(llama: Llama) -> None:
-    full = [7] * MAX_SEQ_LEN
-    assert llama.generate([full], 5) == ([[]], None)
-    assert llama.generate([full], 5, echo=True) == ([full], None)
-    assert len(llama.generate([full[1:]], 5)[0][0]) == 1
-
-
-def test_the_callers_prompts_are_left_as_they_are(llama: Llama) -> None:
-    prompts = [[1, 2], [3, 4, 5]]
-    rows, _ = llama.generate(prompts, 3, temperature=0, echo=True)
-    rows[0].append(-1)
-    assert prompts == [[1, 2], [3, 4, 5]]
-    assert llama.generate((range(3, 6), torch.tensor([1, 2])), 3, temperature=0)[0] == [
-        llama.generate([prompt], 3, temperature=0)[0][0] for prompt in ([3, 4, 5], [1, 2])
-    ]
-
-
 # ---- sampling and seeds ----
 
 
-def published(
+def published_rows(
     forward: Forward, prompts: list[list[int]], max_gen_len: int, temperature: float, top_p: float, eos_id: int
 ) -> list[list[int]]:
     """Sampling as published, for prompts of one length: torch's default generator, all rows at every step."""
-    tokens = torch.tensor(prompts)
-    ended = torch.zeros(len(prompts), 1, dtype=torch.bool)
-    for _ in range(max_gen_len):
-        probs = torch.softmax(forward(tokens.tolist())[:, -1] / temperature, dim=-1)
-        probs, order = torch.sort(probs, dim=-1, descending=True)
-        probs[torch.cumsum(probs, dim=-1) - probs > top_p] = 0.0
-        probs /= probs.sum(dim=-1, keepdim=True)
-        token = order.gather(1, torch.multinomial(probs, num_samples=1))
-        tokens = torch.cat([tokens, token], dim=1)
-        ended |= token == eos_id
-        if ended.all():
-            break
-    rows = [row[len(prompts[0]) :] for row in tokens.tolist()]
+    rows: list[list[int]] = [[] for _ in prompts]
+    while len(rows[0]) < max_gen_len and not all(eos_id in row for row in rows):
+        logits = forward([prompt + row for prompt, row in zip(prompts, rows, strict=True)])[:, -1]
+        for row, token in zip(rows, published(logits, temperature, top_p).tolist(), strict=True):
+            row.append(token)
     return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
 
@@ -356,7 +274,7 @@ def test_a_seed_gives_the_published_tokens(
         monkeypatch.setattr(llama.tokenizer, "eos_id", eos_id)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            expected = published(forward, prompts, 16, temperature, top_p, eos_id)
+            expected = published_rows(forward, prompts, 16, temperature, top_p, eos_id)
         assert llama.generate(prompts, 16, temperature, top_p, seed=seed)[0] == expected
 
 
@@ -365,7 +283,7 @@ def test_a_builds_seed_and_torchs_give_the_published_sequence_of_calls(build: Bu
     calls = [([[1, 5, 6]], 7), ([[1, 9], [4, 4], [7, 8]], 5), ([[300]], 6)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(77)
-        expected = [published(forward, prompts, n, 0.6, 0.9, 2) for prompts, n in calls]
+        expected = [published_rows(forward, prompts, n, 0.6, 0.9, 2) for prompts, n in calls]
         other = build(seed=77)
         assert [other.generate(prompts, n)[0] for prompts, n in calls] == expected
         torch.manual_seed(77)
@@ -408,74 +326,33 @@ def test_a_calls_seed_counts_whatever_ran_before(llama: Llama) -> None:
     assert llama.generate(prompts, 12, temperature=1.0, seed=5) != expected[0]
 
 
-@both_builds
-def test_temperature_zero_draws_nothing(llama: Llama) -> None:
-    prompts = random_prompts(3, 20, seed=8)
-    answers = [llama.generate(prompts, 9, temperature=0, top_p=p, seed=seed)[0] for p, seed in ((0.9, 1), (0.1, 2))]
-    assert answers[0] == answers[1]
-
-
-def test_a_tiny_top_p_is_greedy(llama: Llama) -> None:
-    prompts = random_prompts(3, 20, seed=9)
-    assert llama.generate(prompts, 9, top_p=1e-6, seed=3) == llama.generate(prompts, 9, temperature=0)
-
-
-@pytest.mark.parametrize("temperature", [1e-3, 1e-9, 1e-40])
-def test_a_tiny_temperature_is_greedy(llama: Llama, temperature: float) -> None:
-    prompts = random_prompts(3, 20, seed=10)
-    assert llama.generate(prompts, 9, temperature, seed=3) == llama.generate(prompts, 9, temperature=0)
-
-
 # ---- errors ----
 
-WRONG_PROMPTS: list[tuple[Any, str]] = [
-    ([], "prompt_tokens must have at least one element"),
-    ([[1], []], "prompt_tokens[1] must have at least one token"),
-    ([[1], [3] * (MAX_SEQ_LEN + 1)], f"prompt_tokens[1] must have at most max_seq_len={MAX_SEQ_LEN} tokens, got"),
-    ([[1, -1]], "prompt_tokens[0] must have ids from 0 to"),
-    ([[1], [2, 10**6, 3]], "prompt_tokens[1] must have ids from 0 to"),
-    ([[1.5]], "prompt_tokens[0] must be a list of token ids, got [1.5]"),
-    ([1, 2], "prompt_tokens[0] must be a list of token ids, got 1"),
-    ("text", "prompt_tokens must be a list of prompts, got str"),
-    (["text"], "prompt_tokens[0] must be a list of token ids, got 'text'"),
-    (None, "prompt_tokens must be a list of prompts, got NoneType"),
-]
-WRONG_OPTIONS: list[tuple[str, Any]] = [
-    *(("max_gen_len", value) for value in (-1, 1.5, "5", True)),
-    *(("temperature", value) for value in (-0.1, math.nan, math.inf, "1", None)),
-    *(("top_p", value) for value in (-0.5, 1.001, math.nan, None, "1")),
-    *(("seed", value) for value in (1.5, "1", True, 2**64, -(2**64))),
-]
-
-
-@contextmanager
-def no_compute(llama: Llama) -> Iterator[None]:
-    """Nothing goes through the network meanwhile, and afterwards it works as ever."""
-    with seen_tokens(llama) as passes:
-        yield
-    assert not passes
-    assert llama.generate([[1, 9, 4]], 4, temperature=0)[0][0]
-
-
-@pytest.mark.parametrize(("prompts", "message"), WRONG_PROMPTS, ids=[message for _, message in WRONG_PROMPTS])
-def test_wrong_prompts_are_named_before_any_compute(llama: Llama, prompts: Any, message: str) -> None:
-    with no_compute(llama), pytest.raises(ValueError, match=re.escape(message)):
-        llama.generate(prompts, 4)
+USER = {"role": "user", "content": "  Where do llamas live? "}
+ANSWER = {"role": "assistant", "content": " In the mountains.\n"}
+WRONG_CALLS: dict[str, Callable[[Any], object]] = {
+    "prompt_tokens[1] must have at least one token": lambda llama: llama.generate([[1], []], 4),
+    "max_gen_len must be": lambda llama: llama.generate([[1]], -1),
+    "temperature must be": lambda llama: llama.text_completion(["a"], temperature=math.nan),
+    "top_p must be": lambda llama: llama.stream_text_completion("a", top_p=1.001),
+    "seed must be": lambda llama: llama.chat_completion([[USER]], seed=2**64),
+    "stop must be a list of non-empty strings": lambda llama: llama.stream_text_completion("a", stop="end"),
+    "prompts[1] must be a str": lambda llama: llama.text_completion(["a", None]),
+    "prompt must be a str": lambda llama: llama.stream_text_completion(["a"]),
+    "texts[1] must have at most max_seq_len": lambda llama: llama.score(["a", "a " * MAX_SEQ_LEN]),
+    "contexts must have one element per text": lambda llama: llama.score(["a", "b"], ["a"]),
+    "dialogs[1][1], the last message": lambda llama: llama.chat_completion([[USER], [USER, ANSWER]]),
+    "dialog must have at least one": lambda llama: llama.stream_chat_completion([]),
+}
 
 
 @both_builds
-@pytest.mark.parametrize(("name", "value"), WRONG_OPTIONS)
-def test_wrong_options_are_named_before_any_compute(llama: Llama, name: str, value: Any) -> None:
-    calls: list[Callable[..., Any]] = [
-        lambda **options: llama.generate([[1]], **{"max_gen_len": 4} | options),
-        lambda **options: llama.text_completion(["a"], **options),
-        lambda **options: llama.chat_completion([[{"role": "user", "content": "a"}]], **options),
-        lambda **options: llama.stream_text_completion("a", **options),
-        lambda **options: llama.stream_chat_completion([{"role": "user", "content": "a"}], **options),
-    ]
-    for call in calls:
-        with no_compute(llama), pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}$"):
-            call(**{name: value})
+@pytest.mark.parametrize("message", WRONG_CALLS)
+def test_a_wrong_argument_is_an_error_of_the_call_before_any_compute(llama: Llama, message: str) -> None:
+    """Of a stream too, not of its first piece."""
+    with seen_tokens(llama.model) as passes, pytest.raises(PromptError, match="^" + re.escape(message)):
+        WRONG_CALLS[message](llama)
+    assert not passes
 
 
 @both_builds
@@ -486,74 +363,6 @@ def test_any_temperature_there_is_gives_tokens(llama: Llama, temperature: float)
     assert 1 <= len(row) <= 5
     if temperature > 1:  # as good as uniform
         assert (row,) == (*llama.generate([[1, 9]], 5, 1e30, 1.0, seed=1)[0],)
-
-
-@pytest.mark.parametrize("stop", ["end", [""], ["a", ""], [1], [None]])
-def test_wrong_stop_strings_are_named(llama: Llama, stop: Any) -> None:
-    for call in (llama.text_completion, llama.stream_text_completion):
-        prompt: Any = "a" if call == llama.stream_text_completion else ["a"]
-        with no_compute(llama), pytest.raises(ValueError, match="stop must be a list of non-empty strings"):
-            call(prompt, stop=stop)
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        ([], " must have at least one element"),
-        ("a text", " must be a list of str, got str"),
-        ([1], "[0] must be a str, got int"),
-        (["a", None], "[1] must be a str, got NoneType"),
-        (["a", "a " * MAX_SEQ_LEN], f"[1] must have at most max_seq_len={MAX_SEQ_LEN} tokens"),
-    ],
-)
-def test_wrong_texts_are_named_before_any_compute(llama: Llama, texts: Any, message: str) -> None:
-    for call in (llama.text_completion, llama.score):
-        with no_compute(llama), pytest.raises(ValueError, match=re.escape(message)):
-            call(texts)
-
-
-@pytest.mark.parametrize("contexts", [[], ["a"], ["a", 1], "ab", ["a", "a " * MAX_SEQ_LEN]])
-def test_wrong_contexts_are_named_before_any_compute(llama: Llama, contexts: Any) -> None:
-    with no_compute(llama), pytest.raises(ValueError, match="contexts"):
-        llama.score(["a", "b"], contexts)
-
-
-@pytest.mark.parametrize(
-    ("dialog", "message"),
-    [
-        ([], "dialogs[1] must have at least one"),
-        ([{"role": "system", "content": "s"}], "dialogs[1][0]"),
-        ([{"role": "assistant", "content": "a"}], "dialogs[1][0] must have role 'user', got 'assistant'"),
-        ([{"role": "user", "content": "a"}] * 2, "dialogs[1][1] must have role 'assistant', got 'user'"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "dialogs[1][1], the last"),
-        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "dialogs[1][1] must have role 'assis"),
-        ([{"role": "user", "content": 5}], "dialogs[1][0] must have content of type str, got int"),
-        ([{"role": "robot", "content": "a"}], "dialogs[1][0] must have role 'system', 'user' or 'assistant', got 'r"),
-        ([{"role": "user", "content": "a " * 200}], "dialogs[1] must have at most max_seq_len=200 tokens"),
-    ],
-)
-def test_wrong_dialogs_are_named_before_any_compute(wide: Llama, dialog: Any, message: str) -> None:
-    with no_compute(wide), pytest.raises(ValueError, match=re.escape(message)):
-        wide.chat_completion([[{"role": "user", "content": "fine"}], dialog])
-
-
-@both_builds
-@pytest.mark.parametrize("passes", [0, 1, 5])
-def test_a_failure_inside_the_network_leaves_the_next_call_right(llama: Llama, forward: Forward, passes: int) -> None:
-    prompts = random_prompts(7, 20, seed=11)
-    countdown = iter(range(passes))
-
-    def fail(*_: object) -> None:
-        if next(countdown, None) is None:
-            raise KeyboardInterrupt
-
-    handle = llama.model.layers[1].register_forward_pre_hook(fail)
-    with pytest.raises(KeyboardInterrupt):
-        llama.generate(prompts, 9)
-    handle.remove()
-    for prompt, answer in zip(prompts, llama.generate(prompts, 9, temperature=0)[0], strict=True):
-        assert is_greedy(forward, prompt, answer, tolerance(llama))
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 # ---- texts ----
@@ -568,10 +377,7 @@ def test_texts_are_encoded_with_bos_and_decoded_whole(llama: Llama, echo: bool) 
     rows, logprobs = llama.generate(prompts, 30, temperature=1.2, echo=echo, seed=6, logprobs=True)
     results = llama.text_completion(TEXTS, temperature=1.2, max_gen_len=30, echo=echo, seed=6)
     for row, result in zip(rows, results, strict=True):
-        assert result == {
-            "generation": llama.tokenizer.sp_model.decode(row),
-            "finish_reason": result["finish_reason"],
-        }
+        assert result == {"generation": llama.tokenizer.sp_model.decode(row), "finish_reason": result["finish_reason"]}
     assert logprobs is not None
     with_logprobs = llama.text_completion(TEXTS, 1.2, 0.9, 30, True, echo, seed=6)
     for row, scores, plain, result in zip(rows, logprobs, results, with_logprobs, strict=True):
@@ -613,35 +419,6 @@ def test_finish_reasons(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(row.index(row[6])) == "length"  # the limit comes first
 
 
-@pytest.mark.usefixtures("no_eos")
-def test_a_completion_ends_before_its_stop_string(llama: Llama) -> None:
-    """Wherever the string lies: inside a token, over several, at the start, in one row of several."""
-    rng = random.Random(1)
-    options: dict[str, Any] = {"temperature": 1.5, "max_gen_len": 24, "seed": 9, "logprobs": True}
-    plain = llama.text_completion(TEXTS[:4], **options)
-    for _ in range(12):
-        whole = plain[rng.randrange(4)]["generation"].replace("\ufffd", "")
-        start = rng.randrange(len(whole))
-        stop = whole[start : start + rng.randint(1, 6)]
-        for result, free in zip(llama.text_completion(TEXTS[:4], stop=[stop], **options), plain, strict=True):
-            place = free["generation"].find(stop)
-            assert result["generation"] == (free["generation"][:place] if place >= 0 else free["generation"])
-            assert result["finish_reason"] == ("stop" if place >= 0 else "length")
-            assert "".join(result["tokens"]) == result["generation"]
-            assert result["logprobs"] == pytest.approx(free["logprobs"][: len(result["tokens"])], abs=1e-4)
-
-
-@contextmanager
-def dictated(llama: Llama, ids: Sequence[int]) -> Iterator[None]:
-    """The network finds these ids the likeliest, one after the other."""
-    script = iter(ids)
-    handle = llama.model.output.register_forward_hook(
-        lambda _, args, out: torch.nn.functional.one_hot(torch.full(out.shape[:-1], next(script)), out.shape[-1]) * 9.0
-    )
-    yield
-    handle.remove()
-
-
 @both_builds
 def test_a_stop_string_in_bytes_that_became_no_character_counts(llama: Llama) -> None:
     """Half a character at the limit comes out as U+FFFD only once no token follows."""
@@ -656,7 +433,7 @@ def test_a_stop_string_in_bytes_that_became_no_character_counts(llama: Llama) ->
 @pytest.mark.usefixtures("no_eos")
 def test_a_stop_string_ends_the_computing_too(llama: Llama) -> None:
     (free,) = llama.text_completion(["The"], temperature=0, max_gen_len=30, logprobs=True)
-    with seen_tokens(llama) as passes:
+    with seen_tokens(llama.model) as passes:
         llama.text_completion(["The"], temperature=0, max_gen_len=30, stop=[free["generation"][:3]])
     pieces = free["tokens"]
     assert len(passes) <= next(i for i in range(31) if len("".join(pieces[:i])) >= 3)
@@ -671,38 +448,17 @@ def test_an_echoed_prompt_is_not_searched_for_stop_strings(llama: Llama) -> None
 # ---- dialogs ----
 
 SYSTEM = {"role": "system", "content": " Be brief. "}
-USER = {"role": "user", "content": "  Where do llamas live? "}
-ANSWER = {"role": "assistant", "content": " In the mountains.\n"}
 MORE = {"role": "user", "content": "And alpacas?"}
 DIALOGS: list[Any] = [[USER], [SYSTEM, USER], [USER, ANSWER, MORE], [SYSTEM, USER, ANSWER, MORE]]
-TEMPLATES = [
-    ["[INST] Where do llamas live? [/INST]"],
-    ["[INST] <<SYS>>\n Be brief. \n<</SYS>>\n\n  Where do llamas live? [/INST]"],
-    ["[INST] Where do llamas live? [/INST] In the mountains. ", "[INST] And alpacas? [/INST]"],
-    [
-        "[INST] <<SYS>>\n Be brief. \n<</SYS>>\n\n  Where do llamas live? [/INST] In the mountains. ",
-        "[INST] And alpacas? [/INST]",
-    ],
-]
-UNSAFE: list[Any] = [
-    [{"role": role, "content": f"a {tag} b"} if role == mine["role"] else mine for mine in [SYSTEM, USER, ANSWER, MORE]]
-    for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-    for role in ("system", "user", "assistant")
-]
+UNSAFE: list[Any] = [[USER | {"content": f"a {tag} b"}] for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")]
 REFUSAL = "Error: special tags are not allowed as part of the prompt."
-
-
-def template_ids(llama: Llama, parts: list[str]) -> list[int]:
-    """Each finished pair between BOS and EOS, the last turn behind BOS."""
-    encoded = [[1, *llama.tokenizer.sp_model.encode(part), 2] for part in parts]
-    return [token for part in encoded for token in part][:-1]
 
 
 @both_wide_builds
 def test_dialogs_run_as_their_template_and_unsafe_ones_not_at_all(wide: Llama) -> None:
-    prompts = [template_ids(wide, parts) for parts in TEMPLATES]
+    prompts = [encode_dialog(dialog, wide.tokenizer) for dialog in DIALOGS]
     dialogs = [dialog for safe, unsafe in zip(DIALOGS, UNSAFE, strict=False) for dialog in (unsafe, safe)]
-    with seen_tokens(wide) as passes:
+    with seen_tokens(wide.model) as passes:
         results = wide.chat_completion(dialogs, 0, 0.9, 8, True)
     prefilled = sorted(row for tokens in passes if tokens.size(1) > 1 for row in tokens.tolist())
     assert [row[: len(prompt)] for row, prompt in zip(prefilled, sorted(prompts), strict=True)] == sorted(prompts)
@@ -716,15 +472,6 @@ def test_dialogs_run_as_their_template_and_unsafe_ones_not_at_all(wide: Llama) -
     for result in results[::2]:
         assert result["generation"] == {"role": "assistant", "content": REFUSAL}
         assert result["tokens"] == [] and result["logprobs"] == []
-
-
-@pytest.mark.parametrize("unsafe", UNSAFE)
-def test_unsafe_dialogs_alone_run_nothing(wide: Llama, unsafe: Any) -> None:
-    with no_compute(wide):
-        (result,) = wide.chat_completion([unsafe])
-        assert list(wide.stream_chat_completion(unsafe)) == [REFUSAL]
-    assert result["generation"] == {"role": "assistant", "content": REFUSAL}
-    assert set(result) == {"generation", "finish_reason"}
 
 
 def test_any_number_of_dialogs_with_stop_and_seed(wide: Llama) -> None:
@@ -748,7 +495,7 @@ def test_any_number_of_dialogs_with_stop_and_seed(wide: Llama) -> None:
 
 @both_builds
 def test_scores_of_texts_equal_the_oracles(llama: Llama, forward: Forward) -> None:
-    with seen_tokens(llama) as passes:
+    with seen_tokens(llama.model) as passes:
         scores = llama.score(TEXTS)
     assert sum(len(tokens) for tokens in passes) == len(TEXTS)  # one row a text, and no decoding
     for text, score in zip(TEXTS, scores, strict=True):
@@ -777,14 +524,6 @@ def test_rows_of_one_token_have_a_score_of_nothing(llama: Llama, forward: Forwar
 
 
 @both_builds
-def test_an_echoed_empty_text_is_scored(llama: Llama) -> None:
-    for n in (0, 3):
-        (result,) = llama.text_completion([""], echo=True, logprobs=True, max_gen_len=n, temperature=0)
-        assert result["logprobs"][:1] == [0.0] and result["tokens"][:1] == [""]
-        assert len(result["logprobs"]) == len(result["tokens"]) == 1 + n
-
-
-@both_builds
 def test_with_max_gen_len_0_echo_and_logprobs_score_the_prompts(llama: Llama) -> None:
     prompts = [*random_prompts(6, 30, seed=12), [1], [5] * MAX_SEQ_LEN]
     rows, logprobs = llama.generate(prompts, 0, logprobs=True, echo=True)
@@ -797,32 +536,15 @@ def test_with_max_gen_len_0_echo_and_logprobs_score_the_prompts(llama: Llama) ->
 
 @both_builds
 def test_scores_of_completions_equal_the_oracles(llama: Llama, forward: Forward) -> None:
-    """Context and text are encoded as one string; the tokens after the context's own are scored."""
-    contexts = ["The quick brown", "", "Llamas", "日", "The", "The quick brown"]
-    texts = [" fox jumps", "A tiny", " and alpacas live", "本 🦙", "", " dog"]
+    """Context and text are encoded as one string; the tokens after the context's own are scored, a merged one too."""
+    contexts = ["The quick brown", "", "Llamas", "日", "The", "The quick brown", "The qu"]
+    texts = [" fox jumps", "A tiny", " and alpacas live", "本 🦙", "", " dog", "ick"]
     for context, text, score in zip(contexts, texts, llama.score(texts, contexts), strict=True):
         head = [1, *llama.tokenizer.sp_model.encode(context)]
         whole = [1, *llama.tokenizer.sp_model.encode(context + text)]
-        assert whole[: len(head)] == head  # the examples split between tokens
-        assert score["logprobs"] == pytest.approx(rescored(forward, head, whole[len(head) :]), abs=tolerance(llama))
+        n_known = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), len(head))
+        assert (n_known < len(head)) == (context == "The qu")
+        expected = rescored(forward, whole[:n_known], whole[n_known:])
+        assert score["logprobs"] == pytest.approx(expected, abs=tolerance(llama))
         assert score["logprob"] == pytest.approx(sum(score["logprobs"]))
-        assert "".join(score["tokens"]) == text
-
-
-@both_builds
-def test_a_context_that_merges_with_its_text_is_split_before_the_merged_token(llama: Llama, forward: Forward) -> None:
-    head, whole = ([1, *llama.tokenizer.sp_model.encode(text)] for text in ("The qu", "The quick"))
-    assert whole[: len(head)] != head
-    n_common = next(i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b)
-    (score,) = llama.score(["ick"], ["The qu"])
-    assert score["logprobs"] == pytest.approx(
-        rescored(forward, whole[:n_common], whole[n_common:]), abs=tolerance(llama)
-    )
-
-
-@both_builds
-def test_a_completions_score_is_the_sum_of_its_generated_logprobs(llama: Llama) -> None:
-    (result,) = llama.text_completion(["The quick"], temperature=0, max_gen_len=5, logprobs=True)
-    with seen_tokens(llama) as passes:
-        llama.generate([[1, *llama.tokenizer.sp_model.encode("The quick")]], 5, temperature=0)
-    assert len(result["logprobs"]) == 5 and len(passes) == 5
+        assert "".join(score["tokens"]).endswith(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -9,16 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama import Llama, ModelArgs, Transformer
 from llama.distributed.groups import init_process_groups
 from llama.engine import cuda_graphs as stepping
 from llama.engine.cuda_graphs import StaticStepper, Stepper, choose_stepper
-from llama.engine.runner import ModelRunner
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import TokenResult
-from llama.model import SPARE_POSITIONS, CachePositions
+from tests.support import oracle
 from tests.support.cuda_graph import RecordedStepper
 from tests.support.networks import MAX_SEQ_LEN, PARAMS, make_network
 from tests.support.ranks import run_ranks
@@ -58,14 +58,7 @@ def test_tokens_match_the_plain_step(kind: str, seed: int) -> None:
     for temperature in (0.0, 0.9):
         prompts = [[rng.randrange(60) for _ in range(rng.randint(1, MAX_SEQ_LEN))] for _ in range(rng.randint(1, 9))]
         max_gen_len, logprobs = rng.randint(1, MAX_SEQ_LEN), rng.random() < 0.5
-        free_run, _ = run(
-            model,
-            None,
-            prompts,
-            max_gen_len,
-            temperature=temperature,
-            eos_id=-1,
-        )
+        free_run, _ = run(model, None, prompts, max_gen_len, temperature=temperature, eos_id=-1)
         tokens = [step.token for steps in free_run for step in steps if step.token is not None] or [0]
         options: dict[str, Any] = {"temperature": temperature, "eos_id": rng.choice(tokens), "logprobs": logprobs}
         expected, plain_stream = run(model, None, prompts, max_gen_len, **options)
@@ -86,22 +79,6 @@ def test_sizes_are_padded_so_that_few_graphs_serve() -> None:
     run(model, stepper, [[1, 2], [3]], 5, temperature=0.0, eos_id=-1)
     assert len(stepper.captured) == len(set(stepper.captured)) <= 4
     assert {n_rows for n_rows, _, _ in stepper.captured} <= {1, 2, 4, 6}  # the cache has six
-
-
-def test_padding_leaves_the_running_rows_alone() -> None:
-    """Three rows run as four: the fourth's padding is stored in its spare positions."""
-    model = make_network(4)
-    stepper = StaticStepper(model, graphs=False)
-    prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    expected = model.forward(prompts, 0)
-    caches = [cache for layer in model.layers for cache in (layer.attention.cache.keys, layer.attention.cache.values)]
-    before = [cache.clone() for cache in caches]
-    with torch.inference_mode():
-        logits = stepper(prompts[:, 2:], [2, 2, 2])[:, 0]
-    torch.testing.assert_close(logits, expected[:, 2])
-    for now, then in zip(caches, before, strict=True):
-        torch.testing.assert_close(now[:3], then[:3])
-        assert torch.equal(now[3, :, :-SPARE_POSITIONS], then[3, :, :-SPARE_POSITIONS])
 
 
 def test_a_capture_that_fails_is_said_once_and_makes_no_difference(caplog: pytest.LogCaptureFixture) -> None:
@@ -168,11 +145,7 @@ def test_texts_and_streams_are_the_same_one_step_ahead(llama: Llama) -> None:
 def _two_ranks(rank: int) -> list[tuple[list[list[TokenResult]], Tensor]]:
     init_process_groups(2, torch.device("cpu"))
     args = ModelArgs(**PARAMS, max_batch_size=3, max_seq_len=MAX_SEQ_LEN)
-    shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
-    stream = torch.Generator().manual_seed(rank)
-    state = {name: torch.randn(shape, generator=stream) for name, shape in shapes.items()}
-    state |= {name: torch.ones(shape) for name, shape in shapes.items() if "norm" in name}  # the same on both ranks
-    model = Transformer.from_state(args, state, cache_dtype=torch.float32)
+    model = Transformer.from_state(args, oracle.shard(oracle.random_state(PARAMS, seed=1), rank, 2))
     steppers = (None, StaticStepper(model, graphs=False))
     return [run(model, s, [[1, 2], [3], [4, 5, 6]], 9, temperature=0.8, eos_id=7) for s in steppers]
 
@@ -187,41 +160,22 @@ def test_a_cpu_takes_plain_steps(llama: Llama) -> None:
     assert choose_stepper(llama.model, cuda_graphs=True) is None
 
 
-def _load(model: Transformer) -> None:
-    model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
+def cache_of(model: Transformer) -> Any:
+    return model.layers[0].attention
 
 
-def _replace_a_module(model: Transformer) -> None:
-    model.layers[1].feed_forward.w2 = torch.nn.Linear(1, 1)
-
-
-def _move_memory(model: Transformer) -> None:
-    model.output.weight.data = model.output.weight.data.clone()
-
-
-def _assign_a_parameter(model: Transformer) -> None:
-    model.norm.weight = torch.nn.Parameter(model.norm.weight.detach().clone())
-
-
-def _move_a_cache(model: Transformer) -> None:
-    model.layers[0].attention.cache.keys = model.layers[0].attention.cache.keys.clone()
-
-
-def _assign_a_cache(model: Transformer) -> None:
-    model.layers[0].attention.cache_k = model.layers[0].attention.cache_k.clone()
-
-
-CHANGES: dict[str, tuple[Callable[[Transformer], object], bool]] = {
+# With whether the graphs are still true.
+CHANGES: dict[str, tuple[Callable[[Any], object], bool]] = {
     "nothing": (lambda model: None, True),
     "an edit in place": (lambda model: model.output.weight.mul_(2), True),
     "a pass": (lambda model: model(torch.tensor([[1]]), 0), True),
     "weights loaded in place": (lambda model: model.load_state_dict(model.state_dict()), True),
-    "weights assigned": (_load, False),
-    "a module replaced": (_replace_a_module, False),
-    "a weight's memory": (_move_memory, False),
-    "a Parameter assigned": (_assign_a_parameter, False),
-    "a cache assigned": (_assign_a_cache, True),
-    "a cache in other memory": (_move_a_cache, False),
+    "weights assigned": (lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True), False),
+    "a module replaced": (lambda model: setattr(model.layers[1].feed_forward, "w2", nn.Linear(1, 1)), False),
+    "a weight's memory": (lambda model: setattr(model.output.weight, "data", model.output.weight.data.clone()), False),
+    "a Parameter assigned": (lambda model: setattr(model.norm, "weight", copy.deepcopy(model.norm.weight)), False),
+    "a cache assigned": (lambda model: setattr(cache_of(model), "cache_k", cache_of(model).cache_k.clone()), True),
+    "a cache in other memory": (lambda model: setattr(cache_of(model).cache, "keys", torch.zeros(1)), False),
     "another dtype": (lambda model: model.bfloat16(), False),
 }
 
@@ -240,42 +194,23 @@ def test_graphs_are_dropped_where_they_would_no_longer_be_true(change: str) -> N
     assert bool(stepper._steps) == stays
 
 
-@pytest.mark.parametrize("where", ["model", "module", "process"])
-def test_hooks_rule_graphs_out_as_long_as_they_are_there(where: str) -> None:
+def test_hooks_rule_graphs_out_as_long_as_they_are_there() -> None:
     model = make_network(1)
     graphs, eager = RecordedStepper(model), StaticStepper(model, graphs=False)
-
-    def hook(*_: Any) -> None:
-        return None
-
-    if where == "process":
-        handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
-    else:
-        handle = (model if where == "model" else model.layers[1].attention.wq).register_forward_hook(hook)
-    try:
-        assert not graphs.serves(model) and eager.serves(model)
-    finally:
-        handle.remove()
-    assert graphs.serves(model)
+    for register in (
+        model.register_forward_hook,
+        model.layers[1].attention.wq.register_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        try:
+            assert not graphs.serves(model) and eager.serves(model)
+        finally:
+            handle.remove()
+        assert graphs.serves(model)
 
 
 def test_a_stepper_serves_its_own_network_alone() -> None:
     model, other = make_network(1), make_network(1)
     for stepper in (RecordedStepper(model), StaticStepper(model, graphs=False)):
         assert stepper.serves(model) and not stepper.serves(other)
-
-
-def test_logits_of_rows_with_one_position_and_with_several_are_the_same() -> None:
-    """An int start_pos, or each row's own."""
-    model = make_network(3)
-    step = ModelRunner(model).decode
-    prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    expected = model(prompts, 0)
-    seen: list[type] = []
-    model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(type(args[1])))
-    torch.testing.assert_close(step(prompts[:, 2:], [2, 2, 2])[:, 0], expected[:, 2])
-    tokens = prompts[torch.arange(3), torch.tensor([2, 0, 1])]
-    torch.testing.assert_close(
-        step(tokens.unsqueeze(1), [2, 0, 1])[:, 0], expected[torch.arange(3), torch.tensor([2, 0, 1])]
-    )
-    assert seen == [int, CachePositions]

@@ -16,8 +16,8 @@ from llama import Llama
 from llama.engine import speculative
 from llama.engine.calls import observe_logits
 from llama.engine.runner import ModelRunner
-from llama.engine.sampling import Sampler
-from llama.engine.sequence import Call, Sequence
+from llama.engine.sequence import Call
+from tests.support.steps import greedy
 
 PROMPTS = [[1, 5, 6, 7], [1, *range(5, 55)]]
 BAD_ID = 77
@@ -28,21 +28,17 @@ def llama(checkpoint: Path, tokenizer_path: Path) -> Llama:
     return Llama.build(checkpoint, tokenizer_path, 600, 3, device="cpu", dtype="float32")
 
 
-def greedy_call(tokens: list[int], max_gen_len: int) -> Call:
-    return Call([Sequence(list(tokens), Sampler(0.0, 1.0, 1, torch.Generator()), 0, max_gen_len, frozenset())])
-
-
 def test_an_abort_before_its_prefill_ends_no_other_call(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread may abort a call at any moment, also after the rows of a pass were chosen."""
-    engine, aborted = llama.engine, greedy_call([1, *range(5, 105)], 10)
+    engine, aborted = llama.engine, Call([greedy([1, *range(5, 105)], 10)])
     prefill = engine._prefill
 
     def abort_it(rows: list[int], width: int) -> Any:
         aborted.abort()
         return prefill(rows, width)
 
-    expected = [result.token for result in engine.run(greedy_call(PROMPTS[0], 9))]
-    results = engine.run(greedy_call(PROMPTS[0], 9))
+    expected = [result.token for result in engine.run(Call([greedy(PROMPTS[0], 9)]))]
+    results = engine.run(Call([greedy(PROMPTS[0], 9)]))
     tokens = [next(results).token]
     engine.add(aborted)
     monkeypatch.setattr(engine, "_prefill", abort_it)
@@ -71,9 +67,9 @@ def test_a_prompt_beside_one_that_is_scored_is_computed_in_one_pass(
         return prefill(self, tokens, *args, **kwargs)
 
     monkeypatch.setattr(ModelRunner, "prefill", counted)
-    scored = greedy_call(PROMPTS[0], 0)
+    scored = Call([greedy(PROMPTS[0], 0)])
     scored.sequences[0].on_logits = lambda position, logits: None
-    for call in (greedy_call([1, *(5 + i % 50 for i in range(549))], 1), scored):
+    for call in (Call([greedy([1, *(5 + i % 50 for i in range(549))], 1)]), scored):
         llama.engine.add(call)
     while not llama.engine.is_idle:
         llama.engine.advance()

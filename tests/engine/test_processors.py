@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,12 @@ PROCESSORS: dict[str, tuple[dict[str, Any], Any]] = {
         lambda: hf.SequenceBiasLogitsProcessor([[[5], 3.0], [[9], -100.0]]),
     ),
     "min_tokens": ({"min_tokens": 4}, lambda: hf.MinNewTokensLengthLogitsProcessor(4, 4, sorted(STOP_IDS))),
-    "min_tokens reached": (
-        {"min_tokens": 2, "top_k": 300},
-        lambda: hf.MinNewTokensLengthLogitsProcessor(4, 2, sorted(STOP_IDS)),
-    ),
+    "min_tokens reached": ({"min_tokens": 2, "top_k": 300}, lambda: hf.TopKLogitsWarper(300)),
 }
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_parameter_is_transformers_processor(name: str, seed: int) -> None:
     options, make = PROCESSORS[name]
     generator = torch.Generator().manual_seed(seed)
@@ -96,8 +93,6 @@ def test_neutral_values_change_nothing(llama: Llama) -> None:
 
 def test_each_call_in_a_batch_has_its_own(llama: Llama) -> None:
     """Calls of several threads, each with other parameters, give what each gives alone."""
-    from concurrent.futures import ThreadPoolExecutor
-
     options: list[dict[str, Any]] = [
         {},
         {"repetition_penalty": 1.8},
@@ -109,16 +104,6 @@ def test_each_call_in_a_batch_has_its_own(llama: Llama) -> None:
     assert expected[4] == [[50] * 12]
     with ThreadPoolExecutor(5) as pool:
         assert list(pool.map(lambda each: rows(llama, PROMPTS[:1], **each), options)) == expected
-
-
-def test_top_k_of_one_is_greedy(llama: Llama) -> None:
-    assert rows(llama, PROMPTS, temperature=1.0, seed=1, top_k=1) == rows(llama, PROMPTS)
-
-
-def test_log_probabilities_still_match_the_raw_logits(llama: Llama) -> None:
-    tokens, logprobs = llama.generate(PROMPTS[:1], 6, 0.0, logprobs=True, logit_bias={50: 100.0})
-    scores = llama.score_tokens([PROMPTS[0] + tokens[0]])[0][len(PROMPTS[0]) :]
-    assert logprobs is not None and logprobs[0] == pytest.approx(scores, abs=1e-3)
 
 
 def test_ends_and_their_absence(llama: Llama) -> None:
@@ -195,21 +180,6 @@ def test_wrong_values_are_refused(llama: Llama, options: dict[str, Any], message
         llama.generate(PROMPTS, 3, **options)
 
 
-def test_an_unknown_option_is_refused(llama: Llama) -> None:
-    with pytest.raises(TypeError, match="no_such_option"):
-        llama.generate(PROMPTS, 3, no_such_option=1)  # type: ignore[call-arg]
-
-
-def test_random_rows_keep_what_top_k_and_min_p_allow(llama: Llama) -> None:
-    rng = random.Random(0)
-    prompts = [[rng.randrange(3, 400) for _ in range(5)] for _ in range(20)]
-    with torch.no_grad():
-        for prompt in prompts:
-            logits = llama.model(torch.tensor([prompt]), 0)[0, -1]
-            (row,), _ = llama.generate([prompt], 1, 2.0, 1.0, top_k=3)
-            assert not row or row[0] in logits.topk(3).indices
-
-
 OPTIONS: list[dict[str, Any]] = [
     {"temperature": 0.0, "repetition_penalty": 1.7, "frequency_penalty": 0.5},
     {"temperature": 0.3, "seed": 2, "top_k": 4, "min_p": 0.05, "min_tokens": 3},
@@ -224,14 +194,10 @@ def on_two_ranks(rank: int, folder: str, tokenizer_path: str) -> list[Any]:
 
 
 def test_two_ranks_sample_what_one_does(
-    llama: Llama,
-    write_checkpoint: Callable[..., Path],
-    params: dict[str, Any],
-    state: dict[str, Tensor],
-    tokenizer_path: Path,
+    llama: Llama, checkpoint_in: Callable[[int], Path], tokenizer_path: Path
 ) -> None:
     """Processors run on the first rank, whose tokens all ranks get."""
     pytest.importorskip("llguidance", reason="needs the package llguidance, of the extra [structured]")
-    first, second = run_ranks(2, on_two_ranks, str(write_checkpoint(params, state, 2)), str(tokenizer_path))
+    first, second = run_ranks(2, on_two_ranks, str(checkpoint_in(2)), str(tokenizer_path))
     assert first == second
     assert first == [rows(llama, PROMPTS, **options) for options in OPTIONS]

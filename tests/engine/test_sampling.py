@@ -73,60 +73,39 @@ def test_the_set_matches_exact_arithmetic() -> None:
     for _ in range(500):
         weights = binary_fractions(rng, rng.randint(1, 12))
         masses = [sum(sorted(weights, reverse=True)[:n]) for n in range(1, len(weights) + 1)]
-        p = Fraction(rng.choice([*masses, rng.randint(1, 1024)]), 1024)
+        p = Fraction(rng.choice([0, *masses, rng.randint(1, 1024)]), 1024)
         probs = torch.tensor([weight / 1024 for weight in weights])
         assert drawable(probs, float(p)) == sorted(nucleus(weights, p)), (weights, p)
-
-
-@pytest.mark.parametrize(
-    ("p", "kept"),
-    [
-        (0.4999, [2]),
-        (0.5, [0, 2]),
-        (0.7499, [0, 2]),
-        (0.75, [0, 2, 3]),
-        (0.9374, [0, 2, 3]),
-        (0.9375, [0, 1, 2, 3]),
-        (1.0, [0, 1, 2, 3]),
-    ],
-)
-def test_a_token_stays_while_the_mass_before_it_is_at_most_p(p: float, kept: list[int]) -> None:
-    assert drawable(torch.tensor([0.25, 0.0625, 0.5, 0.1875]), p) == kept
-
-
-@pytest.mark.parametrize("p", [1e-30, 0.0])
-def test_a_tiny_p_leaves_the_most_likely_token(p: float) -> None:
-    assert drawable(torch.tensor([0.2, 0.5, 0.3]), p) == [1]
 
 
 def test_a_token_of_no_probability_is_never_drawn() -> None:
     assert drawable(torch.tensor([0.0, 0.5, 0.0, 0.5]), 1.0) == [1, 3]
 
 
+def tokens_as_published(steps: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The tokens of each step and row, checked to be those of the published algorithm with the same seed."""
+    torch.manual_seed(7)
+    theirs = torch.stack([published(logits, temperature, top_p) for logits in steps])
+    sampler = Sampler(temperature, top_p, steps.size(1), generator(7))
+    ours = torch.stack([take(sampler, i, logits) for i, logits in enumerate(steps)])
+    assert torch.equal(ours, theirs)
+    return ours
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_p"), [(0.6, 0.9), (1.0, 1.0), (1.7, 0.5), (0.05, 0.95), (1.0, 1e-6), (1.5, 0.0)]
 )
-@pytest.mark.parametrize(("bsz", "vocab_size", "n_steps"), [(1, 50, 40), (2, 50, 40), (5, 500, 40), (4, 32000, 2)])
+@pytest.mark.parametrize(("bsz", "vocab_size", "n_steps"), [(1, 50, 40), (5, 500, 40), (4, 32000, 2)])
 def test_tokens_match_the_published_algorithm(
     temperature: float, top_p: float, bsz: int, vocab_size: int, n_steps: int
 ) -> None:
-    """Step by step, with the same seed."""
-    steps = torch.randn(n_steps, bsz, vocab_size, generator=generator(0)) * 4
-    torch.manual_seed(7)
-    theirs = [published(logits, temperature, top_p) for logits in steps]
-    sampler = Sampler(temperature, top_p, bsz, generator(7))
-    ours = [take(sampler, i, logits) for i, logits in enumerate(steps)]
-    assert torch.equal(torch.stack(ours), torch.stack(theirs))
+    tokens_as_published(torch.randn(n_steps, bsz, vocab_size, generator=generator(0)) * 4, temperature, top_p)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 0.9), (1.0, 0.99), (1.0, 1.0)])
 def test_tokens_of_equal_probability_are_drawn_as_published(temperature: float, top_p: float) -> None:
     """Logits in bfloat16 are often equal; which of them comes first in the order decides who gets which number."""
-    steps = (torch.randn(40, 3, 8000, generator=generator(4)) * 4).bfloat16().float()
-    torch.manual_seed(9)
-    theirs = [published(logits, temperature, top_p) for logits in steps]
-    sampler = Sampler(temperature, top_p, 3, generator(9))
-    assert torch.equal(torch.stack([take(sampler, i, logits) for i, logits in enumerate(steps)]), torch.stack(theirs))
+    tokens_as_published((torch.randn(40, 3, 8000, generator=generator(4)) * 4).bfloat16().float(), temperature, top_p)
 
 
 def test_the_least_likely_tokens_are_drawn_as_published() -> None:
@@ -134,12 +113,7 @@ def test_the_least_likely_tokens_are_drawn_as_published() -> None:
     logits = torch.zeros(8, 2000)
     logits[:, 7] = 11.5
     logits += torch.rand(logits.shape, generator=generator(0)) / 10
-    torch.manual_seed(9)
-    theirs = [published(logits, 1.0, 1.0) for _ in range(100)]
-    sampler = Sampler(1.0, 1.0, 8, generator(9))
-    ours = torch.stack([take(sampler, i, logits) for i in range(100)])
-    assert torch.equal(ours, torch.stack(theirs))
-    assert 5 < (ours != 7).sum() < 50
+    assert 5 < (tokens_as_published(logits.expand(100, -1, -1), 1.0, 1.0) != 7).sum() < 50
 
 
 def test_the_stream_is_the_same_where_exponentials_are_not_logarithms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,32 +138,6 @@ def test_without_noise_it_draws_from_the_default_stream() -> None:
     assert [tokens.squeeze(-1).tolist() for tokens in drawn] == [
         published(probs.log(), 1.0, 0.9).tolist() for _ in range(20)
     ]
-
-
-def test_draws_are_as_frequent_as_the_renormalized_probabilities() -> None:
-    """A chi-square test with 5 degrees of freedom: above 30 once in a hundred thousand times."""
-    weights, temperature, top_p, n = [400, 300, 150, 80, 40, 30], 0.8, 0.97, 40000
-    logits = torch.tensor(weights, dtype=torch.float32).log()
-    heated = [weight ** (1 / temperature) for weight in weights]
-    probs = [weight / sum(heated) for weight in heated]
-    kept = nucleus([round(10**9 * prob) for prob in probs], Fraction(97, 100))
-    assert kept == [0, 1, 2, 3, 4]
-    sampler = Sampler(temperature, top_p, n // 10, generator(5))
-    draws = torch.cat([take(sampler, step, logits.expand(n // 10, -1)) for step in range(10)])
-    counts = draws.bincount(minlength=len(weights)).tolist()
-    mass = sum(probs[token] for token in kept)
-    due = [n * probs[token] / mass for token in kept]
-    assert counts[5] == 0
-    assert sum((counts[token] - number) ** 2 / number for token, number in zip(kept, due, strict=True)) < 30
-
-
-def test_rows_and_steps_draw_independently() -> None:
-    sampler = Sampler(1.0, 1.0, 2, generator(0))
-    pairs = torch.stack([take(sampler, step, torch.zeros(2, 2)) for step in range(1000)])
-    both = (pairs[:, 0] * 2 + pairs[:, 1]).bincount(minlength=4)
-    following = (pairs[:-1, 0] * 2 + pairs[1:, 0]).bincount(minlength=4)
-    for counts in (both, following):
-        assert all(190 < count < 310 for count in counts.tolist())
 
 
 def test_rows_that_are_missing_do_not_shift_the_others_numbers() -> None:
@@ -220,41 +168,22 @@ def test_rows_may_stand_at_different_steps() -> None:
 @pytest.mark.parametrize("bsz", [1, 4])
 def test_temperature_zero_takes_the_likeliest_token(bsz: int) -> None:
     logits = torch.randn(bsz, 100, generator=generator(2))
-    stream = generator(0)
-    tokens = take(Sampler(0, 0.9, bsz, stream), 0, logits)
+    sampler = Sampler(0, 0.9, bsz, generator(0))
+    tokens = take(sampler, 0, logits)
     assert tokens.tolist() == [max(range(100), key=row.__getitem__) for row in logits.tolist()]
-    assert (tokens.dtype, tokens.shape) == (torch.int64, (bsz,))
-    assert torch.equal(stream.get_state(), generator(0).get_state())
+    sampler.rewind()
+    assert torch.equal(sampler.generator.get_state(), generator(0).get_state())
 
 
-@pytest.mark.parametrize("temperature", [0, 0.0, 0.6, 5.0])
-def test_the_default_stream_and_the_logits_are_left_alone(temperature: float) -> None:
+def test_a_generator_of_the_callers_is_drawn_from_alone_and_the_logits_are_left_alone() -> None:
     logits = torch.randn(3, 50, generator=generator(0))
     before, state = logits.clone(), torch.get_rng_state()
-    tokens = take(Sampler(temperature, 0.9, 3, generator(1)), 0, logits)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(logits, before)
-    assert (tokens.dtype, tokens.shape) == (torch.int64, (3,))
+    take(Sampler(0.6, 0.9, 3, generator(1)), 0, logits)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(logits, before)
 
 
-def test_a_seed_gives_the_same_tokens_again_and_another_seed_others() -> None:
-    logits = torch.zeros(2, 1000)
-
-    def tokens(seed: int) -> list[int]:
-        sampler = Sampler(1.0, 1.0, 2, generator(seed))
-        return torch.cat([take(sampler, step, logits) for step in range(5)]).tolist()
-
-    assert tokens(1) == tokens(1) != tokens(2)
-
-
-@pytest.mark.parametrize("temperature", [1e-2, 1e-6, 1e-30])
+@pytest.mark.parametrize("temperature", [1e-2, 1e-6, 1e-30, 1e-40, 1e-300])
 def test_a_low_temperature_nears_the_likeliest_token(temperature: float) -> None:
-    logits = torch.tensor([[3.0, 20.0, -5.0, 19.0]])
-    assert take(Sampler(temperature, 1.0, 1, generator(0)), 0, logits).item() == 1
-
-
-@pytest.mark.parametrize("temperature", [1e-40, 1e-300])
-def test_the_lowest_temperatures_give_the_likeliest_token_too(temperature: float) -> None:
     logits = torch.tensor([[3.0, 20.0, -5.0, 19.0]])
     assert take(Sampler(temperature, 1.0, 1, generator(0)), 0, logits).item() == 1
 
@@ -302,14 +231,6 @@ def test_nothing_is_given_back_once_others_have_drawn() -> None:
     state = stream.get_state()
     sampler.rewind()
     assert sampler.steps == 1 and torch.equal(stream.get_state(), state)
-
-
-def test_greedy_steps_have_nothing_to_give_back() -> None:
-    stream = generator(3)
-    sampler = Sampler(0, 1.0, 2, stream)
-    take(sampler, 0, torch.zeros(2, 10))
-    sampler.rewind()
-    assert sampler.steps == 0 and torch.equal(stream.get_state(), generator(3).get_state())
 
 
 def test_skipping_leaves_the_stream_where_steps_would_have() -> None:

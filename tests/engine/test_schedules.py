@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -18,11 +19,10 @@ from llama.engine.engine import Engine
 from llama.engine.runner import ModelRunner
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import Call, Sequence
-from tests.support import oracle
 from tests.support.networks import PARAMS, make_network
+from tests.support.steps import greedy
 
 MAX_SEQ_LEN = 64
-STATE = oracle.random_state(PARAMS, seed=3)
 # Prompts begin with one of these, so that they have prefixes in common.
 STEMS = [[random.Random(i).randrange(60) for _ in range(40)] for i in range(3)]
 
@@ -70,8 +70,10 @@ class Schedules(RuleBasedStateMachine):
         self.mixed: set[Call] = set()  # ran while the network changed
         self.handle: Any = None
 
-    @initialize(n_rows=st.integers(1, 4), reuse=st.booleans(), static=st.booleans())
-    def start(self, n_rows: int, reuse: bool, static: bool) -> None:
+    @initialize(n_rows=st.integers(1, 4), reuse=st.booleans(), static=st.booleans(), chunked=st.booleans())
+    def start(self, n_rows: int, reuse: bool, static: bool, chunked: bool) -> None:
+        if chunked:
+            self.monkeypatch.setattr("llama.engine.runner.PASS_COST", {"cpu": 1})  # chunks of 16 tokens
         self.model, self.alone = network(n_rows), network(1)
         stepper = StaticStepper(self.model, graphs=False) if static else None
         self.engine = Engine(self.model, stepper, reuse_prefixes=reuse)
@@ -113,10 +115,8 @@ class Schedules(RuleBasedStateMachine):
     @rule(n=st.integers(1, 3))
     def close_a_stream(self, n: int) -> None:
         """Another caller takes a few tokens, and leaves."""
-        sampler = Sampler(0.0, 1.0, 1, torch.Generator())
-        stream = self.engine.run(Call([Sequence(STEMS[0][:20], sampler, 0, 8, frozenset())]))
-        for _, _ in zip(range(n), stream, strict=False):
-            pass
+        stream = self.engine.run(Call([greedy(STEMS[0][:20], 8)]))
+        list(islice(stream, n))
         stream.close()  # type: ignore[attr-defined]
 
     @rule()
@@ -187,9 +187,7 @@ TestSchedules.settings = settings(
 
 
 def run(engine: Engine, prompt: list[int], n: int = 6) -> Sequence:
-    sequence = Sequence(list(prompt), Sampler(0.0, 1.0, 1, torch.Generator()), 0, n, frozenset())
-    for _ in engine.run(Call([sequence])):
-        pass
+    list(engine.run(Call([sequence := greedy(prompt, n)])))
     return sequence
 
 
@@ -217,22 +215,11 @@ def test_the_next_turn_of_a_chat_computes_only_what_is_new(positions: list[int])
     assert second.tokens == run(Engine(network(2)), turn).tokens
 
 
-def test_the_last_token_of_a_prompt_is_computed(positions: list[int]) -> None:
-    """Its logits are needed."""
-    engine = Engine(network(1), reuse_prefixes=True)
-    expected = run(engine, STEMS[0]).tokens
-    again = run(engine, STEMS[0])
-    assert again.n_reused == len(STEMS[0]) - 1
-    assert again.tokens == expected
-
-
 def test_requests_with_one_system_prompt_compute_it_once(positions: list[int]) -> None:
     engine = Engine(network(4), reuse_prefixes=True)
     prompts = [STEMS[1] + [i, i + 1] for i in range(7)]
-    sampler = Sampler(0.0, 1.0, 7, torch.Generator())
-    call = Call(Sequence(list(p), sampler, i, 4, frozenset()) for i, p in enumerate(prompts))
-    for _ in engine.run(call):
-        pass
+    call = Call(greedy(prompt, 4) for prompt in prompts)
+    list(engine.run(call))
     assert sum(positions) == len(STEMS[1]) + 2 * 7
     assert engine.n_reused == 6 * len(STEMS[1])
     for sequence in call.sequences:
@@ -272,34 +259,24 @@ def test_nothing_is_reused_after_a_change(change: str) -> None:
 
 
 def test_what_was_computed_under_a_hook_is_not_reused_without_it() -> None:
+    """Not even where it came and went during a sequence."""
     model = network(1)
     engine = Engine(model, reuse_prefixes=True)
     expected = run(engine, STEMS[0]).tokens
-    handle = model.layers[0].attention.register_forward_hook(rotate)
-    assert run(engine, STEMS[0]).tokens != expected
-    handle.remove()
-    after = run(engine, STEMS[0])
-    assert (after.n_reused, after.tokens) == (0, expected)
-
-
-def test_a_hook_added_and_removed_during_a_sequence_is_noticed() -> None:
-    model = network(1)
-    engine = Engine(model, reuse_prefixes=True)
-    sequence = Sequence(list(STEMS[0]), Sampler(0.0, 1.0, 1, torch.Generator()), 0, 6, frozenset())
-    results = engine.run(Call([sequence]))
+    results = engine.run(Call([greedy(STEMS[0], 6)]))
     next(results)
     handle = model.layers[0].attention.register_forward_hook(rotate)
     next(results)
     handle.remove()
     list(results)
-    assert run(engine, STEMS[0]).n_reused == 0
+    after = run(engine, STEMS[0])
+    assert (after.n_reused, after.tokens) == (0, expected)
 
 
-def test_nothing_is_reused_unless_asked_for(positions: list[int]) -> None:
+def test_nothing_is_reused_unless_asked_for() -> None:
     engine = Engine(network(2))
     run(engine, STEMS[0])
     assert run(engine, STEMS[0]).n_reused == 0
-    assert positions == [len(STEMS[0])] * 2
 
 
 def test_a_prompt_longer_than_a_pass_is_computed_in_parts(
