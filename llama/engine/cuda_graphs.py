@@ -54,7 +54,6 @@ class StaticStepper:
     The number of rows is padded to a power of two, and the number of cached positions to a multiple of `KV_BUCKET`.
 
     Args:
-        model: the network.
         graphs: whether to capture a CUDA graph for each (rows, width, positions) on first use and replay it afterwards,
             with one launch instead of hundreds. If capturing fails, logs a warning and launches kernels one by one.
         compiled: a `CompiledStepper`, which computes the steps of one token per row as long as it serves the model;

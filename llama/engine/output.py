@@ -55,7 +55,6 @@ class Token:
     """A token whose text is final.
 
     Attributes:
-        id: the token's id.
         text: the token's part of the text; a character of several tokens is attributed to the last one.
         logprob: log-probability under the raw logits; None for the first token of a prompt.
         top_logprobs: ids of the most likely tokens at this position and their log-probabilities, in descending order.
@@ -96,7 +95,6 @@ class Completion:
 
     Args:
         text: decodes the completion; its prefix is the prompt if the text continues it or echoes it.
-        index: its index in its call or request.
         prompt: ids to be echoed.
         scores: for each token of the prompt; none for no log-probabilities. May be filled in until the first result.
         with_tokens: whether pieces contain tokens.

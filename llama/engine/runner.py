@@ -64,7 +64,6 @@ class ModelRunner:
 
         Args:
             tokens: for each row, the tokens that follow those in the cache.
-            rows: rows of the cache.
             starts: for each row, the number of tokens in the cache; None for 0.
             all_logits: whether to return the logits after all tokens.
 
@@ -181,7 +180,6 @@ def prefill_groups(lengths: Sequence[int], max_positions: int, pass_cost: int) -
     """Groups prompts by length so that the total cost of padding and passes is minimal.
 
     Args:
-        lengths: number of tokens of each prompt.
         max_positions: maximum number of positions per pass, including padding; a pass of one prompt may exceed it.
         pass_cost: fixed cost of a pass, in positions.
 

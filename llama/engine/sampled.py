@@ -23,7 +23,6 @@ class SampledTokens:
     """The tokens sampled in a pass, which may still be on their way to the host.
 
     Attributes:
-        sequences: the sequences that get a token, in the order of their rows.
         drafts: for each sequence, the drafted tokens that followed its newest token in the pass.
         chosen: (n,) int64 on the device, the same on all ranks of a model-parallel group: for each sequence, the token
             chosen after its newest token, then those chosen after each drafted token; `NOT_FINITE` where logits are NaN
@@ -50,7 +49,6 @@ class SampledTokens:
 
         Args:
             logits: (bsz, width, vocab), float32; width is at least 1 + the length of the longest draft.
-            sequences: bsz sequences, in the order of their rows.
             drafts: drafted tokens of each sequence; empty for none.
             ahead: number of tokens of each sequence that were sampled before but are not recorded yet.
         """

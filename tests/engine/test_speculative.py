@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from llama import Llama, generation
+from llama.engine.cuda_graphs import MAX_WIDTH
 from llama.engine.runner import ModelRunner
+from llama.engine.sampling import Sampler
+from llama.engine.sequence import Call, Sequence
 from llama.engine.speculative import Acceptance, PassCosts, PromptLookup, Speculator
 from llama.errors import PromptError
 from tests.support import oracle
@@ -218,6 +221,25 @@ def test_direct_calls_of_either_network_do_no_harm(llama: Llama) -> None:
             llama.model(torch.tensor([prompt]), 0)
             llama.draft_model(torch.tensor([prompt]), 0)
     assert "".join(pieces) == expected
+
+
+def test_a_sequence_that_gets_another_row_keeps_what_the_draft_model_knows_of_it(llama: Llama) -> None:
+    prompts = [list(range(5, 30)), list(range(40, 65))]
+    (_, expected), _ = llama.generate(prompts, 30, 0.0, stop_token=-1)
+    widths: list[int] = []
+    handle = llama.draft_model.tok_embeddings.register_forward_hook(
+        lambda module, args, out: widths.extend([args[0].size(1)] * args[0].size(0))
+    )
+    calls = []
+    for prompt, n in zip(prompts, (3, 30), strict=True):  # the second one moves when the first has ended
+        sampler = Sampler(0.0, 1.0, 1, torch.Generator())
+        calls.append(Call([Sequence(prompt, sampler, 0, n, frozenset(), speculative="draft")]))
+        llama.engine.add(calls[-1])
+    while not llama.engine.is_idle:
+        llama.engine.advance()
+    handle.remove()
+    assert [result.token for result in calls[1].results] == expected
+    assert len([width for width in widths if width > MAX_WIDTH]) == 2
 
 
 def test_an_error_in_the_draft_model_ends_the_call_alone(llama: Llama) -> None:
