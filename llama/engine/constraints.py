@@ -74,7 +74,7 @@ class Vocabulary:
         self._compiled = lru_cache(_KEPT_GRAMMARS)(self._compile)
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """Ids whose bytes are exactly those of a text: of the tokenizer where it gives such, else the longest ones."""
+        """Ids of a text: the tokenizer's if their bytes are exactly the text, else the longest tokens that match."""
         data = text.encode() if isinstance(text, str) else text
         tokenizer = self._tokenizer()
         try:
