@@ -22,15 +22,7 @@ from torch import Tensor, nn
 
 from llama.errors import quote
 from llama.layers.cache import SPARE_POSITIONS, CachePositions, KVCache, with_metas_axes
-from llama.layers.linear import (
-    EmptyOnMeta,
-    column_parallel,
-    pack_layers,
-    packable_layers,
-    parallel_embedding,
-    row_parallel,
-    without_autograd_functions,
-)
+from llama.layers.linear import EmptyOnMeta, pack_layers, packable_layers, sharded, without_autograd_functions
 
 PREFILL_TOKENS = 1024  # enough to be compute-bound; more would only take more memory
 LONGEST_PREFILL = 8192  # longer prompts are prefilled in parts, since masks grow with the square of the length
@@ -258,10 +250,11 @@ class Attention(nn.Module):
         self.n_local_kv_heads = self.n_kv_heads // model_parallel_size
         self.n_rep = self.n_local_heads // self.n_local_kv_heads
         self.head_dim = sizes.head_dim
-        self.wq = column_parallel(ColumnParallelLinear, sizes.dim, self.n_heads * self.head_dim)
-        self.wk = column_parallel(ColumnParallelLinear, sizes.dim, self.n_kv_heads * self.head_dim)
-        self.wv = column_parallel(ColumnParallelLinear, sizes.dim, self.n_kv_heads * self.head_dim)
-        self.wo = row_parallel(RowParallelLinear, self.n_heads * self.head_dim, sizes.dim)
+        dim, kv_dim = sizes.dim, self.n_kv_heads * self.head_dim
+        self.wq = sharded(ColumnParallelLinear, dim, dim, bias=False, gather_output=False)
+        self.wk = sharded(ColumnParallelLinear, dim, kv_dim, bias=False, gather_output=False)
+        self.wv = sharded(ColumnParallelLinear, dim, kv_dim, bias=False, gather_output=False)
+        self.wo = sharded(RowParallelLinear, dim, dim, bias=False, input_is_parallel=True)
         self.cache = KVCache(sizes.max_batch_size, self.n_local_kv_heads, sizes.max_seq_len, self.head_dim)
 
     def forward(
@@ -359,9 +352,9 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> None:
         super().__init__()
         width = feed_forward_width(hidden_dim, multiple_of, ffn_dim_multiplier)
-        self.w1 = column_parallel(ColumnParallelLinear, dim, width)
-        self.w2 = row_parallel(RowParallelLinear, width, dim)
-        self.w3 = column_parallel(ColumnParallelLinear, dim, width)
+        self.w1 = sharded(ColumnParallelLinear, dim, width, bias=False, gather_output=False)
+        self.w2 = sharded(RowParallelLinear, width, dim, bias=False, input_is_parallel=True)
+        self.w3 = sharded(ColumnParallelLinear, dim, width, bias=False, gather_output=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -419,11 +412,11 @@ class Transformer(nn.Module):
         self.params = params
         self.vocab_size = sizes.vocab_size
         self.n_layers = sizes.n_layers
-        self.tok_embeddings = parallel_embedding(ParallelEmbedding, sizes.vocab_size, sizes.dim)
+        self.tok_embeddings = sharded(ParallelEmbedding, sizes.vocab_size, sizes.dim)
         blocks = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(sizes.n_layers))
         self.layers = cast("MutableSequence[TransformerBlock]", blocks)
         self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
-        self.output = column_parallel(ColumnParallelLinear, sizes.dim, sizes.vocab_size, gather_output=True)
+        self.output = sharded(ColumnParallelLinear, sizes.dim, sizes.vocab_size, bias=False, gather_output=True)
         # Twice max_seq_len, as in Meta's code; positions reach half of it, and padding a little further. Not a buffer:
         # `module.to(dtype)` would discard the imaginary parts.
         end = sizes.max_seq_len + max(sizes.max_seq_len, SPARE_POSITIONS)

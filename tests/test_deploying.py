@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint.memory import GIB, largest, plan_memory
+from llama.checkpoint.memory import GIB, MemoryPlan
 from llama.checkpoint.releases import RELEASES
 from tests.conftest import ROOT
 from tests.test_readme import blocks_of, check_command, check_pip, rows_of
@@ -42,13 +42,10 @@ def test_the_table_of_cards_is_what_llama_memory_says() -> None:
     cards = [int(title.removesuffix(" GiB")) for title in head[2:]]
     found = [row for row in rows if row[0] in RELEASES]
     for model, ranks, *batches in found:
-
-        def total(n: int, model: str = model, ranks: str = ranks) -> int:
-            args = replace(RELEASES[model].args, max_seq_len=4096, max_batch_size=n)
-            return plan_memory(args, int(ranks), torch.float16).total
-
+        args = replace(RELEASES[model].args, max_seq_len=4096)
+        plan = MemoryPlan(args, int(ranks), torch.float16)
         for card, batch in zip(cards, batches, strict=True):
-            n = largest(2**12, lambda n, most=(card - 1) * GIB: total(n) <= most)  # type: ignore[misc]
+            n = plan.largest("max_batch_size", 2**12, (card - 1) * GIB)
             assert batch == (str(n) if n else "-"), (model, card)
     assert len(found) >= 8
 

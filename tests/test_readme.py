@@ -29,7 +29,7 @@ from torch.distributed.run import get_args_parser
 
 import example_chat_completion
 from llama import Llama
-from llama.checkpoint.memory import GIB, plan_memory
+from llama.checkpoint.memory import GIB, MemoryPlan
 from llama.checkpoint.releases import RELEASES
 from llama.distributed.device import DTYPES
 from llama.serving.settings import ServerSettings
@@ -347,8 +347,7 @@ def test_the_released_sizes_are_those_that_are_computed() -> None:
         release = RELEASES[name]
         mp = release.model_parallel_size
         one, eight = (
-            plan_memory(replace(release.args, max_batch_size=n, max_seq_len=4096), mp, DTYPES["float16"])
-            for n in (1, 8)
+            MemoryPlan(replace(release.args, max_batch_size=n, max_seq_len=4096), mp, DTYPES["float16"]) for n in (1, 8)
         )
         assert [f"{name}, {name}-chat", str(mp), f"{mp * one.weights / GIB:.1f} GiB"] in rows_of(README)
         sizes = [f"{n_bytes / GIB:.2f} GiB" for n_bytes in (one.weights, one.kv_cache, eight.kv_cache)]

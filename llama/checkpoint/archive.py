@@ -10,7 +10,6 @@ record, and nothing follows that. So torch's reader and Python's, which parses t
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickletools
 import struct
@@ -44,25 +43,19 @@ class ArchiveError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """A record of the archive.
+    """A record of the archive; sizes and offsets are in bytes."""
 
-    Attributes:
-        name: the record's name, starting with the archive's own name.
-        size: size of the content in bytes.
-        offset: byte offset of the content in the file.
-        checksum: CRC-32 of the content; 0 in files without checksums.
-        checksum_offsets: byte offsets of the two places in the file that hold the checksum.
-    """
-
-    name: str
+    name: str  # starts with the archive's own name
     size: int
-    offset: int
-    checksum: int
-    checksum_offsets: tuple[int, int]
+    offset: int  # of the content, in the file
+    checksum: int  # CRC-32 of the content; 0 in files without checksums
+    checksum_offsets: tuple[int, int]  # the two places in the file that hold it
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a zip archive, as written since torch 1.6; older files cannot be memory-mapped."""
+    """Whether there is a zip archive, as written since torch 1.6; older files cannot be memory-mapped."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(2) == b"PK"
 
@@ -83,35 +76,18 @@ def read_records(path: Path) -> list[Record]:
                 raise ArchiveError(f"record names must be unique, got two records named {quote(record.name)}")
             records[record.name.lower()] = record
             at += _ENTRY_BYTES + len(_raw_name(entry)) + len(entry.extra) + len(entry.comment)
-    _check_sizes(list(records.values()))
-    _check_overlaps(list(records.values()))
+    _check_layout(list(records.values()))
     return list(records.values())
 
 
-def count_records(path: Path) -> int:
-    """Returns the number of records in the archive's directory, reading only the end of the file.
+def read_entries(path: Path) -> list[zipfile.ZipInfo]:
+    """Returns the entries of the archive's directory, at least one, reading only the end of the file.
 
     Raises:
         ArchiveError: the file is damaged or cut short.
     """
     with path.open("rb") as file:
-        return len(_read_directory(file)[1])
-
-
-def content_digest(path: Path) -> bytes | None:
-    """A digest of the names, sizes and checksums of all records, which only equal archives share.
-
-    None if the largest record has no checksum. Only the end of the file is read.
-
-    Raises:
-        ArchiveError: the file is damaged or cut short.
-    """
-    with path.open("rb") as file:
-        _, entries = _read_directory(file)
-    if not max(entries, key=lambda entry: entry.file_size).CRC:
-        return None
-    content = [(entry.filename, entry.file_size, entry.CRC) for entry in entries]
-    return hashlib.sha256(repr(content).encode(errors="replace")).digest()
+        return _read_directory(file)[1]
 
 
 def check_pickles(path: Path) -> None:
@@ -192,18 +168,13 @@ def _raw_name(entry: zipfile.ZipInfo) -> bytes:
     return entry.orig_filename.encode("utf-8" if entry.flag_bits & _IS_UTF8 else "cp437")
 
 
-def _check_sizes(records: list[Record]) -> None:
-    values = records[0].name.partition("/")[0] + "/data/"
-    for record in records:
+def _check_layout(records: list[Record]) -> None:
+    """Checks each record's size, and that none overlap: a changed offset cannot give a tensor another one's values."""
+    values, end = records[0].name.partition("/")[0] + "/data/", 0
+    for record in sorted(records, key=lambda record: record.offset):
         limit = MAX_PICKLE_BYTES if _is_pickle(record.name) else _MAX_SMALL_BYTES
         if not record.name.startswith(values) and record.size > limit:
             raise ArchiveError(f"record {quote(record.name)} must have at most {limit} bytes, got {record.size}")
-
-
-def _check_overlaps(records: list[Record]) -> None:
-    """Checks that no two records overlap, so that a changed offset cannot give one tensor the values of another."""
-    end = 0
-    for record in sorted(records, key=lambda record: record.offset):
         if record.offset < end:
             raise ArchiveError(f"record {quote(record.name)} must not overlap another record")
         end = record.offset + record.size

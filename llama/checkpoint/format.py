@@ -17,29 +17,29 @@ from torch import Tensor
 from llama.errors import check_link, first_few, quote, read_json_object
 from llama.model import ModelArgs
 
-# The axis along which each tensor is split over the files; None: every file has the whole of it.
-_LAYER_SHARD_DIMS: dict[str, int | None] = {
-    "attention.wq.weight": 0,
-    "attention.wk.weight": 0,
-    "attention.wv.weight": 0,
-    "attention.wo.weight": 1,
-    "feed_forward.w1.weight": 0,
-    "feed_forward.w2.weight": 1,
-    "feed_forward.w3.weight": 0,
-    "attention_norm.weight": None,
-    "ffn_norm.weight": None,
+# Of each tensor what gives its axes their sizes, and the axis that is split over the files (None: every file has all).
+_LAYER_TENSORS: dict[str, tuple[tuple[str, ...], int | None]] = {
+    "attention.wq.weight": (("dim", "dim"), 0),
+    "attention.wk.weight": (("kv_dim", "dim"), 0),
+    "attention.wv.weight": (("kv_dim", "dim"), 0),
+    "attention.wo.weight": (("dim", "dim"), 1),
+    "feed_forward.w1.weight": (("hidden_dim", "dim"), 0),
+    "feed_forward.w2.weight": (("dim", "hidden_dim"), 1),
+    "feed_forward.w3.weight": (("hidden_dim", "dim"), 0),
+    "attention_norm.weight": (("dim",), None),
+    "ffn_norm.weight": (("dim",), None),
 }
-_OTHER_SHARD_DIMS: dict[str, int | None] = {
-    "tok_embeddings.weight": 1,
-    "norm.weight": None,
-    "output.weight": 0,
+_OTHER_TENSORS: dict[str, tuple[tuple[str, ...], int | None]] = {
+    "tok_embeddings.weight": (("vocab_size", "dim"), 1),
+    "norm.weight": (("dim",), None),
+    "output.weight": (("vocab_size", "dim"), 0),
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Llama 2's released files carry rope.freqs, Llama 1's one per layer; they follow from params.json.
 _KNOWN_EXTRA = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
 _RUN_SIZES = {"max_batch_size", "max_seq_len"}  # fields of ModelArgs that are a run's, not a checkpoint's
 _PARAM_NAMES = {field.name for field in fields(ModelArgs)} - _RUN_SIZES
-_QUANTIZE = "quantize"  # the key of params.json that names the form of quantized weights
+QUANTIZE = "quantize"  # the key of params.json that names the form of quantized weights
 STORED_FORMS = ("int8",)  # what it may be
 _SCALES = ".scales"
 
@@ -48,10 +48,9 @@ def shard_dim(name: str) -> int | None:
     """The axis along which the tensor `name` is split over a checkpoint's files; None if every file has all of it."""
     if is_known_extra(name):
         return None
-    if name in _OTHER_SHARD_DIMS:
-        return _OTHER_SHARD_DIMS[name]
     _, _, in_layer = name.removeprefix("layers.").partition(".")
-    return _LAYER_SHARD_DIMS[in_layer]
+    _, dim = _OTHER_TENSORS[name] if name in _OTHER_TENSORS else _LAYER_TENSORS[in_layer]
+    return dim
 
 
 def is_known_extra(name: object) -> bool:
@@ -94,26 +93,19 @@ def tensor_shapes(args: ModelArgs, model_parallel_size: int, quantize: str | Non
     Args:
         quantize: the form that its linear layers are stored in, by `stored_quantize`; their scales come last.
     """
-    kv_dim = args.kv_heads * args.head_dim
-    in_layer: dict[str, tuple[int, ...]] = {
-        "attention.wq.weight": (args.dim, args.dim),
-        "attention.wk.weight": (kv_dim, args.dim),
-        "attention.wv.weight": (kv_dim, args.dim),
-        "attention.wo.weight": (args.dim, args.dim),
-        "feed_forward.w1.weight": (args.hidden_dim, args.dim),
-        "feed_forward.w2.weight": (args.dim, args.hidden_dim),
-        "feed_forward.w3.weight": (args.hidden_dim, args.dim),
-        "attention_norm.weight": (args.dim,),
-        "ffn_norm.weight": (args.dim,),
+    sizes = {
+        "dim": args.dim,
+        "kv_dim": args.kv_heads * args.head_dim,
+        "hidden_dim": args.hidden_dim,
+        "vocab_size": args.vocab_size,
     }
-    whole: dict[str, tuple[int, ...]] = {
-        "tok_embeddings.weight": (args.vocab_size, args.dim),
-        "norm.weight": (args.dim,),
-    }
-    whole["output.weight"] = (args.vocab_size, args.dim)
+    tensors = _OTHER_TENSORS.copy()
     for i in range(args.n_layers):
-        whole |= {f"layers.{i}.{name}": shape for name, shape in in_layer.items()}
-    shapes = {name: _shard_shape(shape, shard_dim(name), model_parallel_size) for name, shape in whole.items()}
+        tensors |= {f"layers.{i}.{name}": tensor for name, tensor in _LAYER_TENSORS.items()}
+    shapes = {
+        name: tuple(sizes[size] // (model_parallel_size if axis == split else 1) for axis, size in enumerate(axes))
+        for name, (axes, split) in tensors.items()
+    }
     scales = {} if quantize is None else {scales_of(name): shapes[name][:1] for name in shapes if is_linear(name)}
     return shapes | scales
 
@@ -125,48 +117,34 @@ def stored_dtypes(name: str, names: Container[str]) -> tuple[torch.dtype, ...]:
     return (torch.int8,) if scales_of(name) in names else _DTYPES
 
 
-def _shard_shape(shape: tuple[int, ...], dim: int | None, parts: int) -> tuple[int, ...]:
-    return tuple(size // parts if axis == dim else size for axis, size in enumerate(shape))
+def stored_quantize(ckpt_dir: str | Path) -> str | None:
+    """The form in which `llama quantize` wrote a checkpoint's linear layers; None for plain weights."""
+    form: str | None = read_params(ckpt_dir).get(QUANTIZE)
+    return form
 
 
 def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
-    """The fields of `ModelArgs` in `params.json`, the names checked; `ModelArgs` checks the values.
+    """The content of `params.json`: fields of `ModelArgs`, which checks their values, and `QUANTIZE`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a JSON object, or has a key that this library does not know.
     """
-    params = _read_all_params(ckpt_dir)
-    params.pop(_QUANTIZE, None)
-    return params
-
-
-def stored_quantize(ckpt_dir: str | Path) -> str | None:
-    """The form in which `llama quantize` wrote a checkpoint's linear layers; None for plain weights.
-
-    Raises:
-        FileNotFoundError, ValueError: as for `read_params`.
-    """
-    form: str | None = _read_all_params(ckpt_dir).get(_QUANTIZE)
-    return form
-
-
-def _read_all_params(ckpt_dir: str | Path) -> dict[str, Any]:
     path = Path(ckpt_dir) / "params.json"
     if not path.is_file():
         check_link(path)
         raise FileNotFoundError(f"no params.json in {ckpt_dir}; it is released beside the .pth files")
     params = read_json_object(path)
-    unknown = sorted(params.keys() - _PARAM_NAMES - {_QUANTIZE})
+    unknown = sorted(params.keys() - _PARAM_NAMES - {QUANTIZE})
     if unknown:
         raise ValueError(
             f"{path}: keys must be among {', '.join(sorted(_PARAM_NAMES))}, "
             f"got {first_few([quote(key) for key in unknown])}; this library runs networks of Llama 2's architecture, "
             "and such keys belong to another one"
         )
-    if _QUANTIZE in params and params[_QUANTIZE] not in STORED_FORMS:
+    if QUANTIZE in params and params[QUANTIZE] not in STORED_FORMS:
         raise ValueError(
-            f"{path}: {_QUANTIZE} must be {' or '.join(map(repr, STORED_FORMS))}, got {quote(params[_QUANTIZE])}; "
+            f"{path}: {QUANTIZE} must be {' or '.join(map(repr, STORED_FORMS))}, got {quote(params[QUANTIZE])}; "
             "use the version of this library that wrote the checkpoint, or quantize it again"
         )
     return params

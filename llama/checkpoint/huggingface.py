@@ -7,9 +7,9 @@ them, whose weights are read one tensor at a time from safetensors files or, whe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ _OTHER_NAMES = {
     "output.weight": OUTPUT,
 }
 _SETTINGS = "tokenizer_config.json"
+_TOKEN_SETTINGS = ("added_tokens_decoder", "legacy")  # and those whose names end in _token or _tokens
 INDEX_SUFFIX = ".index.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or an index of that name, which lists several files
 _KNOWN_EXTRA = "rotary_emb.inv_freq"  # older folders carry it, once or in each layer; it follows from config.json
@@ -67,7 +68,6 @@ _SIZES = {
 }
 _MULTIPLES = (256, 1024, 4096, 512, 2048, 128, 64, 32, 16, 8, 4, 2, 1)  # multiple_of: the released values first
 _RELEASED_MULTIPLIER = 1.3
-_DTYPE_NAMES = ", ".join(SAFETENSORS_DTYPES)
 _MAX_SIZE = 2**31 - 1  # of a size in config.json
 
 
@@ -149,20 +149,15 @@ def config_to_args(config: Mapping[str, Any]) -> ModelArgs:
 def with_hidden_dim(args: ModelArgs, hidden_dim: int) -> ModelArgs:
     """`args` with a multiple_of and, where needed, a ffn_dim_multiplier that give exactly this hidden size.
 
-    Tries no multiplier, the released 70B's, and decimal ones from the shortest on.
+    Tries no multiplier, then the released 70B's.
     """
-    multiples = [multiple for multiple in _MULTIPLES if hidden_dim % multiple == 0]
-    candidates = [(multiple, multiplier) for multiplier in (None, _RELEASED_MULTIPLIER) for multiple in multiples]
+    for multiplier in (None, _RELEASED_MULTIPLIER):
+        for multiple in _MULTIPLES:
+            found = replace(args, multiple_of=multiple, ffn_dim_multiplier=multiplier)
+            if found.hidden_dim == hidden_dim:
+                return found
     unscaled = replace(args, multiple_of=1, ffn_dim_multiplier=None).hidden_dim
-    for digits in range(1, 6):
-        scale = 10**digits
-        candidates += [(m, math.ceil((hidden_dim - m + 1) / unscaled * scale) / scale) for m in multiples]
-    candidates.append((1, (hidden_dim + 0.5) / unscaled))  # exact: the fraction is cut off
-    found = (replace(args, multiple_of=m, ffn_dim_multiplier=x) for m, x in candidates if x is None or x > 0)
-    exact = next((candidate for candidate in found if candidate.hidden_dim == hidden_dim), None)
-    if exact is None:  # past what a float can express
-        raise ValueError(f"intermediate_size must follow from hidden_size={args.dim}, got {hidden_dim}")
-    return exact
+    return replace(args, multiple_of=1, ffn_dim_multiplier=(hidden_dim + 0.5) / unscaled)  # the fraction is cut off
 
 
 def carried_tokens(folder: Path, tokenizer: Tokenizer, n_rows: int) -> dict[str, dict[str, Any]]:
@@ -185,16 +180,12 @@ def carried_tokens(folder: Path, tokenizer: Tokenizer, n_rows: int) -> dict[str,
     carried = {}
     for file, content in files.items():
         if file == _SETTINGS:
-            content = {name: value for name, value in content.items() if _is_of_tokens(name)}
+            content = {k: v for k, v in content.items() if k in _TOKEN_SETTINGS or k.endswith(("_token", "_tokens"))}
             described = content.get("added_tokens_decoder", {}).items()
             content["added_tokens_decoder"] = {k: v for k, v in described if _content(v) not in without_row}
         kept = {k: v for k, v in content.items() if k not in without_row and _content(v) not in without_row}
         carried[file] = kept
     return carried
-
-
-def _is_of_tokens(name: str) -> bool:
-    return name in ("added_tokens_decoder", "legacy") or name.endswith(("_token", "_tokens"))
 
 
 def _content(token: Any) -> str | None:
@@ -253,66 +244,52 @@ class HuggingFaceFolder:
             raise FileNotFoundError(f"hf_dir must be the folder of a downloaded Hugging Face model, got {got}")
         self.config = read_json_object(Path(folder) / "config.json")
         self.layout: dict[str, Tensor] = {}
-        self._files: dict[str, _SafetensorsFile | _BinFile] = {}  # of each tensor
+        self._paths: dict[str, Path] = {}  # of each tensor
+        self._bins: dict[Path, dict[str, Tensor]] = {}
+        self._free: Callable[[], None] = lambda: None
         paths, listed = _weight_files(Path(folder))
         for path in paths:
-            file = _SafetensorsFile(path) if path.suffix == ".safetensors" else _BinFile(path)
-            if twice := sorted(self.layout.keys() & file.layout.keys()):
-                raise ValueError(f"{path} must not repeat tensors of another file, got {printable(twice[0])}")
-            self.layout |= file.layout
-            self._files |= dict.fromkeys(file.layout, file)
+            tensors = _mapped(path)
+            if path.suffix != ".safetensors":
+                self._bins[path] = tensors
+            for name, tensor in tensors.items():
+                if name in self.layout:
+                    raise ValueError(f"{path} must not repeat tensors of another file, got {printable(name)}")
+                if tensor.dtype not in SAFETENSORS_DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
+                    raise ValueError(
+                        f"{path}: {printable(name)} must be a dense tensor of dtype {', '.join(SAFETENSORS_DTYPES)}, "
+                        f"got {tensor.dtype}"
+                    )
+                self.layout[name] = tensor.to("meta")
+                self._paths[name] = path
         if missing := sorted(listed - self.layout.keys()):
             raise ValueError(
                 f"{folder}: the files must hold all tensors of the index, got none named {printable(missing[0])}"
             )
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, a view of its mapped file."""
-        return self._files[name].read(name)
-
-
-class _SafetensorsFile:
-    """A safetensors file. It is opened for each tensor, so that the mapped memory is freed with the tensor."""
-
-    def __init__(self, path: Path) -> None:
-        if safetensors is None:
-            raise missing_extra("convert", ImportError("no module safetensors"))
-        self._path = path
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        except safetensors.SafetensorError as error:
-            reason = printable(error, limit=200)
-            raise ValueError(f"{path} cannot be read ({reason}); is it cut short? Compare its checksum") from error
-        self.layout = {}
-        for name, part in slices.items():
-            if (code := part.get_dtype()) not in SAFETENSORS_DTYPES:
-                raise ValueError(f"{path}: {printable(name)} must have dtype {_DTYPE_NAMES}, got {code}")
-            self.layout[name] = torch.empty(part.get_shape(), dtype=SAFETENSORS_DTYPES[code], device="meta")
-
-    def read(self, name: str) -> Tensor:
-        with safetensors.safe_open(self._path, "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        """The tensor `name`, a view of its mapped file; the memory of the one that was read before can be freed."""
+        self._free()
+        path = self._paths[name]
+        if path not in self._bins:
+            return _mapped(path)[name]  # mapped for this tensor alone: its memory is freed with it
+        tensor = self._bins[path][name]
+        self._free = partial(page_release(path), tensor)
         return tensor
 
 
-class _BinFile:
-    """A file that `torch.save` wrote. Before a tensor is read, the memory of the previous one is freed."""
-
-    def __init__(self, path: Path) -> None:
-        self._state = read_shard(path)
-        self._release: Callable[[Tensor], None] = page_release(path)
-        self._last: Tensor | None = None
-        for name, tensor in self._state.items():
-            if tensor.dtype not in SAFETENSORS_DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
-                raise ValueError(f"{path}: {printable(name)} must be a dense tensor of {_DTYPE_NAMES}")
-        self.layout = {str(name): tensor.to("meta") for name, tensor in self._state.items()}
-
-    def read(self, name: str) -> Tensor:
-        if self._last is not None:
-            self._release(self._last)
-        self._last = self._state[name]
-        return self._last
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, views of it."""
+    if path.suffix != ".safetensors":
+        return {str(name): tensor for name, tensor in read_shard(path).items()}
+    if safetensors is None:
+        raise missing_extra("convert", ImportError("no module safetensors"))
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except safetensors.SafetensorError as error:
+        reason = printable(error, limit=200)
+        raise ValueError(f"{path} cannot be read ({reason}); is it cut short? Compare its checksum") from error
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], set[str]]:

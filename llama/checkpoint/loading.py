@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -12,35 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama.checkpoint import reading
 from llama.checkpoint.format import is_linear, stored_quantize, tensor_shapes
-from llama.checkpoint.memory import (
-    available_memory,
-    check_memory,
-    free_address_space,
-    out_of_memory_explained,
-    plan_memory,
-)
-from llama.checkpoint.reading import (
-    check_range,
-    find_shards,
-    list_shards,
-    load_shard,
-    magnitude,
-    model_args,
-    narrows,
-    page_release,
-)
+from llama.checkpoint.memory import MemoryPlan, available_memory, free_address_space, out_of_memory
 from llama.distributed import groups
 from llama.distributed.device import check_threads, processes_on, select_device, select_dtype, set_threads
 from llama.errors import quote
 from llama.layers.int4 import GROUP, OUTPUTS, Int4Weight, can_quantize_int4, measure_int4, suits_int4
 from llama.layers.kernels import Kernels, can_pack, can_quantize, measure_kernels
 from llama.layers.linear import QUANTIZED_FORMS, packable_layers
-from llama.model import ModelArgs, Transformer
+from llama.model import Transformer
 from llama.text.tokenizer_json import load_tokenizer
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+_LOADING_TIMEOUT_S = 2 * 3600.0  # for all ranks to load their shards, which may come over a slow network
 
 
 class Timings:
@@ -84,31 +71,22 @@ def choose_quantize(quantize: str | None, ckpt_dir: str | Path, device: torch.de
     return quantize
 
 
-def check_int4(args: ModelArgs, model_parallel_size: int, device: torch.device, dtype: torch.dtype) -> None:
+def check_int4(plan: MemoryPlan, device: torch.device) -> None:
     """Raises ValueError unless the network's linear layers can be int4 here. The last, `output`, is int8."""
-    if dtype != torch.bfloat16:
-        raise ValueError(f"dtype must be bfloat16 with quantize='int4', got {dtype}; use that, or quantize='int8'")
-    if not can_quantize_int4(device, dtype):
+    if plan.dtype != torch.bfloat16:
+        raise ValueError(f"dtype must be bfloat16 with quantize='int4', got {plan.dtype}; use that, or quantize='int8'")
+    if not can_quantize_int4(device, plan.dtype):
         raise ValueError(
             "quantize='int4' must have a processor and a build of torch with fast and right int4 products, "
             "got ones without; use quantize='int8', or leave it out"
         )
-    for name, shape in tensor_shapes(args, model_parallel_size).items():
+    for name, shape in tensor_shapes(plan.args, plan.model_parallel_size).items():
         if is_linear(name) and name != "output.weight" and not suits_int4(shape[0], shape[1]):
             raise ValueError(
                 f"each rank's part of a linear layer must have a multiple of {OUTPUTS} outputs and of {GROUP} inputs "
-                f"with quantize='int4', got {name} of shape {shape} at model_parallel_size={model_parallel_size}; "
+                f"with quantize='int4', got {name} of shape {shape} at model_parallel_size={plan.model_parallel_size}; "
                 "use quantize='int8', or leave it out"
             )
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A checkpoint that is going to be loaded: its files, the network's sizes, and the form of its linear layers."""
-
-    shards: list[Path]
-    args: ModelArgs
-    quantize: str | None
 
 
 def load_networks(
@@ -136,9 +114,9 @@ def load_networks(
     timings = Timings()
     check_threads(threads)
     mp = groups.resolve_model_parallel_size(model_parallel_size)
-    folders = [(ckpt_dir, find_shards(ckpt_dir, mp))]
+    folders = [(ckpt_dir, reading.find_shards(ckpt_dir, mp))]
     if draft_ckpt_dir is not None:
-        folders.append((draft_ckpt_dir, list_shards(draft_ckpt_dir, argument="draft_ckpt_dir")))
+        folders.append((draft_ckpt_dir, reading.list_shards(draft_ckpt_dir, argument="draft_ckpt_dir")))
         if (n_files := len(folders[1][1])) != mp:
             raise AssertionError(
                 f"draft_ckpt_dir must hold as many checkpoint files as ckpt_dir, {mp}, got {n_files} in "
@@ -147,44 +125,44 @@ def load_networks(
     tokenizer = load_tokenizer(tokenizer_path, ckpt_dir, tokenizer_class)
     device = select_device(device)
     dtype = select_dtype(dtype, device)
-    sources = []
-    for folder, shards in folders:
+    sources = []  # the files of the network, and of the draft model, and what they need
+    for folder, paths in folders:
         sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
-        args = model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path)
+        args = reading.model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path)
         args.check_shards(mp)
-        form = choose_quantize(quantize, folder, device)
-        if form == "int4":
-            check_int4(args, mp, device, dtype)
-        sources.append(_Source(shards, args, form))
-    _check_memory(sources, mp, dtype, device)
+        plan = MemoryPlan(args, mp, dtype, choose_quantize(quantize, folder, device))
+        if plan.quantize == "int4":
+            check_int4(plan, device)
+        sources.append((paths, plan))
+    _check_memory(sources, device)
     timings("checks")
     set_threads(threads)
     groups.init_process_groups(mp, device)
     timings("process group")
-    same = ("build", [(source.args, source.quantize) for source in sources], mp, dtype, device.type)
-    with groups.loading_together(same), out_of_memory_explained(sources[0].args, mp, dtype, str(device)):
-        models = [_load_model(source, mp, device, dtype, timings, network_class) for source in sources]
+    with groups.rank_errors():
+        rank = groups.model_parallel_rank()
+        try:
+            models = [_load_model(paths[rank], plan, device, timings, network_class) for paths, plan in sources]
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, sources[0][1], str(device)) from None
+    same = ("build", [plan for _, plan in sources], device.type)
+    groups.compare_calls(same, timeout_s=_LOADING_TIMEOUT_S)
     return tokenizer, models, timings.seconds
 
 
-def _check_memory(sources: list[_Source], model_parallel_size: int, dtype: torch.dtype, device: torch.device) -> None:
+def _check_memory(sources: Sequence[tuple[list[Path], MemoryPlan]], device: torch.device) -> None:
     """Raises MemoryError unless all networks fit together."""
     available = available_memory(device) // processes_on(device)
     if device.type == "cpu":
-        n_mapped = sum(max(path.stat().st_size for path in source.shards) for source in sources)
+        n_mapped = sum(max(path.stat().st_size for path in paths) for paths, _ in sources)
         available = min(available, max(0, free_address_space() - n_mapped))
-    for source in reversed(sources):  # the draft model first, which leaves the rest to the network
-        check_memory(source.args, model_parallel_size, dtype, available, str(device), quantize=source.quantize)
-        available -= plan_memory(source.args, model_parallel_size, dtype, quantize=source.quantize).total
+    for _, plan in reversed(sources):  # the draft model first, which leaves the rest to the network
+        plan.check(available, str(device))
+        available -= plan.total
 
 
 def _load_model(
-    source: _Source,
-    model_parallel_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    timings: Timings,
-    network_class: type[Transformer],
+    path: Path, plan: MemoryPlan, device: torch.device, timings: Timings, network_class: type[Transformer]
 ) -> Transformer:
     """The network with the weights of this rank's file.
 
@@ -193,8 +171,8 @@ def _load_model(
     Quantized forms are held like packed ones, for any dtype. Elsewhere the weights are moved to the device and the
     dtype.
     """
-    path, args, quantize = source.shards[groups.model_parallel_rank()], source.args, source.quantize
-    state = load_shard(path, args, model_parallel_size, stored_quantize(path.parent))
+    args, dtype, quantize = plan.args, plan.dtype, plan.quantize
+    state = reading.load_shard(path, args, plan.model_parallel_size, stored_quantize(path.parent))
     kernels, packs = Kernels(), quantize is not None or can_pack(device, dtype)
     if packs and quantize is None:
         kernels = measure_kernels(state.values(), dtype, packed_only=args.max_batch_size > 1)
@@ -205,7 +183,7 @@ def _load_model(
         if groups.is_first_rank():
             logger.info("Kernels measured: %s", kernels)
     if packs:
-        check_range({name: magnitude(t) for name, t in state.items() if narrows(t, dtype)}, dtype)
+        reading.check_range({name: reading.magnitude(t, dtype) for name, t in state.items()}, dtype)
     else:
         load_to_device(state, path, device=device, dtype=dtype)
     model = network_class.from_state(args, state, cache_dtype=dtype)
@@ -217,7 +195,7 @@ def _load_model(
     if quantize == "int4":
         layers[-1].quantize = "int8"  # the output's errors are the logits' own
     if packs:
-        model.pack(dtype, release=page_release(path))
+        model.pack(dtype, release=reading.page_release(path))
         timings("packing" if quantize is None else "quantizing")
     if quantize == "int4":
         forms = [layer.packed_form for layer in layers]
@@ -238,16 +216,15 @@ def load_to_device(state: dict[str, Tensor], path: Path, *, device: torch.device
     Raises:
         ValueError: a value is beyond the range of `dtype`.
     """
-    release, magnitudes = page_release(path), {}
+    release, magnitudes = reading.page_release(path), {}
     copy = _PinnedCopy(device) if device.type == "cuda" else partial(torch.Tensor.to, device=device)
     for name, tensor in state.items():
         copied = copy(tensor)
-        if narrows(copied, dtype):
-            magnitudes[name] = magnitude(copied)
+        magnitudes[name] = reading.magnitude(copied, dtype)
         state[name] = copied.to(dtype)
         if state[name] is not tensor:
             release(tensor)
-    check_range(magnitudes, dtype)
+    reading.check_range(magnitudes, dtype)
 
 
 class _PinnedCopy:
@@ -263,7 +240,7 @@ class _PinnedCopy:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
-        parts = [_bytes_of(t).split(self._size) for t in (tensor.contiguous(), copied)]
+        parts = [t.flatten().view(torch.uint8).split(self._size) for t in (tensor.contiguous(), copied)]
         for source, target in zip(*parts, strict=True):
             buffer, arrived = next(self._ring)
             arrived.synchronize()
@@ -275,8 +252,3 @@ class _PinnedCopy:
 
 def _pinned(n_bytes: int) -> Tensor:
     return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """A view of a contiguous tensor's memory."""
-    return tensor.flatten().view(torch.uint8)

@@ -11,13 +11,12 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.archive import ArchiveError, check_pickles, content_digest, count_records, is_archive
-from llama.checkpoint.format import is_known_extra, read_params, stored_dtypes, tensor_shapes
+from llama.checkpoint.archive import ArchiveError, check_pickles, is_archive, read_entries
+from llama.checkpoint.format import QUANTIZE, is_known_extra, read_params, stored_dtypes, tensor_shapes
 from llama.errors import check_link, check_not_pointer, first_few, first_line, printable, quote
 from llama.model import ModelArgs
 
@@ -26,10 +25,7 @@ _SHARD_NAME = re.compile(r"consolidated\.\d+\.pth")
 
 
 def list_shards(ckpt_dir: str | Path, *, argument: str = "ckpt_dir") -> list[Path]:
-    """The checkpoint's files, however many there are, in rank order.
-
-    Args:
-        argument: what the caller calls the folder, for errors.
+    """The checkpoint's files, however many there are, in rank order; errors call the folder `argument`.
 
     Raises:
         AssertionError: there are none (see `find_shards`).
@@ -110,18 +106,15 @@ def model_args(
 
     The embedding may have more rows than there are tokens.
 
-    Args:
-        tokenizer_path: names the tokenizer in an error.
-
     Raises:
         ValueError: a value of the file is wrong, or its `vocab_size` is below the tokenizer's, or it describes more
             layers than a checkpoint file has tensors.
     """
     path, shards = Path(ckpt_dir) / "params.json", sorted(Path(ckpt_dir).glob("*.pth"))
-    params = read_params(ckpt_dir)
-    if params.get("vocab_size", -1) == -1:
-        params["vocab_size"] = _embedding_rows(shards) or n_words
-    args = _to_args(path, params)
+    args = _described(path)
+    if args.vocab_size == -1:
+        state = read_shard(shards[0]) if shards and is_archive(shards[0]) else {}
+        args.vocab_size = _embedding_rows(state) or n_words
     if args.vocab_size < n_words:
         tokenizer = "the tokenizer" if tokenizer_path is None else f"the tokenizer {tokenizer_path}"
         raise ValueError(
@@ -131,56 +124,56 @@ def model_args(
         )
     for shard in shards:  # their ends, so that one cut short is an error on all ranks, before anything is planned
         check_link(shard)
-        if _is_mappable(shard):
+        if is_archive(shard):
             try:
-                check_layer_count(shard, args, count_records(shard))
+                check_layer_count(shard, args, len(read_entries(shard)))
             except ArchiveError as error:
                 raise _unreadable(shard, error) from error
     check_distinct(shards)
     return ModelArgs.of(replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len))
 
 
-def _embedding_rows(shards: list[Path]) -> int:
-    """The number of rows of the embedding; 0 if it is not in a file that can be mapped."""
-    if not shards or not _is_mappable(shards[0]):
-        return 0
-    embedding = read_shard(shards[0]).get("tok_embeddings.weight")
-    return embedding.size(0) if embedding is not None and embedding.dim() else 0
-
-
 def network_args(ckpt_dir: str | Path, state: dict[str, Tensor]) -> ModelArgs:
-    """What params.json describes, with the embedding's number of rows where `vocab_size` is -1.
-
-    Args:
-        state: the tensors of one of the files.
-    """
+    """What params.json describes, with the rows of the embedding in `state`, one file's, where `vocab_size` is -1."""
     path = Path(ckpt_dir) / "params.json"
-    args = _to_args(path, read_params(ckpt_dir))
+    args = _described(path)
     check_layer_count(list_shards(ckpt_dir)[0], args, len(state))
-    if args.vocab_size != -1:
-        return args
-    embedding = state.get("tok_embeddings.weight")
-    if embedding is None or embedding.dim() != 2:
-        raise ValueError(f"{path}: vocab_size must be given where there is no 2-D tok_embeddings.weight, got -1")
-    return replace(args, vocab_size=embedding.size(0))
+    if args.vocab_size == -1:
+        args.vocab_size = _embedding_rows(state)
+        if not args.vocab_size:
+            raise ValueError(f"{path}: vocab_size must be given where there is no 2-D tok_embeddings.weight, got -1")
+    return args
 
 
-def _to_args(path: Path, params: dict[str, Any]) -> ModelArgs:
+def _described(path: Path) -> ModelArgs:
+    params = read_params(path.parent)
+    params.pop(QUANTIZE, None)
     try:
         return ModelArgs.of(ModelArgs(**params))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _embedding_rows(state: dict[str, Tensor]) -> int:
+    """The number of rows of the embedding in a file; 0 if it has none."""
+    embedding = state.get("tok_embeddings.weight")
+    return embedding.size(0) if embedding is not None and embedding.dim() == 2 else 0
+
+
 def check_distinct(shards: Iterable[Path]) -> None:
-    """Raises ValueError if a file is a copy of another, which would give two ranks the same part of the weights."""
-    known: dict[bytes, Path] = {}
-    for path in shards:
+    """Raises ValueError if a file is a copy of another, which would give two ranks the same part of the weights.
+
+    Copies are equal in the names, sizes and checksums of their records. Files without checksums are not compared.
+    """
+    known: dict[object, Path] = {}
+    for path in filter(is_archive, shards):
         try:
-            digest = content_digest(path) if _is_mappable(path) else None
+            entries = read_entries(path)
         except ArchiveError:  # its reader says more
             continue
-        if digest is not None and (other := known.setdefault(digest, path)) is not path:
+        content = tuple((entry.filename, entry.file_size, entry.CRC) for entry in entries)
+        has_checksums = max(entries, key=lambda entry: entry.file_size).CRC
+        if has_checksums and (other := known.setdefault(content, path)) is not path:
             raise ValueError(
                 f"{path} must hold its own rank's part of the weights, got a copy of {other.name}; download it again"
             )
@@ -199,9 +192,7 @@ def load_shard(path: Path, args: ModelArgs, model_parallel_size: int, quantize: 
     """The tensors of one file, checked to be exactly those that `args` describes.
 
     The file is memory-mapped: the tensors are views of the page cache, in the file's dtype, read when first used.
-
-    Args:
-        quantize: the checkpoint's `stored_quantize`.
+    `quantize` is the checkpoint's `stored_quantize`.
 
     Raises:
         ValueError: the file is damaged or holds other objects than tensors; a tensor is missing, unknown or mis-shaped.
@@ -228,7 +219,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             is_utf8 = not any("\ud800" <= character <= "\udfff" for character in str(path))
             name = path if is_utf8 else f"/dev/fd/{file.fileno()}"  # torch takes no other path
-            state = torch.load(name, map_location="cpu", weights_only=True, mmap=_is_mappable(path))
+            state = torch.load(name, map_location="cpu", weights_only=True, mmap=is_archive(path))
     except pickle.UnpicklingError as error:
         raise ValueError(  # torch's own words advise to load without `weights_only`, which runs code of the file
             f"{path} must hold tensors alone, got other objects, which are not loaded, or damage; compare its checksum"
@@ -238,10 +229,6 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} must hold a flat dict of tensors, as released checkpoint files do")
     return state
-
-
-def _is_mappable(path: Path) -> bool:
-    return path.is_file() and is_archive(path)
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
@@ -276,14 +263,11 @@ def count_not_finite(tensor: Tensor) -> int:
     return sum(int((~torch.isfinite(part)).sum()) for part in torch.split(tensor, rows))
 
 
-def narrows(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `dtype` has a smaller range than the tensor's."""
-    return tensor.is_floating_point() and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-
-
-def magnitude(tensor: Tensor) -> Tensor:
-    """The largest absolute value, on the tensor's device; NaN if there is one."""
-    return torch.stack(torch.aminmax(tensor)).abs().max()
+def magnitude(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest absolute value, for `check_range`: NaN if there is one, and 0 if `dtype` has no smaller range."""
+    if not tensor.is_floating_point() or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return torch.zeros(())
+    return torch.stack(torch.aminmax(tensor)).abs().max()  # on the tensor's device, which nothing waits for yet
 
 
 def check_range(magnitudes: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -299,7 +283,7 @@ def check_range(magnitudes: Mapping[str, Tensor], dtype: torch.dtype) -> None:
 def page_release(path: Path) -> Callable[[Tensor], None]:
     """A function that gives back the memory of a tensor read from `path`; the file is read again when it is used."""
     madvise = getattr(ctypes.CDLL(None), "madvise", None) if os.name == "posix" else None
-    if madvise is None or not _is_mappable(path):
+    if madvise is None or not is_archive(path):
         return lambda tensor: None
 
     def release(tensor: Tensor) -> None:

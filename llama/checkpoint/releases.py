@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llama.model import ModelArgs
 
 TRAINED_SEQ_LEN = 4096  # positions that Llama 2 was trained for
 _CODE_LLAMA_SEQ_LEN, _CODE_LLAMA_THETA = 16384, 1e6
 _VOCAB_SIZE = 32000
-_CODE_VOCAB_SIZE = 32016  # with the pieces of infilling
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,15 @@ _34B = ModelArgs(dim=8192, n_layers=48, n_heads=64, n_kv_heads=8, vocab_size=_VO
 _70B = replace(_34B, n_layers=80, multiple_of=4096, ffn_dim_multiplier=1.3)
 
 
-def _code(args: ModelArgs, model_parallel_size: int, vocab_size: int = _CODE_VOCAB_SIZE) -> Release:
-    return Release(replace(args, vocab_size=vocab_size, rope_theta=_CODE_LLAMA_THETA), model_parallel_size)
-
-
+_CODE: dict[str, Any] = {"vocab_size": 32016, "rope_theta": _CODE_LLAMA_THETA}  # 16 pieces are of infilling
 RELEASES = {
     "7B": Release(_7B, 1),
     "13B": Release(_13B, 2),
     "70B": Release(_70B, 8),
-    "CodeLlama-7b": _code(_7B, 1),
-    "CodeLlama-13b": _code(_13B, 2),
-    "CodeLlama-34b": _code(_34B, 4, _VOCAB_SIZE),
-    "CodeLlama-70b": _code(_70B, 8),
+    "CodeLlama-7b": Release(replace(_7B, **_CODE), 1),
+    "CodeLlama-13b": Release(replace(_13B, **_CODE), 2),
+    "CodeLlama-34b": Release(replace(_34B, rope_theta=_CODE_LLAMA_THETA), 4),
+    "CodeLlama-70b": Release(replace(_70B, **_CODE), 8),
 }
 
 

@@ -21,13 +21,12 @@ class ShardedCheckpoint:
 
     Attributes:
         args: the network; its vocabulary is the embedding's where params.json has -1.
-        paths, n_files: the files, in rank order, and their number.
-        names: names of the tensors, in the released order; `rope.freqs` and the like last, if the files have them.
-        layout: every whole tensor's shape and dtype, as tensors on the meta device.
+        paths: the files, in rank order.
+        layout: every whole tensor, without values (on the meta device), in the released order; `rope.freqs` and the
+            like last, if the files have them.
 
     Raises:
-        AssertionError: the folder holds no `*.pth` file.
-        FileNotFoundError: it holds no params.json.
+        AssertionError, FileNotFoundError: the folder holds no `*.pth` file, or no params.json.
         ValueError: params.json or a file is wrong, or a tensor that every file repeats differs, or the checkpoint is
             quantized.
     """
@@ -39,26 +38,26 @@ class ShardedCheckpoint:
                 f"{ckpt_dir} must have plain weights for this, got {form} weights; use the checkpoint that it was "
                 "made from, and quantize the result"
             )
-        self.n_files = len(self.paths)
-        self._states = [read_shard(path) for path in self.paths]
+        states = [read_shard(path) for path in self.paths]
         check_distinct(self.paths)
-        self._page_release = [page_release(path) for path in self.paths]
-        self._last: list[Tensor] = []  # the parts that were read last
-        self.args = network_args(ckpt_dir, self._states[0])
+        self.args = network_args(ckpt_dir, states[0])
+        n_files = len(self.paths)
         try:
-            self.args.check_shards(self.n_files)
+            self.args.check_shards(n_files)
         except ValueError as error:
-            raise ValueError(f"{ckpt_dir} has {self.n_files} files, but {error}; is a file missing?") from error
-        shapes = tensor_shapes(self.args, self.n_files)
-        for path, state in zip(self.paths, self._states, strict=True):
+            raise ValueError(f"{ckpt_dir} has {n_files} files, but {error}; is a file missing?") from error
+        shapes = tensor_shapes(self.args, n_files)
+        for path, state in zip(self.paths, states, strict=True):
             extra = filter(is_known_extra, state)
             check_tensors(path, state, shapes | dict.fromkeys(extra, (self.args.head_dim // 2,)))
-        extra = filter(is_known_extra, self._states[0])
-        self.names = [*shapes, *(name for name in extra if all(name in state for state in self._states))]
-        for name in self.names:
+        shared = (name for name in filter(is_known_extra, states[0]) if all(name in state for state in states))
+        self._parts = {name: [state[name] for state in states] for name in [*shapes, *shared]}
+        self._page_release = [page_release(path) for path in self.paths]
+        self._last: list[Tensor] = []  # the parts that were read last
+        for name in self._parts:
             self._check_agreement(name)
-        parts = {name: [state[name].to("meta") for state in self._states] for name in self.names}
-        self.layout = {name: join_tensor(name, tensors) for name, tensors in parts.items()}
+        meta = {name: [part.to("meta") for part in parts] for name, parts in self._parts.items()}
+        self.layout = {name: join_tensor(name, parts) for name, parts in meta.items()}
 
     def whole(self, name: str) -> Tensor:
         """The tensor `name`, joined from all files; with a single file, a view of the mapped file."""
@@ -71,12 +70,12 @@ class ShardedCheckpoint:
         """
         for release, part in zip(self._page_release, self._last, strict=False):
             release(part)
-        self._last = [state[name] for state in self._states]
+        self._last = self._parts[name]
         return self._last
 
     def _check_agreement(self, name: str) -> None:
         """Checks that all files hold `name` in one dtype and, where each holds all of it, with the same bits."""
-        first, others = self._states[0][name], [state[name] for state in self._states[1:]]
+        first, *others = self._parts[name]
         for path, other in zip(self.paths[1:], others, strict=True):
             if other.dtype != first.dtype:
                 raise ValueError(

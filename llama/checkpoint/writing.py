@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -49,7 +48,6 @@ class TensorFile:
     Ctrl-C ends the program soon.
 
     Args:
-        path: the file.
         offsets: start of each tensor's bytes.
         checksum_offsets: places of the CRC-32 of each tensor's bytes, in formats that have one.
     """
@@ -68,9 +66,7 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._flusher.shutdown()
         os.close(self._descriptor)
         if kind is None:
@@ -216,11 +212,7 @@ def copy_side_files(source: Path, folder: Path) -> None:
 
 
 def write_checklist(folder: Path, progress: Callable[[int], None]) -> None:
-    """Lists the MD5 sums of a checkpoint's files in `checklist.chk`, as Meta does.
-
-    Args:
-        progress: called with the number of bytes read.
-    """
+    """Lists the MD5 sums of a checkpoint's files in `checklist.chk`, as Meta does; tells `progress` the bytes read."""
     listed = [folder / "params.json", *sorted(folder.glob("*.pth"))]
     lines = [f"{md5_of(path, progress)}  {path.name}\n" for path in listed]
     (folder / CHECKLIST).write_text("".join(lines), encoding="utf-8")

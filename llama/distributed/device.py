@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from llama.distributed.groups import local_rank, local_world_size, world_size
 from llama.errors import quote
+from llama.layers.kernels import duration
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _OWN_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -54,15 +55,13 @@ def select_device(requested: str | torch.device | None) -> torch.device:
             requested = "mps" if torch.backends.mps.is_available() and world_size() == 1 else "cpu"
     try:
         device = torch.device(requested)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', got {requested!r}") from error
-    if device.type == "cuda":
-        return _cuda_device(device)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', got {requested!r}")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device must be available on this machine and in this torch, got 'mps'; use device='cpu'")
-    if device.type not in ("cpu", "mps"):
-        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', got {requested!r}")
-    return device
+    return _cuda_device(device) if device.type == "cuda" else device
 
 
 def _cuda_device(device: torch.device) -> torch.device:
@@ -156,12 +155,7 @@ def _gains_from_threads(weight: Tensor | None) -> bool:
 
 def _fastest_product(x: Tensor, weight: Tensor) -> float:
     """Return the seconds of one product, as the minimum of several."""
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        linear(x, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(duration(partial(linear, x, weight)) for _ in range(20))
 
 
 class AdaptiveThreads:

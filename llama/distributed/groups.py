@@ -11,8 +11,8 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -29,7 +29,6 @@ from llama.errors import RankError
 
 T = TypeVar("T")
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_LOADING_TIMEOUT_S = 2 * 3600.0  # for all ranks to load their shards, which may come over a slow network
 _groups_lock = threading.Lock()
 _locksteps: WeakKeyDictionary[dist.ProcessGroup, Lockstep] = WeakKeyDictionary()  # of all ranks, by their group
 _lockstep_numbers = itertools.count()  # give each lockstep its own keys in the store
@@ -205,11 +204,8 @@ def _default_group() -> dist.ProcessGroup:
 
 
 def _new_lockstep(store: Store, rank: int, size: int) -> Lockstep:
-    """Join the lockstep of all ranks; wait until all of them have started."""
-    keys = PrefixStore(f"llama/{next(_lockstep_numbers)}", store)
-    lockstep = Lockstep(keys, rank, size, _rank_timeout())
-    lockstep.arrive()
-    return lockstep
+    """Join the lockstep of all ranks; wait until all of them have."""
+    return Lockstep(PrefixStore(f"llama/{next(_lockstep_numbers)}", store), rank, size, _rank_timeout())
 
 
 def _ranks_in_lockstep() -> Lockstep | None:
@@ -266,14 +262,6 @@ def rank_errors() -> AbstractContextManager[None]:
     return lockstep.guard(_close_model_parallel_groups) if lockstep else nullcontext()
 
 
-@contextmanager
-def loading_together(call: object) -> Iterator[None]:
-    """Context manager for loading this rank's shard: RankError on all ranks if one fails, or builds by another call."""
-    with rank_errors():
-        yield
-    compare_calls(call, timeout_s=_LOADING_TIMEOUT_S)
-
-
 def report_to_launcher(error: Exception) -> bool:
     """Record the exception that is being handled for torchrun's report; return False if torchrun does not run this."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
@@ -293,8 +281,8 @@ def model_parallel_size() -> int:
 
 
 def model_parallel_rank() -> int:
-    """Return this process's rank in its model-parallel group."""
-    return int(parallel.get_model_parallel_rank())
+    """Return this process's rank in its model-parallel group; 0 if there is none."""
+    return int(parallel.get_model_parallel_rank()) if parallel.model_parallel_is_initialized() else 0
 
 
 def broadcast_from_first(tensor: Tensor) -> Tensor:
@@ -316,11 +304,6 @@ def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     counts = torch.tensor([int(flag) for flag in flags], device=device)
     dist.all_reduce(counts, group=parallel.get_model_parallel_group())
     return [count > 0 for count in counts.tolist()]
-
-
-def is_first_of_group() -> bool:
-    """Return whether this process is the first rank of its model-parallel group."""
-    return model_parallel_size() == 1 or model_parallel_rank() == 0
 
 
 def broadcast_flag(flag: bool, *, stream: int = 0) -> bool:

@@ -11,17 +11,18 @@ import socket
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from llama.errors import RankError
 
+T = TypeVar("T")
 REFUSED = "refused"
 TIMEOUT_VARIABLE = "LLAMA_RANK_TIMEOUT"
 _SPIN_S = 0.002  # a waiting rank polls without sleeping for this long
@@ -33,7 +34,7 @@ _COMMUNICATION = ("gloo", "NCCL", "Connection closed", "Connection reset", "pair
 
 
 class Lockstep:
-    """Synchronizes this rank with the others. Not thread-safe.
+    """Synchronizes this rank with the others, for which the constructor waits. Not thread-safe.
 
     Args:
         store: a key-value store that all ranks can reach, used for nothing else.
@@ -50,12 +51,8 @@ class Lockstep:
         self._world = range(world_size)
         self._timeout_s = timeout_s
         self._exchanges: Counter[str] = Counter()
-
-    def arrive(self) -> None:
-        """Waits until all ranks have arrived."""
-        self._store.set(f"process/{self._rank}", _describe_process(os.getpid()))
-        keys = {rank: f"process/{rank}" for rank in self._world}
-        self._wait(keys, self._timeout_s, "start")
+        store.set(f"process/{rank}", _describe_process(os.getpid()))
+        self._wait({other: f"process/{other}" for other in self._world}, timeout_s, "start")
 
     def leave(self) -> None:
         """Tells the other ranks that this one makes no more calls. To be called when the process exits.
@@ -64,9 +61,8 @@ class Lockstep:
         """
         try:
             self._store.set(f"left/{self._rank}", "")
-            deadline = time.monotonic() + _LINGER_S
-            while self._rank == 0 and time.monotonic() < deadline and not all(map(self._has_ended, self._world[1:])):
-                time.sleep(0.02)
+            if self._rank == 0:
+                _poll(lambda: all(map(self._has_ended, self._world[1:])), _LINGER_S)
         except RuntimeError:  # the process that hosts the store has already ended
             return
 
@@ -102,8 +98,7 @@ class Lockstep:
     def compare_calls(self, call: object, groups: Sequence[Sequence[int]], timeout_s: float | None = None) -> None:
         """Raises RankError on all ranks unless all of them make the same call: see `groups.compare_calls`.
 
-        Args:
-            groups: this rank's model-parallel group; with replicas, also the ranks that hold the same shard.
+        `groups` are this rank's model-parallel group and, with replicas, the ranks that hold the same shard.
         """
         error = ""
         value = REFUSED if call is None else f"{_name(call)} {_digest(call)}"
@@ -137,11 +132,7 @@ class Lockstep:
 
     @contextmanager
     def guard(self, close_groups: Callable[[], None]) -> Iterator[None]:
-        """Context manager of `groups.rank_errors`.
-
-        Args:
-            close_groups: closes this rank's connections, so that no other rank keeps waiting on them.
-        """
+        """Context manager of `groups.rank_errors`; `close_groups` closes the connections that others may wait on."""
         self.check()
         try:
             yield
@@ -187,10 +178,11 @@ class Lockstep:
                 return f"rank {rank} failed: {self._store.get(key).decode().partition(' ')[2]}"
         return None
 
-    def _ended(self, missing: Sequence[int], keys: dict[int, str]) -> str | None:
-        """Names the missing ranks that have ended without setting their key; None if there are none."""
-        ended = [rank for rank in missing if self._has_ended(rank) and not self._store.check([keys[rank]])]
-        return f"{_ranks(ended)} ended" if ended else None
+    def _ended(self, ranks: Sequence[int], keys: Mapping[int, str] = {}) -> str | None:
+        """Names the ranks that have ended without setting their key, if they have one; None if there are none."""
+        gone = [rank for rank in ranks if self._has_ended(rank)]
+        gone = [rank for rank in gone if rank not in keys or not self._store.check([keys[rank]])]
+        return f"{_ranks(gone)} ended" if gone else None
 
     def _has_ended(self, rank: int) -> bool:
         if self._store.check([f"left/{rank}"]):
@@ -199,17 +191,11 @@ class Lockstep:
 
     def _find_reason(self) -> str | None:
         """Finds out why a connection broke, waiting until a rank posts a reason or ends; None if none does in time."""
-        deadline = time.monotonic() + _GRACE_S + 1
+        others = [rank for rank in self._world if rank != self._rank]
         try:
-            while time.monotonic() < deadline:
-                others = [rank for rank in self._world if rank != self._rank]
-                ended = [rank for rank in others if self._has_ended(rank)]
-                if reason := self._posted() or (f"{_ranks(ended)} ended" if ended else None):
-                    return reason
-                time.sleep(0.1)
+            return _poll(lambda: self._posted() or self._ended(others), _GRACE_S + 1)
         except RuntimeError:
             return _STORE_ENDED
-        return None
 
     def _all_failed_alike(self, error: Exception) -> bool:
         """Whether all ranks raise the same type of error at the same place."""
@@ -218,14 +204,11 @@ class Lockstep:
         number = self._exchanges["errors"]
         self._exchanges["errors"] += 1
         keys = [f"errors/{number}/{rank}" for rank in self._world]
-        deadline = time.monotonic() + _GRACE_S
         try:
             self._store.set(keys[self._rank], f"{place} {_short(error)}")
-            while not self._store.check(keys):
-                if time.monotonic() > deadline or self._posted():
-                    return False
-                time.sleep(0.05)
-            return {text.decode().split()[0] for text in self._store.multi_get(keys)} == {place}
+            _poll(lambda: self._store.check(keys) or self._posted(), _GRACE_S)
+            errors = self._store.multi_get(keys) if self._store.check(keys) else [b""]
+            return all(text.decode().startswith(f"{place} ") for text in errors)
         except RuntimeError:
             return False
 
@@ -234,6 +217,14 @@ class Lockstep:
 
     def _posted(self) -> str | None:
         return self._store.get("failure").decode() if self._store.check(["failure"]) else None
+
+
+def _poll(condition: Callable[[], T], seconds: float) -> T:
+    """What the condition returns, as soon as that is true or the time is over."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return result
 
 
 def _difference(values: dict[int, str], rank: int, call: object) -> str:
@@ -276,34 +267,27 @@ def _is_communication_error(error: Exception) -> bool:
 
 
 def _describe_process(pid: int) -> str:
-    """Identifies a process by machine, pid and start time, so that others on the machine can see whether it runs."""
-    return f"{_machine()}|{pid}|{_started(pid)}"
+    """Identifies a process by its machine and PID namespace (containers differ in it), its number and start time."""
+    try:
+        machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        machine = socket.gethostname()
+    return f"{machine}|{pid}|{_started(pid)}"
 
 
 def _is_running(process: str) -> bool:
     """Whether the process that `_describe_process` identified is running; assumed to be if on another machine."""
-    machine, pid, started = process.split("|")
-    return machine != _machine() or _started(int(pid)) == started
-
-
-def _machine() -> str:
-    """Identifies this machine and PID namespace (which differs between containers)."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
+    machine, pid, _ = process.split("|")
+    now = _describe_process(int(pid))
+    return now == process or not now.startswith(f"{machine}|")
 
 
 def _started(pid: int) -> str:
     """Start time of a process on this machine, as a string to compare; "" if it is not running."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state in "ZX" else fields[18]
-    except OSError:
+    with suppress(OSError):
         if Path("/proc/self/stat").exists():
-            return ""
-    try:
+            state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return "" if state in "ZX" else fields[18]
         os.kill(pid, 0)
-    except OSError:
-        return ""
-    return "running"
+        return "running"
+    return ""

@@ -275,7 +275,7 @@ class _InLockstep:
 
     def close(self) -> None:
         """Ends the stream: on all ranks if called on the first one, else after it has ended there."""
-        if groups.is_first_of_group() and not self._is_finished:
+        if groups.model_parallel_rank() == 0 and not self._is_finished:
             with groups.rank_errors():
                 self._is_finished = not groups.broadcast_flag(False, stream=self._number)
         while not self._is_finished:

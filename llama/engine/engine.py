@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint.memory import out_of_memory
+from llama.checkpoint.memory import MemoryPlan, out_of_memory
 from llama.distributed.device import AdaptiveThreads, pause_workers, to_device
 from llama.distributed.groups import model_parallel_size, on_any_rank
 from llama.engine.cuda_graphs import Stepper
@@ -414,8 +414,8 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         """Ends the calls in the pass that failed; or of all running sequences, or of the first one that waits."""
         if isinstance(error, torch.OutOfMemoryError):
-            model, mp = self.model, model_parallel_size()
-            error = out_of_memory(error, ModelArgs.of(model.params), mp, dtype_of(model), str(device_of(model)))
+            plan = MemoryPlan(ModelArgs.of(self.model.params), model_parallel_size(), dtype_of(self.model))
+            error = out_of_memory(error, plan, str(device_of(self.model)))
         for sequence in self._batch or self._rows.running or list(self._waiting)[:1]:
             if not sequence.is_finished:
                 sequence.call.abort(error)

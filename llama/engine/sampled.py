@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama.distributed.device import to_device, to_host
-from llama.distributed.groups import broadcast_from_first, is_first_of_group, model_parallel_size
+from llama.distributed.groups import broadcast_from_first, model_parallel_rank, model_parallel_size
 from llama.engine.sampling import logprobs_of
 from llama.engine.sequence import Sequence, TokenResult
 
@@ -60,7 +60,7 @@ class SampledTokens:
             logits = torch.cat([row[:n] for row, n in zip(logits, n_positions, strict=True)])
         steps = [(s, s.n_generated + ahead + i) for s, n in zip(sequences, n_positions, strict=True) for i in range(n)]
         raw = logits
-        if any(sequence.process for sequence in sequences) and is_first_of_group():
+        if any(sequence.process for sequence in sequences) and model_parallel_rank() == 0:
             logits = _processed(logits, sequences, n_positions)
         # The flag travels with the tokens, to save a synchronization. A mask may have put -inf, but not everywhere.
         is_finite = _of_words(logits, sequences).amax(-1).isfinite()

@@ -136,21 +136,20 @@ class KVCache(nn.Module):
         if cache is None:
             setattr(self, name, None)
             return
+        _, n_kv_heads, n_positions, head_dim = self.shape
+        sizes = (n_positions - SPARE_POSITIONS, n_kv_heads, head_dim)
+        if cache.dim() != 4 or cache.shape[1:] != sizes:
+            shape = ", ".join(map(str, ("max_batch_size", *sizes)))
+            raise ValueError(f"the cache must have shape ({shape}), got {tuple(cache.shape)}")
         buffer = getattr(self, name)
-        if buffer is None:
+        if buffer is not None:
+            current = with_metas_axes(buffer)
+            if cache.data_ptr() == current.data_ptr() and cache.stride() == current.stride():
+                return  # `self.cache_k = self.cache_k.to(x)`, as in Meta's code, with nothing to convert
+        if buffer is None or (len(cache), cache.dtype, cache.device) != (len(buffer), buffer.dtype, buffer.device):
+            self.shape = (len(cache), n_kv_heads, n_positions, head_dim)
             with torch.inference_mode(False):
                 buffer = torch.zeros(self.shape, dtype=cache.dtype, device=cache.device)
-        current = with_metas_axes(buffer)
-        if cache.dim() != 4 or cache.shape[1:] != current.shape[1:]:
-            sizes = ", ".join(map(str, current.shape[1:]))
-            raise ValueError(f"the cache must have shape (max_batch_size, {sizes}), got {tuple(cache.shape)}")
-        if cache.data_ptr() == current.data_ptr() and cache.stride() == current.stride():
-            return  # `self.cache_k = self.cache_k.to(x)`, as in Meta's code, with nothing to convert
-        if (len(cache), cache.dtype, cache.device) != (len(current), current.dtype, current.device):
-            self.shape = (len(cache), *self.shape[1:])
-            with torch.inference_mode(False):
-                buffer = torch.zeros(self.shape, dtype=cache.dtype, device=cache.device)
-        if buffer is not getattr(self, name):
             setattr(self, name, buffer)
         with_metas_axes(buffer).copy_(cache.detach())
 

@@ -23,16 +23,12 @@ _PROBED_ROWS = (32, 64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """A weight as int4 numbers, for `int4_linear`. See `quantize_int4`.
+    """A weight as int4 numbers, for `int4_linear`. See `quantize_int4`."""
 
-    Attributes:
-        packed: (out, in / 2) uint8, the numbers in blocks of 64 outputs. In a block, 32 bytes hold an input's numbers
-            for the first 32 outputs, in their low halves, and for the other 32.
-        scales_and_zeros: (in / 32, out, 2) bfloat16.
-    """
-
+    # (out, in / 2) uint8, in blocks of 64 outputs: 32 bytes hold an input's numbers for the first 32 outputs in their
+    # low halves, and those for the other 32 in their high ones.
     packed: Tensor
-    scales_and_zeros: Tensor
+    scales_and_zeros: Tensor  # (in / 32, out, 2) bfloat16
 
 
 def suits_int4(n_out: int, n_in: int) -> bool:

@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -29,28 +29,12 @@ _NO_ZERO_POINT = torch.zeros(1, dtype=torch.int64, device="cpu")  # of symmetric
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which of several equal products is the fastest on this processor. See `measure_kernels`.
+    """Which of several equal products is the fastest on this processor. See `measure_kernels`, `int4.measure_int4`."""
 
-    Attributes:
-        pads_one: whether the packed product takes one row as `PADDED_ROWS`, on processors where it reads weights
-            faster for several rows.
-        pads_few: likewise two or three rows.
-        packs_one_row: whether the packed product of one row is faster than the unpacked one.
-        dequantized_rows: from how many rows on products with int4 weights are faster with these dequantized; None
-            for no number of rows. See `int4.measure_int4`.
-    """
-
-    pads_one: bool = False
-    pads_few: bool = False
-    packs_one_row: bool = False
-    dequantized_rows: int | None = None
-
-    def __str__(self) -> str:
-        """The choices in words, for the log."""
-        padding = {(True, True): "up to three rows", (True, False): "one row", (False, True): "two or three rows"}
-        padded = padding.get((self.pads_one, self.pads_few), "no rows")
-        one_row = "packed" if self.packs_one_row else "unpacked"
-        return f"packed products pad {padded} to {PADDED_ROWS}; the fastest for one row is {one_row}"
+    pads_one: bool = False  # the packed product takes one row as PADDED_ROWS: some processors read weights faster then
+    pads_few: bool = False  # likewise two or three rows
+    packs_one_row: bool = False  # the packed product of one row is faster than the unpacked one
+    dequantized_rows: int | None = None  # from so many rows on, products with dequantized int4 weights are; None: never
 
 
 DEFAULT_KERNELS = Kernels()
@@ -91,17 +75,11 @@ def row_bucket(n_rows: int) -> int:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight as int8 numbers with one scale per output channel, for `quantized_linear`. See `quantize_weight`.
+    """A weight as int8 numbers with one scale per output channel, for `quantized_linear`. See `quantize_weight`."""
 
-    Attributes:
-        blocked: the numbers, in oneDNN's blocked layout: opaque.
-        scales: (out,) float32.
-        rotation: (block, block) float32, for each block of the inputs.
-    """
-
-    blocked: Tensor
-    scales: Tensor
-    rotation: Tensor
+    blocked: Tensor  # the numbers, in oneDNN's blocked layout: opaque
+    scales: Tensor  # (out,) float32
+    rotation: Tensor  # (block, block) float32, for each block of the inputs
 
 
 def quantize_weight(weight: Tensor, scratch: Tensor | None = None) -> QuantizedWeight:
@@ -165,32 +143,27 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     n_rows, n_in = rows.shape
     at_once = max(1, QUANTIZED_ELEMENTS * torch.get_num_threads() // n_in)
     if n_rows <= at_once:
-        rounded, peaks = _rotated_and_rounded(rows, weight.rotation)
-        quantized = rounded.to(torch.int8)
-        if (padded := row_bucket(n_rows)) != n_rows:
-            quantized = F.pad(quantized, (0, 0, 0, padded - n_rows))
+        quantized, peaks = _quantized_rows(rows, weight.rotation)
     else:
-        quantized = torch.empty((row_bucket(n_rows), n_in), dtype=torch.int8, device="cpu")
-        peaks = torch.empty((n_rows, 1), dtype=torch.float32, device="cpu")
-        for first in range(0, n_rows, at_once):
-            part = slice(first, min(first + at_once, n_rows))
-            rounded, peaks[part] = _rotated_and_rounded(rows[part], weight.rotation)
-            quantized[part] = rounded
+        parts = [_quantized_rows(part, weight.rotation) for part in rows.split(at_once)]
+        quantized, peaks = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if (padded := row_bucket(n_rows)) != n_rows:
+        quantized = F.pad(quantized, (0, 0, 0, padded - n_rows))
     out = onednn_int8_linear(quantized.view(torch.uint8), weight.blocked, weight.scales)[:n_rows]
     return out.mul_(peaks).to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def _rotated_and_rounded(rows: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row (n, in), rotated, as uint8 numbers around 128, and its peak (n, 1), which 127 stands for.
+def _quantized_rows(rows: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row (n, in), rotated, as int8 numbers whose bits are uint8 around 128, and its peak (n, 1), which 127 is.
 
-    The numbers are the low bits of the returned int32. Converted to int8 and seen as uint8 they are what they should
-    be; to uint8 itself takes five times as long.
+    The numbers are the low bits of an int32. Converted to uint8 itself they would take five times as long.
     """
     rotated = (rows.reshape(-1, rotation.size(0)).float() @ rotation).view(rows.shape)
     peaks = rotated.abs().amax(-1, keepdim=True)
     # Adding 1.5 * 2^23 rounds to whole numbers, and leaves them in the low bits; adding 128 more is the zero point. A
     # row of zeros is not a number here, and becomes any uint8; its peak makes the products 0.
-    return torch.add(_ROUNDING, rotated.div_(peaks), alpha=127, out=rotated).view(torch.int32), peaks
+    rounded = torch.add(_ROUNDING, rotated.div_(peaks), alpha=127, out=rotated).view(torch.int32)
+    return rounded.to(torch.int8), peaks
 
 
 def onednn_int8_linear(x: Tensor, blocked: Tensor, scales: Tensor) -> Tensor:
@@ -204,16 +177,14 @@ def onednn_int8_linear(x: Tensor, blocked: Tensor, scales: Tensor) -> Tensor:
     return out
 
 
-def _rotation(n_in: int) -> Tensor:
-    """What `n_in` inputs are rotated by, block after block."""
-    return _hadamard(math.gcd(n_in, _MOST_ROTATED))
-
-
 @cache
-def _hadamard(size: int) -> Tensor:
-    """The symmetric Hadamard matrix of a power of two: entries 1 and -1, its square is `size` times the identity."""
+def _rotation(n_in: int) -> Tensor:
+    """What `n_in` inputs are rotated by, block after block: a symmetric Hadamard matrix, of entries 1 and -1.
+
+    Its square is its size, a power of two, times the identity.
+    """
     matrix = torch.ones((1, 1), dtype=torch.float32, device="cpu")
-    while len(matrix) < size:
+    while len(matrix) < math.gcd(n_in, _MOST_ROTATED):
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix
 
@@ -288,17 +259,13 @@ def measure_kernels(weights: Iterable[Tensor], dtype: torch.dtype, *, packed_onl
     blocked = [pack_weight(weight) for weight in sample]
     rows = torch.zeros((2, sample[0].size(1)), dtype=dtype)
 
-    def packed(n_rows: int, pads: bool) -> Callable[[], None]:
+    def packed(n_rows: int, pads: bool) -> Callable[[], object]:
         kernels = Kernels(pads_one=pads, pads_few=pads)
-        return partial(_for_each, blocked, partial(packed_linear, rows[:n_rows], kernels=kernels))
+        return lambda: [packed_linear(rows[:n_rows], weight, kernels) for weight in blocked]
 
-    kernels = Kernels(
-        pads_one=_is_faster(packed(1, True), packed(1, False)), pads_few=_is_faster(packed(2, True), packed(2, False))
-    )
-    if packed_only:
-        return kernels
-    plain = partial(_for_each, sample, partial(F.linear, rows[:1]))
-    return replace(kernels, packs_one_row=_is_faster(packed(1, kernels.pads_one), plain))
+    one, few = (_is_faster(packed(n_rows, True), packed(n_rows, False)) for n_rows in (1, 2))
+    faster = not packed_only and _is_faster(packed(1, one), lambda: [F.linear(rows[:1], weight) for weight in sample])
+    return Kernels(pads_one=one, pads_few=few, packs_one_row=faster)
 
 
 def _sample(weights: Iterable[Tensor]) -> list[Tensor]:
@@ -311,12 +278,7 @@ def _sample(weights: Iterable[Tensor]) -> list[Tensor]:
     return most[: max(1, _PROBE_BYTES // (2 * shape.numel()))]
 
 
-def _for_each(weights: Iterable[Tensor], product: Callable[[Tensor], Tensor]) -> None:
-    for weight in weights:
-        product(weight)
-
-
-def _is_faster(work: Callable[[], None], other: Callable[[], None]) -> bool:
+def _is_faster(work: Callable[[], object], other: Callable[[], object]) -> bool:
     return median_ratio(work, other) < _CLEARLY
 
 

@@ -14,22 +14,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
+from fairscale.nn.model_parallel import mappings
 from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
-from fairscale.nn.model_parallel.mappings import (
-    copy_to_model_parallel_region,
-    gather_from_model_parallel_region,
-    reduce_from_model_parallel_region,
-    scatter_to_model_parallel_region,
-)
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,24 +88,19 @@ class PackedParameter(nn.Parameter):
         return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
 
 
-def _handing_out(name: str) -> Callable[..., Any]:
-    def hand_out(self: PackedParameter, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._plain(), name)(*args, **kwargs)
-
-    return hand_out
+def _hand_out(parameter: PackedParameter, method: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(parameter._plain(), method)(*args, **kwargs)
 
 
 for _name in ("numpy", "__array__", "__dlpack__", "storage", "untyped_storage", "share_memory_"):
-    setattr(PackedParameter, _name, _handing_out(_name))
+    setattr(PackedParameter, _name, partialmethod(_hand_out, _name))
 
 
 class _Packed:
     """A weight in a blocked layout: bfloat16 (opaque: no operation but the packed product takes it), int8 or int4.
 
     Args:
-        weight: the parameter that it was made from.
-        scales: the weight's own scales, if that is quantized itself.
-        form: the blocked weight.
+        weight, scales: what it was made from; scales only if that is quantized itself.
         dtype: of the products.
     """
 
@@ -129,9 +119,7 @@ class _Packed:
         if weight.dtype is not torch.int8:
             return True
         scales = layer.scales
-        return scales is self._scales and (
-            scales is None or (type(scales) is PackedParameter and scales._version == self._scales_version)
-        )
+        return scales is self._scales and type(scales) is PackedParameter and scales._version == self._scales_version
 
     def product(self, x: Tensor, kernels: Kernels) -> Tensor | None:
         """x (..., in) times the weight, transposed; None where the form is not for the dtype of x."""
@@ -192,8 +180,9 @@ class _OwnsPackedForm(nn.Module):
         if packed is None or packed.is_of(weight, self):
             return packed
         self._packed = None
-        if weight.dtype == packed.dtype and self.scales is None:  # fairscale's layers do not convert their weight
-            _disown(self)
+        kind = _ORIGINALS.get(type(self))
+        if kind and weight.dtype == packed.dtype and self.scales is None:  # fairscale's do not convert their weight
+            _disown(self, kind)
         logger.info("a packed weight was changed, or its memory handed out; its layer computes unpacked from now on")
         return None
 
@@ -221,10 +210,9 @@ class _OwnsPackedForm(nn.Module):
             form = quantize_weight(weight, scratch)
         else:
             values = weight.detach()
-            if values.dtype != dtype:
-                new = torch.empty_like(values, dtype=dtype) if scratch is None else scratch[: values.numel()]
-                values = new.view(values.shape).copy_(values)
-            form = pack_weight(values)
+            if values.dtype != dtype and scratch is not None:
+                values = scratch[: values.numel()].view(values.shape).copy_(values)
+            form = pack_weight(values.to(dtype))
         self._packed = _Packed(weight, scales, form, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -238,8 +226,8 @@ class ColumnParallelLinear(_OwnsPackedForm, fairscale_layers.ColumnParallelLinea
     def forward(self, x: Tensor) -> Tensor:
         if self.model_parallel_size == 1:
             return self.linear(x, self.bias)
-        out = self.linear(copy_to_model_parallel_region(x), self.bias)
-        return cast(Tensor, gather_from_model_parallel_region(out)) if self.gather_output else out
+        out = self.linear(mappings.copy_to_model_parallel_region(x), self.bias)
+        return cast(Tensor, mappings.gather_from_model_parallel_region(out)) if self.gather_output else out
 
 
 class RowParallelLinear(_OwnsPackedForm, fairscale_layers.RowParallelLinear):  # type: ignore[misc]
@@ -248,46 +236,36 @@ class RowParallelLinear(_OwnsPackedForm, fairscale_layers.RowParallelLinear):  #
     def forward(self, x: Tensor) -> Tensor:
         if self.model_parallel_size == 1:
             return self.linear(x, self.bias)
-        part = x if self.input_is_parallel else scatter_to_model_parallel_region(x)
-        out: Tensor = reduce_from_model_parallel_region(self.linear(part))
+        part = x if self.input_is_parallel else mappings.scatter_to_model_parallel_region(x)
+        out: Tensor = mappings.reduce_from_model_parallel_region(self.linear(part))
         return out if self.bias is None else out + self.bias
 
 
 class _ParallelEmbedding(fairscale_layers.ParallelEmbedding):  # type: ignore[misc]
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(
-            tokens,
-            self.weight,
-            self.padding_idx,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.sparse,
-        )
+        options = self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+        return F.embedding(tokens, self.weight, *options)
 
 
 _OWNERS: dict[type[nn.Module], type[nn.Module]] = {
     fairscale_layers.ColumnParallelLinear: ColumnParallelLinear,
     fairscale_layers.RowParallelLinear: RowParallelLinear,
 }
+_ORIGINALS = {owner: kind for kind, owner in _OWNERS.items()}
 
 
-def own(layer: nn.Module) -> None:
+def own(layer: nn.Module, owners: Mapping[type[nn.Module], type[nn.Module]] = _OWNERS) -> None:
     """Makes a layer of fairscale's own class one that can own a form of its weight."""
-    owner = _OWNERS.get(type(layer))
+    owner = owners.get(type(layer))
     if owner is not None:
         layer.model_parallel_size = get_model_parallel_world_size()
         layer.register_parameter("scales", None)
         layer.__class__ = owner
 
 
-def _disown(layer: nn.Module) -> None:
-    """Makes a layer one of fairscale's own class again, unless it is of a class derived from ours."""
-    for kind, owner in _OWNERS.items():
-        if type(layer) is owner:
-            layer._parameters.pop("scales", None)
-            layer.__class__ = kind
-            return
+def _disown(layer: nn.Module, kind: type[nn.Module]) -> None:
+    layer._parameters.pop("scales", None)
+    layer.__class__ = kind
 
 
 @contextmanager
@@ -296,49 +274,24 @@ def without_autograd_functions(module: nn.Module) -> Iterator[None]:
 
     These are identities there, but `torch.func` and `torch.export` do not take them.
     """
-    classes = {**_OWNERS, fairscale_layers.ParallelEmbedding: _ParallelEmbedding}
+    owners = {**_OWNERS, fairscale_layers.ParallelEmbedding: _ParallelEmbedding}
     alone = get_model_parallel_world_size() == 1 and not torch.compiler.is_dynamo_compiling()
-    layers = [(layer, type(layer)) for layer in module.modules() if alone and type(layer) in classes]
+    layers = [(layer, type(layer)) for layer in module.modules() if alone and type(layer) in owners]
     try:
-        for layer, kind in layers:
-            if kind in _OWNERS:
-                own(layer)
-            else:
-                layer.__class__ = classes[kind]
+        for layer, _ in layers:
+            own(layer, owners)
         yield
     finally:
         for layer, kind in layers:
-            layer.__class__ = kind
-            layer._parameters.pop("scales", None)
+            _disown(layer, kind)
 
 
-def column_parallel(cls: Any, in_features: int, out_features: int, *, gather_output: bool = False) -> Any:
-    """A layer without bias whose outputs stay split unless gathered; its weight is undefined until it is loaded.
-
-    Args:
-        cls: the class, with the constructor of fairscale's.
-    """
-    layer = cls(in_features, out_features, bias=False, gather_output=gather_output, init_method=leave_undefined)
-    return _prepared(layer, f"{in_features}, {out_features}, gather_output={gather_output}")
-
-
-def row_parallel(cls: Any, in_features: int, out_features: int) -> Any:
-    """A layer without bias whose inputs come split already; its weight is undefined until it is loaded."""
-    layer = cls(in_features, out_features, bias=False, input_is_parallel=True, init_method=leave_undefined)
-    return _prepared(layer, f"{in_features}, {out_features}")
-
-
-def parallel_embedding(cls: Any, num_embeddings: int, embedding_dim: int) -> Any:
-    """An embedding of undefined weight, split along `embedding_dim`."""
-    return _prepared(
-        cls(num_embeddings, embedding_dim, init_method=leave_undefined), f"{num_embeddings}, {embedding_dim}"
-    )
-
-
-def _prepared(layer: nn.Module, sizes: str) -> nn.Module:
-    """The layer, which can then load a quantized weight; its repr has the sizes, which fairscale's lacks."""
+def sharded(cls: Any, n_in: int, n_out: int, **options: Any) -> Any:
+    """A layer of one of fairscale's classes; its weight is undefined until it is loaded, and may be quantized then."""
+    layer = cls(n_in, n_out, init_method=lambda weight: weight, **options)
     layer.register_load_state_dict_pre_hook(_prepare_load)
-    layer.extra_repr = partial(str, sizes)  # type: ignore[method-assign]  # can be pickled
+    shown = [f"gather_output={options['gather_output']}"] if "gather_output" in options else []
+    layer.extra_repr = partial(str, ", ".join([str(n_in), str(n_out), *shown]))  # fairscale's lacks the sizes
     return layer
 
 
@@ -361,11 +314,6 @@ def _prepare_load(
         own(layer)
         if layer._parameters.get("scales") is None:
             layer._parameters["scales"] = nn.Parameter(torch.empty_like(scales), requires_grad=False)
-
-
-def leave_undefined(weight: Tensor) -> Tensor:
-    """An initializer for fairscale's layers that does nothing."""
-    return weight
 
 
 def packable_layers(module: nn.Module) -> list[_OwnsPackedForm]:
@@ -400,10 +348,6 @@ def pack_layers(
             release(layer.weight.detach())
 
     n_threads = torch.get_num_threads()
-    if n_threads == 1:
-        for layer in layers:
-            pack(layer)
-        return
     pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
         for _ in pool.map(pack, layers):

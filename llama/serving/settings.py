@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from bisect import bisect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama import Llama, Tokenizer
 from llama.checkpoint.loading import choose_quantize
-from llama.checkpoint.memory import available_memory, largest, plan_memory
+from llama.checkpoint.memory import MemoryPlan, available_memory
 from llama.checkpoint.reading import list_shards, model_args
 from llama.checkpoint.releases import TRAINED_SEQ_LEN, find_release, trained_seq_len
 from llama.distributed import groups
@@ -147,14 +148,11 @@ def _choose_context(ckpt_dir: str, tokenizer_path: str, max_batch_size: int, bui
     trained = min(map(trained_seq_len, networks))
     memory = int(_USED_MEMORY * available_memory(device) / processes_on(device))
 
-    def fits(n: int) -> bool:
-        plans = (
-            plan_memory(replace(args, max_seq_len=n), size, dtype, quantize=form)
-            for args, form in zip(networks, forms, strict=True)
-        )
-        return sum(plan.total for plan in plans) <= memory
+    def total(n: int) -> int:
+        sizes = (replace(args, max_seq_len=n) for args in networks)
+        return sum(MemoryPlan(args, size, dtype, form).total for args, form in zip(sizes, forms, strict=True))
 
-    chosen = largest(trained, fits) or trained  # if nothing fits, `build` says so
+    chosen = bisect(range(1, trained + 1), memory, key=total) or trained  # if nothing fits, `build` says so
     if groups.world_size() > 1:
         chosen = groups.broadcast_object(chosen)
     if groups.is_first_rank():

@@ -32,7 +32,7 @@ from llama.checkpoint.huggingface import (
     to_half_split,
     to_interleaved,
 )
-from llama.checkpoint.reading import check_range, magnitude, narrows
+from llama.checkpoint.reading import check_range, magnitude
 from llama.checkpoint.releases import TRAINED_SEQ_LEN
 from llama.checkpoint.sharded import ShardedCheckpoint, same_bits
 from llama.checkpoint.writing import TensorFile, lay_out_safetensors, write_shards
@@ -173,8 +173,8 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The tensor in `dtype`, or in its own if that is None."""
     if dtype is None:
         return tensor
-    if not tensor.is_meta and narrows(tensor, dtype):
-        check_range({name: magnitude(tensor)}, dtype)
+    if not tensor.is_meta:
+        check_range({name: magnitude(tensor, dtype)}, dtype)
     return tensor.to(dtype)
 
 

@@ -6,20 +6,18 @@ Prints the plan of `llama.checkpoint.memory`, which `Llama.build` checks before 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llama.checkpoint.format import stored_quantize
-from llama.checkpoint.memory import GIB, MemoryPlan, largest, plan_memory
+from llama.checkpoint.memory import GIB, MemoryPlan
 from llama.checkpoint.reading import list_shards, network_args, read_shard
 from llama.checkpoint.releases import RELEASES, TRAINED_SEQ_LEN, Release, trained_seq_len
 from llama.distributed.device import DTYPES
 from llama.errors import quote
 from llama.layers.linear import QUANTIZED_FORMS
-from llama.model import ModelArgs
 from llama.tools.commandline import run, with_flags_of
 from llama.tools.reshard import check_count
 
@@ -77,16 +75,12 @@ def memory_table(
             f"model_parallel_size must be the number of files of a quantized checkpoint, {n_files}, got {ranks}; "
             "reshard the checkpoint that it was made from"
         )
-    form = quantize or stored
-
-    def plan(args: ModelArgs) -> MemoryPlan:
-        return plan_memory(args, ranks, DTYPES[dtype], quantize=form)
-
-    what = dtype if form is None else f"{dtype}, {form}"
+    plan = MemoryPlan(args, ranks, DTYPES[dtype], quantize or stored)
+    what = dtype if plan.quantize is None else f"{dtype}, {plan.quantize}"
     head = f"{model or ckpt_dir}: {what}, MP={ranks}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
-    lines = [head, *_table(plan(args), ranks)]
+    lines = [head, *_table(plan)]
     if device_memory is not None:
-        lines += ["", *_fit(args, plan, parse_memory(device_memory))]
+        lines += ["", *_fit(plan, parse_memory(device_memory))]
     return "\n".join(lines)
 
 
@@ -107,23 +101,23 @@ def _release(model: str) -> Release:
     return RELEASES[names[size]]
 
 
-def _table(plan: MemoryPlan, ranks: int) -> list[str]:
-    lines = [f"{'':12}{'each rank':>14}" + (f"{f'all {ranks} ranks':>16}" if ranks > 1 else "")]
-    for name, n_bytes in {**vars(plan), "total": plan.total}.items():
-        gib = n_bytes / GIB
-        all_ranks = f"{ranks * gib:12.2f} GiB" if ranks > 1 else ""
-        lines.append(f"{name.replace('kv_cache', 'KV cache'):12}{gib:10.2f} GiB{all_ranks}")
+def _table(plan: MemoryPlan) -> list[str]:
+    ranks = plan.model_parallel_size
+    all_ranks = f"{f'all {ranks} ranks':>16}" if ranks > 1 else ""
+    lines = [f"{'':12}{'each rank':>14}{all_ranks}"]
+    for name in ("weights", "KV cache", "activations", "total"):
+        gib = getattr(plan, name.lower().replace(" ", "_")) / GIB
+        lines.append(f"{name:12}{gib:10.2f} GiB" + (f"{ranks * gib:12.2f} GiB" if ranks > 1 else ""))
     return lines
 
 
-def _fit(args: ModelArgs, plan: Callable[[ModelArgs], MemoryPlan], available: int) -> list[str]:
+def _fit(plan: MemoryPlan, available: int) -> list[str]:
     """Whether it fits on a device, and the largest batch and the longest sequence that fit, the other unchanged."""
-    spare = available - plan(args).total
+    spare, args = available - plan.total, plan.args
     what = f"{spare / GIB:.2f} GiB to spare" if spare >= 0 else f"it lacks {-spare / GIB:.2f} GiB"
     lines = [f"{'fits' if spare >= 0 else 'does not fit'} in {available / GIB:.2f} GiB: {what}"]
-    batch = largest(_MOST, lambda n: plan(replace(args, max_batch_size=n)).total <= available)
+    batch, seq = (plan.largest(size, _MOST, available) for size in ("max_batch_size", "max_seq_len"))
     lines.append(f"largest max_batch_size with max_seq_len={args.max_seq_len}: {batch or 'none fits'}")
-    seq = largest(_MOST, lambda n: plan(replace(args, max_seq_len=n)).total <= available)
     trained = trained_seq_len(args)
     family = "Llama 2" if trained == TRAINED_SEQ_LEN else "Code Llama"
     beyond = f" ({family} was trained for {trained})" if seq > trained else ""

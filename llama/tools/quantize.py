@@ -57,18 +57,18 @@ def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *
         raise ValueError(f"ckpt_dir must not be quantized yet, got {ckpt_dir}, which holds {stored} weights")
     source = ShardedCheckpoint(ckpt_dir)
     layout = _layout(source, form)
-    n_bytes = source.n_files * sum(tensor.nbytes for tensor in layout.values())
+    n_bytes = len(source.paths) * sum(tensor.nbytes for tensor in layout.values())
     with writing("quantize", output_dir, n_bytes, quiet=quiet) as (folder, progress):
         params = read_json_object(Path(ckpt_dir) / "params.json") | {"quantize": form}
         (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
         copy_side_files(Path(ckpt_dir), folder)
-        write_shards(folder, layout, source.n_files, _quantized(source), progress.add)
+        write_shards(folder, layout, len(source.paths), _quantized(source), progress.add)
 
 
 def _layout(source: ShardedCheckpoint, form: str) -> dict[str, Tensor]:
     """The tensors of one file, on the meta device."""
-    shapes = tensor_shapes(source.args, source.n_files, form)
-    dtypes = {name: torch.int8 if is_linear(name) else source.layout[name].dtype for name in source.names}
+    shapes = tensor_shapes(source.args, len(source.paths), form)
+    dtypes = {name: torch.int8 if is_linear(name) else source.layout[name].dtype for name in source.layout}
     return {
         name: torch.empty(shape, dtype=dtypes.get(name, torch.float32), device="meta") for name, shape in shapes.items()
     }

@@ -52,7 +52,7 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
         if args.vocab_size != source.args.vocab_size:
             params = read_params(ckpt_dir) | {"vocab_size": args.vocab_size}
             (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
-        values = ((name, split(name, source.whole(name))) for name in source.names)
+        values = ((name, split(name, source.whole(name))) for name in source.layout)
         write_shards(folder, layout, model_parallel_size, values, progress.add)
 
 

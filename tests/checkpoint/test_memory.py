@@ -21,7 +21,7 @@ import llama.model
 from llama import Llama, ModelArgs
 from llama.checkpoint import memory
 from llama.checkpoint.format import tensor_shapes
-from llama.checkpoint.memory import GIB, available_memory, check_memory, plan_memory
+from llama.checkpoint.memory import GIB, MemoryPlan, available_memory
 from llama.engine.sampling import Sampler
 from tests.conftest import ROOT
 from tests.support import oracle
@@ -60,7 +60,7 @@ def random_args(rng: random.Random) -> tuple[ModelArgs, int, torch.dtype]:
 )
 def test_weights_and_a_full_context_of_the_released_models_in_float16(size: str, weights: float, cache: float) -> None:
     """6.74, 13.02 and 68.98 billion parameters, of two bytes each."""
-    plan = plan_memory(released(size), RELEASED[size][3], torch.float16)
+    plan = MemoryPlan(released(size), RELEASED[size][3], torch.float16)
     assert plan.weights / GIB == pytest.approx(weights, abs=0.01)
     assert plan.kv_cache * 4096 / (4096 + 16) == cache * GIB
 
@@ -70,7 +70,7 @@ def test_weights_and_cache_of_random_networks() -> None:
     for _ in range(200):
         args, parts, dtype = random_args(rng)
         args = replace(args, multiple_of=256)  # which the parts divide
-        plan = plan_memory(args, parts, dtype)
+        plan = MemoryPlan(args, parts, dtype)
         assert plan.weights == sum(map(prod, tensor_shapes(args, parts).values())) * dtype.itemsize
         per_token = 2 * args.n_layers * (args.kv_heads // parts) * (args.dim // args.n_heads) * dtype.itemsize
         assert plan.kv_cache == per_token * args.max_batch_size * (args.max_seq_len + 16)
@@ -79,7 +79,7 @@ def test_weights_and_cache_of_random_networks() -> None:
 
 
 def test_weights_and_cache_match_a_built_network(llama: Llama) -> None:
-    plan = plan_memory(llama.model.params, 1, torch.float32)
+    plan = MemoryPlan(llama.model.params, 1, torch.float32)
     assert plan.weights == sum(parameter.nbytes for parameter in llama.model.parameters())
     assert plan.kv_cache == sum(
         buffer.nbytes for layer in llama.model.layers for buffer in layer.attention.cache.buffers()
@@ -108,7 +108,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 def test_a_prefill_stays_within_the_plan(checkpoint: Path, tokenizer_path: Path) -> None:
     generator = Llama.build(checkpoint, tokenizer_path, 256, 1, device="cpu", dtype="float32")
-    assert peak_of_generate(generator) <= plan_memory(generator.model.params, 1, torch.float32).activations
+    assert peak_of_generate(generator) <= MemoryPlan(generator.model.params, 1, torch.float32).activations
 
 
 def test_a_prefill_of_many_passes_stays_within_the_plan(
@@ -118,14 +118,14 @@ def test_a_prefill_of_many_passes_stays_within_the_plan(
     wide = params | {"dim": 256, "n_layers": 1}
     folder = write_checkpoint(wide, oracle.random_state(wide, seed=0))
     generator = Llama.build(folder, tokenizer_path, 64, 64, device="cpu", dtype="float32")
-    assert peak_of_generate(generator) <= plan_memory(generator.model.params, 1, torch.float32).activations
+    assert peak_of_generate(generator) <= MemoryPlan(generator.model.params, 1, torch.float32).activations
 
 
 def test_sampling_stays_within_the_plan() -> None:
     args = ModelArgs(dim=16, n_layers=1, n_heads=4, vocab_size=8000, multiple_of=16, max_batch_size=32, max_seq_len=1)
     sampler = Sampler(0.6, 0.9, 32, torch.Generator().manual_seed(0))
     peak = peak_bytes(lambda: sampler(torch.ones(32, 8000), range(32), [0] * 32))
-    assert peak <= plan_memory(args, 1, torch.float32).activations
+    assert peak <= MemoryPlan(args, 1, torch.float32).activations
 
 
 # What is refused
@@ -133,7 +133,7 @@ def test_sampling_stays_within_the_plan() -> None:
 
 def message_of(args: ModelArgs, parts: int, dtype: torch.dtype, available: int, where: str = "cpu") -> str:
     with pytest.raises(MemoryError) as caught:
-        check_memory(args, parts, dtype, available, where)
+        MemoryPlan(args, parts, dtype).check(available, where)
     return str(caught.value)
 
 
@@ -141,7 +141,7 @@ def test_the_message_says_each_part_in_gib() -> None:
     rng = random.Random(1)
     for _ in range(100):
         args, parts, dtype = random_args(rng)
-        plan = plan_memory(args, parts, dtype)
+        plan = MemoryPlan(args, parts, dtype)
         available = rng.randrange(plan.total)
         message = message_of(args, parts, dtype, available, "cuda:3")
         first = f"this model needs {plan.total / GIB:.2f} GiB on cuda:3, which has {available / GIB:.2f} GiB available"
@@ -160,9 +160,10 @@ def test_nothing_that_fits_is_refused_and_what_does_not_is() -> None:
     rng = random.Random(2)
     for _ in range(200):
         args, parts, dtype = random_args(rng)
-        total = plan_memory(args, parts, dtype).total
-        check_memory(args, parts, dtype, total, "cpu")
-        check_memory(args, parts, dtype, total + rng.randrange(GIB), "cpu")
+        plan = MemoryPlan(args, parts, dtype)
+        total = plan.total
+        plan.check(total, "cpu")
+        plan.check(total + rng.randrange(GIB), "cpu")
         message_of(args, parts, dtype, total - 1)
         message_of(args, parts, dtype, 0)
 
@@ -173,14 +174,14 @@ def test_the_advice_fits_and_no_larger_size_does() -> None:
     seen = set()
     for _ in range(500):
         args, parts, dtype = random_args(rng)
-        smallest = plan_memory(replace(args, max_batch_size=1, max_seq_len=1), parts, dtype).total
-        spare = plan_memory(args, parts, dtype).total - smallest
+        smallest = MemoryPlan(replace(args, max_batch_size=1, max_seq_len=1), parts, dtype).total
+        spare = MemoryPlan(args, parts, dtype).total - smallest
         available = rng.choice([smallest - 1, smallest, smallest + int(rng.random() ** 3 * spare)])
-        if plan_memory(args, parts, dtype).total <= available:
+        if MemoryPlan(args, parts, dtype).total <= available:
             continue
 
         def fits(args: ModelArgs, parts: int = parts, dtype: torch.dtype = dtype, available: int = available) -> bool:
-            return plan_memory(args, parts, dtype).total <= available
+            return MemoryPlan(args, parts, dtype).total <= available
 
         advice = message_of(args, parts, dtype, available).splitlines()[-1]
         ways = [(name, int(size)) for name, size in re.findall(r"(max_batch_size|max_seq_len) to (\d+)", advice)]
@@ -190,10 +191,10 @@ def test_the_advice_fits_and_no_larger_size_does() -> None:
         elif " or " in advice or len(ways) == 1:
             for name, size in ways:
                 assert size >= 1
-                check_memory(replace(args, **{name: size}), parts, dtype, available, "cpu")
+                MemoryPlan(replace(args, **{name: size}), parts, dtype).check(available, "cpu")
                 assert not fits(replace(args, **{name: size + 1}))
         else:
-            check_memory(replace(args, **dict(ways)), parts, dtype, available, "cpu")
+            MemoryPlan(replace(args, **dict(ways)), parts, dtype).check(available, "cpu")
             assert not fits(replace(args, **(dict(ways) | {"max_seq_len": dict(ways)["max_seq_len"] + 1})))
             assert not fits(replace(args, max_batch_size=1)) and not fits(replace(args, max_seq_len=1))
         seen.add(len(ways))

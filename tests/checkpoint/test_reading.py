@@ -163,7 +163,7 @@ def test_llama_1s_frequencies_are_taken_like_rope_freqs(one_file: Callable[..., 
     path = one_file(dict.fromkeys(names, torch.zeros(args.head_dim // 2)))
     assert load_shard(path, args, 1).keys() == tensor_shapes(args, 1).keys()
     checkpoint = ShardedCheckpoint(path.parent)
-    assert checkpoint.names[-args.n_layers :] == names
+    assert list(checkpoint.layout)[-args.n_layers :] == names
     with pytest.raises(ValueError, match=r"but has layers\.0\.attention\.rope\.freqs$"):
         load_shard(one_file({"layers.0.attention.rope.freqs": torch.zeros(4)}), args, 1)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llama import Llama, ModelArgs, Transformer
-from llama.checkpoint.memory import plan_memory
+from llama.checkpoint.memory import MemoryPlan
 from llama.distributed.device import default_generator
 from llama.distributed.groups import init_process_groups
 from llama.engine.compiled import CompiledStepper
@@ -150,7 +150,7 @@ def test_the_plan_is_what_the_card_reports() -> None:
     """Within 3 percent, or the tens of MiB that CUDA's libraries take in a tiny network."""
     before = torch.cuda.memory_allocated()
     generator = tiny("cuda", "float16")
-    plan = plan_memory(generator.model.params, 1, torch.float16)
+    plan = MemoryPlan(generator.model.params, 1, torch.float16)
     taken = torch.cuda.memory_allocated() - before
     assert taken == pytest.approx(plan.weights + plan.kv_cache, rel=0.03, abs=4 * 2**20)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import loading
-from llama.checkpoint.memory import plan_memory
+from llama.checkpoint.memory import MemoryPlan
 from llama.checkpoint.reading import read_shard
 from llama.distributed.groups import init_process_groups
 from llama.layers import int4, kernels
@@ -28,7 +28,7 @@ from llama.layers.int4 import (
     suits_int4,
 )
 from llama.layers.kernels import Kernels, QuantizedWeight, can_quantize
-from llama.layers.linear import ColumnParallelLinear, column_parallel, packable_layers
+from llama.layers.linear import ColumnParallelLinear, packable_layers, sharded
 from llama.tools.memory import memory_table
 from llama.tools.quantize import quantize as write_quantized
 from tests.layers.test_linear import EDITS
@@ -177,7 +177,7 @@ def groups() -> None:
 
 
 def make(dtype: torch.dtype = torch.bfloat16, dequantized_rows: int | None = 8) -> ColumnParallelLinear:
-    layer = column_parallel(ColumnParallelLinear, IN, OUT)
+    layer = sharded(ColumnParallelLinear, IN, OUT, bias=False, gather_output=False)
     layer.weight = nn.Parameter(normal(OUT, IN).to(dtype), False)
     layer.kernels = Kernels(dequantized_rows=dequantized_rows)
     layer.quantize = "int4"
@@ -356,7 +356,7 @@ def test_each_rank_quantizes_its_shard(params_of_64: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=r"dtype must be bfloat16 with quantize='int4', got torch.float\d+; use"):
-        loading.check_int4(ModelArgs(vocab_size=64), 1, CPU, dtype)
+        loading.check_int4(MemoryPlan(ModelArgs(vocab_size=64), 1, dtype), CPU)
 
 
 @needs_both
@@ -377,7 +377,7 @@ def test_other_devices_are_refused(name: str, folder: Path) -> None:
 def test_a_processor_without_int4_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "can_quantize_int4", lambda *_: False)
     with pytest.raises(ValueError, match=r"must have a processor .* int4 products.*use quantize='int8'"):
-        loading.check_int4(ModelArgs(vocab_size=64), 1, CPU, torch.bfloat16)
+        loading.check_int4(MemoryPlan(ModelArgs(vocab_size=64), 1, torch.bfloat16), CPU)
 
 
 @pytest.mark.parametrize(
@@ -390,10 +390,10 @@ def test_groups_and_blocks_must_not_cross_shards(
     monkeypatch.setattr(loading, "can_quantize_int4", lambda *_: True)
     args = ModelArgs(**params_of_64 | {"n_kv_heads": 4})
     if refused is None:
-        loading.check_int4(args, ranks, CPU, torch.bfloat16)
+        loading.check_int4(MemoryPlan(args, ranks, torch.bfloat16), CPU)
         return
     with pytest.raises(ValueError, match=refused):
-        loading.check_int4(args, ranks, CPU, torch.bfloat16)
+        loading.check_int4(MemoryPlan(args, ranks, torch.bfloat16), CPU)
 
 
 def test_sizes_that_suit() -> None:
@@ -426,7 +426,7 @@ def test_the_plan_is_the_memory_of_what_is_held(folder: Path, tokenizer_path: Pa
     others = [w for name, w in model.named_parameters() if "norm" in name or "tok_embeddings" in name]
     held = sum(part.nbytes for layer in layers for part in vars(layer.packed_form).values())
     held += output.weight.numel() + output.packed_form.scales.nbytes + sum(weight.nbytes for weight in others)
-    assert plan_memory(model.params, 1, torch.bfloat16, quantize="int4").weights == held
+    assert MemoryPlan(model.params, 1, torch.bfloat16, quantize="int4").weights == held
 
 
 def test_the_memory_command_knows_int4() -> None:

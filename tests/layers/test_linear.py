@@ -28,11 +28,10 @@ from llama.layers.linear import (
     EmptyOnMeta,
     PackedParameter,
     RowParallelLinear,
-    column_parallel,
     own,
     pack_layers,
     packable_layers,
-    row_parallel,
+    sharded,
 )
 from tests.support import oracle
 from tests.support.ranks import run_ranks
@@ -57,7 +56,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def make(dtype: torch.dtype = torch.bfloat16, *, requires_grad: bool = False) -> ColumnParallelLinear:
-    layer = column_parallel(ColumnParallelLinear, IN, OUT)
+    layer = sharded(ColumnParallelLinear, IN, OUT, bias=False, gather_output=False)
     layer.weight = nn.Parameter(normal(OUT, IN).to(dtype), requires_grad)
     return layer
 
@@ -587,10 +586,7 @@ def test_packed_and_plain_agree_on_two_ranks(params: dict[str, Any]) -> None:
 def test_new_tensors_go_to_the_meta_device() -> None:
     with EmptyOnMeta():
         assert torch.empty(3).is_meta
-        assert (
-            column_parallel(ColumnParallelLinear, 4, 6).weight.is_meta
-            and row_parallel(RowParallelLinear, 4, 6).weight.is_meta
-        )
+        assert sharded(ColumnParallelLinear, 4, 6).weight.is_meta and sharded(RowParallelLinear, 4, 6).weight.is_meta
     assert not torch.empty(3).is_meta
 
 
@@ -608,7 +604,7 @@ def three_threads() -> Iterator[None]:
 def test_layers_that_are_packed_side_by_side_are_packed_as_one_by_one(file_dtype: torch.dtype) -> None:
     made = []
     for seed in range(9):
-        layer = column_parallel(ColumnParallelLinear, IN, OUT * (seed % 3 + 1))
+        layer = sharded(ColumnParallelLinear, IN, OUT * (seed % 3 + 1), bias=False, gather_output=False)
         layer.weight = nn.Parameter(normal(OUT * (seed % 3 + 1), IN, seed=seed).to(file_dtype), False)
         made.append(layer)
     x = normal(3, IN, seed=1).bfloat16()

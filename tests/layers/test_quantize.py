@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import loading
-from llama.checkpoint.memory import check_memory, plan_memory
+from llama.checkpoint.memory import MemoryPlan
 from llama.checkpoint.reading import read_shard
 from llama.distributed.groups import init_process_groups
 from llama.layers.kernels import QuantizedWeight, can_quantize
-from llama.layers.linear import ColumnParallelLinear, column_parallel, own, packable_layers
+from llama.layers.linear import ColumnParallelLinear, own, packable_layers, sharded
 from llama.tools import perplexity
 from llama.tools.memory import memory_table
 from tests.checkpoint.test_memory import peak_of_generate
@@ -49,7 +49,7 @@ def groups() -> None:
 
 
 def make(dtype: torch.dtype = torch.float32, *, requires_grad: bool = False) -> ColumnParallelLinear:
-    layer = column_parallel(ColumnParallelLinear, IN, OUT)
+    layer = sharded(ColumnParallelLinear, IN, OUT, bias=False, gather_output=False)
     layer.weight = nn.Parameter(normal(OUT, IN).to(dtype), requires_grad)
     layer.quantize = "int8"
     layer.pack(dtype)
@@ -139,7 +139,7 @@ def test_the_default_device_and_dtype_make_no_difference() -> None:
     expected = make()(normal(3, IN))
     device, dtype = torch.get_default_device(), torch.get_default_dtype()
     x, weight = normal(3, IN), normal(OUT, IN)
-    layer = column_parallel(ColumnParallelLinear, IN, OUT)
+    layer = sharded(ColumnParallelLinear, IN, OUT, bias=False, gather_output=False)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.quantize = "int8"
     torch.set_default_device("meta")
@@ -319,14 +319,14 @@ def test_the_plan_is_the_memory_of_what_is_held(checkpoint: Path, tokenizer_path
     others = [w for name, w in model.named_parameters() if "norm" in name or "tok_embeddings" in name]
     held = sum(layer.weight.numel() + layer.packed_form.scales.nbytes for layer in layers)
     held += sum(weight.nbytes for weight in others)
-    assert plan_memory(model.params, 1, dtype, quantize="int8").weights == held
+    assert MemoryPlan(model.params, 1, dtype, quantize="int8").weights == held
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_the_plan_of_a_rank_is_its_share(params: dict[str, Any], parts: int) -> None:
     """The norms, and the scales of wo and w2, are on all ranks."""
     args = ModelArgs(**params, max_batch_size=4, max_seq_len=32)
-    whole, part = (plan_memory(args, n, torch.bfloat16, quantize="int8") for n in (1, parts))
+    whole, part = (MemoryPlan(args, n, torch.bfloat16, quantize="int8") for n in (1, parts))
     shared = 2 * (2 * args.n_layers + 1) * args.dim + 4 * 2 * args.n_layers * args.dim
     assert (part.weights - shared) * parts == whole.weights - shared
     assert part.kv_cache * parts == whole.kv_cache
@@ -335,18 +335,18 @@ def test_the_plan_of_a_rank_is_its_share(params: dict[str, Any], parts: int) -> 
 def test_a_prefill_stays_within_the_plan(checkpoint: Path, tokenizer_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         built = build(checkpoint, tokenizer_path, str(dtype).removeprefix("torch."))
-        assert peak_of_generate(built) <= plan_memory(built.model.params, 1, dtype, quantize="int8").activations
+        assert peak_of_generate(built) <= MemoryPlan(built.model.params, 1, dtype, quantize="int8").activations
 
 
 def test_what_fits_quantized_only_is_refused_unquantized(params: dict[str, Any]) -> None:
     args = ModelArgs(**params, max_batch_size=1, max_seq_len=8)
-    needed = plan_memory(args, 1, torch.bfloat16, quantize="int8").total
-    assert needed < plan_memory(args, 1, torch.bfloat16).total
-    check_memory(args, 1, torch.bfloat16, needed, "cpu", quantize="int8")
+    needed = MemoryPlan(args, 1, torch.bfloat16, quantize="int8").total
+    assert needed < MemoryPlan(args, 1, torch.bfloat16).total
+    MemoryPlan(args, 1, torch.bfloat16, quantize="int8").check(needed, "cpu")
     with pytest.raises(MemoryError, match="bfloat16, MP=1"):
-        check_memory(args, 1, torch.bfloat16, needed, "cpu")
+        MemoryPlan(args, 1, torch.bfloat16).check(needed, "cpu")
     with pytest.raises(MemoryError, match="bfloat16, quantize=int8, MP=1"):
-        check_memory(args, 1, torch.bfloat16, needed - 1, "cpu", quantize="int8")
+        MemoryPlan(args, 1, torch.bfloat16, quantize="int8").check(needed - 1, "cpu")
 
 
 def test_the_memory_command_knows_quantization() -> None:

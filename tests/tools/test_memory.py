@@ -1,4 +1,4 @@
-"""The memory command: what it prints is `plan_memory`'s sum, and the sizes it names are the largest that fit."""
+"""The memory command: what it prints is `MemoryPlan`'s sum, and the sizes it names are the largest that fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llama import ModelArgs
-from llama.checkpoint.memory import plan_memory
+from llama.checkpoint.memory import MemoryPlan
 from llama.checkpoint.releases import RELEASES, find_release
 from llama.tools.memory import memory_table, parse_memory
 from tests.support.processes import run_python
@@ -41,7 +41,7 @@ def test_the_published_sizes(model: str, parameters: int, files: int) -> None:
     """The parameter counts are those of Hugging Face's model cards; norms count once a rank."""
     release = RELEASES[model]
     assert release.model_parallel_size == files and find_release(release.args) == (model, release)
-    assert plan_memory(release.args, 1, torch.float16).weights == 2 * parameters
+    assert MemoryPlan(release.args, 1, torch.float16).weights == 2 * parameters
     table = memory_table(model=model)
     assert amounts(table, "weights")[-1] == pytest.approx(2 * parameters / GIB, abs=0.03)
     assert len(amounts(table, "weights")) == (2 if files > 1 else 1)
@@ -88,7 +88,7 @@ def test_a_checkpoint_tells_its_sizes(
 ) -> None:
     folder = write_checkpoint(params | {"vocab_size": -1}, state, files)
     table = memory_table(folder, max_seq_len=10**6, max_batch_size=3, dtype="float32")
-    plan = plan_memory(ModelArgs(**params, max_seq_len=10**6, max_batch_size=3), files, torch.float32)
+    plan = MemoryPlan(ModelArgs(**params, max_seq_len=10**6, max_batch_size=3), files, torch.float32)
     assert f"MP={files}" in table
     assert amounts(table, "total")[0] == pytest.approx(plan.total / GIB, abs=0.006)
 
