@@ -363,7 +363,7 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
 def test_other_dtypes_are_refused_before_loading(
     folder: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(loading, "load_shard")
+    monkeypatch.delattr(loading.reading, "load_shard")
     with pytest.raises(ValueError, match="dtype must be bfloat16"):
         build(folder, tokenizer_path, "float32")
 

@@ -304,7 +304,7 @@ def test_a_processor_without_int8_products_is_refused_before_loading(
         raise AssertionError("loaded")
 
     monkeypatch.setattr(loading, "can_quantize", lambda device: False)
-    monkeypatch.setattr(loading, "load_shard", load)
+    monkeypatch.setattr(loading.reading, "load_shard", load)
     with pytest.raises(ValueError, match=r"must have a processor .*int8 products in oneDNN.*leave it out"):
         build(checkpoint, tokenizer_path)
 
