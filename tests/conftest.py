@@ -126,6 +126,13 @@ def checkpoint(checkpoint_in: Callable[[int], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_checkpoint(write_checkpoint: Callable[..., Path], params: dict[str, Any]) -> Path:
+    """One so small that thousands of calls take seconds."""
+    small = params | {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
+    return write_checkpoint(small, oracle.random_state(small, seed=2))
+
+
+@pytest.fixture(scope="session")
 def llama(checkpoint: Path, tokenizer_path: Path) -> Llama:
     """The random checkpoint, in float32 on the CPU, with a cache of 4 rows of 64 tokens. Pass `seed=` when sampling."""
     return Llama.build(checkpoint, tokenizer_path, max_seq_len=64, max_batch_size=4, device="cpu", dtype="float32")

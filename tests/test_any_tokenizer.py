@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.testclient import TestClient
 
 from llama import Llama, Tokenizer
 from llama.chat import encode_dialog
-from llama.serving.app import Server, make_app
-from llama.serving.service import Service
+from tests.support.serving import running, web_of
 from tests.support.tokenizers import Foreign
 
 DIALOG: Any = [{"role": "user", "content": "The fox?"}]
@@ -78,15 +75,9 @@ def test_scores_have_its_texts(other: Llama) -> None:
 
 def test_a_server_answers_with_what_it_decodes(other: Llama) -> None:
     text = expected(other, encode_dialog(DIALOG, other.tokenizer))
-    service = Service(other)
-    thread = threading.Thread(target=service.run)
-    thread.start()
-    state = Server("llama")
-    state.ready(service)
     body = {"messages": DIALOG, "temperature": 0, "max_tokens": 20, "logprobs": True, "top_logprobs": 2}
-    answer = TestClient(make_app(state)).post("/v1/chat/completions", json=body).json()
-    service.stop()
-    thread.join()
+    with running(other) as service:
+        answer = web_of(service).post("/v1/chat/completions", json=body).json()
     (choice,) = answer["choices"]
     assert choice["message"]["content"] == text
     assert all(entry["token"] == entry["top_logprobs"][0]["token"] for entry in choice["logprobs"]["content"])

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,15 +23,10 @@ from llama import Llama, Tokenizer
 from llama.checkpoint.format import read_params
 from llama.tools import chat
 from tests.conftest import ROOT
+from tests.support.processes import clean_environment, free_port
 
 CHAT, TEXT, INFILLING = "example_chat_completion.py", "example_text_completion.py", "example_infilling.py"
 TINY_LLAMA = ROOT / "tiny-llama"
-
-
-def clean_environment() -> dict[str, str]:
-    """That of a user's shell: no variable of a launcher's, no setting for threads."""
-    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-    return {name: value for name, value in os.environ.items() if name not in drop}
 
 
 def start(script: str, *args: str, launcher: tuple[str, ...]) -> subprocess.Popen[str]:
@@ -50,13 +43,6 @@ def torchrun(script: str, *args: str, processes: int = 1) -> tuple[str, str]:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return out, err
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 PRINTED = {  # by each script of examples/, among other lines

@@ -6,23 +6,20 @@ import itertools
 import random
 import re
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from starlette.testclient import TestClient
 
 import example_infilling
 from llama import Llama, Tokenizer
 from llama.errors import PromptError
 from llama.generation import infilling_prompt_tokens
-from llama.serving.app import Server, make_app
-from llama.serving.service import Service
 from tests.support import oracle
 from tests.support.ranks import run_ranks
+from tests.support.serving import running, web_of
 from tests.support.tokenizers import INFILLING_PIECES, Foreign
 
 PREFIXES = ["def fox(", "    jumps over ", "The lazy dog"]
@@ -200,30 +197,22 @@ def test_the_example_fills_its_gaps(folder: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_server_infills_before_a_suffix(code_llama: Llama) -> None:
-    service = Service(code_llama)
-    thread = threading.Thread(target=service.run)
-    thread.start()
-    state = Server("llama")
-    state.ready(service)
-    web = TestClient(make_app(state))
-
     def post(**body: Any) -> Any:
         return web.post("/v1/completions", json={"temperature": 0, "max_tokens": 40} | body)
 
-    for (prefix, suffix), middle in PAIRS.items():
-        if suffix:
-            (choice,) = post(prompt=prefix, suffix=suffix, logprobs=1).json()["choices"]
-            assert (choice["text"], choice["finish_reason"]) == (middle, "stop")
-    both = post(prompt=PREFIXES[:2], suffix=SUFFIXES[1]).json()["choices"]
-    assert [choice["text"] for choice in both] == [PAIRS[prefix, SUFFIXES[1]] for prefix in PREFIXES[:2]]
-    plain = post(prompt=PREFIXES[0]).json()
-    assert post(prompt=PREFIXES[0], suffix="").json()["choices"] == plain["choices"]
-    wrong = [post(prompt=[[1]], suffix="a"), post(prompt="a", suffix="b", echo=True), post(prompt="a", suffix=5)]
-    service.stop()
-    thread.join()
-    assert [(answer.status_code, "suffix" in answer.json()["error"]["message"]) for answer in wrong] == [
-        (400, True)
-    ] * 3
+    with running(code_llama) as service:
+        web = web_of(service)
+        for (prefix, suffix), middle in PAIRS.items():
+            if suffix:
+                (choice,) = post(prompt=prefix, suffix=suffix, logprobs=1).json()["choices"]
+                assert (choice["text"], choice["finish_reason"]) == (middle, "stop")
+        both = post(prompt=PREFIXES[:2], suffix=SUFFIXES[1]).json()["choices"]
+        assert [choice["text"] for choice in both] == [PAIRS[prefix, SUFFIXES[1]] for prefix in PREFIXES[:2]]
+        plain = post(prompt=PREFIXES[0]).json()
+        assert post(prompt=PREFIXES[0], suffix="").json()["choices"] == plain["choices"]
+        for wrong in ({"prompt": [[1]], "suffix": "a"}, {"prompt": "a", "suffix": "b", "echo": True}, {"suffix": 5}):
+            answer = post(**{"prompt": "a"} | wrong)
+            assert (answer.status_code, "suffix" in answer.json()["error"]["message"]) == (400, True)
 
 
 def infill_on_a_rank(rank: int, folder: Path) -> list[str]:

@@ -35,9 +35,8 @@ from llama.distributed.device import DTYPES
 from llama.serving.settings import ServerSettings
 from llama.tools.cli import COMMANDS as COMMANDS_OF_LLAMA
 from tests.conftest import ROOT
-from tests.support.processes import run_python
+from tests.support.processes import clean_environment, free_port, run_python
 from tests.support.serving import ServerProcesses
-from tests.test_examples import clean_environment, free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # a module that is run anew
 README = ROOT / "README.md"

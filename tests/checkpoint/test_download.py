@@ -32,8 +32,8 @@ from tests.support.download import (
     is_gnu_wget_1,
     real_tool,
     tree_of,
-    wait_until,
 )
+from tests.support.processes import wait_until
 
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
 CHECKLIST = "llama-2-7b/checklist.chk"
@@ -297,7 +297,7 @@ def test_interrupt_leaves_it_resumable(download: Download) -> None:
     process = download.start()
     assert download.server.hanging.wait(HANG_S)
     part = download.target / f"{SHARD}.part"
-    wait_until(lambda: part.exists() and part.stat().st_size > 0)
+    wait_until(lambda: part.exists() and part.stat().st_size > 0, HANG_S)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     download.finish(process, "Interrupted", status=130)
     size = part.stat().st_size
@@ -538,7 +538,7 @@ def terminal(any_download: Download) -> Iterator[Terminal]:
     del any_download.env["PRESIGNED_URL"], any_download.env["MODEL_SIZE"]
     terminal = Terminal(any_download)
     terminal.wait_for("not shown")
-    wait_until(lambda: not terminal.echoes)
+    wait_until(lambda: not terminal.echoes, HANG_S)
     yield terminal
     terminal.close()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from llama import Llama
-from llama.serving.app import Server, make_app
-from llama.serving.service import Service
 from tests.fuzz.profiles import Profile, fast_and_long
+from tests.support.serving import running, web_of
 
 LONGEST_MESSAGE = 500
 GOLDEN = {"prompt": "A llama", "temperature": 0, "max_tokens": 8, "logprobs": 2, "echo": True}
@@ -25,19 +23,11 @@ GOLDEN = {"prompt": "A llama", "temperature": 0, "max_tokens": 8, "logprobs": 2,
 def web(small_checkpoint: Path, tokenizer_path: Path) -> Iterator[TestClient]:
     """The routes in this process."""
     llama = Llama.build(small_checkpoint, tokenizer_path, 48, 2, device="cpu", dtype="float32", seed=None)
-    service = Service(llama, max_waiting=8)
-    thread = threading.Thread(target=service.run)
-    thread.start()
-    state = Server("llama", max_body_bytes=20_000, timeout_s=60)
-    state.ready(service)
-    with TestClient(make_app(state)) as web:
+    with running(llama, max_waiting=8) as service, web_of(service, max_body_bytes=20_000, timeout_s=60) as web:
         golden = web.post("/v1/completions", json=GOLDEN).json()["choices"]
         yield web
         assert web.post("/v1/completions", json=GOLDEN).json()["choices"] == golden
         assert service.n_requests == service.n_running == service.n_waiting == 0
-    service.stop()
-    thread.join(30)
-    assert not thread.is_alive()
 
 
 texts = st.one_of(

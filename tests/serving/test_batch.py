@@ -22,9 +22,8 @@ from llama.serving.jobs import Planner
 from llama.tools.batch import main
 from tests.serving.test_serve import CHAT, WRONG
 from tests.serving.test_serve import TEXT_PATH as COMPLETIONS
-from tests.support.processes import Program, run_python
+from tests.support.processes import Program, clean_environment, run_python
 from tests.support.ranks import run_ranks
-from tests.test_examples import clean_environment
 
 DIALOG: Any = [{"role": "user", "content": "Hi"}]
 BODIES: Any = {CHAT: {"messages": DIALOG}, COMPLETIONS: {"prompt": "a"}}

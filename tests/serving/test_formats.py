@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from starlette.testclient import TestClient
 
 from llama import Llama
+from tests.support.steps import dictated
 
 Serve = Callable[..., TestClient]
 
@@ -81,20 +80,6 @@ def test_answers_have_the_fingerprint_of_the_network(serve: Serve) -> None:
 def test_more_than_four_stops_are_taken(serve: Serve) -> None:
     stops = [f"never {i}" for i in range(20)]
     assert serve().post("/v1/completions", json={"prompt": "x", "stop": stops, "max_tokens": 2}).status_code == 200
-
-
-@contextmanager
-def dictated(llama: Llama, ids: Sequence[int]) -> Iterator[None]:
-    """The network finds these ids the likeliest, one after the other, and others only at the end of the script."""
-    script = iter([*ids, *[llama.tokenizer.eos_id] * 99])
-
-    def output(_: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
-        wanted = [next(script) if position == out.size(1) - 1 else 3 for position in range(out.size(1))]
-        return out + 50.0 * torch.nn.functional.one_hot(torch.tensor([wanted]), out.shape[-1])
-
-    handle = llama.model.output.register_forward_hook(output)
-    yield
-    handle.remove()
 
 
 BODIES = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import pytest
 
 from tests.conftest import ROOT, TEXT
 from tests.support.load import CLIENTS, Load
+from tests.support.processes import free_port
 from tests.support.serving import ServerProcesses
 
 NGINX = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
@@ -41,16 +41,6 @@ http {{
 """
 
 
-def free_ports(n: int) -> list[int]:
-    with_ports = [socket.socket() for _ in range(n)]
-    for probe in with_ports:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in with_ports]
-    for probe in with_ports:
-        probe.close()
-    return ports
-
-
 class Replicas:
     """Two servers and nginx in front of them.
 
@@ -59,7 +49,7 @@ class Replicas:
     """
 
     def __init__(self, start: Callable[..., ServerProcesses], folder: Path, *flags: str) -> None:
-        listen, *self.ports = free_ports(3)
+        listen, *self.ports = (free_port() for _ in range(3))
         self.url = f"http://127.0.0.1:{listen}"
         self._start = start
         with ThreadPoolExecutor() as pool:

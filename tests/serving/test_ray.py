@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import pytest
 
 from tests.conftest import ROOT, TEXT
 from tests.support.load import CLIENTS, Load
+from tests.support.processes import free_port
 
 pytest.importorskip("ray", reason="needs the extra [ray]")
 import ray
@@ -40,9 +40,7 @@ class Cluster:
 
     def __init__(self, home: str) -> None:
         self.home = home
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         address = {"address": "local", "_temp_dir": f"{home}/ray", "_node_ip_address": "127.0.0.1"}
         ray.init(**address, num_cpus=8, include_dashboard=False, log_to_driver=False)

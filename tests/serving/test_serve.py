@@ -21,9 +21,9 @@ from starlette.testclient import TestClient
 from llama import Llama
 from llama.serving.app import Server, make_app
 from llama.serving.service import Service
-from llama.tools import serve
+from llama.tools import serve as command
 from tests.conftest import TEXT
-from tests.support.serving import ServerProcesses
+from tests.support.serving import ServerProcesses, web_of
 
 CONTEXT, SLOTS = 128, 4
 FLAGS = ("--max_seq_len", str(CONTEXT), "--max_batch_size", str(SLOTS), "--model_name", "llama")
@@ -303,23 +303,20 @@ def test_a_server_says_that_it_is_not_ready_or_has_failed(service: Service) -> N
     assert (web.get("/health").status_code, web.post("/v1/completions", json={"prompt": "x"}).status_code) == (503, 503)
 
 
-def test_drafted_tokens_change_no_answer(service: Service) -> None:
+def test_drafted_tokens_change_no_answer(serve: Callable[..., TestClient]) -> None:
     """At temperature 0 and sampled, on a prompt that repeats itself."""
-    answers = []
-    for speculative in (None, "prompt_lookup"):
-        state = Server("llama", speculative=speculative)
-        state.ready(service)
-        body = {"prompt": f"{TEXT[0]} {TEXT[0]}", "max_tokens": 20, "n": 2, "logprobs": 1, "seed": 3}
-        for temperature in (0, 1):
-            answer = TestClient(make_app(state)).post("/v1/completions", json=body | {"temperature": temperature})
-            answers.append([(choice["text"], choice["finish_reason"]) for choice in answer.json()["choices"]])
-    assert answers[:2] == answers[2:]
+    body = {"prompt": f"{TEXT[0]} {TEXT[0]}", "max_tokens": 20, "n": 2, "logprobs": 1, "seed": 3}
+    for temperature in (0, 1):
+        plain, drafted = (
+            serve(speculative=way).post("/v1/completions", json=body | {"temperature": temperature}).json()["choices"]
+            for way in (None, "prompt_lookup")
+        )
+        for one, other in zip(plain, drafted, strict=True):
+            assert (one["text"], one["finish_reason"]) == (other["text"], other["finish_reason"])
 
 
-def test_bodies_are_bounded_and_must_be_json(service: Service) -> None:
-    state = Server("llama", max_body_bytes=1000)
-    state.ready(service)
-    web = TestClient(make_app(state))
+def test_bodies_are_bounded_and_must_be_json(serve: Callable[..., TestClient]) -> None:
+    web = serve(max_body_bytes=1000)
     json_header = {"Content-Type": "application/json"}
 
     def status(content: Any, headers: dict[str, str] = json_header) -> int:
@@ -338,9 +335,7 @@ def test_bodies_are_bounded_and_must_be_json(service: Service) -> None:
 
 def test_a_full_queue_and_a_slow_answer_are_errors_that_say_so(llama: Llama) -> None:
     service = Service(llama, max_waiting=2)  # not running: nothing is ever answered; 4 rows of the cache are free
-    state = Server("llama", timeout_s=0.2)
-    state.ready(service)
-    web = TestClient(make_app(state))
+    web = web_of(service, timeout_s=0.2)
     answer = web.post("/v1/completions", json={"prompt": "a", "n": 7})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
     answer = web.post("/v1/completions", json={"prompt": ["a", "b"], "n": 3})
@@ -351,9 +346,7 @@ def test_a_full_queue_and_a_slow_answer_are_errors_that_say_so(llama: Llama) -> 
     assert service.n_requests == 0
     stopped = Service(llama)
     stopped.stop()
-    state = Server("llama")
-    state.ready(stopped)
-    answer = TestClient(make_app(state)).post("/v1/completions", json={"prompt": "a"})
+    answer = web_of(stopped).post("/v1/completions", json={"prompt": "a"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
 
 
@@ -387,12 +380,12 @@ def test_replicas_are_refused_and_so_is_a_port_in_use(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(OSError, match="--port must be free"):
-            serve.main(str(checkpoint), str(tokenizer_path), port=taken.getsockname()[1])
+            command.main(str(checkpoint), str(tokenizer_path), port=taken.getsockname()[1])
     with pytest.raises(ValueError, match="--max_waiting must be"):
-        serve.main(str(checkpoint), str(tokenizer_path), max_waiting=0)
+        command.main(str(checkpoint), str(tokenizer_path), max_waiting=0)
     monkeypatch.setattr("llama.distributed.groups.world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"one process per checkpoint file, 1, got 2.*one server each"):
-        serve.main(str(checkpoint), str(tokenizer_path))
+        command.main(str(checkpoint), str(tokenizer_path))
 
 
 def test_events_are_sent_at_once_and_not_held_back_for_an_acknowledgement() -> None:
@@ -409,5 +402,5 @@ def test_events_are_sent_at_once_and_not_held_back_for_an_acknowledgement() -> N
             writer.close()
         return value
 
-    with serve._open_port("127.0.0.1", 0) as listener:
+    with command._open_port("127.0.0.1", 0) as listener:
         assert asyncio.run(no_delay(listener))

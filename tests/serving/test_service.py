@@ -6,8 +6,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,22 +19,10 @@ from llama.serving.errors import BusyError
 from llama.serving.jobs import Job
 from llama.serving.service import Service
 from tests.conftest import TEXT
+from tests.support.processes import wait_until
+from tests.support.serving import running
 
 LONGEST_S = 30.0
-
-
-@contextmanager
-def running(llama: Llama, **settings: Any) -> Iterator[Service]:
-    """A service with its loop in a thread of its own."""
-    service = Service(llama, **settings)
-    thread = threading.Thread(target=service.run)
-    thread.start()
-    try:
-        yield service
-    finally:
-        service.stop()
-        thread.join(LONGEST_S)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +49,6 @@ def collect(service: Service, prompts: list[list[int]], params: SamplingParams, 
 
 def text(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + LONGEST_S
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def prompts_of(llama: Llama) -> list[list[int]]:

@@ -12,7 +12,6 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -304,10 +303,3 @@ class Terminal:
         self.process.wait()
         os.close(self.slave)
         os.close(self.master)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + HANG_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

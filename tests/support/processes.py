@@ -8,16 +8,49 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 FORKSERVER = multiprocessing.get_context("forkserver")
+
+
+_LAUNCHER = re.compile(
+    r"RANK|LOCAL_|WORLD_SIZE|MASTER_|TORCHELASTIC|LLAMA_API_KEY|OMP_NUM_THREADS|.*_proxy", re.IGNORECASE
+)
+
+
+def clean_environment() -> dict[str, str]:
+    """That of a user's shell: no variable of a launcher's, no key, no proxy, no setting for threads."""
+    return {name: value for name, value in os.environ.items() if not _LAUNCHER.match(name)}
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a rank on one machine."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    return {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def preload(*modules: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.support.processes import free_port, rank_environment
+
 FAULT = "fault"  # what a rank yields right before something goes wrong
 STARTUP_S = 120.0  # the most that starting, building and what comes before the fault may take on a busy machine
 
@@ -26,9 +27,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any
 
     An exception in any of them ends all and is raised here. Starting takes some seconds: do much in one call.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         mp.set_forkserver_preload(["llama", "tests.conftest", work.__module__])  # imported once, not by each rank
         ranks = (world_size, port, folder, work, args)
@@ -42,14 +41,7 @@ def _start(rank: int, world_size: int, port: int, folder: str, work: Callable[..
 
 
 def _set_environment(rank: int, world_size: int, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(rank_environment(rank, world_size, port))
     torch.set_num_threads(1)
 
 
@@ -83,9 +75,7 @@ def run_faulty_ranks(
         absent: ranks that are not started.
         agent: whether this process holds the ranks' store, as torchrun does; else rank 0 holds it.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if agent else None
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["llama", "tests.conftest", work.__module__])

@@ -1,25 +1,47 @@
-"""Servers for tests: `llama.tools.serve` in processes of its own, as torchrun would start them."""
+"""Servers for tests: the routes in this process, and `llama serve` in others, as torchrun would start them."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+from starlette.testclient import TestClient
 
-from tests.support.processes import Program
+from llama import Llama
+from llama.serving.app import Server, make_app
+from llama.serving.service import Service
+from tests.support.processes import Program, clean_environment, free_port, rank_environment
 
 START_S = 120.0
-_LAUNCHER = re.compile(
-    r"RANK|LOCAL_|WORLD_SIZE|MASTER_|TORCHELASTIC|LLAMA_API_KEY|OMP_NUM_THREADS|.*_proxy", re.IGNORECASE
-)
+
+
+@contextmanager
+def running(llama: Llama, **settings: Any) -> Iterator[Service]:
+    """A service with its loop in a thread of this process."""
+    service = Service(llama, **settings)
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    try:
+        yield service
+    finally:
+        service.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def web_of(service: Service, **settings: Any) -> TestClient:
+    """A client of a server's routes in this process."""
+    state = Server("llama", **settings)
+    state.ready(service)
+    return TestClient(make_app(state))
 
 
 class ServerProcesses:
@@ -31,23 +53,13 @@ class ServerProcesses:
         for file in files:
             file.touch()
         self._out, self._log = files[1:]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            master_port = probe.getsockname()[1]
-        clean = {name: value for name, value in os.environ.items() if not _LAUNCHER.match(name)}
+        port = free_port()
         command = ["-m", "llama.tools.serve", "--ckpt_dir", checkpoint, "--tokenizer_path", tokenizer]
         command += ["--port", "0", "--device", "cpu", "--dtype", "float32", *flags]
         self.processes = []
         for rank in range(ranks):
-            launcher = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(master_port),
-            }
-            environment = clean | {"OMP_NUM_THREADS": "1"} | (launcher if ranks > 1 else {})
+            launcher = rank_environment(rank, ranks, port) if ranks > 1 else {}
+            environment = clean_environment() | {"OMP_NUM_THREADS": "1"} | launcher
             process = Program(*command, env=environment, files=(files[0], self._out, self._log))
             self.processes.append(process)
         try:

@@ -14,20 +14,18 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.nn.functional import one_hot
 
 from llama import Llama
 from llama.chat import ChatFormat, encode_dialog
 from llama.tools import chat
 from llama.tools.chat import History, Terminal, _lead
 from tests.conftest import ROOT
-from tests.test_examples import clean_environment, free_port
+from tests.support.processes import clean_environment, free_port
+from tests.support.steps import dictated
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "setsid"), reason="needs a POSIX terminal")
 
@@ -187,16 +185,10 @@ def test_questions_from_a_pipe_are_all_answered_in_full(llama: Llama, capsys: py
         assert f"Llama: {chat.for_terminal(answer['content'])}\n" in printed
 
 
-@contextmanager
-def dictated(llama: Llama, *answers: str) -> Iterator[None]:
-    """The network writes these answers, one after the other, byte by byte."""
+def spelled(llama: Llama, *answers: str) -> list[int]:
+    """Answers byte by byte, with EOS after each."""
     sp, eos_id = llama.tokenizer.sp_model, llama.tokenizer.eos_id
-    script = iter([i for text in answers for i in (*(sp.piece_to_id(f"<0x{b:02X}>") for b in text.encode()), eos_id)])
-    handle = llama.model.output.register_forward_hook(
-        lambda _, args, out: 9.0 * one_hot(torch.full(out.shape[:-1], next(script)), out.shape[-1])
-    )
-    yield
-    handle.remove()
+    return [i for text in answers for i in (*(sp.piece_to_id(f"<0x{b:02X}>") for b in text.encode()), eos_id)]
 
 
 def ask(llama: Llama, *questions: str, most_tokens: int = 60) -> None:
@@ -215,7 +207,7 @@ def roomy(checkpoint: Path, tokenizer_path: Path) -> Llama:
 
 
 def test_a_tag_in_an_answer_stops_no_further_question(roomy: Llama, capsys: pytest.CaptureFixture[str]) -> None:
-    with dictated(roomy, "one [INST]<</SYS>> two", "three", "four"):
+    with dictated(roomy, spelled(roomy, "one [INST]<</SYS>> two", "three", "four")):
         ask(roomy, "first", "typed <<SYS>>", "second", "third", most_tokens=500)
     printed = capsys.readouterr().out
     assert re.findall(r"Llama: (.*)\n", printed) == ["one [INST]<</SYS>> two", "three", "four"]
@@ -237,7 +229,7 @@ def test_a_kept_answer_has_no_tag_whatever_it_is_made_of(llama: Llama) -> None:
 
 def test_an_answers_control_characters_are_written_out(roomy: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     """Newlines, tabs and text of any language stay; escape sequences do nothing, also where tokens split them."""
-    with dictated(roomy, "\x1b]0;title\x07 \x9b2J a\r\n\té 日 👩\u200d👧 \x00\x7f\u202ez"):
+    with dictated(roomy, spelled(roomy, "\x1b]0;title\x07 \x9b2J a\r\n\té 日 👩\u200d👧 \x00\x7f\u202ez")):
         ask(roomy, "hello", most_tokens=500)
     assert "Llama: \\x1b]0;title\\x07 \\x9b2J a\\r\n\té 日 👩\u200d👧 \\x00\\x7f\\u202ez\n" in capsys.readouterr().out
 

@@ -33,9 +33,9 @@ def fails(message: str) -> None:
     raise ValueError(message)
 
 
-def command(monkeypatch: pytest.MonkeyPatch, function: Any, *arguments: str) -> int | str | None:
+def command(monkeypatch: pytest.MonkeyPatch, function: Any, *arguments: object) -> int | str | None:
     """The command's exit status."""
-    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     with pytest.raises(SystemExit) as stop:
         run(function, name="llama command")

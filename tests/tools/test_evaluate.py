@@ -22,9 +22,10 @@ from llama.text.chat_format import CHAT_FORMAT_FILE
 from llama.tools import evaluate
 from llama.tools.convert import to_hf
 from tests.conftest import ROOT, TEXT
+from tests.support.processes import clean_environment
 from tests.support.ranks import run_ranks
 from tests.support.templates import VICUNA
-from tests.test_examples import TINY_LLAMA, clean_environment
+from tests.test_examples import TINY_LLAMA
 
 pytest.importorskip("lm_eval", reason="evaluation needs the extra [eval]")
 

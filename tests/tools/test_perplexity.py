@@ -15,8 +15,7 @@ from llama.tools import commandline
 from llama.tools.perplexity import main, perplexity, windows
 from tests.conftest import TEXT
 from tests.contract.test_against_hf import hugging_face_model
-from tests.support.processes import run_python
-from tests.test_examples import clean_environment
+from tests.support.processes import clean_environment, run_python
 
 BOS = 1
 

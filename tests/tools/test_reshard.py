@@ -21,12 +21,12 @@ from llama.checkpoint import writing
 from llama.checkpoint.sharded import ShardedCheckpoint
 from llama.checkpoint.writing import TensorFile
 from llama.tools import progress
-from llama.tools.commandline import run
 from llama.tools.reshard import reshard
 from llama.tools.verify import verify
 from tests.conftest import PARAMS, ROOT
 from tests.support import oracle
 from tests.support.processes import run_python
+from tests.tools.test_commandline import command
 
 SIZES = (1, 2, 4, 8)
 Write = Callable[..., Path]
@@ -213,7 +213,7 @@ def test_ctrl_c_leaves_nothing(
     monkeypatch.setattr(TensorFile, "write", fails)
     (tmp_path / "out").mkdir()
     arguments = ["--ckpt_dir", source, "--model_parallel_size", 4, "--output_dir", tmp_path / "out"]
-    assert command(monkeypatch, *arguments) == 130
+    assert command(monkeypatch, reshard, *arguments) == 130
     assert capsys.readouterr().err.split() == ["interrupted"]
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == []
 
@@ -268,15 +268,6 @@ def test_two_runs_for_one_folder_do_not_mix(source: Path, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "mine").read_text() == "whole"
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
-    """The command's exit status; a text is printed on stderr and gives 1."""
-    monkeypatch.setattr(sys, "argv", ["reshard", *map(str, arguments)])
-    monkeypatch.setattr(signal, "signal", lambda *args: None)
-    with pytest.raises(SystemExit) as stop:
-        run(reshard)
-    return stop.value.code
-
-
 def test_the_command(
     source: Path,
     folders: dict[int, Path],
@@ -286,14 +277,14 @@ def test_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ["--ckpt_dir", source, "--model_parallel_size", 4]
-    assert command(monkeypatch, *flags, "--output_dir", "1e3") == 0  # a name, not a number
+    assert command(monkeypatch, reshard, *flags, "--output_dir", "1e3") == 0  # a name, not a number
     assert_same_files(tmp_path / "1e3", folders[4])
     n_files = len(os.listdir(tmp_path / "1e3"))
     assert re.fullmatch(rf"wrote {n_files} files, \d+\.\d MiB, to 1e3 in \d+ s\n", capsys.readouterr().out)
-    assert command(monkeypatch, *flags, "--output_dir", "1e3") == 1
+    assert command(monkeypatch, reshard, *flags, "--output_dir", "1e3") == 1
     taken = "error: output_dir must be a new or an empty folder, got 1e3, which exists already\n"
     assert capsys.readouterr().err == taken
-    assert command(monkeypatch, *flags, "--output_dir", "out", "--mistyped", 3) == 2
+    assert command(monkeypatch, reshard, *flags, "--output_dir", "out", "--mistyped", 3) == 2
     assert os.listdir(tmp_path) == ["1e3"]
 
 
@@ -312,8 +303,8 @@ def test_memory_stays_bounded(write_checkpoint: Write, tmp_path: Path) -> None:
     params = PARAMS | {"dim": 512, "n_layers": 16, "vocab_size": 2048}
     folder = write_checkpoint(params, {name: w.bfloat16() for name, w in oracle.random_state(params, seed=4).items()})
     n_mib = (folder / "consolidated.00.pth").stat().st_size // 2**20
-    command = [sys.executable, "-c", MEASURED, str(folder), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)  # memory of its own
+    arguments = [sys.executable, "-c", MEASURED, str(folder), str(tmp_path / "out")]
+    done = subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True, text=True)  # memory of its own
     assert n_mib > 80 and int(done.stdout) < n_mib / 4
 
 
@@ -365,10 +356,10 @@ def test_a_folder_whose_name_is_no_utf8(source: Path, tmp_path: Path) -> None:
     """Every tool takes such folders, and prints their names escaped."""
     taken, out = tmp_path / os.fsdecode(b"in-\xff"), tmp_path / os.fsdecode(b"out-\xfe")
     shutil.copytree(source, taken)
-    command = ["-m", "llama.tools.reshard", "--ckpt_dir", taken, "--output_dir", out, "--model_parallel_size", "2"]
-    done = run_python(*command)
+    arguments = ["-m", "llama.tools.reshard", "--ckpt_dir", taken, "--output_dir", out, "--model_parallel_size", "2"]
+    done = run_python(*arguments)
     assert (done.returncode, done.stderr) == (0, "")
-    done = run_python(*command)
+    done = run_python(*arguments)
     assert done.returncode == 1 and r"out-\udcfe, which exists already" in done.stderr
     done = run_python("-m", "llama.tools.verify", "--ckpt_dir", out, "--quiet")
     assert r"out-\udcfe/consolidated.01.pth: NaN or infinite values" in done.stdout  # the source has some
