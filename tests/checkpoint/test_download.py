@@ -196,14 +196,14 @@ def test_link_is_in_no_argument_and_no_environment(download: Download) -> None:
     ],
 )
 def test_target_is_relative_to_the_current_folder_or_the_home_folder(
-    download: Download, target: str | None, goes_to: str
+    any_download: Download, target: str | None, goes_to: str
 ) -> None:
-    here = download.folder / "here"
+    here = any_download.folder / "here"
     here.mkdir()
-    download.target = download.folder / goes_to
+    any_download.target = any_download.folder / goes_to
     for _ in range(2):
-        download.run(cwd=here, TARGET_FOLDER=target)
-        assert tree_of("7b").items() <= download.files().items()
+        any_download.run(cwd=here, TARGET_FOLDER=target)
+        assert tree_of("7b").items() <= any_download.files().items()
 
 
 def test_licence_of_this_library_is_left_alone(any_download: Download) -> None:
