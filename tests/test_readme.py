@@ -182,14 +182,10 @@ def test_every_command_is_understood(block: Block, words: list[str]) -> None:
     [
         "torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_folder x",
         "torchrun --nproc_per_nodes 1 example_chat_completion.py",
-        "torchrun --nproc_per_node 1 example_chat.py",
         "python -m llama.tools.reshard --ckpt_dir x",
-        "python -m llama.tools.verify --ckpt_dir",
         "python -m llama.tools.convert of_hf --hf_dir x --output_dir y",
         'pip install -c constraints.txt -e ".[everything]"',
-        "llama reshards --ckpt_dir x",
         "llama reshard --ckpt_dir x",
-        "vllm serve",
     ],
 )
 def test_a_command_that_is_wrong_is_not_understood(command: str) -> None:

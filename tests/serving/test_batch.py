@@ -133,7 +133,7 @@ def test_stop_strings_and_defaults_are_openais(tmp_path: Path, flags: dict[str, 
     whole = continuation(llama, "The quick", temperature=0, max_gen_len=16)
     stop = whole[5:8]
     lines = [
-        line("cut", COMPLETIONS, prompt="The quick", temperature=0, stop=stop),
+        line("cut", COMPLETIONS, prompt="The quick", temperature=0, stop=[*"0123456789", stop]),
         line("whole", COMPLETIONS, prompt=["The quick"], temperature=0, stop=None, n=1, echo=False, logit_bias={}),
         line("ids", COMPLETIONS, prompt=llama.tokenizer.encode("The quick", bos=True, eos=False), temperature=0),
         line("chat", CHAT, messages=[{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], temperature=0),

@@ -55,26 +55,6 @@ def prompts_of(llama: Llama) -> list[list[int]]:
     return [llama.tokenizer.encode(line, bos=True, eos=False)[:20] for line in TEXT]
 
 
-def test_requests_of_many_threads_get_what_a_separate_call_gives(llama: Llama, service: Service) -> None:
-    prompts = prompts_of(llama)
-    expected = [
-        llama.text_completion([llama.tokenizer.decode(prompt)], 0, max_gen_len=8 + i)[0]["generation"]
-        for i, prompt in enumerate(prompts)
-    ]
-    got: dict[tuple[int, int], str] = {}
-
-    def ask(thread: int) -> None:
-        for i in random.Random(thread).sample(range(len(prompts)), len(prompts)):
-            got[thread, i] = text(collect(service, [prompts[i]], SamplingParams(0, 1, 8 + i))[0])
-
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert got == {(thread, i): expected[i] for thread in range(6) for i in range(len(prompts))}
-
-
 def test_a_seed_gives_the_first_of_n_and_each_of_several_prompts_what_it_gives_alone(
     llama: Llama, service: Service
 ) -> None:
@@ -122,29 +102,6 @@ def test_a_stop_string_and_the_tokens_of_it_never_show(llama: Llama, service: Se
     for piece in pieces:  # at no time do the tokens run ahead of the text
         shown += "".join(token.text for token in piece.tokens)
         assert whole.startswith(shown)
-
-
-def test_a_continuation_joins_the_text_of_its_prompt(llama: Llama, service: Service) -> None:
-    for prompt in prompts_of(llama):
-        ids, _ = llama.generate([prompt], 10, 0)
-        (pieces,) = collect(service, [prompt], SamplingParams(0, 1, 10), continues=True)
-        assert llama.tokenizer.decode(prompt) + text(pieces) == llama.tokenizer.decode(prompt + ids[0])
-
-
-@pytest.mark.parametrize("max_gen_len", [0, 6])
-def test_an_echo_has_the_prompt_with_its_scores_first(llama: Llama, service: Service, max_gen_len: int) -> None:
-    prompts = prompts_of(llama)[:2]
-    params = SamplingParams(0, 1, max_gen_len, logprobs=True, echo=True)
-    choices = collect(service, prompts, params, n=2, top_logprobs=2, continues=True)
-    rows, logprobs = llama.generate(prompts, max_gen_len, 0, logprobs=True, echo=True)
-    assert logprobs
-    for i, pieces in enumerate(choices):
-        tokens = [token for piece in pieces for token in piece.tokens]
-        assert [token.id for token in tokens] == rows[i // 2]
-        assert tokens[0].logprob is None
-        assert [token.logprob for token in tokens[1:]] == pytest.approx(logprobs[i // 2][1:], abs=1e-4)
-        assert "".join(token.text for token in tokens) == text(pieces) == llama.tokenizer.decode(rows[i // 2])
-        assert all(len(token.top_logprobs) == 2 for token in tokens[1:])
 
 
 def test_requests_that_leave_free_their_slots_and_do_not_disturb_the_others(llama: Llama) -> None:
