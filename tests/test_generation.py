@@ -130,7 +130,7 @@ WRONG_BUILDS: list[tuple[str, Any]] = [
 def test_a_wrong_argument_of_build_is_refused_before_anything_is_loaded(
     build: Build, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
-    monkeypatch.delattr(loading, "load_shard")
+    monkeypatch.delattr(loading.reading, "load_shard")
     generator = torch.get_rng_state()
     with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}"):
         build(**{name: value})
