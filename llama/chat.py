@@ -38,16 +38,18 @@ class ChatFormat:
 
     Attributes:
         tags: texts of the template that a message must not contain, as it could fake another turn with them.
+        in_turn: whether the roles must alternate.
     """
 
     tags: tuple[str, ...] = SPECIAL_TAGS
+    in_turn = True
 
     def check_usable(self) -> None:
         """Raises ImportError or PromptError if no dialog can be encoded, as the template is damaged."""
 
     def check(self, dialog: Dialog, name: str) -> None:
         """Raises PromptError unless the dialog has the form of the template: see `check_dialog`."""
-        check_dialog(dialog, name)
+        check_dialog(dialog, name, in_turn=self.in_turn)
 
     def tag_in(self, text: str) -> str | None:
         """The first of the tags that a text contains."""
@@ -58,8 +60,19 @@ class ChatFormat:
         return any(self.tag_in(message["content"]) for message in dialog)
 
     def encode(self, dialog: Dialog, tokenizer: Any) -> list[int]:
-        """Encodes a checked dialog as the prompt for the assistant's next answer."""
-        return encode_dialog(dialog, tokenizer)
+        """Encodes a checked dialog as the prompt for the assistant's next answer.
+
+        Here, each pair of a user message and its answer is encoded separately, with BOS and EOS; the last user message
+        has only BOS. A system message is folded into the first user message.
+        """
+        texts = [message["content"] for message in dialog]
+        if dialog[0]["role"] == "system":
+            texts = [B_SYS + texts[0] + E_SYS + texts[1], *texts[2:]]
+        *turns, last = [text.strip() for text in texts]
+        tokens: list[int] = []
+        for user, answer in zip(turns[::2], turns[1::2], strict=True):
+            tokens += tokenizer.encode(f"{B_INST} {user} {E_INST} {answer} ", bos=True, eos=True)
+        return [*tokens, *tokenizer.encode(f"{B_INST} {last} {E_INST}", bos=True, eos=False)]
 
     def encode_beginning(self, answer: str, tokenizer: Any) -> list[int]:
         """Encodes the beginning of an answer, which follows the prompt."""
@@ -80,7 +93,7 @@ class StepChatFormat(ChatFormat):
     tags = (*SPECIAL_TAGS, STEP)
 
     def check(self, dialog: Dialog, name: str) -> None:
-        check_dialog(dialog, name)
+        super().check(dialog, name)
         for i, message in enumerate(dialog):
             destination = message.get("destination")
             if destination is not None and (not isinstance(destination, str) or self.tag_in(destination)):
@@ -102,22 +115,6 @@ class StepChatFormat(ChatFormat):
 def built_in_format(tokenizer: Any) -> ChatFormat:
     """The format of a checkpoint that brings no template: Code Llama 70B's where there is a `<step>`, or Llama 2's."""
     return ChatFormat() if getattr(tokenizer, "step_id", None) is None else StepChatFormat()
-
-
-def encode_dialog(dialog: Dialog, tokenizer: Any) -> list[int]:
-    """Encodes a checked dialog in the Llama 2 chat template.
-
-    Each pair of a user message and its answer is encoded separately, with BOS and EOS; the last user message has only
-    BOS. A system message is folded into the first user message.
-    """
-    texts = [message["content"] for message in dialog]
-    if dialog[0]["role"] == "system":
-        texts = [B_SYS + texts[0] + E_SYS + texts[1], *texts[2:]]
-    *turns, last = [text.strip() for text in texts]
-    tokens: list[int] = []
-    for user, answer in zip(turns[::2], turns[1::2], strict=True):
-        tokens += tokenizer.encode(f"{B_INST} {user} {E_INST} {answer} ", bos=True, eos=True)
-    return [*tokens, *tokenizer.encode(f"{B_INST} {last} {E_INST}", bos=True, eos=False)]
 
 
 def dialog_prompt_tokens(tokenizer: Any, dialog: Dialog) -> list[int]:
@@ -145,20 +142,13 @@ def _step_header(tokenizer: Any, role: str, destination: str | None) -> list[int
     return list(tokenizer.encode("\n".join(lines), bos=False, eos=False))
 
 
-def check_dialog(dialog: Dialog, name: str) -> None:
-    """Checks that a dialog is an optional system message, then messages of user, assistant, ..., user.
+def check_dialog(dialog: Dialog, name: str, *, in_turn: bool = True) -> None:
+    """Raises PromptError unless a dialog is an optional system message, then messages of user, assistant, ..., user.
 
     Args:
         name: name of the dialog in error messages, such as "dialogs[3]".
-
-    Raises:
-        PromptError: it is not; the error names the first message that is wrong.
+        in_turn: False for any order, with the user's message last.
     """
-    check_messages(dialog, name, in_turn=True)
-
-
-def check_messages(dialog: Dialog, name: str, *, in_turn: bool = False) -> None:
-    """Checks that a dialog consists of messages, in any order unless `in_turn`, the last of them the user's."""
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
         raise PromptError(f"{name} must be a list of messages, got {type(dialog).__name__}")
     if not dialog:

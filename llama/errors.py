@@ -95,14 +95,14 @@ def check_not_pointer(path: Path) -> None:
             )
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """The content of a JSON file that holds an object.
 
     Raises:
         ValueError: it does not, or has more bytes than any such file of a model; the message names the file.
     """
-    if (n_bytes := path.stat().st_size) > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} must have at most {_MAX_JSON_BYTES} bytes, got {n_bytes}; download it again")
+    if (n_bytes := path.stat().st_size) > max_bytes:
+        raise ValueError(f"{path} must have at most {max_bytes} bytes, got {n_bytes}; download it again")
     check_not_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark or without

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Sequence
-from operator import index
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from llama import inputs
 from llama.chat import (
     B_INST,
     B_SYS,
@@ -31,43 +33,19 @@ from llama.chat import (
 from llama.checkpoint.loading import load_networks
 from llama.distributed import groups
 from llama.distributed.device import pause_workers
+from llama.engine import output
 from llama.engine.calls import Completer, complete_by_generate
 from llama.engine.compiled import compiled_stepper
 from llama.engine.constraints import check_form
 from llama.engine.cuda_graphs import Stepper, choose_stepper
 from llama.engine.engine import Engine, engine_of
 from llama.engine.lock import lock_of
-from llama.engine.output import (
-    ChatPrediction,
-    Completion,
-    CompletionPrediction,
-    InfillingPrediction,
-    Score,
-    chat_prediction,
-    completion_prediction,
-    infilling_prediction,
-)
+from llama.engine.output import ChatPrediction, CompletionPrediction, InfillingPrediction, Score
 from llama.engine.runner import ModelRunner
+from llama.engine.sampled import common_length
 from llama.engine.sampling import sample_top_p
 from llama.errors import PromptError, quote
-from llama.inputs import (
-    SamplingOptions,
-    SamplingParams,
-    check_prompts,
-    check_seed,
-    check_stop_token,
-    encode_continuations,
-    encode_dialog,
-    encode_dialogs,
-    encode_infilling,
-    encode_infillings,
-    encode_text,
-    encode_texts,
-    infilling_prompt_tokens,
-    infilling_stop_ids,
-    n_usable_ids,
-    vocab_size_of,
-)
+from llama.inputs import SamplingOptions, SamplingParams, checked, infilling_prompt_tokens
 from llama.model import Transformer
 from llama.text.chat_format import read_chat_format
 from llama.tokenizer import Tokenizer, pieces
@@ -75,30 +53,15 @@ from llama.tokenizer import Tokenizer, pieces
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = [
-    "B_INST",
-    "B_SYS",
-    "E_INST",
-    "E_SYS",
-    "SPECIAL_TAGS",
-    "UNSAFE_ERROR",
-    "ChatPrediction",
-    "CompletionPrediction",
-    "Dialog",
-    "InfillingPrediction",
-    "LLaMA",
-    "Llama",
-    "Message",
-    "Role",
-    "dialog_prompt_tokens",
-    "infilling_prompt_tokens",
-    "sample_top_p",
-]
+__all__ = ["LLaMA", "Llama", "dialog_prompt_tokens", "infilling_prompt_tokens", "sample_top_p"]
+__all__ += ["ChatPrediction", "CompletionPrediction", "Dialog", "InfillingPrediction", "Message", "Role"]
+__all__ += ["B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR"]
 
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 _built_in_sample_top_p = sample_top_p
+_SAMPLING = {field.name for field in fields(SamplingParams)}
 
 
 class Llama:
@@ -117,10 +80,8 @@ class Llama:
         model: a loaded `Transformer`, or any object with `forward(tokens, start_pos)`, which returns logits (bsz,
             seqlen, vocab), and `params` with `max_batch_size`, `max_seq_len` and `vocab_size`.
         tokenizer: the one that it was trained with.
-        seed: for torch's default generators, as in `build`; None leaves them as they are.
-        cuda_graphs: as in `build`.
+        seed, cuda_graphs, reuse_prefixes: as in `build`; with None as `seed`, torch's generators stay as they are.
         draft_model: a smaller `Transformer` with the same vocabulary and cache sizes, for `speculative="draft"`.
-        reuse_prefixes: as in `build`.
 
     Attributes:
         chat_format: how dialogs become ids; None for the tokenizer's built-in one, such as Llama 2's.
@@ -147,15 +108,19 @@ class Llama:
         reuse_prefixes: bool = False,
     ) -> None:
         if seed is not None:
-            torch.manual_seed(check_seed(seed))
+            torch.manual_seed(checked("seed", seed))
         self.model = model
         self.tokenizer = tokenizer
         self.stepper = choose_stepper(model, cuda_graphs=cuda_graphs)
         self.draft_model = draft_model
         self.reuse_prefixes = reuse_prefixes
         self._cuda_graphs = cuda_graphs
-        if draft_model is not None:
-            _check_draft(draft_model, model)
+        if draft_model is not None and draft_model is model:
+            raise ValueError("draft_model must be another network than model")
+        for name in ("max_batch_size", "max_seq_len") if draft_model is not None else ():
+            got, expected = (getattr(each.params, name, None) for each in (draft_model, model))
+            if got != expected:
+                raise ValueError(f"draft_model must have the model's {name}, {expected}, got {got}")
 
     @staticmethod
     @torch.inference_mode(False)  # what is made in inference mode could not be used outside of it
@@ -211,8 +176,7 @@ class Llama:
             ValueError: an argument, the tokenizer, `params.json` or a tensor is wrong; the message says which.
             MemoryError: weights, cache and activations do not fit on the device.
         """
-        if seed is not None:
-            check_seed(seed)
+        checked("seed", seed)
         if compile not in (False, True, "background"):
             raise ValueError(f"compile must be False, True or 'background', got {quote(compile)}")
         tokenizer, models, seconds = load_networks(
@@ -240,8 +204,7 @@ class Llama:
         )
         generator.chat_format = read_chat_format(ckpt_dir)
         if compile:
-            background = compile == "background"
-            compiled = compiled_stepper(models[0], cuda_graphs=cuda_graphs, background=background)
+            compiled = compiled_stepper(models[0], cuda_graphs=cuda_graphs, background=compile == "background")
             generator.stepper = compiled or generator.stepper
         pause_workers()
         if groups.is_first_rank():
@@ -307,12 +270,7 @@ class Llama:
             PromptError: an argument is out of its range; nothing was computed. It is a ValueError, and an
                 AssertionError as Meta's package raises.
         """
-        given = dict(temperature=temperature, top_p=top_p, seed=seed, speculative=speculative, **options)
-        prompts, params = self._checked(
-            "generate",
-            lambda: check_prompts(prompt_tokens, self._n_ids, self.model.params.max_seq_len),
-            given | dict(max_gen_len=max_gen_len, logprobs=logprobs, echo=echo, stop_token=stop_token),
-        )
+        prompts, params = self._checked("generate", locals(), partial(self._check_prompts, prompt_tokens))
         rows = self._completer().complete(prompts, params)
         return [row.tokens for row in rows], [row.logprobs for row in rows] if logprobs else None
 
@@ -340,13 +298,8 @@ class Llama:
             For each prompt `{"generation": text, "finish_reason": "stop" or "length"}`; with logprobs also "tokens",
             the strings that joined give the text, and their "logprobs".
         """
-        given = dict(temperature=temperature, top_p=top_p, stop=stop, seed=seed, speculative=speculative, **options)
-        ids, params = self._checked(
-            "text_completion",
-            lambda: self._encode(prompts, "prompts"),
-            given | dict(max_gen_len=self._max_gen_len(max_gen_len), logprobs=logprobs, echo=echo),
-        )
-        return [completion_prediction(row, params) for row in self._complete(ids, params)]
+        ids, params = self._checked("text_completion", locals(), partial(inputs.encode_texts, prompts, "prompts"))
+        return [output.completion_prediction(row, params) for row in self._complete(ids, params)]
 
     def chat_completion(
         self,
@@ -374,19 +327,13 @@ class Llama:
             logprobs also "tokens" and "logprobs".
         """
         chat_format = self._chat_format()
-        given = dict(temperature=temperature, top_p=top_p, stop=stop, seed=seed, speculative=speculative, **options)
-        prompts, params = self._checked(
-            "chat_completion",
-            lambda: encode_dialogs(dialogs, self.tokenizer, self.model.params.max_seq_len, chat_format),
-            given
-            | dict(
-                max_gen_len=self._max_gen_len(max_gen_len),
-                logprobs=logprobs,
-                stop_ids=chat_format.stop_ids(self.tokenizer),
-            ),
-        )
+        encode = partial(inputs.encode_dialogs, dialogs, chat_format=chat_format)
+        stop_ids = chat_format.stop_ids(self.tokenizer)
+        prompts, params = self._checked("chat_completion", locals(), encode, stop_ids=stop_ids)
         rows = iter(self._complete([prompt for prompt in prompts if prompt is not None], params))
-        return [chat_prediction(None if prompt is None else next(rows), params, chat_format) for prompt in prompts]
+        return [
+            output.chat_prediction(None if prompt is None else next(rows), params, chat_format) for prompt in prompts
+        ]
 
     def stream_text_completion(
         self,
@@ -407,12 +354,7 @@ class Llama:
         stream then recomputes its part of the KV cache, which costs a prefill and may round differently outside of
         float32.
         """
-        given = dict(temperature=temperature, top_p=top_p, stop=stop, seed=seed, speculative=speculative, **options)
-        ids, params = self._checked(
-            "stream_text_completion",
-            lambda: encode_text(prompt, "prompt", self.tokenizer, self.model.params.max_seq_len),
-            given | dict(max_gen_len=self._max_gen_len(max_gen_len), echo=echo),
-        )
+        ids, params = self._checked("stream_text_completion", locals(), partial(inputs.encode_text, prompt, "prompt"))
         return self._completer().stream(ids, params)
 
     def stream_chat_completion(
@@ -429,13 +371,10 @@ class Llama:
     ) -> Generator[str, None, None]:
         """Answers one dialog, yielding the answer's pieces; otherwise as `stream_text_completion`."""
         chat_format = self._chat_format()
-        given = dict(temperature=temperature, top_p=top_p, stop=stop, seed=seed, speculative=speculative, **options)
-        prompt, params = self._checked(
-            "stream_chat_completion",
-            lambda: encode_dialog(dialog, "dialog", self.tokenizer, self.model.params.max_seq_len, chat_format),
-            given | dict(max_gen_len=self._max_gen_len(max_gen_len), stop_ids=chat_format.stop_ids(self.tokenizer)),
-        )
-        return _refusal() if prompt is None else self._completer().stream(prompt, params)
+        encode = partial(inputs.encode_dialog, dialog, "dialog", chat_format=chat_format)
+        stop_ids = chat_format.stop_ids(self.tokenizer)
+        prompt, params = self._checked("stream_chat_completion", locals(), encode, stop_ids=stop_ids)
+        return (text for text in [UNSAFE_ERROR]) if prompt is None else self._completer().stream(prompt, params)
 
     def text_infilling(
         self,
@@ -462,22 +401,11 @@ class Llama:
             For each pair `{"generation": text, "full_text": prefix + text + suffix, "finish_reason": ...}`; with
             logprobs also "tokens" and "logprobs".
         """
-        max_seq_len = self.model.params.max_seq_len
-        given = dict(temperature=temperature, top_p=top_p, stop=stop, seed=seed, speculative=speculative, **options)
-        prompts, params = self._checked(
-            "text_infilling",
-            lambda: encode_infillings(prefixes, suffixes, self.tokenizer, max_seq_len, suffix_first=suffix_first),
-            given
-            | dict(
-                max_gen_len=self._max_gen_len(max_gen_len),
-                logprobs=logprobs,
-                stop_ids=infilling_stop_ids(self.tokenizer),
-                keep_space=True,
-            ),
-        )
+        encode = partial(inputs.encode_infillings, prefixes, suffixes, suffix_first=suffix_first)
+        prompts, params = self._checked("text_infilling", locals(), encode, **inputs.infilling_ends(self.tokenizer))
         rows = self._complete([ids for _, _, ids in prompts], params)
         return [
-            infilling_prediction(row, params, prefix, suffix)
+            output.infilling_prediction(row, params, prefix, suffix)
             for row, (prefix, suffix, _) in zip(rows, prompts, strict=True)
         ]
 
@@ -496,16 +424,9 @@ class Llama:
         **options: Unpack[SamplingOptions],
     ) -> Generator[str, None, None]:
         """Writes what goes between two texts, yielding its pieces; otherwise as `stream_text_completion`."""
-        names, max_seq_len = ("prefix", "suffix"), self.model.params.max_seq_len
-        given = dict(temperature=temperature, top_p=top_p, stop=stop, seed=seed, speculative=speculative, **options)
-        ids, params = self._checked(
-            "stream_text_infilling",
-            lambda: encode_infilling(prefix, suffix, names, self.tokenizer, max_seq_len, suffix_first=suffix_first),
-            given
-            | dict(
-                max_gen_len=self._max_gen_len(max_gen_len), stop_ids=infilling_stop_ids(self.tokenizer), keep_space=True
-            ),
-        )
+        encode = partial(inputs.encode_infilling, prefix, suffix, ("prefix", "suffix"), suffix_first=suffix_first)
+        ends = inputs.infilling_ends(self.tokenizer)
+        ids, params = self._checked("stream_text_infilling", locals(), encode, **ends)
         return self._completer().stream(ids, params)
 
     def score(self, texts: Iterable[str], contexts: Iterable[str] | None = None) -> list[Score]:
@@ -519,20 +440,13 @@ class Llama:
             For each text `{"logprob": the sum, "tokens": strings, "logprobs": floats}` of its scored tokens. BOS
             precedes the first token and is not scored.
         """
-
-        def check() -> tuple[list[list[int]], list[int]]:
-            if contexts is not None:
-                return encode_continuations(contexts, texts, self.tokenizer, self.model.params.max_seq_len)
-            ids = self._encode(texts, "texts")
-            return ids, [1] * len(ids)  # BOS is known
-
-        whole, known = self._same_on_all_ranks("score", check)
-        scores = self._completer().score(whole)
-        scored = [
-            (pieces(self.tokenizer, tokens)[n:], logprobs[n:])
-            for tokens, logprobs, n in zip(whole, scores, known, strict=True)
-        ]
-        return [Score(logprob=sum(logprobs, 0.0), tokens=tokens, logprobs=logprobs) for tokens, logprobs in scored]
+        known, whole = self._same_on_all_ranks("score", partial(inputs.encode_continuations, contexts, texts))
+        results = []
+        for context, ids, logprobs in zip(known, whole, self._completer().score(whole), strict=True):
+            n = common_length(context, ids)
+            scored = logprobs[n:]
+            results.append(Score(logprob=sum(scored, 0.0), tokens=pieces(self.tokenizer, ids)[n:], logprobs=scored))
+        return results
 
     def score_tokens(self, prompt_tokens: Iterable[Iterable[int]]) -> list[list[float]]:
         """The log-probability of each id given the ids before it; 0.0 for the first of each row.
@@ -540,12 +454,10 @@ class Llama:
         Args:
             prompt_tokens: any number of rows, each of 1 to `max_seq_len` ids.
         """
-        rows = self._same_on_all_ranks(
-            "score_tokens", lambda: check_prompts(prompt_tokens, self._n_ids, self.model.params.max_seq_len)
-        )
+        rows = self._same_on_all_ranks("score_tokens", partial(self._check_prompts, prompt_tokens))
         return self._completer().score(rows)
 
-    def _complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+    def _complete(self, prompts: list[list[int]], params: SamplingParams) -> list[output.Completion]:
         """Completes prompts, through `generate` if a subclass or an assignment replaced that."""
         if not prompts:  # dialogs that are all unsafe
             return []
@@ -557,68 +469,54 @@ class Llama:
         draw = None if sample_top_p is _built_in_sample_top_p else sample_top_p
         return Completer(self.engine, self.tokenizer, draw)
 
-    def _same_on_all_ranks(self, name: str, check: Callable[[], Result]) -> Result:
-        """A call's checked arguments; raises RuntimeError on all ranks if they differ, before any compute."""
+    def _same_on_all_ranks(self, name: str, encode: Callable[[Tokenizer, int], Result]) -> Result:
+        """What `encode` makes of a call's arguments; raises RuntimeError on all ranks if they differ in it."""
         lock_of(self.model).check_thread(several_ranks=groups.has_several_ranks())
         try:
-            checked = check()
+            encoded = encode(self.tokenizer, self.model.params.max_seq_len)
         except Exception:
             groups.compare_calls(None)
             raise
-        groups.compare_calls((name, checked))
-        return checked
+        groups.compare_calls((name, encoded))
+        return encoded
 
     def _checked(
-        self, name: str, encode: Callable[[], Result], sampling: dict[str, Any]
+        self, name: str, arguments: dict[str, Any], encode: Callable[[Tokenizer, int], Result], **more: Any
     ) -> tuple[Result, SamplingParams]:
-        """A call's encoded prompts, and its `SamplingParams` from the other arguments."""
+        """A call's encoded prompts, and its `SamplingParams`.
 
-        def check() -> tuple[Result, SamplingParams]:
-            if (stop_token := sampling.pop("stop_token", None)) is not None:
-                sampling["stop_ids"] = check_stop_token(stop_token, self._n_ids)
-            params = SamplingParams(**sampling)
-            vocab_size = vocab_size_of(self.model, self.tokenizer)
+        Args:
+            arguments: its `locals()`; what has the name of a sampling parameter is one, as are `options` and `more`.
+        """
+
+        def check(tokenizer: Tokenizer, max_seq_len: int) -> tuple[Result, SamplingParams]:
+            given = {key: arguments[key] for key in _SAMPLING & arguments.keys()} | arguments["options"] | more
+            if (stop_token := arguments.get("stop_token")) is not None:
+                given["stop_ids"] = inputs.check_stop_token(stop_token, inputs.n_usable_ids(self.model, tokenizer))
+            if given["max_gen_len"] is None and name != "generate":  # where Meta's code has no default
+                given["max_gen_len"] = max(1, int(max_seq_len) - 1)
+            params = SamplingParams(**given)
+            vocab_size = inputs.vocab_size_of(self.model, tokenizer)
             params.check_ids(vocab_size)
-            if params.form is not None:
-                check_form(self.tokenizer, vocab_size, params)
+            check_form(tokenizer, vocab_size, params)
             if params.speculative == "draft" and self.draft_model is None:
                 raise PromptError(
                     "speculative='draft' must have a draft model, got none; give draft_ckpt_dir to Llama.build"
                 )
-            return encode(), params
+            return encode(tokenizer, max_seq_len), params
 
         return self._same_on_all_ranks(name, check)
 
     def _chat_format(self) -> ChatFormat:
         return self.chat_format or built_in_format(self.tokenizer)
 
-    @property
-    def _n_ids(self) -> int:
-        """The number of leading ids that are tokens."""
-        return n_usable_ids(vocab_size_of(self.model, self.tokenizer), self.tokenizer)
-
-    def _encode(self, texts: Iterable[str], name: str) -> list[list[int]]:
-        return encode_texts(texts, name, self.tokenizer, self.model.params.max_seq_len)
-
-    def _max_gen_len(self, requested: int | None) -> int:
-        return max(1, index(self.model.params.max_seq_len) - 1) if requested is None else requested
-
-
-def _check_draft(draft_model: Any, model: Any) -> None:
-    """Raises ValueError unless a draft model is another network whose cache has the same sizes."""
-    if draft_model is model:
-        raise ValueError("draft_model must be another network than model")
-    for name in ("max_batch_size", "max_seq_len"):
-        got, expected = (getattr(each.params, name, None) for each in (draft_model, model))
-        if got != expected:
-            raise ValueError(f"draft_model must have the model's {name}, {expected}, got {got}")
+    def _check_prompts(
+        self, prompts: Iterable[Iterable[int]], tokenizer: Tokenizer, max_seq_len: int
+    ) -> list[list[int]]:
+        return inputs.check_prompts(prompts, inputs.n_usable_ids(self.model, tokenizer), max_seq_len)
 
 
 _built_in_generate = Llama.generate
-
-
-def _refusal() -> Generator[str, None, None]:
-    yield UNSAFE_ERROR
 
 
 class LLaMA:

@@ -1,6 +1,6 @@
 """Validation of what callers pass: sampling parameters, and prompts as texts, dialogs or token ids.
 
-Errors name a prompt by its argument and index, such as `prompts[3]`.
+Errors name a prompt by its argument and index, such as `prompts[3]`: the `name` of the functions below.
 """
 
 from __future__ import annotations
@@ -31,15 +31,10 @@ def check_speculative(speculative: str | None, build: Mapping[str, Any]) -> None
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """What every answer must be.
+    """What every answer must be."""
 
-    Attributes:
-        kind: "json_schema", "regex", "choice" (a JSON list of texts) or "grammar" (Lark).
-        text: its definition.
-    """
-
-    kind: str
-    text: str
+    kind: str  # "json_schema", "regex", "choice" (a JSON list of texts) or "grammar" (Lark)
+    text: str  # its definition
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -62,21 +57,14 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The parameters of a call, apart from its prompts. Numbers may be Python's, numpy's or torch's.
+    """The parameters of a call, apart from its prompts: see `Llama.generate` and `SamplingOptions`.
+
+    Numbers may be Python's, numpy's or torch's.
 
     Attributes:
-        temperature: divides the logits; 0 for greedy decoding.
-        top_p: 0 to 1; tokens are drawn from the smallest set whose probability mass exceeds it (nucleus sampling).
-        max_gen_len: maximum number of new tokens per prompt.
-        logprobs: whether to return the log-probability of each token.
-        echo: whether the result starts with the prompt.
         stop: stop strings, before which a completion ends.
-        seed: seeds a generator for this call; None to use torch's default generator.
-        speculative: how to draft tokens, one of `SPECULATIVE`; None for plain decoding.
         stop_ids: ids before which a completion ends; None for the tokenizer's (see `tokenizer.stop_ids`).
         keep_space: whether the leading space of the first piece is kept, as in text that continues another.
-        top_k, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_tokens,
-            ignore_eos, stop_token_ids, logits_processors, response_format, structured_outputs: see `SamplingOptions`.
         form: what the answer must be, by `response_format` or `structured_outputs`; None for any text.
 
     Raises:
@@ -109,25 +97,9 @@ class SamplingParams:
     form: AnswerForm | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        temperature, top_p = _number(self.temperature), _number(self.top_p)
-        if temperature is None or not 0 <= temperature < math.inf:
-            raise PromptError(
-                f"temperature must be 0 (greedy) or a finite number above 0, got {quote(self.temperature)}"
-            )
-        if top_p is None or not 0 <= top_p <= 1:
-            raise PromptError(f"top_p must be a number from 0 to 1, got {quote(self.top_p)}")
-        max_gen_len = _integer(self.max_gen_len)
-        if max_gen_len is None or max_gen_len < 0:
-            raise PromptError(f"max_gen_len must be an integer of at least 0, got {quote(self.max_gen_len)}")
-        seed = None if self.seed is None else check_seed(self.seed)
-        if self.speculative not in (None, *SPECULATIVE):
-            choices = " or ".join(map(repr, SPECULATIVE))
-            raise PromptError(f"speculative must be None, {choices}, got {quote(self.speculative)}")
-        checked = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "seed": seed}
-        flags = {name: check_flag(getattr(self, name), name) for name in ("logprobs", "echo")}
-        options = {name: check(getattr(self, name), name) for name, check in _OPTIONS.items()}
-        for name, value in (checked | flags | options | {"stop": _check_stop(self.stop)}).items():
-            object.__setattr__(self, name, value)
+        for name, value in list(vars(self).items()):
+            if name in _ARGUMENTS:
+                object.__setattr__(self, name, checked(name, value))
         forms = [_form_of_response(self.response_format), _form_of_outputs(self.structured_outputs)]
         if None not in forms:
             raise PromptError("response_format and structured_outputs must not both be given")
@@ -138,7 +110,8 @@ class SamplingParams:
     def options(self) -> dict[str, Any]:
         """The `SamplingOptions` that are not neutral."""
         defaults = {f.name: f.default if f.default is not MISSING else {} for f in fields(self)}
-        return {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) != defaults[name]}
+        values = {name: getattr(self, name) for name in SamplingOptions.__annotations__}
+        return {name: value for name, value in values.items() if value != defaults[name]}
 
     def check_ids(self, vocab_size: int) -> None:
         """Raises PromptError if an id in `logit_bias` or `stop_token_ids` is outside the vocabulary."""
@@ -156,17 +129,15 @@ class SamplingParams:
 
 def _form_of_response(value: Any) -> AnswerForm | None:
     """The form that a `response_format` of OpenAI's API asks for."""
-    kind = value.get("type") if isinstance(value, Mapping) else None
-    if value is None or kind == "text":
-        return None
-    if kind == "json_object":
-        return AnswerForm("json_schema", '{"type": "object"}')
-    inner = value.get("json_schema") if kind == "json_schema" else None
-    schema = inner.get("schema") if isinstance(inner, Mapping) else None
-    if not isinstance(schema, (Mapping, bool)):
-        expected = '{"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}'
-        raise PromptError(f"response_format must be {expected}, got {quote(value)}")
-    return AnswerForm("json_schema", _as_json(schema, "response_format"))
+    match value:
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return _schema_form({"type": "object"}, "response_format")
+        case {"type": "json_schema", "json_schema": {"schema": Mapping() | bool() as schema}}:
+            return _schema_form(schema, "response_format")
+    expected = '{"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}'
+    raise PromptError(f"response_format must be {expected}, got {quote(value)}")
 
 
 def _form_of_outputs(value: Any) -> AnswerForm | None:
@@ -178,14 +149,7 @@ def _form_of_outputs(value: Any) -> AnswerForm | None:
         raise PromptError(f"structured_outputs must have one of json, regex, choice and grammar, got {quote(value)}")
     ((kind, content),) = given.items()
     if kind == "json":
-        if isinstance(content, str):
-            try:
-                content = json.loads(content)
-            except ValueError as error:
-                raise PromptError(f"structured_outputs.json must be a JSON schema, got {quote(content)}") from error
-        if not isinstance(content, (Mapping, bool)):
-            raise PromptError(f"structured_outputs.json must be a JSON schema, got {quote(content)}")
-        return AnswerForm("json_schema", _as_json(content, "structured_outputs.json"))
+        return _schema_form(content, "structured_outputs.json")
     if kind == "choice":
         choices = list(content) if isinstance(content, Iterable) and not isinstance(content, str) else []
         if not choices or not all(isinstance(choice, str) and choice for choice in choices):
@@ -196,87 +160,91 @@ def _form_of_outputs(value: Any) -> AnswerForm | None:
     return AnswerForm(kind, content)
 
 
-def _as_json(schema: Any, name: str) -> str:
+def _schema_form(given: Any, name: str) -> AnswerForm:
+    """The form of a JSON schema, given as such or as its text."""
     try:
-        return json.dumps(schema, allow_nan=False)
+        schema = json.loads(given) if isinstance(given, str) else given
+        if not isinstance(schema, (Mapping, bool)):
+            raise TypeError(f"of type {type(schema).__name__}")
+        return AnswerForm("json_schema", json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise PromptError(f"{name} must be a JSON schema, got {quote(schema)} ({error})") from error
+        raise PromptError(f"{name} must be a JSON schema, got {quote(given)} ({error})") from error
 
 
-def _number_from(low: float, high: float, *, above: bool = False) -> Callable[[Any, str], float]:
-    """A check of a number from `low` (or above it) to `high`."""
-
-    def check(value: Any, name: str) -> float:
-        number = _number(value)
-        if number is None or not low <= number <= high or (above and number == low):
-            limits = f"from {low:g} to {high:g}" if not above else f"above {low:g}"
-            limits += f", up to {high:g}" if above and high < math.inf else ""
-            raise PromptError(f"{name} must be a number {limits}, got {quote(value)}")
-        return number
-
-    return check
-
-
-def _count_from(low: int) -> Callable[[Any, str], int]:
-    """A check of an integer of at least `low`."""
-
-    def check(value: Any, name: str) -> int:
-        number = _integer(value)
-        if number is None or number < low:
-            raise PromptError(f"{name} must be an integer of at least {low}, got {quote(value)}")
-        return number
-
-    return check
-
-
-def _check_bias(value: Any, name: str) -> dict[int, float]:
-    if not isinstance(value, Mapping):
-        raise PromptError(f"{name} must be a mapping from token ids to numbers, got {quote(value)}")
-    bias = {_integer(token): _number(amount) for token, amount in value.items()}
-    for token, amount in bias.items():
-        if token is None or token < 0 or amount is None or not math.isfinite(amount):
-            raise PromptError(f"{name} must map token ids to finite numbers, got {quote(value)}")
-    return {token: amount for token, amount in bias.items() if token is not None and amount is not None}
-
-
-def _check_token_ids(value: Any, name: str) -> tuple[int, ...]:
+def checked(name: str, value: Any, rule: _Rule | None = None) -> Any:
+    """Returns an argument in Python's own types; raises PromptError for one that its rule in `_ARGUMENTS` forbids."""
+    convert, is_valid, expected = rule or _ARGUMENTS[name]
     try:
-        ids = [_integer(token) for token in value]
-    except TypeError:
-        ids = [None]
-    if any(token is None or token < 0 for token in ids):
-        raise PromptError(f"{name} must be a list of token ids, got {quote(value)}")
-    return tuple(token for token in ids if token is not None)
+        converted = convert(value)
+        if is_valid(converted):
+            return converted
+    except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError):  # such as an array of several values
+        pass
+    raise PromptError(f"{name} must be {expected}, got {quote(value)}")
 
 
-def _check_processors(value: Any, name: str) -> tuple[Callable[..., Any], ...]:
-    processors = tuple(value) if isinstance(value, Iterable) else (value,)
-    if not all(map(callable, processors)):
-        raise PromptError(f"{name} must be a list of functions of input_ids and scores, got {quote(value)}")
-    return processors
+def _number(value: Any) -> float:
+    """Converts a Python, numpy or torch number to a float."""
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError
+    return float(value)
 
 
-_OPTIONS: dict[str, Callable[[Any, str], Any]] = {
-    "top_k": _count_from(-1),
-    "min_p": _number_from(0, 1),
-    "typical_p": _number_from(0, 1, above=True),
-    "repetition_penalty": _number_from(0, math.inf, above=True),
-    "presence_penalty": _number_from(-2, 2),
-    "frequency_penalty": _number_from(-2, 2),
-    "logit_bias": _check_bias,
-    "min_tokens": _count_from(0),
-    "ignore_eos": lambda value, name: check_flag(value, name),
-    "stop_token_ids": _check_token_ids,
-    "logits_processors": _check_processors,
-    "response_format": lambda value, name: value,
-    "structured_outputs": lambda value, name: value,
+def _integer(value: Any) -> int:
+    """Converts a Python, numpy or torch integer to an int."""
+    if isinstance(value, bool):
+        raise TypeError
+    return index(value)
+
+
+def _texts(values: Any) -> tuple[Any, ...]:
+    if isinstance(values, (str, bytes)):
+        raise TypeError
+    return tuple(values)
+
+
+# How a value is converted, whether the result is valid, and what is valid in words.
+_Rule = tuple[Callable[[Any], Any], Callable[[Any], bool], str]
+_FLAG: _Rule = (bool, lambda flag: True, "True or False")
+_ARGUMENTS: dict[str, _Rule] = {
+    "temperature": (_number, lambda t: 0 <= t < math.inf, "0 (greedy) or a finite number above 0"),
+    "top_p": (_number, lambda p: 0 <= p <= 1, "a number from 0 to 1"),
+    "max_gen_len": (_integer, lambda n: n >= 0, "an integer of at least 0"),
+    "seed": (
+        lambda seed: None if seed is None else _integer(seed),
+        lambda seed: seed is None or -(2**63) <= seed < 2**64,  # what `torch.Generator` takes
+        "None or an integer from -2**63 to 2**64 - 1",
+    ),
+    "speculative": (
+        lambda kind: kind,
+        lambda kind: kind in (None, *SPECULATIVE),
+        f"None, {' or '.join(map(repr, SPECULATIVE))}",
+    ),
+    "logprobs": _FLAG,
+    "echo": _FLAG,
+    "stop": (_texts, lambda texts: all(isinstance(t, str) and t for t in texts), "a list of non-empty strings"),
+    "suffix_first": _FLAG,
+    "top_k": (_integer, lambda k: k >= -1, "an integer of at least -1"),
+    "min_p": (_number, lambda p: 0 <= p <= 1, "a number from 0 to 1"),
+    "typical_p": (_number, lambda p: 0 < p <= 1, "a number above 0, up to 1"),
+    "repetition_penalty": (_number, lambda penalty: penalty > 0, "a number above 0"),
+    "presence_penalty": (_number, lambda penalty: -2 <= penalty <= 2, "a number from -2 to 2"),
+    "frequency_penalty": (_number, lambda penalty: -2 <= penalty <= 2, "a number from -2 to 2"),
+    "logit_bias": (
+        lambda bias: {_integer(token): _number(amount) for token, amount in bias.items()},
+        lambda bias: all(token >= 0 and math.isfinite(amount) for token, amount in bias.items()),
+        "a mapping from token ids to finite numbers",
+    ),
+    "min_tokens": (_integer, lambda n: n >= 0, "an integer of at least 0"),
+    "ignore_eos": _FLAG,
+    "stop_token_ids": (lambda ids: tuple(map(_integer, ids)), lambda ids: min((0, *ids)) >= 0, "a list of token ids"),
+    "logits_processors": (
+        lambda given: tuple(given) if isinstance(given, Iterable) else (given,),
+        lambda processors: all(map(callable, processors)),
+        "a list of functions of input_ids and scores",
+    ),
 }
-
-
-def n_words_of(tokenizer: Any) -> int | None:
-    """The number of ids that a tokenizer of any class has texts for; None if it does not say."""
-    n_words = getattr(tokenizer, "n_words", None)
-    return n_words if isinstance(n_words, int) else None
 
 
 def vocab_size_of(model: Any, tokenizer: Any) -> int:
@@ -285,21 +253,14 @@ def vocab_size_of(model: Any, tokenizer: Any) -> int:
     return index(size) if size is not None else index(tokenizer.n_words)
 
 
-def n_usable_ids(vocab_size: int, tokenizer: Any) -> int:
+def n_usable_ids(model: Any, tokenizer: Any) -> int:
     """The number of leading ids that are tokens; a network's embedding may have more rows."""
-    n_words = n_words_of(tokenizer)
-    return vocab_size if n_words is None else min(vocab_size, n_words)
+    vocab_size, n_words = vocab_size_of(model, tokenizer), getattr(tokenizer, "n_words", None)
+    return min(vocab_size, n_words) if isinstance(n_words, int) else vocab_size
 
 
 def check_prompts(prompts: Iterable[Iterable[int]], vocab_size: int, max_seq_len: int) -> list[list[int]]:
-    """Checks prompts of token ids, and returns them as lists of int.
-
-    Args:
-        prompts: tensors, arrays or any other iterables of ids, in any of these.
-
-    Raises:
-        PromptError: there are no prompts, or one is empty, too long, or has an id outside the vocabulary.
-    """
+    """Checks prompts of token ids, in tensors, arrays or any other iterables, and returns them as lists of int."""
     return [
         _check_ids(prompt, f"prompt_tokens[{i}]", vocab_size, max_seq_len)
         for i, prompt in enumerate(_as_list(prompts, "prompt_tokens", "prompts"))
@@ -329,14 +290,14 @@ def _encoded(encode: Callable[[], list[int]], name: str, max_seq_len: int) -> li
 
 
 def encode_text(text: str, name: str, tokenizer: Any, max_seq_len: int) -> list[int]:
-    """Checks and encodes a text, with BOS in front. `name` is the text's name in errors."""
+    """Checks and encodes a text, with BOS in front."""
     if not isinstance(text, str):
         raise PromptError(f"{name} must be a str, got {type(text).__name__}")
     return _encoded(lambda: list(tokenizer.encode(text, bos=True, eos=False)), name, max_seq_len)
 
 
 def encode_texts(texts: Iterable[str], name: str, tokenizer: Any, max_seq_len: int) -> list[list[int]]:
-    """Checks and encodes texts, each with BOS in front. `name` is the argument's name in errors."""
+    """Checks and encodes texts, each with BOS in front."""
     return [
         encode_text(text, f"{name}[{i}]", tokenizer, max_seq_len) for i, text in enumerate(_as_list(texts, name, "str"))
     ]
@@ -345,11 +306,7 @@ def encode_texts(texts: Iterable[str], name: str, tokenizer: Any, max_seq_len: i
 def encode_dialog(
     dialog: Dialog, name: str, tokenizer: Any, max_seq_len: int, chat_format: ChatFormat | None = None
 ) -> list[int] | None:
-    """Checks and encodes a dialog; returns None if it must not be run because it contains the template's tags.
-
-    Args:
-        chat_format: of the checkpoint; None for the tokenizer's built-in one.
-    """
+    """Checks and encodes a dialog; returns None if it must not be run because it contains the template's tags."""
     form = chat_format or built_in_format(tokenizer)
     messages = _as_list(dialog, name, "messages")
     form.check(messages, name)
@@ -396,17 +353,17 @@ def _infilling_ids(tokenizer: Any) -> list[int]:
     return known
 
 
-def infilling_stop_ids(tokenizer: Any) -> frozenset[int] | None:
-    """The ids that end what fills a gap; None for the tokenizer's own."""
+def infilling_ends(tokenizer: Any) -> dict[str, Any]:
+    """The sampling parameters with which a text fills a gap: it ends at `<EOT>`, and may begin with a space."""
     eot_id = getattr(tokenizer, "eot_id", None)
-    return None if eot_id is None else frozenset({eot_id})
+    return {"stop_ids": None if eot_id is None else frozenset({eot_id}), "keep_space": True}
 
 
 def encode_infilling(
     prefix: str, suffix: str, names: tuple[str, str], tokenizer: Any, max_seq_len: int, *, suffix_first: bool
 ) -> list[int]:
     """Checks and encodes an infilling prompt. `names` are what errors call the two texts."""
-    suffix_first = check_flag(suffix_first, "suffix_first")
+    suffix_first = checked("suffix_first", suffix_first)
     for text, name in zip((prefix, suffix), names, strict=True):
         if not isinstance(text, str):
             raise PromptError(f"{name} must be a str, got {type(text).__name__}")
@@ -433,24 +390,19 @@ def encode_infillings(
     return encoded
 
 
-def check_stop_token(stop_token: object, vocab_size: int) -> frozenset[int] | None:
-    """The ids that `generate(stop_token=)` stops at: None for the tokenizer's; -1 for none."""
-    if stop_token is None:
-        return None
-    value = _integer(stop_token)
-    if value is None or not -1 <= value < vocab_size:
-        raise PromptError(f"stop_token must be None or an id from -1 to {vocab_size - 1}, got {quote(stop_token)}")
-    return frozenset({value} - {-1})
+def check_stop_token(stop_token: object, vocab_size: int) -> frozenset[int]:
+    """The ids that `generate(stop_token=)` stops at; none for -1."""
+    rule = _integer, lambda token: -1 <= token < vocab_size, f"None or an id from -1 to {vocab_size - 1}"
+    return frozenset({checked("stop_token", stop_token, rule)} - {-1})
 
 
 def encode_continuations(
-    contexts: Iterable[str], texts: Iterable[str], tokenizer: Any, max_seq_len: int
-) -> tuple[list[list[int]], list[int]]:
-    """Encodes each context and its text as one string.
-
-    Returns:
-        The ids of each such string, and for each the number of leading ids that belong to the context.
-    """
+    contexts: Iterable[str] | None, texts: Iterable[str], tokenizer: Any, max_seq_len: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Encodes each context, and each context and its text as one string; without contexts, BOS alone and each text."""
+    if contexts is None:
+        whole = encode_texts(texts, "texts", tokenizer, max_seq_len)
+        return [ids[:1] for ids in whole], whole
     contexts, texts = _as_list(contexts, "contexts", "str"), _as_list(texts, "texts", "str")
     if len(contexts) != len(texts):
         raise PromptError(
@@ -459,14 +411,7 @@ def encode_continuations(
     prefixes = encode_texts(contexts, "contexts", tokenizer, max_seq_len)
     encode_texts(texts, "texts", tokenizer, max_seq_len)
     joined = [context + text for context, text in zip(contexts, texts, strict=True)]
-    whole = encode_texts(joined, "contexts + texts", tokenizer, max_seq_len)
-    return whole, [_common_length(prefix, ids) for prefix, ids in zip(prefixes, whole, strict=True)]
-
-
-def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix of two sequences."""
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+    return prefixes, encode_texts(joined, "contexts + texts", tokenizer, max_seq_len)
 
 
 def _as_list(values: Any, name: str, of: str, *, may_be_empty: bool = False) -> list[Any]:
@@ -489,46 +434,3 @@ def _check_length(ids: Sequence[int], name: str, max_seq_len: int) -> None:
         raise PromptError(f"{name} must have at least one token, such as BOS, got none")
     if len(ids) > max_seq_len:
         raise PromptError(f"{name} must have at most max_seq_len={max_seq_len} tokens, got {len(ids)}")
-
-
-def _check_stop(stop: Any) -> tuple[str, ...]:
-    try:
-        texts = (None,) if isinstance(stop, (str, bytes)) else tuple(stop)
-    except (TypeError, RuntimeError):  # not iterable, such as a zero-dimensional array
-        texts = (None,)
-    if not all(isinstance(text, str) and text for text in texts):
-        raise PromptError(f"stop must be a list of non-empty strings, got {quote(stop)}")
-    return texts
-
-
-def check_flag(value: Any, name: str) -> bool:
-    """Returns the flag as a bool; `name` is its name in errors."""
-    try:
-        return bool(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # such as an array of several values
-        raise PromptError(f"{name} must be True or False, got {quote(value)}") from error
-
-
-def check_seed(seed: object) -> int:
-    """Returns the seed as an int; raises PromptError if `torch.Generator` would not accept it."""
-    value = _integer(seed)
-    if value is None or not -(2**63) <= value < 2**64:
-        raise PromptError(f"seed must be None or an integer from -2**63 to 2**64 - 1, got {quote(seed)}")
-    return value
-
-
-def _number(value: Any) -> float | None:
-    """Converts a Python, numpy or torch number to a float; None for anything else, and for numbers too large."""
-    try:
-        value = value.item() if hasattr(value, "item") else value
-        return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None
-
-
-def _integer(value: Any) -> int | None:
-    """Converts a Python, numpy or torch integer to an int; None for anything else."""
-    try:
-        return None if isinstance(value, bool) else index(value)
-    except (TypeError, ValueError, RuntimeError):
-        return None

@@ -21,12 +21,12 @@ from fairscale.nn.model_parallel.layers import ColumnParallelLinear, ParallelEmb
 from torch import Tensor, nn
 
 from llama.errors import quote
-from llama.layers.cache import SPARE_POSITIONS, CachePositions, KVCache, with_metas_axes
+from llama.layers.attention import attend, causal_mask, is_causal_mask
+from llama.layers.cache import SPARE_POSITIONS, CachePositions, KVCache, cache_view
 from llama.layers.linear import EmptyOnMeta, pack_layers, packable_layers, sharded, without_autograd_functions
 
 PREFILL_TOKENS = 1024  # enough to be compute-bound; more would only take more memory
 LONGEST_PREFILL = 8192  # longer prompts are prefilled in parts, since masks grow with the square of the length
-_FEW_POSITIONS = 16  # with more, copying keys for each query head of a group costs little in proportion
 
 
 @dataclass
@@ -56,30 +56,26 @@ class ModelArgs:
 
     @classmethod
     def of(cls, params: object) -> ModelArgs:
-        """Returns `params` if it is a `ModelArgs`, else a `ModelArgs` made from its attributes of the same names.
-
-        Raises:
-            ValueError: a field has the wrong type or range, or the head counts do not divide each other.
-        """
-        if isinstance(params, ModelArgs):
-            args = params
-        else:
-            args = cls(**{f.name: getattr(params, f.name) for f in fields(cls) if hasattr(params, f.name)})
+        """Returns `params` if it is a `ModelArgs`, else one made from its attributes of the same names, validated."""
+        given = {field.name: getattr(params, field.name) for field in fields(cls) if hasattr(params, field.name)}
+        args = params if isinstance(params, ModelArgs) else cls(**given)
         args.validate()
         return args
 
     def validate(self) -> None:
-        """Checks each field's type and range, and that the fields are consistent.
-
-        Raises:
-            ValueError: a check failed; the message names the field and its value.
-        """
+        """Raises ValueError, naming the field, unless each has its type and range, and they are consistent."""
         for field in fields(ModelArgs):
-            value = getattr(self, field.name)
-            if isinstance(value, Real) and not isinstance(value, (int, float)):  # of numpy
-                value = int(value) if isinstance(value, Integral) else float(value)
-                setattr(self, field.name, value)
-            _check_field(field.name, field.type, value)
+            name, value = field.name, getattr(self, field.name)
+            if (value is None and "None" in str(field.type)) or (name == "vocab_size" and value == -1):
+                continue
+            is_float = "float" in str(field.type)  # the name of the type, by `from __future__ import annotations`
+            kind: Any = Real if is_float else Integral
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{name} must be {'a number' if is_float else 'an integer'}, got {quote(value)}")
+            if not 0 < value < 2**63:
+                raise ValueError(f"{name} must be above 0 and below 2**63, got {quote(value)}")
+            if not isinstance(value, (int, float)):  # of numpy
+                setattr(self, name, int(value) if isinstance(value, Integral) else float(value))
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(
                 f"dim={self.dim} divided by n_heads={self.n_heads} must be a whole, even head size, "
@@ -113,13 +109,8 @@ class ModelArgs:
 
     def check_shards(self, model_parallel_size: int) -> None:
         """Raises ValueError unless the network can be sharded evenly over `model_parallel_size` ranks."""
-        sizes = {
-            "n_heads": self.n_heads,
-            "n_kv_heads": self.kv_heads,
-            "the feed-forward's hidden size": self.hidden_dim,
-            "dim": self.dim,
-            "vocab_size": self.vocab_size,
-        }
+        sizes = {"n_heads": self.n_heads, "n_kv_heads": self.kv_heads, "dim": self.dim, "vocab_size": self.vocab_size}
+        sizes["the feed-forward's hidden size"] = self.hidden_dim
         for name, size in sizes.items():
             if size % model_parallel_size:
                 raise ValueError(
@@ -137,21 +128,6 @@ def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: fl
     if ffn_dim_multiplier is not None:
         width = int(ffn_dim_multiplier * width)
     return multiple_of * -(-width // multiple_of)  # rounded up in integers: exact at any size
-
-
-def _check_field(name: str, annotation: object, value: object) -> None:
-    """Checks a field's type and range. `annotation` is a string, due to `from __future__ import annotations`."""
-    if value is None and "None" in str(annotation):
-        return
-    takes_float = "float" in str(annotation)
-    number = isinstance(value, (int, float) if takes_float else int) and not isinstance(value, bool)
-    if not number:
-        raise ValueError(f"{name} must be {'a number' if takes_float else 'an integer'}, got {quote(value)}")
-    assert isinstance(value, (int, float))
-    if name == "vocab_size" and value == -1:
-        return
-    if not 0 < value < 2**63:
-        raise ValueError(f"{name} must be above 0 and below 2**63, got {quote(value)}")
 
 
 class RMSNorm(nn.Module):
@@ -277,66 +253,12 @@ class Attention(nn.Module):
         xq, xk, xv = (t.unflatten(-1, (-1, self.head_dim)) for t in (xq, xk, xv))
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
         keys, values = self.cache(xk.transpose(1, 2), xv.transpose(1, 2), start_pos)
-        is_causal = start_pos.from_zero if isinstance(start_pos, CachePositions) else _is_causal(mask)
+        is_causal = start_pos.from_zero if isinstance(start_pos, CachePositions) else is_causal_mask(mask)
         heads = attend(xq.transpose(1, 2), keys, values, None if is_causal else mask, is_causal=is_causal)
         out: Tensor = self.wo(heads.transpose(1, 2).flatten(2))
         return out
 
-    @property
-    def cache_k(self) -> Tensor:
-        return with_metas_axes(self.cache.keys)
-
-    @cache_k.setter
-    def cache_k(self, cache: Tensor | None) -> None:
-        self.cache.assign("keys", cache)
-
-    @cache_k.deleter
-    def cache_k(self) -> None:
-        self.cache.assign("keys", None)
-
-    @property
-    def cache_v(self) -> Tensor:
-        return with_metas_axes(self.cache.values)
-
-    @cache_v.setter
-    def cache_v(self, cache: Tensor | None) -> None:
-        self.cache.assign("values", cache)
-
-    @cache_v.deleter
-    def cache_v(self) -> None:
-        self.cache.assign("values", None)
-
-
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
-    """Computes softmax(q k^T / sqrt(head_dim) + mask) v.
-
-    Args:
-        queries: (bsz, n_heads, seqlen, head_dim).
-        keys, values: (bsz, n_kv_heads, kv_len, head_dim); n_heads / n_kv_heads query heads share each of them.
-        mask: broadcastable to (bsz, n_heads, seqlen, kv_len); None for no mask.
-        is_causal: applies a causal mask; kv_len must equal seqlen.
-
-    Returns:
-        (bsz, n_heads, seqlen, head_dim).
-    """
-    bsz, n_heads, seqlen, head_dim = queries.shape
-    n_kv_heads = keys.size(1)
-    n_rep = n_heads // n_kv_heads
-    if mask is not None and mask.is_floating_point():
-        mask = mask.to(queries.dtype)
-    if n_rep == 1 and seqlen == 1 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
-        # A second copy of the query halves the time: torch's kernel uses blocked matrix products for several
-        # rows, and none for a single one.
-        return F.scaled_dot_product_attention(queries.expand(-1, -1, 2, -1), keys, values, mask)[:, :, :1]
-    per_head = mask is not None and mask.dim() == 4 and mask.size(1) > 1
-    is_short = isinstance(seqlen, int) and seqlen <= _FEW_POSITIONS  # not of a symbolic length, in an export
-    if n_rep == 1 or not is_short or is_causal or per_head:
-        return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal, enable_gqa=n_rep > 1)
-    # The query heads of a group are treated as further positions of one head, so that keys need not be copied.
-    grouped = queries.reshape(bsz, n_kv_heads, n_rep * seqlen, head_dim)
-    if mask is not None and seqlen > 1:
-        mask = mask.repeat(*[1] * (mask.dim() - 2), n_rep, 1)
-    return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(queries.shape)
+    cache_k, cache_v = cache_view("keys"), cache_view("values")
 
 
 class FeedForward(nn.Module):
@@ -468,7 +390,7 @@ class Transformer(nn.Module):
         else:
             first = start or 0
             freqs_cis = self.freqs_cis[first : first + seqlen]
-            mask = _causal_mask(seqlen, first, h) if seqlen > 1 else None
+            mask = causal_mask(seqlen, first, h) if seqlen > 1 else None
         for layer in self.layers:
             h = layer(h, start, freqs_cis, mask)
         h = self.norm(h)
@@ -530,12 +452,7 @@ class Transformer(nn.Module):
         model.freqs_cis = model.freqs_cis.to(weight.device)
         return model.eval()
 
-    def pack(
-        self,
-        dtype: torch.dtype | None = None,
-        *,
-        release: Callable[[Tensor], None] | None = None,
-    ) -> None:
+    def pack(self, dtype: torch.dtype | None = None, *, release: Callable[[Tensor], None] | None = None) -> None:
         """Packs the current weights of the linear layers into a faster layout, replacing earlier packed forms.
 
         `Llama.build` calls this where it makes the network faster. An edited layer computes unpacked until this is
@@ -553,42 +470,3 @@ class Transformer(nn.Module):
                 if weight.is_floating_point() and not weight.requires_grad:  # weights in training keep their dtype
                     weight.data = weight.data.to(dtype)
         pack_layers(layers, dtype, release)
-
-
-# The original functions, to detect patched classes as well as patched instances.
-_FORWARDS = (Transformer.forward, TransformerBlock.forward, Attention.forward, KVCache.forward)
-
-
-def takes_cache_positions(model: Any) -> bool:
-    """Whether `model` is a `Transformer` that accepts `CachePositions`.
-
-    False if the model, a block, an attention or a KV cache was replaced, or its `forward` was patched, overridden or
-    compiled: such code may support only Meta's int `start_pos`.
-    """
-    whole, block, attention, cache = _FORWARDS
-    return _runs(model, whole) and all(
-        _runs(x, block) and _runs(x.attention, attention) and _runs(x.attention.cache, cache) for x in model.layers
-    )
-
-
-def _runs(module: Any, forward: Callable[..., object]) -> bool:
-    """Whether calling the module runs exactly the function `forward`."""
-    is_original = getattr(type(module), "forward", None) is forward and "forward" not in vars(module)
-    return is_original and module._compiled_call_impl is None
-
-
-def _causal_mask(seqlen: int, start_pos: int, h: Tensor) -> Tensor:
-    """A mask (seqlen, start_pos + seqlen) in the dtype of h: 0 up to each token's own position, -inf after it."""
-    with torch.inference_mode(False):  # inference tensors do not count their edits
-        positions = torch.arange(start_pos + seqlen, device=h.device)
-        visible = positions <= positions[start_pos:].unsqueeze(1)
-        mask = torch.full(visible.shape, -math.inf, dtype=h.dtype, device=h.device).masked_fill_(visible, 0.0)
-    if start_pos == 0 and not torch.compiler.is_compiling():
-        mask.unedited = id(mask), mask._version  # type: ignore[attr-defined]
-    return mask
-
-
-def _is_causal(mask: Tensor | None) -> bool:
-    """Whether a mask comes from `_causal_mask`, from position 0, unedited: kernels for causal attention are faster."""
-    unedited = getattr(mask, "unedited", None)
-    return mask is not None and unedited is not None and unedited[0] == id(mask) and unedited[1] == mask._version

@@ -337,35 +337,28 @@ class IncrementalDetokenizer:
     The concatenated return values of `push` and of a final `finish` are the completion's text. Text that could still
     become a stop string is held back.
 
-    Attributes:
-        prefix_pieces: the text of each prefix token.
-        prefix_starts: for each of them, whether the text begins with it.
-        pieces: the text of each pushed token, up to the stop string; tokens after that have no entry.
-        stopped: whether a stop string was found.
+    Args:
+        tokenizer: any object with `decode`.
+        stop: stop strings; none may be empty.
+        prefix: ids before the completion, which are not searched for stop strings. With some, the leading space of the
+            completion's first piece is kept.
+        at_start: False to keep that space without a prefix, as in infilling.
     """
 
     def __init__(
         self, tokenizer: Any, stop: Sequence[str] = (), prefix: Sequence[int] = (), *, at_start: bool = True
     ) -> None:
-        """
-        Args:
-            tokenizer: any object with `decode`.
-            stop: stop strings; none may be empty.
-            prefix: ids before the completion, which are not searched for stop strings. With some, the leading space
-                of the completion's first piece is kept.
-            at_start: False to keep that space without a prefix, as in infilling.
-        """
         self._given = tokenizer, tuple(stop), prefix, at_start
         self._decoder = stream_decoder(tokenizer, at_start=at_start)
         self._stop = tuple(stop)
         self._held = ""
-        self.prefix_starts: list[bool] = []
-        self.prefix_pieces: list[str] = []
+        self.prefix_starts: list[bool] = []  # for each prefix token, whether the text begins with it
+        self.prefix_pieces: list[str] = []  # the text of each prefix token
         for token in prefix:
             self.prefix_starts.append(self.at_start)
             self.prefix_pieces.append(self._decoder.push(token))
-        self.pieces: list[str] = []
-        self.stopped = False
+        self.pieces: list[str] = []  # the text of each pushed token, up to a stop string
+        self.stopped = False  # whether a stop string was found
 
     @property
     def at_start(self) -> bool:

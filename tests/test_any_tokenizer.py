@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llama import Llama, Tokenizer
-from llama.chat import encode_dialog
+from llama.chat import ChatFormat
 from tests.support.serving import running, web_of
 from tests.support.tokenizers import Foreign
 
@@ -49,7 +49,7 @@ def test_text_chat_and_streams_are_what_it_decodes(other: Llama) -> None:
     assert len(result["tokens"]) == len(result["logprobs"])
     assert "".join(other.stream_text_completion("The quick", 0, max_gen_len=20)) == text
 
-    text = expected(other, encode_dialog(DIALOG, other.tokenizer))
+    text = expected(other, ChatFormat().encode(DIALOG, other.tokenizer))
     (answer,) = other.chat_completion([DIALOG], temperature=0, max_gen_len=20)
     assert answer["generation"]["content"] == text
     assert "".join(other.stream_chat_completion(DIALOG, 0, max_gen_len=20)) == text
@@ -74,7 +74,7 @@ def test_scores_have_its_texts(other: Llama) -> None:
 
 
 def test_a_server_answers_with_what_it_decodes(other: Llama) -> None:
-    text = expected(other, encode_dialog(DIALOG, other.tokenizer))
+    text = expected(other, ChatFormat().encode(DIALOG, other.tokenizer))
     body = {"messages": DIALOG, "temperature": 0, "max_tokens": 20, "logprobs": True, "top_logprobs": 2}
     with running(other) as service:
         answer = web_of(service).post("/v1/chat/completions", json=body).json()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llama import Llama, Tokenizer
-from llama.chat import ChatFormat, StepChatFormat, built_in_format, check_dialog, dialog_prompt_tokens, encode_dialog
+from llama.chat import ChatFormat, StepChatFormat, built_in_format, check_dialog, dialog_prompt_tokens
 from llama.errors import PromptError
 
 BOS, EOS = 1, 2
@@ -38,7 +38,7 @@ def ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def encode(tokenizer: Tokenizer, *dialog: dict[str, str]) -> list[int]:
-    return encode_dialog(dialog, tokenizer)  # type: ignore[arg-type]
+    return ChatFormat().encode(dialog, tokenizer)  # type: ignore[arg-type]
 
 
 def test_a_finished_pair_stands_alone_between_bos_and_eos(tokenizer: Tokenizer) -> None:
@@ -81,7 +81,7 @@ def test_an_empty_turn_is_encoded(tokenizer: Tokenizer) -> None:
 def test_encoding_leaves_the_dialog_alone(tokenizer: Tokenizer) -> None:
     dialog = [system(" s "), user(" u "), assistant(" a "), user(" v ")]
     copy = [dict(message) for message in dialog]
-    encode_dialog(dialog, tokenizer)  # type: ignore[arg-type]
+    ChatFormat().encode(dialog, tokenizer)  # type: ignore[arg-type]
     assert dialog == copy
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama import Llama
-from llama.chat import encode_dialog
+from llama.chat import ChatFormat
 from llama.checkpoint import loading
 from llama.errors import PromptError
 from tests.engine.test_sampling import published
@@ -456,7 +456,7 @@ REFUSAL = "Error: special tags are not allowed as part of the prompt."
 
 @both_wide_builds
 def test_dialogs_run_as_their_template_and_unsafe_ones_not_at_all(wide: Llama) -> None:
-    prompts = [encode_dialog(dialog, wide.tokenizer) for dialog in DIALOGS]
+    prompts = [ChatFormat().encode(dialog, wide.tokenizer) for dialog in DIALOGS]
     dialogs = [dialog for safe, unsafe in zip(DIALOGS, UNSAFE, strict=False) for dialog in (unsafe, safe)]
     with seen_tokens(wide.model) as passes:
         results = wide.chat_completion(dialogs, 0, 0.9, 8, True)

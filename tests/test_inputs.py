@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llama import Tokenizer
+from llama.engine.sampled import common_length
 from llama.errors import PromptError
 from llama.inputs import check_prompts, encode_continuations, encode_dialogs, encode_texts
 
@@ -163,7 +164,8 @@ def test_a_context_and_its_text_are_encoded_as_one(tokenizer: Tokenizer) -> None
     merged = 0
     for _ in range(300):
         context, text = ("".join(rng.choices("The quick fox é🙂", k=rng.randint(0, 8))) for _ in range(2))
-        ((ids,), (known,)) = encode_continuations([context], [text], tokenizer, 64)
+        ((before,), (ids,)) = encode_continuations([context], [text], tokenizer, 64)
+        known = common_length(before, ids)
         alone = [1, *tokenizer.sp_model.encode(context)]
         assert ids == [1, *tokenizer.sp_model.encode(context + text)]
         assert 1 <= known <= len(alone)

@@ -22,7 +22,7 @@ from llama.engine.sampling import Sampler
 from llama.engine.sequence import Call, TokenResult
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.errors import NonFiniteLogitsError
-from llama.inputs import SamplingParams, n_usable_ids, n_words_of, vocab_size_of
+from llama.inputs import SamplingParams, n_usable_ids, vocab_size_of
 from llama.tokenizer import IncrementalDetokenizer
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Completer:
             rows = _gathered(request.completions, len(prompts))
             # The stream of all replicas goes on from where the one that drew the most has left it.
             n_steps = max(groups.gather_replicas(shared.steps))
-            shared.skip_to(n_steps, n_usable_ids(vocab_size_of(model, tokenizer), tokenizer))
+            shared.skip_to(n_steps, n_usable_ids(model, tokenizer))
             return rows
 
     def stream(self, prompt: list[int], params: SamplingParams) -> Generator[str, None, None]:
@@ -123,7 +123,7 @@ class Request:
     ) -> None:
         self.completions: list[Completion] = []
         stop_ids = params.ends(tokenizer)
-        vocab_size, n_words = vocab_size_of(engine.model, tokenizer), n_words_of(tokenizer)
+        vocab_size, n_words = vocab_size_of(engine.model, tokenizer), n_usable_ids(engine.model, tokenizer)
         is_scored = params.echo and params.logprobs
         sequences = []
         for index, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):

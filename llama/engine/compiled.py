@@ -29,7 +29,6 @@ from llama.engine.compiler import Compiled, CompileError, Compiler, Job, export_
 from llama.engine.cuda_graphs import StaticStepper, Stepper
 from llama.engine.network_state import has_hooks, same_objects
 from llama.errors import printable
-from llama.layers import cache as kv_cache
 from llama.layers import int4, kernels, linear
 from llama.layers.cache import CachePositions
 from llama.layers.int4 import Int4Weight
@@ -155,9 +154,8 @@ class CompiledStepper:
         """Has the graphs loaded, or compiled."""
         block = self._model.layers[0]
         _operators()  # loaded code asks for them
-        parts = (network, kv_cache, linear, kernels, int4)
-        sources = [__file__, *(str(part.__file__) for part in parts)]
-        code = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
+        sources = [Path(__file__), Path(network.__file__), *sorted(Path(kernels.__file__).parent.glob("*.py"))]
+        code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
         kinds = [several for several in (False, True) if self._most_rows > several]
         jobs = [_job(block, several_rows=several) for several in kinds]
         return Compiler(f"{code} {self._signature} {_OPTIONS}", jobs)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from llama.distributed.device import to_device
-from llama.engine.network_state import fixed_parts, has_hooks, same_objects
+from llama.engine.network_state import fixed_parts, has_hooks, same_objects, takes_cache_positions
 from llama.layers.cache import SPARE_POSITIONS, CachePositions
-from llama.model import Transformer, takes_cache_positions
+from llama.model import Transformer
 
 KV_BUCKET = 256  # a static step attends to a multiple of this many positions; those past a row's end are masked
 MAX_WIDTH = SPARE_POSITIONS  # maximum number of tokens per row in a decode pass; padding goes to spare positions

@@ -11,8 +11,9 @@ from torch import Tensor
 from llama.distributed.device import to_device
 from llama.engine.cuda_graphs import Stepper
 from llama.engine.lock import lock_of
+from llama.engine.network_state import takes_cache_positions
 from llama.layers.cache import CachePositions
-from llama.model import ModelArgs, takes_cache_positions
+from llama.model import ModelArgs
 
 _LOGIT_POSITIONS = 512  # maximum number of positions whose logits are in memory at a time
 # Fixed cost of a prefill pass, in positions: reading the weights and, on a GPU, launching kernels.

@@ -165,6 +165,15 @@ def with_metas_axes(cache: Tensor) -> Tensor:
     return cache[:, :, :-SPARE_POSITIONS].transpose(1, 2).as_subclass(_CacheView)
 
 
+def cache_view(name: str) -> property:
+    """The attribute of an attention that is its cache's buffer `name` with Meta's axes: see `KVCache.assign`."""
+    return property(
+        lambda attention: with_metas_axes(getattr(attention.cache, name)),
+        lambda attention, cache: attention.cache.assign(name, cache),
+        lambda attention: attention.cache.assign(name, None),
+    )
+
+
 class _CacheView(Tensor):
     """A view of the KV cache, a plain tensor for every operation; what is assigned to `data` is copied into it."""
 

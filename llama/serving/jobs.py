@@ -21,7 +21,7 @@ from llama.inputs import (
     encode_dialog,
     encode_infilling,
     encode_text,
-    infilling_stop_ids,
+    infilling_ends,
     n_usable_ids,
 )
 from llama.serving.errors import ApiError
@@ -73,7 +73,7 @@ class Planner:
         self.tokenizer = llama.tokenizer
         self.chat_format = llama.chat_format or built_in_format(llama.tokenizer)
         self._speculative = speculative
-        self._vocab_size = n_usable_ids(llama.model.params.vocab_size, llama.tokenizer)
+        self._vocab_size = n_usable_ids(llama.model, llama.tokenizer)
         self.max_seq_len: int = llama.model.params.max_seq_len
         self._max_choices = max_choices
         longest_piece = getattr(llama.tokenizer, "longest_piece", sys.maxsize)  # a tokenizer of another class
@@ -104,7 +104,7 @@ class Planner:
         logprobs = body.logprobs is not None or scores_prompt
         params = self._params(body, max_gen_len, logprobs=logprobs, echo=body.echo or scores_prompt)
         if body.suffix:
-            params = replace(params, stop_ids=infilling_stop_ids(self.tokenizer), keep_space=True)
+            params = replace(params, **infilling_ends(self.tokenizer))
         top_logprobs = max(body.logprobs or 0, body.prompt_logprobs or 0)
         return Job(prompts, params, body.n, top_logprobs, continues=not body.suffix)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from llama.chat import ChatFormat, Dialog, check_messages
+from llama.chat import ChatFormat, Dialog
 from llama.errors import PromptError
 from llama.tokenizer import split_at, stop_ids
 
@@ -35,15 +35,12 @@ class TemplateChatFormat(ChatFormat):
     """
 
     tags = ()
+    in_turn = False  # the template itself says which roles may follow each other
 
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None, *, spaces: bool = False) -> None:
         self.source = source
         self.variables = dict(variables or {})
         self.spaces = spaces
-
-    def check(self, dialog: Dialog, name: str) -> None:
-        """Checks the form of the messages, and leaves the order of their roles to the template."""
-        check_messages(dialog, name)
 
     def check_usable(self) -> None:
         compiled(self.source)

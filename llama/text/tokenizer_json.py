@@ -10,9 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llama.errors import missing_extra, printable, quote
+from llama.errors import missing_extra, printable, quote, read_json_object
 from llama.text.chat_format import read_settings, read_stop_ids, token_names
 from llama.tokenizer import Tokenizer, checked_text
+
+_MAX_BYTES = 2**28  # vocabularies of 256,000 tokens have some 2**25
 
 
 def load_tokenizer(
@@ -108,18 +110,15 @@ _BYTES = _byte_alphabet()
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON, got an error: {printable(error)}; download it again") from error
-    model = whole.get("model") if isinstance(whole, dict) else None
+    whole = read_json_object(path, _MAX_BYTES)
+    model = whole.get("model")
     kind = model.get("type", "BPE") if isinstance(model, dict) else None
     if kind != "BPE" or not any('"ByteLevel"' in json.dumps(whole.get(part)) for part in ("pre_tokenizer", "decoder")):
         raise ValueError(
             f"{path} must be a byte-level BPE tokenizer, got {quote(kind)} of another form; use the tokenizer.model "
             "that was released with the weights"
         )
-    return dict(whole)
+    return whole
 
 
 def _load(path: Path, whole: Mapping[str, Any]) -> Any:

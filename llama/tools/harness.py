@@ -47,7 +47,7 @@ _MAX_GEN_TOKS = 256  # the harness's default
 _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
 _ALIASES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "top_k": 0}
-# Llama 2's chat template as one text, which the harness asks for: see `chat.encode_dialog`.
+# Llama 2's chat template as one text, which the harness asks for: see `chat.ChatFormat.encode`.
 _LLAMA2 = (
     "{% if messages[0].role == 'system' %}"
     "{% set system, turns = '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n', messages[1:] %}"

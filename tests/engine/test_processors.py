@@ -167,7 +167,7 @@ def test_a_processor_that_fails_ends_its_call_alone(llama: Llama) -> None:
         ({"typical_p": 0}, "typical_p must be a number above 0, up to 1, got 0"),
         ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0, got 0"),
         ({"frequency_penalty": math.nan}, "frequency_penalty must be a number from -2 to 2, got nan"),
-        ({"logit_bias": [5]}, "logit_bias must be a mapping from token ids to numbers, got"),
+        ({"logit_bias": [5]}, "logit_bias must be a mapping from token ids to finite numbers, got"),
         ({"logit_bias": {10**6: 1}}, "logit_bias must have ids from 0 to"),
         ({"min_tokens": 1.5}, "min_tokens must be an integer of at least 0, got 1.5"),
         ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, got 5"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llama import Llama
-from llama.chat import encode_dialog
+from llama.chat import ChatFormat
 from llama.errors import PromptError
 from llama.serving.batch_file import Reader, read_line
 from llama.serving.jobs import Planner
@@ -93,7 +93,7 @@ def test_the_texts_that_templates_are_compared_with_are_the_librarys(llama: Llam
         dialog: Any = [{"role": role, "content": content} for role, content in messages]
         parts = [part.removesuffix("</s>") for part in text.split("<s>")[1:]]
         ids = [[sp.bos_id(), *sp.encode(part), sp.eos_id()] for part in parts]
-        assert [token for part in ids for token in part][:-1] == encode_dialog(dialog, llama.tokenizer)
+        assert [token for part in ids for token in part][:-1] == ChatFormat().encode(dialog, llama.tokenizer)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_every_door_answers_in_the_checkpoints_own_template(foreign: Path) -> No
     ids = llama.tokenizer.encode("", bos=True, eos=False) + llama.tokenizer.encode_part("A chat. USER: Hi ASSISTANT:")
     (row,), _ = llama.generate([ids], 20, temperature=0)
     text = llama.tokenizer.decode(row)
-    assert text != llama.tokenizer.decode(llama.generate([encode_dialog(QUESTION, llama.tokenizer)], 20, 0)[0][0])
+    assert text != llama.tokenizer.decode(llama.generate([ChatFormat().encode(QUESTION, llama.tokenizer)], 20, 0)[0][0])
     (answer,) = llama.chat_completion([QUESTION], temperature=0, max_gen_len=20)
     assert answer["generation"] == {"role": "assistant", "content": text}
     assert "".join(llama.stream_chat_completion(QUESTION, 0, max_gen_len=20)) == text

@@ -176,7 +176,7 @@ def test_it_is_copied_and_pickled(bpe: JsonTokenizer) -> None:
     ("content", "message"),
     [
         ("{", "must be JSON, got an error"),
-        ("[]", "must be a byte-level BPE tokenizer, got None of another form"),
+        ("[]", "must hold a JSON object, got list"),
         ('{"model": {"type": "Unigram"}}', "must be a byte-level BPE tokenizer, got 'Unigram' of another form"),
         ('{"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Metaspace"}}', "got 'BPE' of another form"),
         ('{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}', "must be a tokenizer of the package tokeniz"),

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from llama import Llama
-from llama.chat import ChatFormat, encode_dialog
+from llama.chat import ChatFormat
 from llama.tools import chat
 from llama.tools.chat import History, Terminal, _lead
 from tests.conftest import ROOT
@@ -239,7 +239,7 @@ def test_history_drops_whole_turns_oldest_first_and_keeps_the_system_prompt(llam
     for i in range(20):
         dialog = history.with_question(f"q{i}")
         assert dialog is not None
-        assert len(encode_dialog(dialog, llama.tokenizer)) <= 60
+        assert len(ChatFormat().encode(dialog, llama.tokenizer)) <= 60
         assert dialog[0] == {"role": "system", "content": "Be brief."}
         assert dialog[-1] == {"role": "user", "content": f"q{i}"}
         kept = [message["content"] for message in dialog[1:]]

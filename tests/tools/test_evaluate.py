@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llama import Llama, Message
-from llama.chat import encode_dialog
+from llama.chat import ChatFormat
 from llama.checkpoint.format import read_params
 from llama.text.chat_format import CHAT_FORMAT_FILE
 from llama.tools import evaluate
@@ -212,7 +212,7 @@ DIALOGS: list[list[Message]] = [
 @pytest.mark.parametrize("dialog", DIALOGS, ids=len)
 def test_the_chat_template_gives_the_ids_that_chat_completion_runs(llama: Llama, dialog: list[Message]) -> None:
     lm = LlamaLM(llama=llama)
-    assert lm.tok_encode(lm.apply_chat_template(dialog)) == encode_dialog(dialog, llama.tokenizer)
+    assert lm.tok_encode(lm.apply_chat_template(dialog)) == ChatFormat().encode(dialog, llama.tokenizer)
     begun: Message = {"role": "assistant", "content": "It is "}
     continued = lm.apply_chat_template([*dialog, begun], add_generation_prompt=False)
     assert continued == lm.apply_chat_template(dialog) + " It is"

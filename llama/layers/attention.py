@@ -1,0 +1,60 @@
+"""Attention: the product of scores and values, and the causal mask, by the kernels that are fastest for each."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FEW_POSITIONS = 16  # with more, copying keys for each query head of a group costs little in proportion
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
+    """Computes softmax(q k^T / sqrt(head_dim) + mask) v.
+
+    Args:
+        queries: (bsz, n_heads, seqlen, head_dim).
+        keys, values: (bsz, n_kv_heads, kv_len, head_dim); n_heads / n_kv_heads query heads share each of them.
+        mask: broadcastable to (bsz, n_heads, seqlen, kv_len); None for no mask.
+        is_causal: applies a causal mask; kv_len must equal seqlen.
+
+    Returns:
+        (bsz, n_heads, seqlen, head_dim).
+    """
+    bsz, n_heads, seqlen, head_dim = queries.shape
+    n_kv_heads = keys.size(1)
+    n_rep = n_heads // n_kv_heads
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(queries.dtype)
+    if n_rep == 1 and seqlen == 1 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
+        # A second copy of the query halves the time: torch's kernel uses blocked matrix products for several
+        # rows, and none for a single one.
+        return F.scaled_dot_product_attention(queries.expand(-1, -1, 2, -1), keys, values, mask)[:, :, :1]
+    per_head = mask is not None and mask.dim() == 4 and mask.size(1) > 1
+    is_short = isinstance(seqlen, int) and seqlen <= _FEW_POSITIONS  # not of a symbolic length, in an export
+    if n_rep == 1 or not is_short or is_causal or per_head:
+        return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal, enable_gqa=n_rep > 1)
+    # The query heads of a group are treated as further positions of one head, so that keys need not be copied.
+    grouped = queries.reshape(bsz, n_kv_heads, n_rep * seqlen, head_dim)
+    if mask is not None and seqlen > 1:
+        mask = mask.repeat(*[1] * (mask.dim() - 2), n_rep, 1)
+    return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(queries.shape)
+
+
+def causal_mask(seqlen: int, start_pos: int, h: Tensor) -> Tensor:
+    """A mask (seqlen, start_pos + seqlen) in the dtype of h: 0 up to each token's own position, -inf after it."""
+    with torch.inference_mode(False):  # inference tensors do not count their edits
+        positions = torch.arange(start_pos + seqlen, device=h.device)
+        visible = positions <= positions[start_pos:].unsqueeze(1)
+        mask = torch.full(visible.shape, -math.inf, dtype=h.dtype, device=h.device).masked_fill_(visible, 0.0)
+    if start_pos == 0 and not torch.compiler.is_compiling():
+        mask.unedited = id(mask), mask._version  # type: ignore[attr-defined]
+    return mask
+
+
+def is_causal_mask(mask: Tensor | None) -> bool:
+    """Whether a mask comes from `causal_mask`, from position 0, unedited: kernels for causal attention are faster."""
+    unedited = getattr(mask, "unedited", None)
+    return mask is not None and unedited is not None and unedited[0] == id(mask) and unedited[1] == mask._version
