@@ -8,7 +8,8 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -44,62 +45,53 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
+@dataclass(frozen=True)
 class Guard:
     """Refuses what a browser sends on behalf of a foreign page, and ambiguous requests.
 
     A page can have its own name resolve to this machine (DNS rebinding): the browser then sends that name as `Host`.
-
-    Args:
-        hosts: names that `Host` may have, in any case and with any port; None for all.
-        origins: origins of pages that may use the server besides its own, "*" for all.
     """
 
-    def __init__(self, app: ASGIApp, *, hosts: Iterable[str] | None, origins: Sequence[str]) -> None:
-        self._app = app
-        self._hosts = None if hosts is None else {host.lower() for host in hosts}
-        self._origins = origins
+    app: ASGIApp
+    hosts: Collection[str] | None  # names in lower case that `Host` may have, with any port; None for all
+    origins: Sequence[str]  # of pages that may use the server besides its own, "*" for all
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (error := self._error(Headers(scope=scope))):
             return await error_response(error)(scope, receive, send)
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
 
     def _error(self, headers: Headers) -> ApiError | None:
         if "transfer-encoding" in headers and "content-length" in headers:
             return ApiError(
                 "a request must not have both Content-Length and Transfer-Encoding", headers={"Connection": "close"}
             )
-        if self._hosts is None:
+        if self.hosts is None:
             return None
         host, origin = headers.get("host", "").lower(), headers.get("origin")
-        if host and re.sub(r":\d*$", "", host) not in self._hosts:
-            expected = ", ".join(sorted(self._hosts))
+        if host and re.sub(r":\d*$", "", host) not in self.hosts:
+            expected = ", ".join(sorted(self.hosts))
             message = f"the header Host must be one of {expected}, got {quote(host)}; allow others by --allowed_hosts"
             return ApiError(message, status=403, code="host_not_allowed")
         is_own = origin is None or origin.lower() in (f"http://{host}", f"https://{host}")
-        if is_own or "*" in self._origins or origin in self._origins:
+        if is_own or "*" in self.origins or origin in self.origins:
             return None
         message = f"pages of other origins must be allowed by --allowed_origins, got {quote(origin)}"
         return ApiError(message, status=403, code="origin_not_allowed")
 
 
+@dataclass(frozen=True)
 class Observe:
-    """Gives each request an id, counts it by path and status, and logs it.
+    """Gives each request an id, counts it by path and status, and logs it."""
 
-    Args:
-        log: "text" or "json" for a line per request on stderr; None for none.
-        paths: those that are counted by themselves; the others are "other".
-    """
-
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, log: str | None, paths: Collection[str]) -> None:
-        self._app = app
-        self._paths = paths
-        self._metrics = metrics
-        self._log = log
+    app: ASGIApp
+    metrics: Metrics
+    log: str | None  # "text" or "json" for a line per request on stderr; None for none
+    paths: Collection[str]  # those that are counted by themselves; the others are "other"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            return await self.app(scope, receive, send)
         started = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
@@ -116,12 +108,12 @@ class Observe:
             is_complete = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
-            await self._app(scope, receive, watch)
+            await self.app(scope, receive, watch)
         finally:
-            path = scope["path"] if scope["path"] in self._paths else "other"
+            path = scope["path"] if scope["path"] in self.paths else "other"
             status = status if is_complete else LEFT
-            self._metrics.requests.labels(path, str(status)).inc()
-            if self._log:
+            self.metrics.requests.labels(path, str(status)).inc()
+            if self.log:
                 self._write(scope, status, time.perf_counter() - started, request_id)
 
     def _write(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
@@ -137,5 +129,5 @@ class Observe:
             **tokens,
             "request_id": request_id,
         }
-        line = json.dumps(values) if self._log == "json" else " ".join(f"{k}={v}" for k, v in values.items())
+        line = json.dumps(values) if self.log == "json" else " ".join(f"{k}={v}" for k, v in values.items())
         print(line, file=sys.stderr, flush=True)

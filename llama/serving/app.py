@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from starlette.applications import Starlette
@@ -16,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -28,6 +29,7 @@ from llama.serving.endpoints import (
     CHAT_URL,
     COMPLETIONS_URL,
     RESPONSES_URL,
+    describe,
     detokenize,
     read_request,
     tokenize,
@@ -38,11 +40,11 @@ from llama.serving.fields import Unknown
 from llama.serving.formats import CompletionAnswer
 from llama.serving.jobs import Planner
 from llama.serving.metrics import CONTENT_TYPE, Metrics
-from llama.serving.openapi import describe
 from llama.serving.protocol import check_model, parse_json
 from llama.serving.responses import ResponseAnswer
-from llama.serving.run import ClientLeftError, Run, while_connected
+from llama.serving.run import ClientLeftError, Run
 from llama.serving.service import Service
+from llama.serving.settings import ServerSettings, api_keys, names_in
 
 _BODY_S = 30.0  # in which a client has to send its body
 _SMALL_BODY = 2**16  # bytes; what a body has beyond them counts towards the sum of all
@@ -55,18 +57,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Server:
-    """The state that the routes share. For the event loop's thread alone, except `ready` and `failed`."""
+    """The state that the routes share. For the event loop's thread alone, except `ready` and `error`."""
 
     model_name: str  # in requests and answers
+    settings: ServerSettings = field(default_factory=ServerSettings)
     api_keys: Sequence[str] = ()  # of which clients must send one; none to need no key
-    max_body_bytes: int | None = None  # by default what the network's context needs
-    timeout_s: float = 600.0  # of a request, waiting included
-    speculative: str | None = None  # as in `SamplingParams`, of all requests
     allowed_hosts: Collection[str] | None = None  # names that the header Host may have; None for all
-    allowed_origins: Sequence[str] = ()  # of pages that may use the server besides its own (CORS), "*" for all
-    ignore_unknown: bool = False  # whether fields that nobody knows are left out, instead of refused
-    log: str | None = None  # as in `Observe`
-    fingerprint: str | None = None  # identifies the network in answers
+    max_body_bytes: int = 0  # set by `ready`
     n_body_bytes: int = 0  # of large bodies that are being read or checked
     ignored: set[str] = field(default_factory=set)  # names of fields that were logged
     metrics: Metrics = field(default_factory=Metrics)
@@ -75,20 +72,30 @@ class Server:
     planner: Planner | None = None
     error: BaseException | None = None  # why the network can no longer be used
 
-    def ready(self, service: Service) -> None:
-        """Starts to accept requests."""
-        params = service.llama.model.params
-        max_choices = service.max_waiting + params.max_batch_size
-        names = (self.model_name, self.fingerprint)
-        self.planner = Planner(service.llama, max_choices, *names, speculative=self.speculative)
-        if self.max_body_bytes is None:
-            self.max_body_bytes = max(2**20, 16 * params.max_seq_len * params.max_batch_size)
-        self.metrics.watch(service)
-        self.service = service
+    @classmethod
+    def of(cls, settings: ServerSettings, ckpt_dir: str) -> Server:
+        """The server of a checkpoint."""
+        keys = api_keys(settings.api_key, settings.api_key_file)
+        return cls(settings.model_name or Path(ckpt_dir).resolve().name, settings, keys)
 
-    def failed(self, error: BaseException) -> None:
-        """Refuses all requests from now on."""
-        self.error = error
+    def ready(self, service: Service, fingerprint: str | None = None) -> None:
+        """Starts to accept requests. The fingerprint identifies the network in answers."""
+        params = service.llama.model.params
+        self.planner = Planner(
+            service.llama,
+            service.max_waiting + params.max_batch_size,
+            self.model_name,
+            fingerprint,
+            speculative=self.settings.speculative,
+        )
+        needed = max(2**20, 16 * params.max_seq_len * params.max_batch_size)
+        self.max_body_bytes = self.settings.max_body_bytes or needed
+        self.metrics.service = self.service = service
+
+    @property
+    def ignores_unknown(self) -> bool:
+        """Whether fields that nobody knows are left out, instead of refused."""
+        return self.settings.unknown_fields == "ignore"
 
     @property
     def failure(self) -> BaseException | None:
@@ -106,14 +113,17 @@ class Server:
 def make_app(server: Server) -> Starlette:
     """The application, for an ASGI server such as uvicorn."""
     routes = [*page_routes(), *_routes(server)]
+    settings, origins = server.settings, names_in(server.settings.allowed_origins)
+    log = settings.log_format if settings.log_requests else None
+    hosts = None if server.allowed_hosts is None else {host.lower() for host in server.allowed_hosts}
     middleware = [
-        Middleware(Observe, metrics=server.metrics, log=server.log, paths={route.path for route in routes}),
-        Middleware(Guard, hosts=server.allowed_hosts, origins=server.allowed_origins),
+        Middleware(Observe, metrics=server.metrics, log=log, paths={route.path for route in routes}),
+        Middleware(Guard, hosts=hosts, origins=origins),
     ]
-    if server.allowed_origins:
+    if origins:
         cors = Middleware(
             CORSMiddleware,
-            allow_origins=server.allowed_origins,
+            allow_origins=origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-ignored-fields", "retry-after"],
@@ -132,25 +142,26 @@ def _routes(server: Server) -> list[Route]:
         server.parts()
         return JSONResponse({"status": "ok"})
 
-    async def ping(request: Request) -> Response:
-        server.parts()
-        return Response()
-
     async def version(request: Request) -> Response:
         return JSONResponse({"version": __version__})
 
     async def openapi(request: Request) -> Response:
-        return JSONResponse(describe(ignores_unknown=server.ignore_unknown))
+        return JSONResponse(describe(ignores_unknown=server.ignores_unknown))
 
     async def metrics(request: Request) -> Response:
         return Response(server.metrics.text(), media_type=CONTENT_TYPE)
 
+    def describe_model() -> dict[str, Any]:
+        context = server.planner.max_seq_len if server.planner else None
+        model = {"id": server.model_name, "object": "model", "created": server.created, "owned_by": "local"}
+        return model | {"max_model_len": context}
+
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [_model(server)]})
+        return JSONResponse({"object": "list", "data": [describe_model()]})
 
     async def model(request: Request) -> Response:
         check_model(request.path_params["name"], server.model_name)
-        return JSONResponse(_model(server))
+        return JSONResponse(describe_model())
 
     async def info(request: Request) -> Response:
         return JSONResponse(tokenizer_info(server.parts()[1]))
@@ -167,17 +178,11 @@ def _routes(server: Server) -> list[Route]:
     posts = {url: partial(_complete, server, url) for url in (CHAT_URL, COMPLETIONS_URL, RESPONSES_URL)}
     posts |= {"/tokenize": partial(_convert, server, tokenize), "/detokenize": partial(_convert, server, detokenize)}
     return [
-        Route("/ping", ping, methods=["GET", "POST"]),
+        Route("/ping", health, methods=["GET", "POST"]),
         *(Route(path, endpoint) for path, endpoint in no_key.items()),
         *(Route(path, with_key(endpoint)) for path, endpoint in gets.items()),
         *(Route(path, with_key(endpoint), methods=["POST"]) for path, endpoint in posts.items()),
     ]
-
-
-def _model(server: Server) -> dict[str, Any]:
-    context = server.planner.max_seq_len if server.planner else None
-    model = {"id": server.model_name, "object": "model", "created": server.created, "owned_by": "local"}
-    return model | {"max_model_len": context}
 
 
 async def _convert(server: Server, convert: Callable[..., dict[str, Any]], request: Request) -> Response:
@@ -192,17 +197,16 @@ async def _complete(server: Server, url: str, request: Request) -> Response:
     """Answers a request for completions, as a whole or as a stream."""
     arrived = time.perf_counter()
     service, planner = server.parts()
-    unknown = Unknown(ignore=server.ignore_unknown)
+    unknown = Unknown(ignore=server.ignores_unknown)
     async with _body_of(server, request) as raw:
         asked = await asyncio.to_thread(lambda: read_request(url, parse_json(raw), planner, unknown))
-    run = Run(service, asked.job, server.metrics, arrived=arrived, timeout_s=server.timeout_s)
-    request.state.counts = run.counts
+    request.state.counts = counts = asked.answer.counts
+    run = Run(service, asked.job, counts, server.metrics, arrived=arrived, timeout_s=server.settings.timeout_s)
     headers = _note_ignored(server, unknown.ignored)
     if asked.is_stream:
-        return _EventStream(run, asked.answer, server.timeout_s, headers)
-    with run:
-        pieces = await while_connected(run.all_pieces(), request.receive, server.timeout_s)
-    return JSONResponse(asked.answer.whole(pieces, run.counts), headers=headers)
+        return _EventStream(run, asked.answer, headers)
+    pieces = await run.until_left(run.all_pieces(), request.receive)
+    return JSONResponse(asked.answer.whole(pieces), headers=headers)
 
 
 def _note_ignored(server: Server, names: Sequence[str]) -> dict[str, str]:
@@ -238,7 +242,7 @@ async def _read_into(body: bytearray, server: Server, request: Request) -> None:
         body += chunk
         server.n_body_bytes += _counted(body) - before
         _check_size(server, len(body))
-        if _counted(body) > before and server.n_body_bytes > _OPEN_BODIES * (server.max_body_bytes or 0):
+        if _counted(body) > before and server.n_body_bytes > _OPEN_BODIES * server.max_body_bytes:
             message = "the bodies of other requests take all of the memory for them; try again later"
             raise BusyError(message, "bodies_full", {"Connection": "close"})
 
@@ -248,49 +252,38 @@ def _counted(body: bytearray) -> int:
 
 
 def _check_size(server: Server, n_bytes: int) -> None:
-    if server.max_body_bytes is not None and n_bytes > server.max_body_bytes:
+    if n_bytes > server.max_body_bytes:
         message = f"the body must have at most {server.max_body_bytes} bytes"
         raise ApiError(message, status=413, headers={"Connection": "close"})
 
 
-class _EventStream(Response):
+class _EventStream(StreamingResponse):
     """Sends an answer's events as they come, until the client leaves."""
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, run: Run, answer: CompletionAnswer | ResponseAnswer, timeout_s: float, headers: dict[str, str]
-    ) -> None:
-        self.status_code = 200
-        self.background = None
+    def __init__(self, run: Run, answer: CompletionAnswer | ResponseAnswer, headers: dict[str, str]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        super().__init__(_events(run, answer), headers=headers)
         self._run = run
-        self._answer = answer
-        self._timeout_s = timeout_s
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._run, suppress(ClientLeftError):
-            await while_connected(self._send(send), receive, self._timeout_s)
+        with suppress(ClientLeftError):
+            await self._run.until_left(self.stream_response(send), receive)
 
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for event in self._events():
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _events(self) -> AsyncIterator[bytes]:
-        run, answer = self._run, self._answer
-        for event in answer.start(run.counts):
-            yield event
-        try:
-            async for piece in run.pieces():
-                for event in answer.events(piece, run.counts):
-                    yield event
-        except ApiError as error:
-            yield answer.failed(error)
-            return
-        for event in answer.end(run.counts):
-            yield event
+async def _events(run: Run, answer: CompletionAnswer | ResponseAnswer) -> AsyncIterator[bytes]:
+    for event in answer.start():
+        yield event
+    try:
+        async for piece in run.pieces():
+            for event in answer.events(piece):
+                yield event
+    except ApiError as error:
+        yield answer.failed(error)
+        return
+    for event in answer.end():
+        yield event
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

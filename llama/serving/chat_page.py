@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable
-from importlib import resources
+from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,13 +25,11 @@ _HEADERS = {
 def page_routes() -> list[Route]:
     """The routes of the page at `/` and of its scripts and styles below `/static/`. They need no key."""
     routes = []
-    static = resources.files("llama.serving").joinpath("static")
-    for folder, url in ((static, "/static/"), (static.joinpath("vendor"), "/static/vendor/")):
-        for file in folder.iterdir():
-            suffix = "." + file.name.rpartition(".")[2]
-            if suffix in _TYPES:
-                path = "/" if suffix == ".html" else url + file.name
-                routes.append(Route(path, _file(file.read_bytes(), _TYPES[suffix])))
+    folder = Path(__file__).with_name("static")
+    for file in folder.rglob("*"):
+        if file.suffix in _TYPES:
+            path = "/" if file.suffix == ".html" else f"/static/{file.relative_to(folder).as_posix()}"
+            routes.append(Route(path, _file(file.read_bytes(), _TYPES[file.suffix])))
     return routes
 
 

@@ -1,4 +1,8 @@
-"""The endpoints of the server and of batch files: what a body asks for, and the form of its answer."""
+"""The endpoints of the server and of batch files: what a body asks for, the form of its answer, and their description.
+
+The description, in OpenAPI's format, tells which bodies are refused: what is not in a schema is a 4xx. No schema says
+what only several fields together decide, such as the order of roles or a context that is too small.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+from llama import __version__
 from llama.chat import Message
 from llama.errors import PromptError
 from llama.serving.errors import ApiError
-from llama.serving.fields import Unknown
+from llama.serving.fields import ANY, Unknown
 from llama.serving.formats import ChatAnswer, CompletionAnswer, TextAnswer, token_text
 from llama.serving.jobs import Job, Planner
 from llama.serving.protocol import (
     AnyBody,
+    Body,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -25,6 +31,26 @@ from llama.serving.protocol import (
 from llama.serving.responses import ResponseAnswer, ResponsesBody, as_chat
 
 CHAT_URL, COMPLETIONS_URL, RESPONSES_URL = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "object", "required": ["message", "type", "param", "code"]}},
+}
+_ANSWERS = {
+    "200": {"description": "The answer; server-sent events with stream=true."},
+    "default": {
+        "description": "An error in OpenAI's form.",
+        "content": {"application/json": {"schema": _ERROR}},
+    },
+}
+_GETS = ("/", "/health", "/ping", "/version", "/metrics", "/tokenizer_info", "/v1/models")
+_BODIES: dict[str, type[Body]] = {
+    CHAT_URL: ChatBody,
+    COMPLETIONS_URL: CompletionBody,
+    RESPONSES_URL: ResponsesBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
 
 
 @dataclass(frozen=True)
@@ -41,10 +67,8 @@ def _errors_of_clients() -> Iterator[None]:
     """Turns the errors of the library's checks into those that clients get."""
     try:
         yield
-    except PromptError as error:
+    except (PromptError, ImportError) as error:
         raise ApiError.of(error) from error
-    except ImportError as error:  # an extra is not installed
-        raise ApiError(str(error), status=501, code="unsupported_parameter") from error
 
 
 def _checked(values: Any, kind: type[AnyBody], planner: Planner, unknown: Unknown | None = None) -> AnyBody:
@@ -56,15 +80,12 @@ def _checked(values: Any, kind: type[AnyBody], planner: Planner, unknown: Unknow
 
 @_errors_of_clients()
 def read_request(url: str, values: Any, planner: Planner, unknown: Unknown | None = None) -> Request:
-    """What a body, as JSON has it, asks for at one of the URLs above; `unknown` as in `check_body`.
-
-    Raises:
-        ApiError: a field is wrong or not supported.
-    """
+    """What a body asks for at one of the URLs above; arguments and errors are those of `check_body`."""
     unknown = unknown or Unknown()
     if url == RESPONSES_URL:
         asked = _checked(values, ResponsesBody, planner, unknown)
-        return Request(planner.chat(as_chat(asked, unknown)), ResponseAnswer(asked, planner.model_name), asked.stream)
+        job = planner.chat(as_chat(asked, unknown))
+        return Request(job, ResponseAnswer(asked, job, planner.model_name), asked.stream)
     if url == CHAT_URL:
         chat = _checked(values, ChatBody, planner, unknown)
         job = planner.chat(chat)
@@ -96,8 +117,7 @@ def tokenize(values: Any, planner: Planner) -> dict[str, Any]:
 def detokenize(values: Any, planner: Planner) -> dict[str, Any]:
     """The answer to `POST /detokenize`: the text of ids. Control pieces have none."""
     body = _checked(values, DetokenizeBody, planner)
-    planner.check_ids(body.tokens, "tokens")
-    return {"prompt": planner.tokenizer.decode(body.tokens)}
+    return {"prompt": planner.tokenizer.decode(planner.checked(body.tokens, "tokens"))}
 
 
 def tokenizer_info(planner: Planner) -> dict[str, Any]:
@@ -109,3 +129,28 @@ def tokenizer_info(planner: Planner) -> dict[str, Any]:
         names |= {"unk_token": sp_model.id_to_piece(sp_model.unk_id()), "tokenizer_class": "LlamaTokenizer"}
     adds_bos = getattr(tokenizer, "adds_bos", True)
     return names | {"add_bos_token": adds_bos, "model_max_length": planner.max_seq_len}
+
+
+def describe(*, ignores_unknown: bool) -> dict[str, Any]:
+    """The OpenAPI document.
+
+    Args:
+        ignores_unknown: whether fields that nobody knows are left out of bodies, instead of refused.
+    """
+    paths: dict[str, Any] = {path: {"get": {"responses": _ANSWERS}} for path in _GETS}
+    paths["/ping"]["post"] = {"responses": _ANSWERS}
+    for path, kind in _BODIES.items():
+        schema = _schema(kind) | {"additionalProperties": ignores_unknown}
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        paths[path] = {"post": {"requestBody": body, "responses": _ANSWERS}}
+    return {"openapi": "3.1.0", "info": {"title": "llama", "version": __version__}, "paths": paths}
+
+
+def _schema(kind: type[Body]) -> dict[str, Any]:
+    """The schema of a body: its model's, with the fields without effect, and null wherever a field may be left out."""
+    schema = kind.model_json_schema()
+    required = schema.get("required", ())
+    properties = {name: {} if values is ANY else {"enum": [*values, None]} for name, values in kind.neutral.items()}
+    for name, own in schema["properties"].items():
+        properties[name] = own if name in required else {"anyOf": [own, {"type": "null"}]}
+    return schema | {"properties": properties}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llama.errors import PromptError
+from llama.errors import NonFiniteLogitsError, PromptError, RankError, printable
 
 
 class ApiError(Exception):
@@ -33,10 +33,20 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @classmethod
-    def of(cls, error: PromptError) -> ApiError:
-        """The error with the name of the field, with which its message begins."""
-        name = re.match(r"[\w.\[\]]+", str(error))
-        return cls(str(error), param=name.group() if name else None)
+    def of(cls, error: BaseException) -> ApiError:
+        """What a client gets for an error of the library."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, PromptError):  # its message begins with the name of the field
+            name = re.match(r"[\w.\[\]]+", str(error))
+            return cls(str(error), param=name.group() if name else None)
+        if isinstance(error, ImportError):  # an extra is not installed
+            return cls(str(error), status=501, code="unsupported_parameter")
+        if isinstance(error, RankError):
+            return cls(f"the server has lost a part of the network: {printable(error)}", status=503, code="rank_lost")
+        if isinstance(error, NonFiniteLogitsError):
+            return cls(str(error), status=500, code="logits_not_finite", headers={"x-should-retry": "false"})
+        return cls("the server failed to compute the answer; its log says why", status=500, code="failed")
 
     def body(self) -> dict[str, Any]:
         """The JSON object that OpenAI's clients know."""

@@ -6,13 +6,13 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from llama.engine.output import Piece, Token
 from llama.serving.errors import ApiError
 from llama.serving.jobs import Job, Planner
-from llama.serving.protocol import ChatBody, CompletionBody, StreamOptions
+from llama.serving.protocol import ChatBody, CompletionBody
 
 Choice = dict[str, Any]
 _LOWEST_LOGPROB = -9999.0  # stands for minus infinity and NaN, which JSON does not have
@@ -28,47 +28,64 @@ class Counts:
 
 
 class CompletionAnswer:
-    """The answer of a chat or of a completion. All of its chunks have the same id, time, model and fingerprint."""
+    """The answer of a chat or of a completion. All of its chunks have the same id, time, model and fingerprint.
+
+    Attributes:
+        counts: of the tokens so far, kept by who runs the job.
+    """
 
     prefix: ClassVar[str]  # of ids
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
     def __init__(self, body: ChatBody | CompletionBody, job: Job, planner: Planner) -> None:
+        self.counts = Counts(sum(map(len, job.prompts)))
+        self._body = body
         self._tokenizer = planner.tokenizer
         self._n_choices = job.n_choices
-        self._options = body.stream_options or StreamOptions()
+        self._options = body.stream_options or {}
         head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
         self._head = {**head, "model": planner.model_name, "system_fingerprint": planner.fingerprint}
 
-    def whole(self, pieces: Sequence[Piece], counts: Counts) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The whole answer, given all of each choice as one piece."""
         choices = [self._choice(piece) for piece in pieces]
-        return self._head | {"object": self.whole_object, "choices": choices, "usage": _usage(counts)}
+        return self._head | {"object": self.whole_object, "choices": choices, "usage": self._usage()}
 
-    def start(self, counts: Counts) -> list[bytes]:
+    def start(self) -> list[bytes]:
         """The events before any piece."""
         return []
 
-    def events(self, piece: Piece, counts: Counts) -> list[bytes]:
+    def events(self, piece: Piece) -> list[bytes]:
         """The events of a piece."""
-        return [self._event([choice], counts) for choice in self._chunks(piece)]
+        return [self._event([choice]) for choice in self._chunks(piece)]
 
-    def end(self, counts: Counts) -> list[bytes]:
+    def end(self) -> list[bytes]:
         """The events after all pieces."""
-        return [self._event([], counts)] * self._options.include_usage + [b"data: [DONE]\n\n"]
+        usage = [self._event([])] if self._options.get("include_usage") else []
+        return [*usage, b"data: [DONE]\n\n"]
 
     def failed(self, error: ApiError) -> bytes:
         """The event of an error, which is the last one."""
         return event(error.body())
 
-    def _event(self, choices: list[Choice], counts: Counts) -> bytes:
+    def _event(self, choices: list[Choice]) -> bytes:
         chunk = self._head | {"object": self.chunk_object, "choices": choices}
-        if self._options.continuous_usage_stats or (self._options.include_usage and not choices):
-            chunk |= {"usage": _usage(counts)}
-        elif self._options.include_usage:
+        has_usage = self._options.get("include_usage")
+        if self._options.get("continuous_usage_stats") or (has_usage and not choices):
+            chunk |= {"usage": self._usage()}
+        elif has_usage:
             chunk |= {"usage": None}
         return event(chunk)
+
+    def _usage(self) -> dict[str, Any]:
+        counts = self.counts
+        return {
+            "prompt_tokens": counts.n_prompt,
+            "completion_tokens": counts.n_generated,
+            "total_tokens": counts.n_prompt + counts.n_generated,
+            "prompt_tokens_details": {"cached_tokens": counts.n_cached},
+        }
 
     def _choice(self, piece: Piece) -> Choice:
         """A choice of a whole answer."""
@@ -84,13 +101,9 @@ class ChatAnswer(CompletionAnswer):
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, body: ChatBody, job: Job, planner: Planner) -> None:
-        super().__init__(body, job, planner)
-        self._has_logprobs = body.logprobs
-
-    def start(self, counts: Counts) -> list[bytes]:
+    def start(self) -> list[bytes]:
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return [self._event([_delta(i, delta)], counts) for i in range(self._n_choices)]
+        return [self._event([_delta(i, delta)]) for i in range(self._n_choices)]
 
     def _choice(self, piece: Piece) -> Choice:
         message = {"role": "assistant", "content": piece.text, "refusal": None}
@@ -106,9 +119,8 @@ class ChatAnswer(CompletionAnswer):
         return chunks
 
     def _logprobs_of(self, piece: Piece) -> dict[str, Any] | None:
-        return (
-            {"content": [self._entry(token) for token in piece.tokens], "refusal": None} if self._has_logprobs else None
-        )
+        entries = [self._entry(token) for token in piece.tokens]
+        return {"content": entries, "refusal": None} if self._body.logprobs else None
 
     def _entry(self, token: Token) -> dict[str, Any]:
         top = [self._spelled(*likely, token.at_start) for likely in token.top_logprobs]
@@ -130,10 +142,10 @@ class TextAnswer(CompletionAnswer):
 
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
+    _body: CompletionBody
 
     def __init__(self, body: CompletionBody, job: Job, planner: Planner) -> None:
         super().__init__(body, job, planner)
-        self._body = body
         self._n_prompt = [len(prompt) for prompt in job.prompts for _ in range(job.n)]  # tokens, by choice
         self._offsets = [0] * job.n_choices  # of each choice's next token, in characters from the prompt's start
         if body.logprobs is not None and not body.echo:
@@ -142,20 +154,19 @@ class TextAnswer(CompletionAnswer):
 
     def _choice(self, piece: Piece) -> Choice:
         if self._body.prompt_logprobs is None:
-            return self._choice_of(piece, piece.text, piece.tokens)
-        n_prompt = self._n_prompt[piece.choice]
-        prompt, text, tokens = piece.tokens[:n_prompt], piece.text, piece.tokens
+            return self._choice_of(piece)
+        prompt, tokens = piece.tokens[: self._n_prompt[piece.choice]], piece.tokens[self._n_prompt[piece.choice] :]
         if not self._body.echo:
-            text, tokens = text[sum(len(token.text) for token in prompt) :], tokens[n_prompt:]
-        return self._choice_of(piece, text, tokens) | {"prompt_logprobs": [self._prompt_entry(t) for t in prompt]}
+            piece = replace(piece, text=piece.text[sum(len(token.text) for token in prompt) :], tokens=tokens)
+        return self._choice_of(piece) | {"prompt_logprobs": [self._prompt_entry(token) for token in prompt]}
 
     def _chunks(self, piece: Piece) -> list[Choice]:
-        is_empty = not (piece.text or piece.tokens or piece.finish_reason)
-        return [] if is_empty else [self._choice_of(piece, piece.text, piece.tokens)]
+        return [self._choice_of(piece)] if piece.text or piece.tokens or piece.finish_reason else []
 
-    def _choice_of(self, piece: Piece, text: str, tokens: Sequence[Token]) -> Choice:
-        logprobs = None if self._body.logprobs is None or not tokens else self._logprobs_of(piece.choice, tokens)
-        return {"index": piece.choice, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+    def _choice_of(self, piece: Piece) -> Choice:
+        has_logprobs = self._body.logprobs is not None and piece.tokens
+        logprobs = self._logprobs_of(piece.choice, piece.tokens) if has_logprobs else None
+        return {"index": piece.choice, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
     def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
         offsets = []
@@ -191,15 +202,6 @@ class TextAnswer(CompletionAnswer):
 
     def _spelled(self, token: int, place: Token) -> str:
         return token_text(token, self._tokenizer, at_start=place.at_start)[0]
-
-
-def _usage(counts: Counts) -> dict[str, Any]:
-    return {
-        "prompt_tokens": counts.n_prompt,
-        "completion_tokens": counts.n_generated,
-        "total_tokens": counts.n_prompt + counts.n_generated,
-        "prompt_tokens_details": {"cached_tokens": counts.n_cached},
-    }
 
 
 def event(value: Any, name: str | None = None) -> bytes:

@@ -6,8 +6,8 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from llama.chat import Message, built_in_format
 from llama.engine.calls import Request
@@ -46,6 +46,20 @@ class Job:
     @property
     def n_choices(self) -> int:
         return len(self.prompts) * self.n
+
+    def start(self, llama: Llama) -> Request:
+        """Adds the job to the network's engine; its pieces and its end are the request's."""
+        request = Request(
+            llama.engine,
+            llama.tokenizer,
+            self.prompts,
+            self.params,
+            n=self.n,
+            top_logprobs=self.top_logprobs,
+            continues=self.continues,
+        )
+        llama.engine.add(request.call)
+        return request
 
 
 class Planner:
@@ -95,12 +109,14 @@ class Planner:
 
     def completion(self, body: CompletionBody) -> Job:
         """The job of a completion."""
-        n_prompts, scores_prompt = len(body.prompt), body.prompt_logprobs is not None
-        self._check_count(n_prompts * body.n, "prompt" if n_prompts > 1 else "n")
-        names = ["prompt"] if n_prompts == 1 else [f"prompt[{i}]" for i in range(n_prompts)]
-        encode = partial(self._infilling, suffix=body.suffix) if body.suffix else self._prompt
-        prompts = [encode(prompt, name) for prompt, name in zip(body.prompt, names, strict=True)]
-        max_gen_len = self._fitting(body.max_tokens, max(map(len, prompts)), "prompt", DEFAULT_MAX_TOKENS)
+        given, scores_prompt = body.prompts, body.prompt_logprobs is not None
+        self._check_count(len(given) * body.n, "prompt" if len(given) > 1 else "n")
+        names = ["prompt"] if len(given) == 1 else [f"prompt[{i}]" for i in range(len(given))]
+        prompts = [self._prompt(prompt, name, body.suffix) for prompt, name in zip(given, names, strict=True)]
+        max_gen_len = min(
+            self._fitting(body.max_tokens, len(prompt), name, DEFAULT_MAX_TOKENS)
+            for prompt, name in zip(prompts, names, strict=True)
+        )
         logprobs = body.logprobs is not None or scores_prompt
         params = self._params(body, max_gen_len, logprobs=logprobs, echo=body.echo or scores_prompt)
         if body.suffix:
@@ -128,7 +144,7 @@ class Planner:
             max_gen_len,
             logprobs=logprobs,
             echo=echo,
-            stop=body.stop,
+            stop=[body.stop] if isinstance(body.stop, str) else body.stop,
             seed=body.seed,
             speculative=self._speculative,
             **body.model_dump(include=set(SamplingOptions.__annotations__)),
@@ -146,35 +162,28 @@ class Planner:
             message = f"prompts times n must be at most {self._max_choices}, got {n_choices}; split the request"
             raise ApiError(message, param=param)
 
-    def _prompt(self, prompt: str | list[int], name: str) -> list[int]:
-        if isinstance(prompt, str):
+    def _prompt(self, prompt: str | list[int], name: str, suffix: str | None) -> list[int]:
+        """The ids of a prompt; with a suffix, those to which Code Llama answers with the text between the two."""
+        if not isinstance(prompt, str):
+            return self.checked(prompt, name)
+        if not suffix:
             return self.text(prompt, name)
-        if len(prompt) > self.max_seq_len:
-            raise self._too_long(name, len(prompt))
-        self.check_ids(prompt, name)
-        return prompt
-
-    def _infilling(self, prompt: str | list[int], name: str, suffix: str) -> list[int]:
-        """The prompt for the text between a prompt and a suffix, as Code Llama infills."""
-        assert isinstance(prompt, str)  # the protocol's part
         self._check_chars(len(prompt) + len(suffix), name)
         try:
             return encode_infilling(prompt, suffix, (name, "suffix"), self.tokenizer, sys.maxsize, suffix_first=False)
         except PromptError as error:
             raise PromptError(f"suffix: {error}") if str(error).startswith("tokenizer") else error from error
 
-    def check_ids(self, ids: Sequence[int], name: str) -> None:
-        """Refuses ids outside the vocabulary. `name` is their name in the error."""
+    def checked(self, ids: list[int], name: str) -> list[int]:
+        """The ids, which must be in the vocabulary. `name` is their name in the error."""
         if wrong := [token for token in ids if not 0 <= token < self._vocab_size]:
             raise PromptError(f"{name} must have ids from 0 to {self._vocab_size - 1}, got {quote(wrong[0])}")
+        return ids
 
     def text(self, text: str, name: str) -> list[int]:
         """The ids of a text with BOS in front. `name` is its name in errors."""
         self._check_chars(len(text), name)
-        ids = encode_text(text, name, self.tokenizer, sys.maxsize)
-        if len(ids) > self.max_seq_len:
-            raise self._too_long(name, len(ids))
-        return ids
+        return encode_text(text, name, self.tokenizer, sys.maxsize)
 
     def dialog(self, messages: Sequence[Message], *, continues: bool = False) -> list[int]:
         """The ids of a dialog.
@@ -233,48 +242,6 @@ class Planner:
         )
 
 
-class RunningJobs(Generic[Key]):
-    """The jobs in a network's engine, by keys of the caller's. All ranks of a model-parallel group have the same."""
-
-    def __init__(self, llama: Llama) -> None:
-        self._engine = llama.engine
-        self._tokenizer = llama.tokenizer
-        self._requests: dict[Key, Request] = {}
-
-    def add(self, key: Key, job: Job) -> None:
-        """Adds a job."""
-        request = Request(
-            self._engine,
-            self._tokenizer,
-            job.prompts,
-            job.params,
-            n=job.n,
-            top_logprobs=job.top_logprobs,
-            continues=job.continues,
-        )
-        self._requests[key] = request
-        self._engine.add(request.call)
-
-    def advance(self) -> Iterator[tuple[Key, Piece | BaseException | None]]:
-        """Runs a pass; yields each job's new pieces, and once it has ended, the error that ended it, or None."""
-        self._engine.advance()
-        for key, request in list(self._requests.items()):
-            for piece in request.new_pieces():
-                yield key, piece
-            if request.call.is_finished:
-                del self._requests[key]
-                yield key, request.call.error
-
-    def abort(self, key: Key) -> None:
-        """Takes a job out of the engine. Does nothing if it has ended."""
-        if request := self._requests.pop(key, None):
-            self._engine.abort(request.call)
-
-    def abort_all(self) -> None:
-        for key in list(self._requests):
-            self.abort(key)
-
-
 def as_completed(
     llama: Llama, jobs: Iterable[tuple[Key, Job]]
 ) -> Iterator[tuple[Key, list[Piece] | NonFiniteLogitsError]]:
@@ -290,30 +257,26 @@ def as_completed(
     Raises:
         Exception: the error of a pass of the network.
     """
-    engine, rest = llama.engine, enumerate(jobs)
-    running: RunningJobs[int] = RunningJobs(llama)
-    keys: dict[int, Key] = {}
-    pieces: dict[int, list[Piece]] = {}
-    may_come = True
+    engine, waiting, has_more = llama.engine, iter(jobs), True
+    running: dict[Request, tuple[Key, list[Piece]]] = {}
     try:
-        while may_come or keys:
-            while may_come and engine.n_running + engine.n_waiting < llama.model.params.max_batch_size:
-                if (found := next(rest, None)) is None:
-                    may_come = False
-                    break
-                number, (keys[number], job) = found
-                pieces[number] = []
-                running.add(number, job)
-            for number, event in running.advance() if keys else ():
-                if isinstance(event, Piece):
-                    pieces[number].append(event)
-                elif event is None or isinstance(event, NonFiniteLogitsError):
-                    mine = pieces.pop(number)
-                    yield keys.pop(number), event or join_choices(mine)
-                else:
-                    raise event
+        while has_more or running:
+            while has_more and engine.n_running + engine.n_waiting < llama.model.params.max_batch_size:
+                if has_more := (found := next(waiting, None)) is not None:
+                    running[found[1].start(llama)] = found[0], []
+            if running:
+                engine.advance()
+            for request, (key, pieces) in list(running.items()):
+                pieces += request.new_pieces()
+                if request.call.is_finished:
+                    del running[request]
+                    error = request.call.error
+                    if error is not None and not isinstance(error, NonFiniteLogitsError):
+                        raise error
+                    yield key, error or join_choices(pieces)
     finally:
-        running.abort_all()
+        for request in running:
+            engine.abort(request.call)
 
 
 def join_choices(pieces: Iterable[Piece]) -> list[Piece]:
@@ -322,30 +285,22 @@ def join_choices(pieces: Iterable[Piece]) -> list[Piece]:
     for piece in pieces:
         of_choice.setdefault(piece.choice, []).append(piece)
     return [
-        Piece(
-            choice,
-            "".join(piece.text for piece in mine),
-            tuple(token for piece in mine for token in piece.tokens),
-            sum(piece.n_generated for piece in mine),
-            mine[-1].finish_reason,
-            mine[-1].n_reused,
+        replace(
+            mine[-1],
+            text="".join(piece.text for piece in mine),
+            tokens=tuple(token for piece in mine for token in piece.tokens),
+            n_generated=sum(piece.n_generated for piece in mine),
         )
-        for choice, mine in sorted(of_choice.items())
+        for _, mine in sorted(of_choice.items())
     ]
 
 
 def _merge(messages: Sequence[Message]) -> tuple[list[Message], list[int]]:
     """Joins neighbouring messages of one role, with a blank line between them; also returns each one's first number."""
-    merged: list[Message] = []
-    numbers: list[int] = []
-    for i, message in enumerate(messages):
-        if merged and merged[-1]["role"] == message["role"]:
-            text = f"{merged[-1]['content']}\n\n{message['content']}"
-            merged[-1] = Message(role=message["role"], content=text)
-        else:
-            merged.append(message)
-            numbers.append(i)
-    return merged, numbers
+    turns = [list(turn) for _, turn in groupby(enumerate(messages), lambda numbered: numbered[1]["role"])]
+    texts = ["\n\n".join(message["content"] for _, message in turn) for turn in turns]
+    merged = [Message(role=turn[0][1]["role"], content=text) for turn, text in zip(turns, texts, strict=True)]
+    return merged, [turn[0][0] for turn in turns]
 
 
 def _numbered(error: ValueError, numbers: Sequence[int]) -> PromptError:

@@ -15,10 +15,15 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
-class Metrics:
-    """Counters of one server. Safe for use from several threads."""
+class Metrics(Collector):
+    """Counters of one server. Safe for use from several threads.
+
+    Attributes:
+        service: asked for its numbers at each read; None until there is one.
+    """
 
     def __init__(self) -> None:
+        self.service: Service | None = None
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "llama_requests",
@@ -45,22 +50,16 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-
-    def watch(self, service: Service) -> None:
-        """Adds the numbers of a service, which are asked for at each read."""
-        self._registry.register(_OfService(service))
+        registry.register(self)
 
     def text(self) -> bytes:
         """All metrics."""
         return generate_latest(self._registry)
 
-
-class _OfService(Collector):
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
     def collect(self) -> Iterable[Metric]:
-        service = self._service
+        """The numbers of the service, for the registry."""
+        if (service := self.service) is None:
+            return
         yield GaugeMetricFamily("llama_requests_open", "Requests that are not finished.", service.n_requests)
         yield GaugeMetricFamily("llama_sequences_running", "Sequences in slots of the cache.", service.n_running)
         yield GaugeMetricFamily("llama_sequences_waiting", "Sequences that wait for a slot.", service.n_waiting)

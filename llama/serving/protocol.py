@@ -7,7 +7,7 @@ document is made of the same rows.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
@@ -20,13 +20,6 @@ MAX_STOPS = 64
 MAX_TOP_LOGPROBS = 20  # of a chat completion; of a completion 5
 
 
-def _as_stops(stop: Any) -> Any:
-    stops = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise ValueError(f"must be a string or a list of at most {MAX_STOPS}, none of them empty, got {quote(stop)}")
-    return stops
-
-
 def _as_bias(bias: Any) -> Any:
     """JSON has ids as strings."""
     if not isinstance(bias, dict) or not all(str(token).isdecimal() for token in bias):
@@ -34,61 +27,26 @@ def _as_bias(bias: Any) -> Any:
     return {int(token): amount for token, amount in bias.items()}
 
 
-def _as_prompts(prompt: Any) -> Any:
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt, list) and prompt:
-        if all(isinstance(text, str) for text in prompt):
-            return prompt
-        if _are_ids(prompt):
-            return [prompt]
-        if all(isinstance(ids, list) and ids and _are_ids(ids) for ids in prompt):
-            return prompt
-    raise ValueError(f"must be a string, a list of strings, token ids or a list of lists of these, got {quote(prompt)}")
-
-
-def _are_ids(values: list[Any]) -> bool:
-    return all(type(value) is int for value in values)
-
-
-def _any_of(*schemas: dict[str, Any]) -> dict[str, Any]:
-    return {"anyOf": list(schemas)}
-
-
-def _list_of(schema: dict[str, Any], **limits: int) -> dict[str, Any]:
-    return {"type": "array", "items": schema, **limits}
-
-
 def messages_schema(*kinds: str) -> dict[str, Any]:
     """The JSON schema of what `check_messages` takes."""
-    part = {"type": {"enum": list(kinds)}, "text": _TEXT}
-    parts = _list_of({"type": "object", "required": ["type", "text"], "properties": part}, minItems=1)
-    message = {"role": {"enum": list(ROLES)}, "content": _any_of(_TEXT, parts)}
-    return _list_of({"type": "object", "required": ["role", "content"], "properties": message}, minItems=1)
+    part = {"type": {"enum": list(kinds)}, "text": {"type": "string"}}
+    parts = {"type": "array", "items": {"type": "object", "required": list(part), "properties": part}, "minItems": 1}
+    message = {"role": {"enum": list(ROLES)}, "content": {"anyOf": [{"type": "string"}, parts]}}
+    item = {"type": "object", "required": list(message), "properties": message}
+    return {"type": "array", "items": item, "minItems": 1}
 
 
-# Fields that have several forms: their JSON schemas, and what brings them into the form that the code reads.
-_TEXT, _WORD = {"type": "string"}, {"type": "string", "minLength": 1}
-_IDS = _list_of({"type": "integer"}, minItems=1)
-_STOPS = _any_of(_WORD, _list_of(_WORD, maxItems=MAX_STOPS))
-_BIAS = {"propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": {"type": "number"}}
-_PROMPTS = _any_of(_TEXT, _IDS, _list_of(_TEXT, minItems=1), _list_of(_IDS, minItems=1))
-Stops = Annotated[list[str], BeforeValidator(_as_stops), WithJsonSchema(_STOPS)]
-Bias = Annotated[dict[int, float], BeforeValidator(_as_bias), WithJsonSchema({"type": "object"} | _BIAS)]
-Prompts = Annotated[list[str | list[int]], BeforeValidator(_as_prompts), WithJsonSchema(_PROMPTS)]
-Messages = Annotated[list[dict[str, str]], WithJsonSchema(messages_schema("text"))]
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: bool = False  # a hint; nothing is padded
-
-
-_FLAGS = {name: {"type": ["boolean", "null"]} for name in StreamOptions.model_fields}
+STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")  # a hint; nothing is padded
+_FLAGS = {name: {"type": ["boolean", "null"]} for name in STREAM_OPTIONS}
 _STREAM_OPTIONS = {"type": "object", "properties": _FLAGS, "additionalProperties": False}
+_BIAS = {"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": {"type": "number"}}
+Bias = Annotated[dict[int, float], BeforeValidator(_as_bias), WithJsonSchema(_BIAS)]
+Messages = Annotated[list[dict[str, str]], WithJsonSchema(messages_schema("text"))]
+Word = Annotated[str, Field(min_length=1)]
+Words = Annotated[list[Word], Field(max_length=MAX_STOPS, fail_fast=True)]  # an error per item would take seconds
+Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+IdLists = Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -111,7 +69,7 @@ class SamplingBody(Body):
     top_p: float = Field(default=1.0, ge=0, le=1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    stop: Stops = []
+    stop: Word | Words = Field(default=[], description=f"a string or a list of at most {MAX_STOPS}, none of them empty")
     top_k: int = Field(default=0, ge=-1)
     min_p: float = Field(default=0.0, ge=0, le=1)
     typical_p: float = Field(default=1.0, gt=0, le=1)
@@ -121,11 +79,11 @@ class SamplingBody(Body):
     logit_bias: Bias = {}
     min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
-    stop_token_ids: list[int] = []
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] = []
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     stream: bool = False
-    stream_options: Annotated[StreamOptions | None, WithJsonSchema(_STREAM_OPTIONS)] = None
+    stream_options: Annotated[dict[str, bool] | None, WithJsonSchema(_STREAM_OPTIONS)] = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> SamplingBody:
@@ -137,12 +95,20 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """The body of `POST /v1/completions`."""
 
-    prompt: Prompts
+    prompt: str | Texts | Ids | IdLists = Field(
+        description="a string, a list of strings, token ids or a list of lists of these"
+    )
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=5)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool = False
     suffix: str | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or several."""
+        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return cast(list[str | list[int]], [self.prompt] if is_one else self.prompt)
 
     @model_validator(mode="after")
     def _check_together(self) -> CompletionBody:
@@ -150,7 +116,7 @@ class CompletionBody(SamplingBody):
             raise ApiError("prompt_logprobs must only be given without stream", param="prompt_logprobs")
         if self.suffix and (self.echo or self.prompt_logprobs is not None):
             raise ApiError("suffix must only be given without echo and prompt_logprobs", param="suffix")
-        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompt):
+        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompts):
             raise ApiError("suffix must only be given with prompts that are strings", param="suffix")
         return self
 
@@ -209,11 +175,7 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def parse_json(raw: bytes) -> Any:
-    """The value of a body.
-
-    Raises:
-        ApiError: it is not JSON.
-    """
+    """The value of a body; raises ApiError if it is not JSON."""
     try:
         return json.loads(raw.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -237,14 +199,14 @@ def check_body(values: Any, kind: type[AnyBody], unknown: Unknown | None = None)
     neutral = {**kind.neutral, "best_of": (values.get("n") or 1,)}
     fields = unknown.select(values, kind.model_fields, neutral)
     if isinstance(options := fields.get("stream_options"), dict):
-        fields["stream_options"] = unknown.select(options, StreamOptions.model_fields, {}, prefix="stream_options.")
+        fields["stream_options"] = unknown.select(options, STREAM_OPTIONS, {}, prefix="stream_options.")
     if "messages" in fields:
         fields["messages"] = check_messages(fields["messages"], unknown)
     unknown.check()
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        _raise_first(error)
+        _raise_first(error, kind, fields)
 
 
 def check_model(name: str | None, expected: str) -> None:
@@ -259,12 +221,15 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _raise_first(error: ValidationError) -> NoReturn:
+def _raise_first(error: ValidationError, kind: type[Body], fields: dict[str, Any]) -> NoReturn:
     """Raises an `ApiError` of the first of pydantic's errors, in the words of this library."""
     first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0])
     name = printable(".".join(map(str, first["loc"])))
     if first["type"] == "missing":
         message = f"{name} must be given"
+    elif form := kind.model_fields[field].description:  # of a field that has several
+        name, message = field, f"{field} must be {form}, got {quote(fields[field])}"
     elif first["type"] == "value_error":
         message = f"{name} {first['ctx']['error']}"
     else:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,10 +105,10 @@ class Replica:
         rest = (port, settings, flags, each)
         self._results = [actor.follow.remote(rank, *rest) for rank, actor in zip(ranks, self._followers, strict=True)]
         _join(0, port, flags, each)
-        self._server = settings.server(flags["ckpt_dir"])
-        llama, self._server.fingerprint = _load(settings, flags)
+        self._server = Server.of(settings, flags["ckpt_dir"])
+        llama, fingerprint = _load(settings, flags)
         self._service = Service(llama, max_waiting=settings.max_waiting)
-        self._server.ready(self._service)
+        self._server.ready(self._service, fingerprint)
         self._worker = threading.Thread(target=_run, args=(self._server, self._service), name="llama", daemon=True)
         self._worker.start()
 
@@ -127,17 +128,17 @@ class Replica:
             await asyncio.to_thread(self._worker.join)
 
 
+@dataclass(frozen=True)
 class _HoldAfterFailure:
     """Holds requests that come once the network has failed. A replica that refused them at once would attract more."""
 
-    def __init__(self, app: ASGIApp, server: Server) -> None:
-        self._app = app
-        self._server = server
+    app: ASGIApp
+    server: Server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._server.failure is not None:  # before its clients are told so
+        if self.server.failure is not None:  # before its clients are told so
             await asyncio.sleep(10 * _LAST_EVENTS_S)  # the process ends before
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 class Follower:
@@ -173,7 +174,7 @@ def _run(server: Server, service: Service) -> None:
     try:
         service.run()
     except BaseException as error:
-        server.failed(error)
+        server.error = error
         print(f"stopped: {printable(error)}", file=sys.stderr, flush=True)
         time.sleep(_LAST_EVENTS_S)
         os._exit(1)

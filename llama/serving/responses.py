@@ -18,6 +18,7 @@ from llama.serving import fields
 from llama.serving.errors import ApiError
 from llama.serving.fields import ANY, Table, Unknown, check_messages
 from llama.serving.formats import Counts, event
+from llama.serving.jobs import Job
 from llama.serving.protocol import Body, ChatBody, check_body, messages_schema
 
 NEUTRAL: Table = {
@@ -35,8 +36,6 @@ NEUTRAL: Table = {
 }
 _ITEM_NEUTRAL: Table = {"type": ANY, "id": ANY, "status": ANY, "name": ANY, "phase": ANY}
 _PARTS = ("input_text", "output_text", "text")
-
-
 _INPUT = {"anyOf": [{"type": "string"}, messages_schema(*_PARTS)]}
 
 
@@ -91,7 +90,8 @@ def _message(item: dict[str, Any], name: str, unknown: Unknown) -> dict[str, Any
 class ResponseAnswer:
     """The answer of `POST /v1/responses`."""
 
-    def __init__(self, body: ResponsesBody, model: str) -> None:
+    def __init__(self, body: ResponsesBody, job: Job, model: str) -> None:
+        self.counts = Counts(sum(map(len, job.prompts)))
         self._n_events = 0
         self._text = ""
         self._finish_reason: str | None = None
@@ -120,11 +120,11 @@ class ResponseAnswer:
             "usage": None,
         }
 
-    def whole(self, pieces: Sequence[Piece], counts: Counts) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         self._add(pieces[0])
-        return self._complete(counts)
+        return self._complete()
 
-    def start(self, counts: Counts) -> list[bytes]:
+    def start(self) -> list[bytes]:
         response = self._head | {"status": "in_progress", "output": []}
         return [
             self._event("response.created", response=response),
@@ -133,14 +133,14 @@ class ResponseAnswer:
             self._event("response.content_part.added", **self._place(), part=_part("")),
         ]
 
-    def events(self, piece: Piece, counts: Counts) -> list[bytes]:
+    def events(self, piece: Piece) -> list[bytes]:
         self._add(piece)
         if not piece.text:
             return []
         return [self._event("response.output_text.delta", **self._place(), delta=piece.text, logprobs=[])]
 
-    def end(self, counts: Counts) -> list[bytes]:
-        text, response = self._text, self._complete(counts)
+    def end(self) -> list[bytes]:
+        text, response = self._text, self._complete()
         return [
             self._event("response.output_text.done", **self._place(), text=text, logprobs=[]),
             self._event("response.content_part.done", **self._place(), part=_part(text)),
@@ -156,8 +156,8 @@ class ResponseAnswer:
         self._text += piece.text
         self._finish_reason = piece.finish_reason
 
-    def _complete(self, counts: Counts) -> dict[str, Any]:
-        is_cut = self._finish_reason == "length"
+    def _complete(self) -> dict[str, Any]:
+        counts, is_cut = self.counts, self._finish_reason == "length"
         status = "incomplete" if is_cut else "completed"
         return self._head | {
             "status": status,

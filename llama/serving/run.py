@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from starlette.types import Receive
+
 from llama.engine.output import Piece
-from llama.errors import NonFiniteLogitsError, RankError, printable
 from llama.serving.errors import ApiError
 from llama.serving.formats import Counts
 from llama.serving.jobs import Job, join_choices
@@ -30,22 +31,22 @@ class ClientLeftError(Exception):
 class Run:
     """Submits a job, and brings its pieces from the service's thread to the event loop's.
 
-    Pieces for a client that reads slowly are queued here, so that the service never waits. A context manager: at its
-    end, what still runs is aborted.
+    Pieces for a client that reads slowly are queued here, so that the service never waits.
 
     Args:
+        counts: gets the number of tokens so far.
         arrived: time of the request's arrival, by `time.perf_counter`.
         timeout_s: maximum time from its arrival to the last piece.
-
-    Attributes:
-        counts: the numbers of tokens so far.
     """
 
-    def __init__(self, service: Service, job: Job, metrics: Metrics, *, arrived: float, timeout_s: float) -> None:
-        self.counts = Counts(sum(map(len, job.prompts)))
+    def __init__(
+        self, service: Service, job: Job, counts: Counts, metrics: Metrics, *, arrived: float, timeout_s: float
+    ) -> None:
+        self._counts = counts
         self._service = service
         self._metrics = metrics
         self._arrived = arrived
+        self._timeout_s = timeout_s
         self._n_open = job.n_choices
         self._n_per_prompt = job.n
         self._first: float | None = None  # time of the first token
@@ -61,32 +62,22 @@ class Run:
         )
         left_s = timeout_s - (time.perf_counter() - arrived)
         self._timer = self._loop.call_later(left_s, self._queue.put_nowait, (0.0, timeout))
-        metrics.prompt_tokens.inc(self.counts.n_prompt)
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._timer.cancel()
-        self._service.abort(self._number)
-        self._metrics.duration.observe(time.perf_counter() - self._arrived)
-        if self._first is not None:
-            self._metrics.first_token.observe(self._first - self._arrived)
-            if self.counts.n_generated > 1:
-                self._metrics.per_token.observe((self._last - self._first) / (self.counts.n_generated - 1))
+        metrics.prompt_tokens.inc(self._counts.n_prompt)
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The pieces of all choices. Raises ApiError if the service fails, or the time limit has passed."""
         while self._n_open:
             at, piece = await self._queue.get()
             if isinstance(piece, BaseException):
-                raise _api_error(piece) from piece
+                if (error := ApiError.of(piece)).status == 500:
+                    logger.error("a request failed: %s", piece, exc_info=piece if error.code == "failed" else None)
+                raise error from piece
             if piece.n_generated:
                 self._first = self._first or at
                 self._last = at
-                self.counts.n_generated += piece.n_generated
+                self._counts.n_generated += piece.n_generated
             if piece.choice % self._n_per_prompt == 0:
-                self.counts.n_cached += piece.n_reused
+                self._counts.n_cached += piece.n_reused
             self._n_open -= piece.finish_reason is not None
             yield piece
 
@@ -94,45 +85,42 @@ class Run:
         """All of each choice, as one piece; errors as of `pieces`."""
         return join_choices([piece async for piece in self.pieces()])
 
+    async def until_left(self, work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
+        """The result of `work` on the pieces. At its end, what still runs of the job is aborted.
+
+        Args:
+            receive: ASGI's, from which the whole body has been read.
+
+        Raises:
+            ClientLeftError: the client left, or did not read its answer within `_SEND_S` of the time limit.
+        """
+
+        async def client_leaves() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        tasks = working, _ = asyncio.ensure_future(work), asyncio.ensure_future(client_leaves())
+        try:
+            await asyncio.wait(tasks, timeout=self._timeout_s + _SEND_S, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise ClientLeftError
+            return working.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._end()
+
+    def _end(self) -> None:
+        self._timer.cancel()
+        self._service.abort(self._number)
+        self._metrics.duration.observe(time.perf_counter() - self._arrived)
+        if self._first is not None:
+            self._metrics.first_token.observe(self._first - self._arrived)
+            if self._counts.n_generated > 1:
+                self._metrics.per_token.observe((self._last - self._first) / (self._counts.n_generated - 1))
+
     def _put(self, piece: Piece | BaseException) -> None:
         """Called in the service's thread."""
         with suppress(RuntimeError):  # the loop has been closed
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (time.perf_counter(), piece))
-
-
-async def while_connected(
-    work: Coroutine[Any, Any, Result], receive: Callable[[], Awaitable[Any]], timeout_s: float
-) -> Result:
-    """The result of `work`; raises ClientLeftError if the client leaves, or does not read its answer in time.
-
-    Args:
-        receive: ASGI's, from which the whole body has been read.
-        timeout_s: time limit of the request; a client has `_SEND_S` more to read the answer.
-    """
-
-    async def client_leaves() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(client_leaves())
-    try:
-        await asyncio.wait({working, leaving}, timeout=timeout_s + _SEND_S, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientLeftError
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-def _api_error(error: BaseException) -> ApiError:
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, RankError):
-        return ApiError(f"the server has lost a part of the network: {printable(error)}", status=503, code="rank_lost")
-    if isinstance(error, NonFiniteLogitsError):
-        logger.error("a request failed: %s", error)
-        return ApiError(str(error), status=500, code="logits_not_finite", headers={"x-should-retry": "false"})
-    logger.error("a request failed", exc_info=error)
-    return ApiError("the server failed to compute the answer; its log says why", status=500, code="failed")

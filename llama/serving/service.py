@@ -12,11 +12,12 @@ import threading
 from collections.abc import Callable, Sequence
 
 from llama.distributed import groups
+from llama.engine.calls import Request
 from llama.engine.output import Piece
 from llama.errors import NonFiniteLogitsError
 from llama.generation import Llama
 from llama.serving.errors import BusyError
-from llama.serving.jobs import Job, RunningJobs
+from llama.serving.jobs import Job
 
 _HEARTBEAT_S = 2.0  # interval of broadcasts while idle, by which ranks find out if another one has ended
 _Change = tuple[int, Job | None] | None  # a request's number with its job, or None to abort it; None to stop
@@ -46,7 +47,7 @@ class Service:
         self._n_arriving = 0  # sequences in the inbox
         self._numbers = itertools.count()
         self._listeners: dict[int, Callable[[Piece | BaseException], None]] = {}  # only on the first rank
-        self._running: RunningJobs[int] = RunningJobs(llama)
+        self._running: dict[int, Request] = {}  # the same on all ranks
         self._is_stopping = False
         self._lock = threading.Lock()
 
@@ -145,22 +146,23 @@ class Service:
             return changes
 
     def _apply(self, changes: Sequence[_Change]) -> bool:
-        """Applies changes to the engine; returns False if the service must stop."""
+        """Returns False if the service must stop."""
         for change in changes:
             if change is None:
-                self._running.abort_all()
+                for request in self._running.values():
+                    self.engine.abort(request.call)
                 return False
             number, job = change
-            if job is None:
-                self._running.abort(number)
-            else:
+            if job is not None:
                 self._start(number, job)
+            elif number in self._running:
+                self.engine.abort(self._running.pop(number).call)
         return True
 
     def _start(self, number: int, job: Job) -> None:
         """Adds a request to the engine; passes an error to its listener."""
         try:
-            self._running.add(number, job)
+            self._running[number] = job.start(self.llama)
         except Exception as error:
             self._end(number, error)
         finally:
@@ -170,20 +172,19 @@ class Service:
 
     def _advance(self) -> None:
         """Runs a pass; passes what is new of all requests to their listeners."""
-        for number, event in self._running.advance():
-            if isinstance(event, Piece):
-                self.n_generated += event.n_generated
-                self._tell(number, event)
-            else:
-                self._end(number, event)
+        self.engine.advance()
+        for number, request in list(self._running.items()):
+            for piece in request.new_pieces():
+                self.n_generated += piece.n_generated
+                self._tell(number, piece)
+            if request.call.is_finished:
+                del self._running[number]
+                self._end(number, request.call.error)
 
     def _end(self, number: int, error: BaseException | None) -> None:
-        """Forgets a request; passes the error that ended it to its listener.
-
-        Raises the error under model parallelism, where ranks may have diverged. But all ranks get the same tokens, and
-        so the same error for logits that are not finite.
-        """
+        """Forgets a request; passes the error that ended it to its listener."""
         if error is not None:
+            # Ranks may have diverged, but all get the same tokens, and so the same logits that are not finite.
             if groups.model_parallel_size() > 1 and not isinstance(error, NonFiniteLogitsError):
                 raise error
             self._tell(number, error)

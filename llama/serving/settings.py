@@ -9,20 +9,18 @@ from bisect import bisect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llama import Llama, Tokenizer
+from llama import Llama
 from llama.checkpoint.loading import choose_quantize
 from llama.checkpoint.memory import MemoryPlan, available_memory
 from llama.checkpoint.reading import list_shards, model_args
 from llama.checkpoint.releases import TRAINED_SEQ_LEN, find_release, trained_seq_len
 from llama.distributed import groups
 from llama.distributed.device import processes_on, select_device, select_dtype
-from llama.errors import missing_extra, quote
+from llama.errors import quote
 from llama.inputs import check_speculative
-
-if TYPE_CHECKING:
-    from llama.serving.app import Server
+from llama.text.tokenizer_json import load_tokenizer
 
 _USED_MEMORY = 0.9  # of what is available, where the context is chosen by it
 
@@ -84,23 +82,6 @@ class ServerSettings:
         check_speculative(settings.speculative, flags)
         return settings
 
-    def server(self, ckpt_dir: str) -> Server:
-        """The state of the routes, for the first rank."""
-        try:
-            from llama.serving.app import Server
-        except ImportError as error:
-            raise missing_extra("serve", error) from error
-        return Server(
-            self.model_name or Path(ckpt_dir).resolve().name,
-            api_keys=api_keys(self.api_key, self.api_key_file),
-            max_body_bytes=self.max_body_bytes,
-            timeout_s=self.timeout_s,
-            speculative=self.speculative,
-            allowed_origins=names_in(self.allowed_origins),
-            ignore_unknown=self.unknown_fields == "ignore",
-            log=self.log_format if self.log_requests else None,
-        )
-
     def loader(self, ckpt_dir: str, tokenizer_path: str, build: Mapping[str, Any]) -> Callable[[], tuple[Llama, str]]:
         """What loads this rank's shard; it also returns the fingerprint. All ranks call this together.
 
@@ -141,7 +122,7 @@ def _choose_context(ckpt_dir: str, tokenizer_path: str, max_batch_size: int, bui
     size = build.get("model_parallel_size") or len(list_shards(ckpt_dir))
     device = select_device(build.get("device"))
     dtype = select_dtype(build.get("dtype"), device)
-    n_words = Tokenizer(tokenizer_path).n_words
+    n_words = load_tokenizer(tokenizer_path, ckpt_dir).n_words
     folders = [folder for folder in (ckpt_dir, build.get("draft_ckpt_dir")) if folder]
     networks = [model_args(folder, n_words, max_batch_size=max_batch_size, max_seq_len=1) for folder in folders]
     forms = [choose_quantize(build.get("quantize"), folder, device) for folder in folders]

@@ -1,12 +1,13 @@
 """Completes a file of requests: `llama batch --input FILE --output FILE`.
 
-Requests and results are lines in OpenAI's batch format (see `batch_file`). An interrupted run continues where
+Requests and results are lines in OpenAI's batch format (see `serving.batch`). An interrupted run continues where
 it stopped.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
@@ -16,45 +17,16 @@ from typing import Any, TypeVar
 from llama import Llama
 from llama.distributed import groups
 from llama.distributed.device import select_device
-from llama.errors import first_few, missing_extra, quote
 from llama.inputs import check_speculative
 from llama.tools import commandline
 from llama.tools.progress import Progress
 
-with commandline.extra_imports(__name__):
-    try:
-        from llama.serving.batch_file import MAX_CHOICES, BatchWork, Reader, Result, read_requests
-        from llama.serving.batch_results import Results
-        from llama.serving.jobs import Planner
-        from llama.serving.settings import fingerprint
-    except ImportError as error:
-        raise missing_extra("batch", error) from error
+with commandline.extra_imports(__name__, "batch"):
+    from llama.serving.batch import MAX_CHOICES, Result, Results, complete_lines
+    from llama.serving.jobs import Planner
+    from llama.serving.settings import fingerprint
 
 T = TypeVar("T")
-
-
-def _check_fingerprint(results: Results, mark: str, output: Path) -> None:
-    for other, number in results.fingerprints.items():
-        if other != mark:
-            raise ValueError(
-                f"--output must be a new file, or results of the same checkpoint, tokenizer, dtype, quantize, "
-                f"max_seq_len and seed, got {output}, whose line {number} is a result of others (system_fingerprint "
-                f"{quote(other)}, now {mark})"
-            )
-
-
-def _open(input: Path, output: Path) -> Results:
-    if not input.is_file():
-        raise FileNotFoundError(f"--input must be a file of requests, got {input}, where there is none")
-    if output.exists() and (not output.is_file() or output.samefile(input)):
-        raise ValueError(f"--output must be a file other than --input, got {output}")
-    results = Results(output)
-    try:
-        results.compare(input)
-    except BaseException:
-        results.close()
-        raise
-    return results
 
 
 def _first_rank_does(work: Callable[[], T]) -> T | None:
@@ -103,7 +75,7 @@ def main(
     name = model or Path(ckpt_dir).resolve().name
     mp = groups.resolve_model_parallel_size(build.get("model_parallel_size"))
     groups.init_process_groups(mp, select_device(build.get("device")))
-    results = _first_rank_does(lambda: _open(Path(input), Path(output)))
+    results = _first_rank_does(lambda: Results(Path(input), Path(output)))
     with closing(results) if results else nullcontext():
         if groups.broadcast_object(not results.pending if results else None):
             if results:
@@ -111,51 +83,31 @@ def main(
             return
         llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **build)
         mark = fingerprint(llama, tokenizer_path, seed, build.get("quantize"))
-        _first_rank_does(lambda: _check_fingerprint(results, mark, Path(output)) if results else None)
-        read = Reader(Planner(llama, MAX_CHOICES, name, mark, speculative=speculative), seed)
+        _first_rank_does(lambda: results.check_fingerprint(mark) if results else None)
+        planner = Planner(llama, MAX_CHOICES, name, mark, speculative=speculative)
         if results:
-            _lead(llama, Path(input), read, results)
+            _lead(llama, planner, seed, results)
         else:
-            BatchWork(llama, (), read, lambda done: None).run()
+            complete_lines(llama, (), planner, seed, lambda result: None)
 
 
-class _Writer:
-    """Writes results as they come, and counts them."""
-
-    def __init__(self, results: Results, progress: Progress) -> None:
-        self._results = results
-        self._progress = progress
-        self._started = time.monotonic()
-        self.n_refused = self.n_prompt_tokens = self.n_new_tokens = 0
-
-    def __call__(self, done: Result) -> None:
-        self._results.append(done.text)
-        self._results.pending.pop(done.line)
-        self.n_refused += done.is_refused
-        self.n_prompt_tokens += done.n_prompt_tokens
-        self.n_new_tokens += done.n_new_tokens
-        speed = self.n_new_tokens / max(time.monotonic() - self._started, 1e-9)
-        self._progress.add(1, f"{speed:.0f} tokens/s")
-
-
-def _lead(llama: Llama, input: Path, read: Reader, results: Results) -> None:
+def _lead(llama: Llama, planner: Planner, seed: int, results: Results) -> None:
     """The part of rank 0."""
-    pending, started = results.pending, time.monotonic()
-    n_to_do = len(pending)
+    started, n_to_do, counts = time.monotonic(), len(results.pending), Counter[str]()
+
+    def write(result: Result) -> None:
+        results.append(result.text)
+        results.pending.pop(result.line)
+        counts.update(refused=result.is_refused, prompt=result.n_prompt_tokens, new=result.n_new_tokens)
+        progress.add(1, f"{counts['new'] / max(time.monotonic() - started, 1e-9):.0f} tokens/s")
+
     with Progress("batch", results.n_lines, unit=" requests", done=results.n_lines - n_to_do) as progress:
-        write = _Writer(results, progress)
-        BatchWork(llama, (line for line in read_requests(input) if line.number in pending), read, write).run()
+        complete_lines(llama, results.remaining(), planner, seed, write)
     results.check()
-    if missing := list(pending.values()):
-        raise ValueError(
-            f"--input must not change while the command runs, got {input}, in which {len(missing)} requests are gone, "
-            f"such as {first_few([quote(custom_id) for custom_id in missing])}; start the command again"
-        )
     seconds = time.monotonic() - started
-    n_new = write.n_new_tokens
     print(
-        f"{n_to_do} requests, {write.n_refused} of them refused: {write.n_prompt_tokens} prompt tokens, "
-        f"{n_new} new tokens in {seconds:.1f} s ({n_new / seconds:.0f} tokens/s)"
+        f"{n_to_do} requests, {counts['refused']} of them refused: {counts['prompt']} prompt tokens, "
+        f"{counts['new']} new tokens in {seconds:.1f} s ({counts['new'] / seconds:.0f} tokens/s)"
     )
 
 

@@ -26,7 +26,7 @@ from fire.core import FireExit
 from llama.checkpoint.reading import find_tokenizer, list_shards, model_args
 from llama.distributed import groups
 from llama.distributed.device import check_threads
-from llama.errors import NonFiniteLogitsError, RankError, printable, quote
+from llama.errors import NonFiniteLogitsError, RankError, missing_extra, printable, quote
 from llama.generation import Llama
 from llama.inputs import SamplingParams, check_speculative
 from llama.text.tokenizer_json import load_tokenizer
@@ -194,14 +194,15 @@ def stop(error: Exception, status: int = 1) -> NoReturn:
 
 
 @contextlib.contextmanager
-def extra_imports(module: str) -> Iterator[None]:
-    """Context manager for a tool's imports that need an extra: if the tool is the program, a missing one ends it."""
+def extra_imports(module: str, extra: str) -> Iterator[None]:
+    """Context manager for a tool's imports of an extra: if it is missing, and the tool is the program, this ends it."""
     try:
         yield
     except ImportError as error:
+        missing = missing_extra(extra, error)
         if module != "__main__":
-            raise
-        stop(error)
+            raise missing from error
+        stop(missing)
 
 
 def _parse(functions: dict[str, Callable[..., Any]], name: str) -> Callable[[], Any]:

@@ -15,19 +15,23 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama import Llama
 from llama.checkpoint.reading import list_shards
 from llama.distributed import groups
 from llama.distributed.device import select_device
-from llama.errors import missing_extra, quote
+from llama.errors import quote
 from llama.serving.service import Service
 from llama.serving.settings import ServerSettings, names_in
 from llama.tools import commandline
 
-if TYPE_CHECKING:
-    from llama.serving.app import Server
+with commandline.extra_imports(__name__, "serve"):
+    import uvicorn
+
+    from llama.serving.access import LOOPBACK_HOSTS
+    from llama.serving.app import Server, make_app
+    from llama.serving.connections import IDLE_S, Connection, raise_file_limit
 
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 _BACKLOG = 2048  # connections that wait to be accepted
@@ -42,16 +46,10 @@ class FirstRank:
         load: loads the network; called in the second thread.
     """
 
-    def __init__(self, server: Server, load: Callable[[], tuple[Llama, str]], settings: ServerSettings) -> None:
-        import uvicorn
-
-        from llama.serving.app import make_app
-        from llama.serving.connections import IDLE_S, Connection, raise_file_limit
-
+    def __init__(self, server: Server, load: Callable[[], tuple[Llama, str]]) -> None:
         self._server = server
         self._load = load
-        self._settings = settings
-        self._troubles = Connection.troubles
+        self._grace_s = server.settings.grace_s
         Connection.limit = raise_file_limit()
         config = uvicorn.Config(
             make_app(server),
@@ -61,7 +59,7 @@ class FirstRank:
             access_log=False,
             lifespan="off",
             server_header=False,
-            timeout_graceful_shutdown=round(settings.grace_s + _LAST_EVENTS_S),
+            timeout_graceful_shutdown=round(self._grace_s + _LAST_EVENTS_S),
         )
         self._http = uvicorn.Server(config)
         self._http.capture_signals = nullcontext  # type: ignore[method-assign, assignment]  # see `_listen`
@@ -80,7 +78,7 @@ class FirstRank:
 
     async def _listen(self, listener: socket.socket, worker: threading.Thread) -> None:
         loop, http = asyncio.get_running_loop(), self._http
-        loop.set_exception_handler(self._troubles.handle)
+        loop.set_exception_handler(Connection.troubles.handle)
 
         def leave_stuck() -> None:
             """Lets go of clients that do not read that the server ends, before uvicorn reports them as errors."""
@@ -93,8 +91,8 @@ class FirstRank:
                 http.force_exit = True
             elif not http.should_exit:
                 print("shutting down; running requests may finish", file=sys.stderr, flush=True)
-                loop.call_later(self._settings.grace_s, self._stop_service)
-                loop.call_later(self._settings.grace_s + _LAST_EVENTS_S / 2, leave_stuck)
+                loop.call_later(self._grace_s, self._stop_service)
+                loop.call_later(self._grace_s + _LAST_EVENTS_S / 2, leave_stuck)
                 http.should_exit = True
 
         for number in _ENDING:
@@ -110,13 +108,13 @@ class FirstRank:
     def _work(self) -> None:
         """The second thread: loads the network and serves on it."""
         try:
-            llama, self._server.fingerprint = self._load()
-            service = Service(llama, max_waiting=self._settings.max_waiting)
-            self._server.ready(service)
+            llama, fingerprint = self._load()
+            service = Service(llama, max_waiting=self._server.settings.max_waiting)
+            self._server.ready(service, fingerprint)
             print("ready", file=sys.stderr, flush=True)
             service.run()
         except BaseException as error:
-            self._server.failed(error)
+            self._server.error = error
         finally:
             self._http.should_exit = True
 
@@ -174,16 +172,11 @@ def main(
         allowed_hosts: names that the header Host may have, with commas between them. By default every name, but on a
             loopback address without a key only the names of this machine, so that web pages cannot use the server.
     """
-    try:
-        from llama.serving import connections  # noqa: F401 (it needs uvicorn, which is imported further down)
-        from llama.serving.access import LOOPBACK_HOSTS
-    except ImportError as error:
-        raise missing_extra("serve", error) from error
     settings = ServerSettings.taken_from(flags)
     if type(port) is not int or not 0 <= port <= 65535:
         raise ValueError(f"--port must be a number from 0 to 65535, got {quote(port)}")
     ckpt_dir, tokenizer_path = commandline.checkpoint_paths(ckpt_dir, tokenizer_path)
-    server = settings.server(ckpt_dir)
+    server = Server.of(settings, ckpt_dir)
     _check_ranks(ckpt_dir, flags.get("model_parallel_size"))
     if groups.world_size() > 1:
         groups.init_process_groups(groups.world_size(), select_device(flags.get("device")))
@@ -200,7 +193,7 @@ def main(
         if allowed_hosts or not (server.api_keys or is_open):
             server.allowed_hosts = {*LOOPBACK_HOSTS, address, *names_in(allowed_hosts)}
         print(f"{server.model_name} at http://{address}:{listener.getsockname()[1]}, once it is loaded", flush=True)
-        FirstRank(server, load, settings).serve(listener)
+        FirstRank(server, load).serve(listener)
 
 
 if __name__ == "__main__":

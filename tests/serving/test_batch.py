@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import pytest
 
 from llama import Llama
 from llama.serving import jobs
-from llama.serving.batch_file import MAX_CHOICES, Reader, read_line
-from llama.serving.batch_results import Results
+from llama.serving.batch import MAX_CHOICES, Line, Results, read_body, read_line, read_requests
+from llama.serving.endpoints import Request
 from llama.serving.errors import ApiError
 from llama.serving.jobs import Planner
 from llama.tools.batch import main
@@ -25,6 +26,7 @@ from tests.serving.test_serve import TEXT_PATH as COMPLETIONS
 from tests.support.processes import Program, clean_environment, run_python
 from tests.support.ranks import run_ranks
 
+Reader = Callable[[Line], Request]
 DIALOG: Any = [{"role": "user", "content": "Hi"}]
 BODIES: Any = {CHAT: {"messages": DIALOG}, COMPLETIONS: {"prompt": "a"}}
 N_REQUESTS = 60
@@ -87,7 +89,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, flags: dict[str, Any]) ->
 
 @pytest.fixture(scope="module")
 def reader(llama: Llama) -> Reader:
-    return Reader(Planner(llama, MAX_CHOICES, "random"), 1)
+    return partial(read_body, planner=Planner(llama, MAX_CHOICES, "random"), seed=1)
 
 
 def continuation(llama: Llama, prompt: str, **options: Any) -> str:
@@ -263,13 +265,15 @@ def test_killed_at_random_it_ends_with_each_result_once(
 
 @pytest.mark.parametrize("cut", [1, 2, 20, 4096, 9000])
 def test_a_torn_last_line_is_removed_and_a_missing_newline_added(cut: int, tmp_path: Path) -> None:
-    whole = [json.dumps({"id": str(i), "text": "x" * 5000}).encode() for i in range(3)]
+    source = write(tmp_path / "in", requests(3))
+    ids = [request.result_id for request in read_requests(source)]
+    whole = [json.dumps({"id": id, "text": "x" * 5000}).encode() for id in ids]
     path = tmp_path / "out"
     path.write_bytes(b"\n".join(whole) + b"\n")
     os.truncate(path, path.stat().st_size - cut)
-    results = Results(path)
+    results = Results(source, path)
     n_whole = 3 if cut == 1 else 2 if cut < 5000 else 1
-    assert [fields["id"] for _, fields in results.read()] == [str(i) for i in range(n_whole)]
+    assert list(results.pending) == [1, 2, 3][n_whole:]
     results.append(whole[0] + b"\n")
     results.close()
     assert path.read_bytes() == b"\n".join([*whole[:n_whole], whole[0]]) + b"\n"
@@ -329,9 +333,10 @@ def test_a_file_that_is_no_file_of_results_is_refused_and_left_alone(tmp_path: P
 
 def test_two_runs_do_not_write_one_file(tmp_path: Path, flags: dict[str, Any]) -> None:
     pytest.importorskip("fcntl", reason="this system has no file locks of this kind")
-    first = Results(tmp_path / "out")
+    source = write(tmp_path / "in", requests(2))
+    first = Results(source, tmp_path / "out")
     with pytest.raises(ValueError, match="--output must be a file that no other process is writing"):
-        main(str(write(tmp_path / "in", requests(2))), str(tmp_path / "out"), **flags)
+        main(str(source), str(tmp_path / "out"), **flags)
     first.close()
 
 
@@ -374,7 +379,7 @@ def test_success_is_said_only_if_the_file_holds_all_results(
 def test_a_full_disk_names_the_file_and_what_to_do(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    results = Results(tmp_path / "out")
+    results = Results(write(tmp_path / "in", []), tmp_path / "out")
     results._file.close()
     results._file = open("/dev/full", "a+b")  # noqa: SIM115
     with pytest.raises(

@@ -23,6 +23,7 @@ from llama.serving import app, connections
 from llama.serving.app import Server, make_app
 from llama.serving.connections import Connection, Troubles
 from llama.serving.service import Service
+from llama.serving.settings import ServerSettings
 from tests.conftest import ROOT
 from tests.support.processes import wait_until
 
@@ -39,7 +40,7 @@ def start(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             monkeypatch.setattr(Connection, "limit", limit)
             monkeypatch.setattr(Connection, "troubles", Troubles())
             monkeypatch.setattr(connections, "IDLE_S", idle_s)
-            state = Server("llama", **settings)
+            state = Server("llama", ServerSettings(**settings))
             state.ready(service)
             begin.server = state  # type: ignore[attr-defined]
             config = uvicorn.Config(make_app(state), http=Connection, lifespan="off", log_level="error")

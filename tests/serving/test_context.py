@@ -42,6 +42,16 @@ def test_it_is_what_a_published_checkpoint_was_trained_for(
     assert "--max_seq_len 4096, for which the checkpoint was trained" in capsys.readouterr().err
 
 
+def test_it_is_found_with_a_tokenizer_json_too(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="needs the package tokenizers, of the extra [chat]")
+    from tests.text.test_tokenizer_json import train
+
+    sizes = {"dim": 64, "n_layers": 1, "n_heads": 2, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": -1}
+    (tmp_path / "params.json").write_text(json.dumps(sizes))
+    build = BUILD | {"model_parallel_size": 1}
+    assert settings._choose_context(str(tmp_path), str(train(tmp_path)), 4, build) == 4096
+
+
 def test_it_is_less_where_the_memory_has_no_room(
     checkpoint: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

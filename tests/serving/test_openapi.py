@@ -64,7 +64,7 @@ def test_bodies_that_are_not_in_the_schemas_are_refused(serve: Serve) -> None:
 
 def test_a_server_that_ignores_unknown_fields_says_so(serve: Serve) -> None:
     body = BODIES[TEXT_PATH] | {"frobnicate": 1, "max_tokens": 1}
-    web = serve(ignore_unknown=True)
+    web = serve(unknown_fields="ignore")
     assert fits(body, schema_of(web, TEXT_PATH))
     assert web.post(TEXT_PATH, json=body).status_code == 200
     assert not fits(body | {"tools": [{}]}, schema_of(web, TEXT_PATH))

@@ -299,7 +299,7 @@ def test_a_server_says_that_it_is_not_ready_or_has_failed(service: Service) -> N
     assert web.post("/v1/completions", json={"prompt": "x"}).headers["retry-after"]
     state.ready(service)
     assert web.get("/health").status_code == 200
-    state.failed(RuntimeError("rank 1 ended"))
+    state.error = RuntimeError("rank 1 ended")
     assert (web.get("/health").status_code, web.post("/v1/completions", json={"prompt": "x"}).status_code) == (503, 503)
 
 

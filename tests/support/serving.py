@@ -7,7 +7,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 from llama import Llama
 from llama.serving.app import Server, make_app
 from llama.serving.service import Service
+from llama.serving.settings import ServerSettings
 from tests.support.processes import Program, clean_environment, free_port, rank_environment
 
 START_S = 120.0
@@ -37,10 +38,17 @@ def running(llama: Llama, **settings: Any) -> Iterator[Service]:
         assert not thread.is_alive()
 
 
-def web_of(service: Service, **settings: Any) -> TestClient:
+def web_of(
+    service: Service,
+    *,
+    api_keys: Sequence[str] = (),
+    allowed_hosts: Collection[str] | None = None,
+    fingerprint: str | None = None,
+    **settings: Any,
+) -> TestClient:
     """A client of a server's routes in this process."""
-    state = Server("llama", **settings)
-    state.ready(service)
+    state = Server("llama", ServerSettings(**settings), api_keys, allowed_hosts)
+    state.ready(service, fingerprint)
     return TestClient(make_app(state))
 
 

@@ -13,7 +13,7 @@ import pytest
 from llama import Llama
 from llama.chat import ChatFormat
 from llama.errors import PromptError
-from llama.serving.batch_file import Reader, read_line
+from llama.serving.batch import read_body, read_line
 from llama.serving.jobs import Planner
 from llama.text import chat_format, chat_template
 from llama.text.chat_format import CHAT_FORMAT_FILE, copy_chat_format, read_chat_format, read_stop_ids
@@ -120,7 +120,7 @@ def test_every_door_answers_in_the_checkpoints_own_template(foreign: Path) -> No
     assert "".join(llama.stream_chat_completion(QUESTION, 0, max_gen_len=20)) == text
 
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": QUESTION}}
-    job = Reader(Planner(llama, 8, "llama"), 1)(read_line(1, json.dumps(line).encode())).job  # the server's, too
+    job = read_body(read_line(1, json.dumps(line).encode()), Planner(llama, 8, "llama"), 1).job  # the server's, too
     assert (job.prompts, job.params.stop_ids) == ([ids], frozenset({2}))
 
     history = chat.History(llama, "", 60)

@@ -218,6 +218,8 @@ def test_a_help_shows_every_text_to_its_last_full_stop_and_each_flag_once(
 _WITHOUT = """
 import runpy, sys
 sys.modules[sys.argv[1]] = None  # as if it were not installed
+for name in [name for name in sys.modules if name.startswith("llama.serving")]:
+    del sys.modules[name]  # which an earlier test's process may have imported
 how, *sys.argv = sys.argv[2:]
 if how == "llama":
     from llama.tools import cli
