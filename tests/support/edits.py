@@ -106,7 +106,7 @@ EDITS = NEGATIONS | {
     "a fused step on a frozen weight": _optimize_a_frozen_weight,
 }
 # After which the layer has no weight that could be packed.
-UNPACKABLE = ("a parametrization", "pruning", "swap_tensors")
+UNPACKABLE = ("a parametrization", "pruning")
 
 
 def _through_a_file(module: nn.Module) -> Any:
