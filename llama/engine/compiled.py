@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -44,6 +45,7 @@ _CUDA_OPTIONS: dict[str, Any] = {"size_asserts": False, "nan_asserts": False, "c
 _CACHES = (".keys", ".values")  # names of a block's buffers end with these
 _LEAST_PARAMETERS = 1 << 25  # smaller networks have answered before a compiler in the background is done
 _NAMES = ("row", "rows")  # of jobs, for one row and for several
+CAN_COMPILE = "check_guards" in inspect.signature(torch.export.ExportedProgram.module).parameters  # torch 2.9 has it
 _NOT_TRACED = ("layer_id", "training")  # attributes that no graph depends on
 
 
@@ -166,18 +168,20 @@ def compiled_stepper(model: Transformer, *, cuda_graphs: bool = True, background
 
     Args:
         background: whether no step waits for the compiler. None, without a warning, where that is not to be had (on
-            CUDA, without a C++ compiler) or not worth it (for a small network).
+            CUDA, without a C++ compiler, by an old torch) or not worth it (for a small network).
     """
     device, alone = model.norm.weight.device.type, not groups.has_several_ranks()
     if background:
         worth_it = sum(parameter.numel() for parameter in model.parameters()) >= _LEAST_PARAMETERS
-        can = device == "cpu" and alone and has_cpp_compiler()
+        can = CAN_COMPILE and device == "cpu" and alone and has_cpp_compiler()
         return CompiledStepper(model, background=True) if can and worth_it else None
-    if device in ("cpu", "cuda") and alone:
+    if CAN_COMPILE and device in ("cpu", "cuda") and alone:
         compiled = CompiledStepper(model)
         return compiled if device == "cpu" else StaticStepper(model, graphs=cuda_graphs, compiled=compiled)
     if groups.is_first_rank():
         where = "one process" if device in ("cpu", "cuda") else "a CPU or CUDA"
+        if not CAN_COMPILE:
+            where = f"torch 2.9 or later, and this is {torch.__version__}"
         logger.warning("compile=True has no effect: it is for %s", where)
     return None
 

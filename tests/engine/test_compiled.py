@@ -16,7 +16,7 @@ from llama import model as network
 from llama.distributed import groups
 from llama.engine import compiled as compiling
 from llama.engine import compiler
-from llama.engine.compiled import CompiledStepper, compiled_stepper
+from llama.engine.compiled import CAN_COMPILE, CompiledStepper, compiled_stepper
 from llama.engine.compiler import Compiled, Job, export_job, has_cpp_compiler
 from llama.engine.cuda_graphs import StaticStepper, Stepper
 from llama.engine.runner import ModelRunner
@@ -27,6 +27,8 @@ from llama.layers.kernels import Kernels, can_pack, can_quantize
 from llama.layers.linear import packable_layers
 from tests.support import networks
 from tests.support.steps import decode
+
+pytestmark = pytest.mark.skipif(not CAN_COMPILE, reason="needs torch 2.9")
 
 CPU = torch.device("cpu")
 PARAMS = networks.PARAMS | {"dim": 64, "multiple_of": 64}
