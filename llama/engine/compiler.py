@@ -34,7 +34,7 @@ Compiled: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor]]
 _LONGEST_S = 600  # after which a compiler is taken for one that never ends
 _POLL_S = 0.1
 _JOBS = "jobs"  # file that they are handed over in
-_CHILD = "from llama.engine.compiler import compile_jobs; compile_jobs()"
+_CHILD = "import os; os.nice(19); from llama.engine.compiler import compile_jobs; compile_jobs()"
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,6 @@ def _processor() -> str:
 
 def compile_jobs() -> None:
     """Compile the jobs of a `Compiler`, in a process of its own; move each result to its place when it is there."""
-    os.nice(19)
     scratch, parent = Path(sys.argv[1]), int(sys.argv[2])
     threading.Thread(target=_end_with_parent, args=(scratch, parent), daemon=True).start()
     try:
