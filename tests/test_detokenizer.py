@@ -100,6 +100,7 @@ def test_text_pieces_and_their_end_match_the_oracle(tokenizer: Tokenizer) -> Non
         pieces = growing.prefix_pieces + growing.pieces
         whole = tokenizer.pieces([*prefix, *ids])
         assert "".join(growing.pieces) == "".join(out)
+        assert not growing.stopped or growing.pieces[-1:] != [""]
         assert pieces[:-1] == whole[: len(pieces[:-1])] if growing.stopped else pieces == whole
         stopped += growing.stopped
     assert 1000 < stopped < 2500

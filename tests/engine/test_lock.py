@@ -154,6 +154,12 @@ def test_a_thread_that_waits_unless_is_woken_without_the_lock_when_that_holds(
     assert lock.holder is None
 
 
+def test_a_release_by_another_thread_has_no_effect(lock: ModelLock, waiters: Waiters) -> None:
+    with lock:
+        waiters._pool.submit(lock.release).result(timeout=60)
+        assert lock.holder == threading.get_ident()
+
+
 @pytest.mark.parametrize("is_late", [False, True])
 def test_an_interrupted_wait_leaves_the_lock_to_the_others(lock: ModelLock, waiters: Waiters, is_late: bool) -> None:
     """Interrupted while another thread holds it, or when it has been handed over."""

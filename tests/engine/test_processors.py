@@ -106,6 +106,13 @@ def test_each_call_in_a_batch_has_its_own(llama: Llama) -> None:
         assert list(pool.map(lambda each: rows(llama, PROMPTS[:1], **each), options)) == expected
 
 
+def test_log_probabilities_are_those_of_the_raw_logits(llama: Llama) -> None:
+    (row,), (logprobs,) = llama.generate(PROMPTS[:1], 6, 0.0, logprobs=True, logit_bias={50: 100.0})
+    raw = llama.model(torch.tensor([PROMPTS[0] + row]), 0)[0, len(PROMPTS[0]) - 1 : -1].log_softmax(-1)
+    assert row == [50] * 6
+    torch.testing.assert_close(torch.tensor(logprobs), raw[:, 50], rtol=0, atol=1e-4)
+
+
 def test_ends_and_their_absence(llama: Llama) -> None:
     (free,) = rows(llama, PROMPTS[:1])
     end = free[4]

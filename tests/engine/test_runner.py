@@ -68,6 +68,22 @@ def test_rows_catch_up_from_wherever_they_stand(model: Transformer, state: oracl
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(("move", "order"), [("copy_row", [2, 1, 2, 3]), ("swap_rows", [2, 1, 0, 3])])
+def test_a_row_that_is_moved_goes_on_in_its_new_place(
+    model: Transformer, state: oracle.State, move: str, order: list[int]
+) -> None:
+    runner = ModelRunner(model)
+    texts = [[7 * i * n % 60 for i in range(n)] for n in (5, 3, 9, 4)]
+    runner.prefill(texts, list(range(MAX_BATCH_SIZE)))
+    getattr(runner, move)(2, 0, len(texts[2]))
+    assert not runner.has_lost_cache()
+    moved = [texts[row] for row in order]
+    logits = runner.decode(torch.tensor([[5], [6], [7], [8]]), list(map(len, moved)))[:, 0]
+    for text, token, mine in zip(moved, (5, 6, 7, 8), logits, strict=True):
+        close(mine, next_logits(state, [*text, token]))
+
+
+@torch.inference_mode()
 def test_a_network_of_anothers_code_gets_metas_calls(model: Transformer, state: oracle.State) -> None:
     """An int `start_pos` for all rows, whatever has to be done for it."""
     for network in (patched(model), ForwardOnly(state, MAX_BATCH_SIZE)):
