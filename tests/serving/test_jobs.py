@@ -92,6 +92,10 @@ def test_a_context_that_is_too_small_is_said_in_the_words_that_clients_look_for(
     assert raised.value.status == 400
 
 
+def test_a_request_may_fill_the_context(planner: Planner) -> None:
+    assert job(planner, prompt=[1] * 5, max_tokens=CONTEXT - 5).params.max_gen_len == CONTEXT - 5
+
+
 def test_too_many_items_are_refused_before_each_is_looked_at(planner: Planner) -> None:
     class Items(list[Any]):
         def __iter__(self) -> Any:
