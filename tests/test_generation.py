@@ -355,6 +355,11 @@ def test_a_wrong_argument_is_an_error_of_the_call_before_any_compute(llama: Llam
     assert not passes
 
 
+def test_an_unknown_keyword_is_an_error_that_names_the_known_ones(llama: Llama) -> None:
+    with pytest.raises(TypeError, match=r"^text_completion\(\) got .* 'max_tokens'; it takes .*max_gen_len, .*top_k"):
+        llama.text_completion(["a"], max_tokens=3)  # type: ignore[call-arg]
+
+
 @both_builds
 @pytest.mark.parametrize("temperature", [1e-320, 2**64, 1e39, 1e308])
 def test_any_temperature_there_is_gives_tokens(llama: Llama, temperature: float) -> None:

@@ -209,6 +209,7 @@ class Results:
     Attributes:
         pending: numbers of the input's lines that have no result, each with its `custom_id`.
         n_lines: number of requests in the input.
+        n_refused: number of results that were errors when this began.
 
     Raises:
         ValueError: two requests have the same `custom_id`, or a result belongs to no request of the input.
@@ -268,7 +269,7 @@ class Results:
             if line.custom_id is not None and numbers.setdefault(line.custom_id, line.number) != line.number:
                 got = f"{quote(line.custom_id)}, which line {numbers[line.custom_id]} has too"
                 raise ValueError(f"{self._input}: line {line.number} must have a custom_id of its own, got {got}")
-        self.n_lines = len(self.pending)
+        self.n_lines, self.n_refused = len(self.pending), 0
         for number, fields in self._read():
             request, custom_id = ids.get(fields["id"]), fields.get("custom_id")
             if request is None:
@@ -276,12 +277,14 @@ class Results:
                 now = f"line {was} of the input has another request now" if was else "the input has no such request"
                 raise ValueError(
                     f"--output must be a new file, or the results of the same --input, got {self._path}, whose line "
-                    f"{number} is the result of custom_id {quote(custom_id)}: {now}"
+                    f"{number} is the result of custom_id {quote(custom_id)}: {now}; to rerun a corrected request, "
+                    "remove its result"
                 )
             if request not in self.pending:
                 got = f"custom_id {quote(custom_id)} must have one result, got two"
                 raise ValueError(f"{self._path}, line {number}: {got}")
             del self.pending[request]
+            self.n_refused += bool(fields.get("error"))
             try:
                 self._fingerprints.setdefault(fields["response"]["body"]["system_fingerprint"], number)
             except (KeyError, TypeError):  # an error, which does not depend on the network

@@ -79,7 +79,7 @@ def main(
     with closing(results) if results else nullcontext():
         if groups.broadcast_object(not results.pending if results else None):
             if results:
-                print(f"{output}: all {results.n_lines} requests have results already")
+                print(f"{output}: all {results.n_lines} requests have results already, {results.n_refused} refused")
             return
         llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **build)
         mark = fingerprint(llama, tokenizer_path, seed, build.get("quantize"))

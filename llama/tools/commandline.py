@@ -9,6 +9,7 @@ import functools
 import gc
 import inspect
 import io
+import os
 import re
 import signal
 import sys
@@ -210,7 +211,10 @@ def _parse(functions: dict[str, Callable[..., Any]], name: str) -> Callable[[], 
     arguments = sys.argv[1:]
     chosen = "" if "" in functions else next(iter(arguments), "")
     if {"-h", "--help"} & set(arguments):
-        print(_help({chosen: functions[chosen]} if chosen in functions else functions, name))
+        try:
+            print(_help({chosen: functions[chosen]} if chosen in functions else functions, name), flush=True)
+        except BrokenPipeError:  # the reader has seen enough, such as `head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails too
         sys.exit(0)
     if chosen not in functions:
         got = f", got {quote(chosen)}{did_you_mean(chosen, functions)}" if chosen else f"; see {name} --help"

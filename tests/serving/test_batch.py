@@ -233,7 +233,7 @@ def test_a_bad_line_becomes_an_error_line_and_the_others_run(
     assert all(fields["response"]["status_code"] == 400 for fields in errors)
     assert [fields["custom_id"] for fields in results if not fields["error"]] == ["good"]
     assert "7 requests, 6 of them refused" in (printed := capsys.readouterr().out)
-    assert "all 7 requests have results already" in printed
+    assert "all 7 requests have results already, 6 refused" in printed
 
 
 # ---- interruptions ----
@@ -298,7 +298,7 @@ def test_an_input_that_does_not_fit_its_results_is_refused_before_any_work(
     monkeypatch.setattr(Llama, "build", None)
     for changed, message in (
         (lines[1:], "is the result of custom_id 'a': the input has no such request"),
-        ([lines[1], line("a", COMPLETIONS, prompt="Z")], "'a': line 2 of the input has another request"),
+        ([lines[1], line("a", COMPLETIONS, prompt="Z")], "'a': line 2 of the input has another .* remove its result"),
         ([*lines, lines[0]], "line 3 must have a custom_id of its own, got 'a', which line 1 has too"),
         ([*lines, {"method": "POST"}], "line 3 must have a custom_id, a string of its own, got none"),
         ([*lines, lines[0] | {"custom_id": 5}], "line 3 must have a custom_id, .*, got 5"),

@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,16 @@ def test_a_help_shows_every_text_to_its_last_full_stop_and_each_flag_once(
         assert sorted(flags) == sorted(f"--{flag}" for flag in {*parameters, "threads"})
         for text in texts.values():
             assert " ".join(text.split()) in " ".join(shown.split())
+
+
+def test_a_help_whose_reader_leaves_ends_without_a_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "llama.tools.memory", "--help"], stdout=writing, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 _WITHOUT = """
