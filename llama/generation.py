@@ -496,7 +496,7 @@ class Llama:
             if given["max_gen_len"] is None and name != "generate":  # where Meta's code has no default
                 given["max_gen_len"] = max(1, int(max_seq_len) - 1)
             if unknown := sorted(given.keys() - _SAMPLING):
-                takes = sorted(_SAMPLING & arguments.keys() | SamplingOptions.__annotations__.keys())
+                takes = sorted(_SAMPLING & arguments.keys() - more.keys() | SamplingOptions.__annotations__.keys())
                 got = f"{name}() got an unexpected keyword argument {unknown[0]!r}"
                 raise TypeError(f"{got}; it takes {', '.join(takes)}")
             params = SamplingParams(**given)

@@ -356,8 +356,11 @@ def test_a_wrong_argument_is_an_error_of_the_call_before_any_compute(llama: Llam
 
 
 def test_an_unknown_keyword_is_an_error_that_names_the_known_ones(llama: Llama) -> None:
-    with pytest.raises(TypeError, match=r"^text_completion\(\) got .* 'max_tokens'; it takes .*max_gen_len, .*top_k"):
-        llama.text_completion(["a"], max_tokens=3)  # type: ignore[call-arg]
+    with pytest.raises(
+        TypeError, match=r"^chat_completion\(\) got .* 'max_tokens'; it takes .*max_gen_len, .*top_k"
+    ) as error:
+        llama.chat_completion([[USER]], max_tokens=3)  # type: ignore[call-arg]
+    assert "stop_ids" not in str(error.value)
 
 
 @both_builds
