@@ -108,8 +108,8 @@ class Run:
         finally:
             for task in tasks:
                 task.cancel()
+            self._end()  # first: this task may be cancelled again while it waits
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._end()
 
     def _end(self) -> None:
         self._timer.cancel()
