@@ -134,6 +134,8 @@ class Compiler:
                 },
                 start_new_session=True,  # Ctrl-C is for this process
             )
+            with suppress(OSError):  # on Linux, a session's processes compete with others' as a group
+                Path(f"/proc/{process.pid}/autogroup").write_text("19")
             end = time.monotonic() + _LONGEST_S
             try:
                 while process.poll() is None:
