@@ -30,7 +30,7 @@ from llama.engine.compiler import Compiled, CompileError, Compiler, Job, export_
 from llama.engine.cuda_graphs import StaticStepper, Stepper
 from llama.engine.network_state import has_hooks, same_objects
 from llama.errors import printable
-from llama.layers import int4, kernels, linear
+from llama.layers import attention, int4, kernels, linear
 from llama.layers.cache import CachePositions
 from llama.layers.int4 import Int4Weight
 from llama.layers.kernels import Kernels, QuantizedWeight, onednn_int8_linear, row_bucket
@@ -303,7 +303,7 @@ def _signature(block: nn.Module) -> list[tuple[object, ...]]:
 
 def _library_code() -> list[object]:
     """The functions and classes that blocks are traced from, as they are now."""
-    objects = [v for module in (network, linear) for k, v in vars(module).items() if not k.startswith("__")]
+    objects = [v for module in (network, attention, linear) for k, v in vars(module).items() if not k.startswith("__")]
     kinds = [kind for kind in objects if isinstance(kind, type) and issubclass(kind, nn.Module)]
     bases = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base not in (nn.Module, object))
     return objects + [value for base in bases for value in vars(base).values() if callable(value)]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from llama import model as network
+from llama.layers import attention
 from llama.layers.cache import KVCache
 
 # The original functions, to detect patched classes as well as patched instances.
@@ -41,7 +42,7 @@ def _runs(module: Any, forward: Callable[..., object]) -> bool:
 
 def fixed_parts(model: nn.Module) -> tuple[list[Any], list[int]]:
     """What a recorded pass depends on: code, modules and their attributes, and the addresses of their tensors."""
-    objects: list[Any] = list(vars(network).values())
+    objects: list[Any] = [*vars(network).values(), *vars(attention).values()]
     addresses = []
     for module in model.modules():
         parts = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -19,9 +20,11 @@ from llama.engine import compiler
 from llama.engine.compiled import CAN_COMPILE, CompiledStepper, compiled_stepper
 from llama.engine.compiler import Compiled, Job, export_job, has_cpp_compiler
 from llama.engine.cuda_graphs import StaticStepper, Stepper
+from llama.engine.network_state import NetworkState
 from llama.engine.runner import ModelRunner
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import TokenResult
+from llama.layers import attention
 from llama.layers.int4 import can_quantize_int4, suits_int4
 from llama.layers.kernels import Kernels, can_pack, can_quantize
 from llama.layers.linear import packable_layers
@@ -250,6 +253,17 @@ def test_patched_code_counts(where: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not stepper.serves(model)
     run(model, stepper, PROMPTS[:1])
     assert len(called) == 12 * PARAMS["n_layers"]
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_a_kernel_that_is_patched_where_attention_calls_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    stepper, state = CompiledStepper(model), NetworkState(model)
+    assert stepper.serves(model)
+    assert state.is_same(thorough=True)
+    monkeypatch.setattr(attention, "F", SimpleNamespace(**vars(attention.F)))
+    assert not stepper.serves(model)
+    assert not state.is_same(thorough=True)
 
 
 @pytest.mark.usefixtures("_uncompiled")
