@@ -21,7 +21,7 @@ INTRODUCTION = """\
 # API reference
 
 `python docs/make_api.py` writes this page from the docstrings; edit those. What is listed here keeps its meaning
-within a minor version; other names may change. [Sampling](sampling.md) defines the sampling parameters.
+within a minor version; other names may change. [Sampling](sampling.md) has the order of the sampling parameters.
 """
 NETWORK = "ModelArgs Transformer TransformerBlock Attention FeedForward RMSNorm KVCache CachePositions attend"
 ROTARY = "precompute_freqs_cis apply_rotary_emb reshape_for_broadcast repeat_kv"

@@ -261,7 +261,7 @@ class Llama:
                 `draft_ckpt_dir`. None for one token per pass.
             options: further sampling parameters: top_k, min_p, typical_p, repetition_penalty, presence_penalty,
                 frequency_penalty, logit_bias, min_tokens, ignore_eos, stop_token_ids, logits_processors,
-                response_format and structured_outputs, defined in `docs/sampling.md`.
+                response_format and structured_outputs (see `SamplingOptions`; `docs/sampling.md` has their order).
 
         Returns:
             The ids of each row, up to its first generated EOS or `stop_token`, and their log-probabilities or None.

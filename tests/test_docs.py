@@ -27,7 +27,7 @@ from tests.test_readme import Block, blocks_of
 
 PAGE = ROOT / "docs" / "inspecting.md"
 PAGES = {PAGE: 10, ROOT / "docs" / "sampling.md": 3}  # with the least number of snippets
-PACKAGES = ("transformers", "peft", "captum", "nnsight")  # that a snippet needs, by a comment in front of it
+PACKAGES = ("peft", "captum", "nnsight")  # that a snippet needs, by a comment in front of it
 
 
 def snippets(page: Path) -> list[tuple[Block, str]]:

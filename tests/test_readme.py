@@ -230,7 +230,7 @@ def test_what_needs_a_running_server_runs_with_one(capfd: pytest.CaptureFixture[
             subprocess.run(["bash", "-ec", text], check=True)
         assert re.search("mayonnaise|llama", capfd.readouterr().out, re.IGNORECASE), text
     assert server.terminate() == [0]
-    assert len(blocks) >= 3
+    assert len(blocks) >= 2
 
 
 @pytest.fixture
@@ -349,14 +349,14 @@ def test_the_released_sizes_are_those_that_are_computed() -> None:
         assert [f"{name}, MP {mp}", *sizes] in rows_of(ROOT / "docs" / "checkpoints.md")
 
 
-def test_every_difference_names_a_test_that_is_there() -> None:
-    rows = [row for row in rows_of(ROOT / "docs" / "differences.md") if row[-1] not in ("test", "---")]
+def test_every_difference_links_to_a_test_that_is_there() -> None:
+    page = ROOT / "docs" / "differences.md"
+    rows = [row[-1] for row in rows_of(page) if row[-1] not in ("here", "---")]
     assert len(rows) > 30
     for row in rows:
-        name = re.fullmatch(r"`([\w/]*test_\w+\.py)::(test_\w+)`", row[-1])
-        assert name is not None, row
-        source = (ROOT / "tests" / name[1]).read_text(encoding="utf-8")
-        assert f"def {name[2]}(" in source, f"{row[-1]} is not there"
+        link = re.search(r"\[test\]\((\S+?\.py)#(test_\w+)\)\)$", row)
+        assert link is not None, row
+        assert f"def {link[2]}(" in (page.parent / link[1]).read_text(encoding="utf-8"), f"{link[0]} is not there"
 
 
 def anchors(page: Path) -> set[str]:
@@ -373,4 +373,4 @@ def test_links_lead_somewhere(page: Path) -> None:
             path, _, anchor = link.partition("#")
             target = page.parent / path if path else page
             assert target.exists(), link
-            assert not anchor or anchor in anchors(target), link
+            assert not anchor or target.suffix == ".py" or anchor in anchors(target), link
