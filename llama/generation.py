@@ -37,11 +37,11 @@ from llama.engine import output
 from llama.engine.calls import Completer, complete_by_generate
 from llama.engine.compiled import compiled_stepper
 from llama.engine.constraints import check_form
-from llama.engine.cuda_graphs import Stepper, choose_stepper
+from llama.engine.cuda_graphs import choose_stepper
 from llama.engine.engine import Engine, engine_of
 from llama.engine.lock import lock_of
 from llama.engine.output import ChatPrediction, CompletionPrediction, InfillingPrediction, Score
-from llama.engine.runner import ModelRunner
+from llama.engine.runner import ModelRunner, Stepper
 from llama.engine.sampled import common_length
 from llama.engine.sampling import sample_top_p
 from llama.errors import PromptError, quote
@@ -502,7 +502,8 @@ class Llama:
             params = SamplingParams(**given)
             vocab_size = inputs.vocab_size_of(self.model, tokenizer)
             params.check_ids(vocab_size)
-            check_form(tokenizer, vocab_size, params)
+            if params.form is not None:
+                check_form(tokenizer, vocab_size, params)
             if params.speculative == "draft" and self.draft_model is None:
                 raise PromptError(
                     "speculative='draft' must have a draft model, got none; give draft_ckpt_dir to Llama.build"

@@ -27,8 +27,9 @@ from llama import model as network
 from llama.distributed import groups
 from llama.distributed.device import to_device
 from llama.engine.compiler import Compiled, CompileError, Compiler, Job, export_job, has_cpp_compiler
-from llama.engine.cuda_graphs import StaticStepper, Stepper
+from llama.engine.cuda_graphs import StaticStepper
 from llama.engine.network_state import has_hooks, same_objects
+from llama.engine.runner import Stepper
 from llama.errors import printable
 from llama.layers import attention, int4, kernels, linear
 from llama.layers.cache import CachePositions

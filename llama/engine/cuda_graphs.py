@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama.distributed.device import to_device
-from llama.engine.network_state import fixed_parts, has_hooks, same_objects, takes_cache_positions
+from llama.engine.network_state import fixed_parts, has_hooks, same_objects
+from llama.engine.runner import Stepper, takes_cache_positions
 from llama.layers.cache import SPARE_POSITIONS, CachePositions
 from llama.model import Transformer
 
@@ -22,30 +23,6 @@ KV_BUCKET = 256  # a static step attends to a multiple of this many positions; t
 MAX_WIDTH = SPARE_POSITIONS  # maximum number of tokens per row in a decode pass; padding goes to spare positions
 
 logger = logging.getLogger(__name__)
-
-
-class Stepper(Protocol):
-    """A way to run decode steps.
-
-    Attributes:
-        looks_ahead: whether to start the next step before the tokens of the current one are on the host.
-    """
-
-    looks_ahead: bool
-
-    def serves(self, model: object) -> bool:
-        """Whether this stepper computes what calling `model` would now. Checked before new sequences start."""
-
-    def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor | None:
-        """Feeds tokens to the cache's first rows.
-
-        Args:
-            tokens: (bsz, width) int64, on the model's device. Rows with fewer tokens are right-padded.
-            lengths: number of tokens that each row of the cache already holds; all have room for one more.
-
-        Returns:
-            Logits (bsz, width, vocab_size); the next call may overwrite them. None if the network is to be called.
-        """
 
 
 class StaticStepper:

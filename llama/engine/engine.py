@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,11 +23,10 @@ import torch
 from llama.checkpoint.memory import MemoryPlan, out_of_memory
 from llama.distributed.device import AdaptiveThreads, pause_workers, to_device
 from llama.distributed.groups import model_parallel_size, on_any_rank
-from llama.engine.cuda_graphs import Stepper
 from llama.engine.lock import lock_of
 from llama.engine.network_state import NetworkState, has_hooks
 from llama.engine.rows import Rows
-from llama.engine.runner import ModelRunner, device_of, dtype_of
+from llama.engine.runner import ModelRunner, Stepper, device_of, dtype_of
 from llama.engine.sampled import NOT_FINITE, SampledTokens
 from llama.engine.sequence import Call, Sequence, TokenResult
 from llama.engine.speculative import Counts, Speculator
@@ -99,7 +99,10 @@ class Engine:
         self._batch: list[Sequence] = []  # the sequences of the pass that is run now
         self._in_flight: _Pass | None = None  # started before the previous one's tokens were on the host
         self._has_just_prefilled = False
-        self._speculator = Speculator(device_of(model), draft)
+
+    @cached_property
+    def _speculator(self) -> Speculator:
+        return Speculator(device_of(self.model), self.draft)
 
     @property
     def _runner(self) -> ModelRunner:
@@ -258,7 +261,7 @@ class Engine:
             if sequence.not_finite:
                 self._start_over(sequence)
                 continue
-            if started.width:
+            if started.width and sequence.speculative:
                 self._speculator.observe(sequence, len(mine) - 1)
             for result in mine:
                 if not sequence.is_finished:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,34 +10,12 @@ from torch.nn.modules import module as torch_module
 
 from llama import model as network
 from llama.layers import attention
-from llama.layers.cache import KVCache
-
-# The original functions, to detect patched classes as well as patched instances.
-_FORWARDS = (network.Transformer.forward, network.TransformerBlock.forward, network.Attention.forward, KVCache.forward)
 
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether calling one of the modules runs forward hooks."""
     global_hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     return any(global_hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-
-
-def takes_cache_positions(model: Any) -> bool:
-    """Whether `model` is a `Transformer` that accepts `CachePositions`.
-
-    False if the model, a block, an attention or a KV cache was replaced, or its `forward` was patched, overridden or
-    compiled: such code may support only Meta's int `start_pos`.
-    """
-    whole, block, attention, cache = _FORWARDS
-    return _runs(model, whole) and all(
-        _runs(x, block) and _runs(x.attention, attention) and _runs(x.attention.cache, cache) for x in model.layers
-    )
-
-
-def _runs(module: Any, forward: Callable[..., object]) -> bool:
-    """Whether calling the module runs exactly the function `forward`."""
-    is_original = getattr(type(module), "forward", None) is forward and "forward" not in vars(module)
-    return is_original and module._compiled_call_impl is None
 
 
 def fixed_parts(model: nn.Module) -> tuple[list[Any], list[int]]:

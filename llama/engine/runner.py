@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from llama.distributed.device import to_device
-from llama.engine.cuda_graphs import Stepper
 from llama.engine.lock import lock_of
-from llama.engine.network_state import takes_cache_positions
-from llama.layers.cache import CachePositions
-from llama.model import ModelArgs
+from llama.layers.cache import CachePositions, KVCache
+from llama.model import Attention, ModelArgs, Transformer, TransformerBlock
 
 _LOGIT_POSITIONS = 512  # maximum number of positions whose logits are in memory at a time
 # Fixed cost of a prefill pass, in positions: reading the weights and, on a GPU, launching kernels.
 PASS_COST = {"cpu": 32}
 _CHUNK_IN_PASS_COSTS = 16  # chunked prefill costs at most 1/16 more
+
+
+# The original functions, to detect patched classes as well as patched instances.
+_FORWARDS = (Transformer.forward, TransformerBlock.forward, Attention.forward, KVCache.forward)
+
+
+class Stepper(Protocol):
+    """A way to run decode steps.
+
+    Attributes:
+        looks_ahead: whether to start the next step before the tokens of the current one are on the host.
+    """
+
+    looks_ahead: bool
+
+    def serves(self, model: object) -> bool:
+        """Whether this stepper computes what calling `model` would now. Checked before new sequences start."""
+
+    def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        """Feeds tokens to the cache's first rows.
+
+        Args:
+            tokens: (bsz, width) int64, on the model's device. Rows with fewer tokens are right-padded.
+            lengths: number of tokens that each row of the cache already holds; all have room for one more.
+
+        Returns:
+            Logits (bsz, width, vocab_size); the next call may overwrite them. None if the network is to be called.
+        """
 
 
 class ModelRunner:
@@ -175,6 +201,24 @@ class ModelRunner:
             cache = getattr(getattr(layer, "attention", None), "cache", None)  # None in a module of another's
             caches += (getattr(cache, "keys", None), getattr(cache, "values", None))  # None where they were freed
         return [(id(cache), None if cache is None or cache.is_inference() else cache._version) for cache in caches]
+
+
+def takes_cache_positions(model: Any) -> bool:
+    """Whether `model` is a `Transformer` that accepts `CachePositions`.
+
+    False if the model, a block, an attention or a KV cache was replaced, or its `forward` was patched, overridden or
+    compiled: such code may support only Meta's int `start_pos`.
+    """
+    whole, block, attention, cache = _FORWARDS
+    return _runs(model, whole) and all(
+        _runs(x, block) and _runs(x.attention, attention) and _runs(x.attention.cache, cache) for x in model.layers
+    )
+
+
+def _runs(module: Any, forward: Callable[..., object]) -> bool:
+    """Whether calling the module runs exactly the function `forward`."""
+    is_original = getattr(type(module), "forward", None) is forward and "forward" not in vars(module)
+    return is_original and module._compiled_call_impl is None
 
 
 def prefill_groups(lengths: Sequence[int], max_positions: int, pass_cost: int) -> list[list[int]]:

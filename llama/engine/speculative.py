@@ -271,12 +271,11 @@ class Speculator:
 
     def observe(self, sequence: Sequence, n_accepted: int) -> None:
         """Updates the statistics after a pass with the sequence's newest draft."""
-        if sequence.speculative:
-            state: _DraftState = sequence.draft_state
-            state.acceptance.observe(state.matched, state.n_drafted, n_accepted)
-            self.counts.passes += state.n_drafted > 0
-            self.counts.drafted += state.n_drafted
-            self.counts.accepted += n_accepted
+        state: _DraftState = sequence.draft_state
+        state.acceptance.observe(state.matched, state.n_drafted, n_accepted)
+        self.counts.passes += state.n_drafted > 0
+        self.counts.drafted += state.n_drafted
+        self.counts.accepted += n_accepted
 
 
 def _expected(rate: float, n: int) -> float:

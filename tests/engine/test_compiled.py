@@ -19,9 +19,9 @@ from llama.engine import compiled as compiling
 from llama.engine import compiler
 from llama.engine.compiled import CAN_COMPILE, CompiledStepper, compiled_stepper
 from llama.engine.compiler import Compiled, Job, export_job, has_cpp_compiler
-from llama.engine.cuda_graphs import StaticStepper, Stepper
+from llama.engine.cuda_graphs import StaticStepper
 from llama.engine.network_state import NetworkState
-from llama.engine.runner import ModelRunner
+from llama.engine.runner import ModelRunner, Stepper
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import TokenResult
 from llama.layers import attention

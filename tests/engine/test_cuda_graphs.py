@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from llama import Llama, ModelArgs, Transformer
 from llama.distributed.groups import init_process_groups
 from llama.engine import cuda_graphs as stepping
-from llama.engine.cuda_graphs import StaticStepper, Stepper, choose_stepper
+from llama.engine.cuda_graphs import StaticStepper, choose_stepper
+from llama.engine.runner import Stepper
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import TokenResult
 from tests.support import oracle

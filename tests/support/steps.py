@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from llama import Llama
-from llama.engine.cuda_graphs import Stepper
 from llama.engine.engine import engine_of
+from llama.engine.runner import Stepper
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import Call, TokenResult
 from llama.engine.sequence import Sequence as EngineSequence
