@@ -72,8 +72,10 @@ class ModelArgs:
             kind: Any = Real if is_float else Integral
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"{name} must be {'a number' if is_float else 'an integer'}, got {quote(value)}")
-            if not 0 < value < 2**63:
-                raise ValueError(f"{name} must be above 0 and below 2**63, got {quote(value)}")
+            # a list of the tensors of more layers would take too long to make
+            below, shown = (10_000, "10,000") if name == "n_layers" else (2**63, "2**63")
+            if not 0 < value < below:
+                raise ValueError(f"{name} must be above 0 and below {shown}, got {quote(value)}")
             if not isinstance(value, (int, float)):  # of numpy
                 setattr(self, name, int(value) if isinstance(value, Integral) else float(value))
         if self.dim % self.n_heads or self.head_dim % 2:

@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from llama.checkpoint.reading import page_release, read_shard
-from llama.checkpoint.writing import SAFETENSORS_DTYPES
+from llama.checkpoint.format import tensor_shapes
+from llama.checkpoint.reading import page_release, read_shard, same_bits, tensor_faults
 from llama.errors import missing_extra, printable, quote, read_json_object
 from llama.model import ModelArgs
 from llama.tokenizer import ADDED_TOKENS_FILES, Tokenizer
@@ -77,11 +76,6 @@ def hf_name(name: str) -> str:
         return _OTHER_NAMES[name]
     _, layer, in_layer = name.split(".", 2)
     return f"model.layers.{layer}.{_LAYER_NAMES[in_layer]}"
-
-
-def is_known_extra(name: str) -> bool:
-    """Whether a folder may hold this tensor besides what the network needs."""
-    return name.endswith(_KNOWN_EXTRA)
 
 
 def rotated_heads(name: str, args: ModelArgs) -> int | None:
@@ -226,56 +220,76 @@ def _whole_number(config: Mapping[str, Any], field: str) -> int:
 
 
 class HuggingFaceFolder:
-    """The configuration and the tensors of a folder.
+    """The network of a folder, whose tensors have the names and the order of rows of the released files here.
 
     Attributes:
-        config: the content of `config.json`.
-        layout: every tensor's shape and dtype, as tensors without values.
+        args: the network.
+        layout: every tensor, without values (on the meta device).
 
     Raises:
         FileNotFoundError: `config.json` or weights are missing.
-        ValueError: a file is damaged or of another format.
+        ValueError: a file is damaged or of another format, or the network is not of Llama 2's architecture.
         ImportError: there are safetensors files, but no safetensors package.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        if not (Path(folder) / "config.json").is_file():
-            got = f"no config.json in {folder}" if Path(folder).is_dir() else f"no folder {folder}"
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "config.json").is_file():
+            got = f"no config.json in {folder}" if folder.is_dir() else f"no folder {folder}"
             raise FileNotFoundError(f"hf_dir must be the folder of a downloaded Hugging Face model, got {got}")
-        self.config = read_json_object(Path(folder) / "config.json")
-        self.layout: dict[str, Tensor] = {}
+        config = read_json_object(folder / "config.json")
+        try:
+            self.args = config_to_args(config)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
         self._paths: dict[str, Path] = {}  # of each tensor
         self._bins: dict[Path, dict[str, Tensor]] = {}
         self._free: Callable[[], None] = lambda: None
-        paths, listed = _weight_files(Path(folder))
+        tensors = self._map(folder)
+        shapes = tensor_shapes(self.args, 1)
+        self._names = {name: hf_name(name) for name in shapes}
+        is_tied = config.get("tie_word_embeddings")
+        if is_tied:
+            self._names["output.weight"] = EMBEDDING
+        needed = {theirs: shapes[ours] for ours, theirs in self._names.items()}
+        unused = {name for name in tensors if name.endswith(_KNOWN_EXTRA) or (is_tied and name == OUTPUT)}
+        used = {name: tensor for name, tensor in tensors.items() if name not in unused}
+        if faults := tensor_faults(folder, used, needed, {}, described_by="config.json"):
+            raise ValueError(faults[0])
+        if OUTPUT in unused and not same_bits(tensors[EMBEDDING], tensors[OUTPUT]):
+            raise ValueError(
+                f"{folder}: {OUTPUT} must equal {EMBEDDING}, as config.json has tie_word_embeddings, got other values"
+            )
+        self.layout = {ours: tensors[theirs].to("meta") for ours, theirs in self._names.items()}
+
+    def _map(self, folder: Path) -> dict[str, Tensor]:
+        """The tensors of all files, by their names there."""
+        tensors: dict[str, Tensor] = {}
+        paths, listed = _weight_files(folder)
         for path in paths:
-            tensors = _mapped(path)
+            mapped = _mapped(path)
+            if twice := sorted(mapped.keys() & tensors.keys()):
+                raise ValueError(f"{path} must not repeat tensors of another file, got {printable(twice[0])}")
+            tensors |= mapped
+            self._paths |= dict.fromkeys(mapped, path)
             if path.suffix != ".safetensors":
-                self._bins[path] = tensors
-            for name, tensor in tensors.items():
-                if name in self.layout:
-                    raise ValueError(f"{path} must not repeat tensors of another file, got {printable(name)}")
-                if tensor.dtype not in SAFETENSORS_DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
-                    raise ValueError(
-                        f"{path}: {printable(name)} must be a dense tensor of dtype {', '.join(SAFETENSORS_DTYPES)}, "
-                        f"got {tensor.dtype}"
-                    )
-                self.layout[name] = tensor.to("meta")
-                self._paths[name] = path
-        if missing := sorted(listed - self.layout.keys()):
+                self._bins[path] = mapped
+        if missing := sorted(listed - tensors.keys()):
             raise ValueError(
                 f"{folder}: the files must hold all tensors of the index, got none named {printable(missing[0])}"
             )
+        return tensors
 
-    def read(self, name: str) -> Tensor:
-        """The tensor `name`, a view of its mapped file; the memory of the one that was read before can be freed."""
+    def whole(self, name: str) -> Tensor:
+        """The tensor `name`; the memory of the one that was read before can be freed."""
         self._free()
-        path = self._paths[name]
-        if path not in self._bins:
-            return _mapped(path)[name]  # mapped for this tensor alone: its memory is freed with it
-        tensor = self._bins[path][name]
-        self._free = partial(page_release(path), tensor)
-        return tensor
+        theirs, n_heads = self._names[name], rotated_heads(name, self.args)
+        path = self._paths[theirs]
+        if path in self._bins:
+            tensor = self._bins[path][theirs]
+            self._free = partial(page_release(path), tensor)
+        else:
+            tensor = _mapped(path)[theirs]  # mapped for this tensor alone: its memory is freed with it
+        return tensor if n_heads is None else to_interleaved(tensor, n_heads)
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.archive import ArchiveError, check_pickles, is_archive, read_entries
-from llama.checkpoint.format import QUANTIZE, is_known_extra, read_params, stored_dtypes, tensor_shapes
+from llama.checkpoint.format import QUANTIZE, is_known_extra, is_repeated, read_params, stored_dtypes, tensor_shapes
 from llama.errors import check_link, check_not_pointer, first_few, first_line, printable, quote
 from llama.model import ModelArgs
 
 _BLOCK = 16 * 1024**2  # numbers counted at a time
+Fault = tuple[str, str]  # its kind, and the tensor that has it
 _SHARD_NAME = re.compile(r"consolidated\.\d+\.pth")
 
 
@@ -29,6 +31,7 @@ def list_shards(ckpt_dir: str | Path, *, argument: str = "ckpt_dir") -> list[Pat
 
     Raises:
         AssertionError: there are none (see `find_shards`).
+        FileNotFoundError: one is a link that leads nowhere.
         ValueError: `ckpt_dir` is not a path.
     """
     if not isinstance(ckpt_dir, (str, os.PathLike)):
@@ -37,6 +40,8 @@ def list_shards(ckpt_dir: str | Path, *, argument: str = "ckpt_dir") -> list[Pat
     shards = sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
     if not shards:
         raise AssertionError(f"no checkpoint files found in {ckpt_dir}\n{_elsewhere(Path(ckpt_dir), argument)}")
+    for path in shards:
+        check_link(path)
     return shards
 
 
@@ -107,85 +112,58 @@ def model_args(
     The embedding may have more rows than there are tokens.
 
     Raises:
-        ValueError: a value of the file is wrong, or its `vocab_size` is below the tokenizer's, or it describes more
-            layers than a checkpoint file has tensors.
+        ValueError: a value of the file is wrong, or its `vocab_size` is below the tokenizer's, or a file of the
+            checkpoint is cut short or there twice.
     """
-    path, shards = Path(ckpt_dir) / "params.json", sorted(Path(ckpt_dir).glob("*.pth"))
-    args = _described(path)
-    if args.vocab_size == -1:
-        state = read_shard(shards[0]) if shards and is_archive(shards[0]) else {}
-        args.vocab_size = _embedding_rows(state) or n_words
+    shards = sorted(Path(ckpt_dir).glob("*.pth"))
+    first = read_shard(shards[0]) if shards and is_archive(shards[0]) else {}
+    args = network_args(ckpt_dir, first, n_words)
     if args.vocab_size < n_words:
         tokenizer = "the tokenizer" if tokenizer_path is None else f"the tokenizer {tokenizer_path}"
         raise ValueError(
-            f"{path}: vocab_size must be at least the tokenizer's number of pieces, got {args.vocab_size} where "
-            f"{tokenizer} has {n_words} pieces and added tokens; "
+            f"{Path(ckpt_dir) / 'params.json'}: vocab_size must be at least the tokenizer's number of pieces, got "
+            f"{args.vocab_size} where {tokenizer} has {n_words} pieces and added tokens; "
             "give the tokenizer.model that this checkpoint was trained with"
         )
-    for shard in shards:  # their ends, so that one cut short is an error on all ranks, before anything is planned
-        check_link(shard)
-        if is_archive(shard):
-            try:
-                check_layer_count(shard, args, len(read_entries(shard)))
-            except ArchiveError as error:
-                raise _unreadable(shard, error) from error
     check_distinct(shards)
     return ModelArgs.of(replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len))
 
 
-def network_args(ckpt_dir: str | Path, state: dict[str, Tensor]) -> ModelArgs:
-    """What params.json describes, with the rows of the embedding in `state`, one file's, where `vocab_size` is -1."""
+def network_args(ckpt_dir: str | Path, state: Mapping[str, Tensor], n_words: int = 0) -> ModelArgs:
+    """What params.json describes; a `vocab_size` of -1 becomes the rows of the embedding in `state`, or `n_words`."""
     path = Path(ckpt_dir) / "params.json"
-    args = _described(path)
-    check_layer_count(list_shards(ckpt_dir)[0], args, len(state))
+    params = read_params(ckpt_dir)
+    params.pop(QUANTIZE, None)
+    try:
+        args = ModelArgs.of(ModelArgs(**params))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if args.vocab_size == -1:
-        args.vocab_size = _embedding_rows(state)
+        embedding = state.get("tok_embeddings.weight")
+        args.vocab_size = (embedding.size(0) if embedding is not None and embedding.dim() == 2 else 0) or n_words
         if not args.vocab_size:
             raise ValueError(f"{path}: vocab_size must be given where there is no 2-D tok_embeddings.weight, got -1")
     return args
 
 
-def _described(path: Path) -> ModelArgs:
-    params = read_params(path.parent)
-    params.pop(QUANTIZE, None)
-    try:
-        return ModelArgs.of(ModelArgs(**params))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _embedding_rows(state: dict[str, Tensor]) -> int:
-    """The number of rows of the embedding in a file; 0 if it has none."""
-    embedding = state.get("tok_embeddings.weight")
-    return embedding.size(0) if embedding is not None and embedding.dim() == 2 else 0
-
-
 def check_distinct(shards: Iterable[Path]) -> None:
     """Raises ValueError if a file is a copy of another, which would give two ranks the same part of the weights.
 
-    Copies are equal in the names, sizes and checksums of their records. Files without checksums are not compared.
+    Copies are equal in the names, sizes and checksums of their records. Files without checksums are not compared. Only
+    the ends of the files are read, so that all ranks find the one that is cut short, before anything is planned.
     """
     known: dict[object, Path] = {}
     for path in filter(is_archive, shards):
         try:
             entries = read_entries(path)
-        except ArchiveError:  # its reader says more
-            continue
+        except ArchiveError as error:
+            raise _unreadable(path, error) from error
         content = tuple((entry.filename, entry.file_size, entry.CRC) for entry in entries)
         has_checksums = max(entries, key=lambda entry: entry.file_size).CRC
         if has_checksums and (other := known.setdefault(content, path)) is not path:
             raise ValueError(
                 f"{path} must hold its own rank's part of the weights, got a copy of {other.name}; download it again"
             )
-
-
-def check_layer_count(path: Path, args: ModelArgs, n_tensors: int) -> None:
-    """Raises ValueError if the checkpoint file `path`, of `n_tensors` tensors, cannot have `args.n_layers` layers."""
-    if args.n_layers > n_tensors:
-        raise ValueError(
-            f"{path.parent / 'params.json'}: n_layers must be the number of the checkpoint's layers, got "
-            f"{args.n_layers}, but {path.name} has no more than {n_tensors} tensors in all"
-        )
 
 
 def load_shard(path: Path, args: ModelArgs, model_parallel_size: int, quantize: str | None = None) -> dict[str, Tensor]:
@@ -197,10 +175,10 @@ def load_shard(path: Path, args: ModelArgs, model_parallel_size: int, quantize: 
     Raises:
         ValueError: the file is damaged or holds other objects than tensors; a tensor is missing, unknown or mis-shaped.
     """
-    state = {name: tensor for name, tensor in read_shard(path).items() if not is_known_extra(name)}
-    check_layer_count(path, args, len(state))
-    check_tensors(path, state, tensor_shapes(args, model_parallel_size, quantize))
-    return state
+    state, shapes = read_shard(path), tensor_shapes(args, model_parallel_size, quantize)
+    if faults := tensor_faults(path, state, shapes, {}):
+        raise ValueError(faults[0])
+    return {name: tensor for name, tensor in state.items() if name in shapes}
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
@@ -210,7 +188,6 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or holds other objects than tensors.
     """
-    check_link(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} must be a regular file, got a folder, pipe or device")
     check_not_pointer(path)
@@ -235,23 +212,55 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} cannot be read ({first_line(error)}); is it cut short? Compare its checksum")
 
 
-def check_tensors(path: Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises ValueError, naming what is wrong, unless `state`, read from `path`, holds exactly these tensors."""
-    if missing := [name for name in shapes if name not in state]:
-        raise ValueError(f"{path} must hold the tensors that params.json describes, but lacks {first_few(missing)}")
-    if extra := [printable(name) for name in state if name not in shapes]:
-        raise ValueError(f"{path} must hold no other tensors than the network's, but has {first_few(extra)}")
-    for name, shape in shapes.items():
-        tensor = state[name]
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{path}: {name} must have shape {shape} by params.json, got shape {quote(tuple(tensor.shape))}"
-            )
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
-            raise ValueError(f"{path}: {name} must be a dense tensor, got one without values of its own")
-        if tensor.dtype not in (dtypes := stored_dtypes(name, shapes)):
-            must = " or ".join(", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes).rsplit(", ", 1))
-            raise ValueError(f"{path}: {name} must have dtype {must}, got {tensor.dtype}")
+def tensor_faults(
+    path: Path,
+    state: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    sound: dict[str, Tensor],
+    fault_of_values: Callable[[str, Tensor], Fault | None] = lambda name, tensor: None,
+    *,
+    described_by: str = "params.json",
+) -> list[str]:
+    """What keeps the tensors of `path` from being those of `shapes`: a line per kind of fault, with the first names.
+
+    Args:
+        sound: tensors of the checkpoint's other files, which must agree in dtypes and in what every file repeats; those
+            of this file are added.
+        fault_of_values: called with each tensor that has no other fault.
+    """
+    faults: defaultdict[str, list[str]] = defaultdict(list)
+    for name in shapes:
+        if name not in state:
+            faults[f"must hold the tensors that {described_by} describes, but lacks"].append(name)
+    for name, tensor in state.items():
+        if name not in shapes:
+            if not is_known_extra(name):
+                faults["must hold no other tensors than the network's, but has"].append(printable(name))
+        elif fault := _fault(name, tensor, shapes, sound) or fault_of_values(name, tensor):
+            faults[fault[0]].append(fault[1])
+    return [f"{path} {kind} {first_few(what)}" for kind, what in faults.items()]
+
+
+def _fault(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]], sound: dict[str, Tensor]) -> Fault | None:
+    dtypes, shape = stored_dtypes(name, shapes), tuple(tensor.shape)
+    if shape != shapes[name]:
+        return "must have the shapes of its configuration, got", f"{name} of {quote(shape)}, not {shapes[name]}"
+    if tensor.dtype not in dtypes or tensor.layout != torch.strided or tensor.is_meta:
+        taken = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"must hold dense tensors of {taken}, got", f"{name} ({tensor.dtype}, {tensor.layout}, {tensor.device})"
+    other = sound.setdefault(name, tensor)
+    if tensor.dtype != other.dtype:
+        return "must have the dtypes of the other files, got", f"{name} of {tensor.dtype} for {other.dtype}"
+    if other is not tensor and is_repeated(name) and not same_bits(tensor, other):
+        return "must repeat the values of the other files, but differs in", name
+    return None
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bytes; a NaN equals itself here."""
+    if one.shape != other.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def count_not_finite(tensor: Tensor) -> int:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from llama.checkpoint.format import is_known_extra, join_tensor, shard_dim, stored_quantize, tensor_shapes
-from llama.checkpoint.reading import check_distinct, check_tensors, list_shards, network_args, page_release, read_shard
+from llama.checkpoint.format import is_known_extra, join_tensor, stored_quantize, tensor_shapes
+from llama.checkpoint.reading import check_distinct, list_shards, network_args, page_release, read_shard, tensor_faults
 
 
 class ShardedCheckpoint:
@@ -47,15 +46,15 @@ class ShardedCheckpoint:
         except ValueError as error:
             raise ValueError(f"{ckpt_dir} has {n_files} files, but {error}; is a file missing?") from error
         shapes = tensor_shapes(self.args, n_files)
+        sound: dict[str, Tensor] = {}
         for path, state in zip(self.paths, states, strict=True):
             extra = filter(is_known_extra, state)
-            check_tensors(path, state, shapes | dict.fromkeys(extra, (self.args.head_dim // 2,)))
+            if faults := tensor_faults(path, state, shapes | dict.fromkeys(extra, (self.args.head_dim // 2,)), sound):
+                raise ValueError(faults[0])
         shared = (name for name in filter(is_known_extra, states[0]) if all(name in state for state in states))
         self._parts = {name: [state[name] for state in states] for name in [*shapes, *shared]}
         self._page_release = [page_release(path) for path in self.paths]
         self._last: list[Tensor] = []  # the parts that were read last
-        for name in self._parts:
-            self._check_agreement(name)
         meta = {name: [part.to("meta") for part in parts] for name, parts in self._parts.items()}
         self.layout = {name: join_tensor(name, parts) for name, parts in meta.items()}
 
@@ -72,24 +71,3 @@ class ShardedCheckpoint:
             release(part)
         self._last = self._parts[name]
         return self._last
-
-    def _check_agreement(self, name: str) -> None:
-        """Checks that all files hold `name` in one dtype and, where each holds all of it, with the same bits."""
-        first, *others = self._parts[name]
-        for path, other in zip(self.paths[1:], others, strict=True):
-            if other.dtype != first.dtype:
-                raise ValueError(
-                    f"{name} must have one dtype in all files, got {first.dtype} in {self.paths[0]} and "
-                    f"{other.dtype} in {path}"
-                )
-            if shard_dim(name) is None and not same_bits(first, other):
-                raise ValueError(
-                    f"{name} must be the same in all files, but differs between {self.paths[0]} and {path}"
-                )
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one dtype hold the same bytes; a NaN equals itself here."""
-    if one.shape != other.shape:
-        return False
-    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))

@@ -38,7 +38,7 @@ SIDE_FILES = (
 _CHUNK = 1024**2  # bytes per system call; with 64 MiB from a mapped file, Linux 6.18 takes twice the time in all
 _READ = 16 * 1024**2  # bytes per read
 _FLUSH = 64 * 1024**2  # bytes after which a flush to the disk starts
-SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_SAFETENSORS_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 class TensorFile:
@@ -141,17 +141,13 @@ def write_shards(
 
 
 def lay_out_safetensors(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
-    """Lays out a safetensors file for tensors that need no values: a JSON header, its length before it.
-
-    Their dtypes must be in `SAFETENSORS_DTYPES`.
-    """
-    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+    """Lays out a safetensors file for tensors that need no values: a JSON header, its length before it."""
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     starts, end = {}, 0
     for name, tensor in tensors.items():
         starts[name], end = end, end + tensor.nbytes
         place = {"shape": list(tensor.shape), "data_offsets": [starts[name], end]}
-        fields[name] = {"dtype": codes[tensor.dtype], **place}
+        fields[name] = {"dtype": _SAFETENSORS_DTYPES[tensor.dtype], **place}
     header = json.dumps(fields).encode()
     header += b" " * (-len(header) % 8)  # values start at a multiple of 8
     with path.open("wb") as file:

@@ -21,20 +21,16 @@ from llama.checkpoint.format import split_tensor, tensor_shapes
 from llama.checkpoint.huggingface import (
     EMBEDDING,
     INDEX_SUFFIX,
-    OUTPUT,
     HuggingFaceFolder,
     args_to_config,
     carried_tokens,
-    config_to_args,
     hf_name,
-    is_known_extra,
     rotated_heads,
     to_half_split,
-    to_interleaved,
 )
 from llama.checkpoint.reading import check_range, magnitude
 from llama.checkpoint.releases import TRAINED_SEQ_LEN
-from llama.checkpoint.sharded import ShardedCheckpoint, same_bits
+from llama.checkpoint.sharded import ShardedCheckpoint
 from llama.checkpoint.writing import TensorFile, lay_out_safetensors, write_shards
 from llama.distributed.device import DTYPES
 from llama.errors import printable, quote, read_json_object
@@ -80,21 +76,15 @@ def from_hf(
     check_places(hf_dir, output_dir)
     check_count(model_parallel_size)
     target_dtype = _check_dtype(dtype)
-    source = HuggingFaceFolder(hf_dir)
-    args = _described_network(Path(hf_dir), source)
+    source = HuggingFaceFolder(Path(hf_dir))
+    args = source.args
     places = [Path(hf_dir) / name for name in ("tokenizer.model", "tokenizer.json")]
     tokenizer = next((path for path in places if path.exists()), None)
     described = carried_tokens(Path(hf_dir), load_tokenizer(tokenizer, hf_dir), args.vocab_size) if tokenizer else {}
-    names = _source_names(Path(hf_dir), source, args)
     args = with_even_vocabulary(args, model_parallel_size)
     split = partial(split_tensor, parts=model_parallel_size, vocab_size=args.vocab_size)
-    layout = {ours: _cast(ours, split(ours, source.layout[theirs])[0], target_dtype) for ours, theirs in names.items()}
+    layout = {name: _cast(name, split(name, whole)[0], target_dtype) for name, whole in source.layout.items()}
     n_bytes = model_parallel_size * sum(part.nbytes for part in layout.values())
-
-    def read(ours: str) -> Tensor:
-        whole, n_heads = source.read(names[ours]), rotated_heads(ours, args)
-        return _cast(names[ours], whole if n_heads is None else to_interleaved(whole, n_heads), target_dtype)
-
     with writing("convert", output_dir, n_bytes, quiet=quiet) as (folder, progress):
         _write_json(folder / "params.json", _params(args))
         if tokenizer is not None:
@@ -105,7 +95,7 @@ def from_hf(
             _write_json(folder / name, content)
         if copy_chat_format(Path(hf_dir), folder) and not quiet:
             print(f"the chat template is not Llama 2's: {CHAT_FORMAT_FILE} has it, for chats", file=sys.stderr)
-        values = ((name, split(name, read(name))) for name in names)
+        values = ((name, split(name, _cast(name, source.whole(name), target_dtype))) for name in layout)
         write_shards(folder, layout, model_parallel_size, values, progress.add)
 
 
@@ -176,43 +166,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if not tensor.is_meta:
         check_range({name: magnitude(tensor, dtype)}, dtype)
     return tensor.to(dtype)
-
-
-def _described_network(hf_dir: Path, source: HuggingFaceFolder) -> ModelArgs:
-    """What config.json describes."""
-    try:
-        args = config_to_args(source.config)
-    except ValueError as error:
-        raise ValueError(f"{hf_dir / 'config.json'}: {error}") from error
-    if args.n_layers > len(source.layout):
-        raise ValueError(
-            f"{hf_dir / 'config.json'}: num_hidden_layers must be the number of the model's layers, got "
-            f"{args.n_layers}, but there are {len(source.layout)} tensors in all"
-        )
-    return args
-
-
-def _source_names(hf_dir: Path, source: HuggingFaceFolder, args: ModelArgs) -> dict[str, str]:
-    """For each released name the tensor to take, all of them checked to be there, in their shapes, and no others."""
-    shapes = tensor_shapes(args, 1)
-    names = {name: hf_name(name) for name in shapes}
-    if source.config.get("tie_word_embeddings"):
-        names["output.weight"] = EMBEDDING
-        if OUTPUT in source.layout and not same_bits(source.read(EMBEDDING), source.read(OUTPUT)):
-            raise ValueError(
-                f"{hf_dir}: {OUTPUT} must equal {EMBEDDING}, as config.json has tie_word_embeddings, got other values"
-            )
-    for ours, theirs in names.items():
-        if theirs not in source.layout:
-            raise ValueError(f"{hf_dir} must hold the tensors that config.json describes, got none named {theirs}")
-        if (shape := tuple(source.layout[theirs].shape)) != shapes[ours]:
-            raise ValueError(
-                f"{hf_dir}: {theirs} must have shape {shapes[ours]} by config.json, got shape {quote(shape)}"
-            )
-    known = {*names.values(), OUTPUT}
-    if extra := [name for name in source.layout if name not in known and not is_known_extra(name)]:
-        raise ValueError(f"{hf_dir} must hold no tensors but Llama 2's, got {printable(extra[0])}")
-    return names
 
 
 def _params(args: ModelArgs) -> dict[str, Any]:

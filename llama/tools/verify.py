@@ -6,17 +6,17 @@ Compares checksums with `checklist.chk`, and every tensor with what `params.json
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from llama.checkpoint.format import is_known_extra, is_repeated, stored_dtypes, stored_quantize, tensor_shapes
+from llama.checkpoint.format import stored_quantize, tensor_shapes
 from llama.checkpoint.reading import (
+    Fault,
     check_distinct,
     count_not_finite,
     find_tokenizer,
@@ -24,9 +24,9 @@ from llama.checkpoint.reading import (
     network_args,
     page_release,
     read_shard,
+    tensor_faults,
 )
 from llama.checkpoint.releases import find_release
-from llama.checkpoint.sharded import same_bits
 from llama.checkpoint.writing import CHECKLIST, md5_of
 from llama.errors import first_few, printable, quote
 from llama.tokenizer import Tokenizer
@@ -130,22 +130,27 @@ def _check_shards(folder: Path, shards: list[Path], n_words: int, found: Finding
     there, names = [path.name for path in shards], [f"consolidated.{rank:02d}.pth" for rank in range(len(shards))]
     if there != names:
         found.problems.append(f"{folder} must hold {first_few(names, _SHOWN)}, got {first_few(there, _SHOWN)}")
-    with found.take_error():
-        check_distinct(shards)
     states: dict[Path, dict[str, Tensor]] = {}  # mapped
     for path in shards:
         with found.take_error():
             states[path] = read_shard(path)
+    with found.take_error():
+        check_distinct(states)
     if not states:
         return
     with found.take_error():
         shapes = _expected_shapes(folder, next(iter(states.values())), len(shards), n_words, found)
-        first: dict[str, Tensor] = {}
+        sound: dict[str, Tensor] = {}
         for path, state in states.items():
-            faults: defaultdict[str, list[str]] = defaultdict(list)
-            for kind, what in _faults(path, state, shapes, first, progress):
-                faults[kind].append(what)
-            found.problems += [f"{path}: {kind}: {first_few(what, _SHOWN)}" for kind, what in faults.items()]
+            fault_of_values = partial(_fault_of_values, page_release(path), progress)
+            found.problems += tensor_faults(path, state, shapes, sound, fault_of_values)
+
+
+def _fault_of_values(release: Callable[[Tensor], None], progress: Progress, name: str, tensor: Tensor) -> Fault | None:
+    n_bad = count_not_finite(tensor)
+    release(tensor)
+    progress.add(tensor.nbytes)
+    return ("must hold finite numbers, got NaN or infinite values in", f"{name} ({n_bad})") if n_bad else None
 
 
 def _expected_shapes(
@@ -172,50 +177,6 @@ def _expected_shapes(
             f"{folder}: the vocabulary must be at least the tokenizer's {n_words} tokens, got {args.vocab_size}"
         )
     return tensor_shapes(args, parts, stored_quantize(folder))
-
-
-def _faults(
-    path: Path,
-    state: dict[str, Tensor],
-    shapes: dict[str, tuple[int, ...]],
-    first: dict[str, Tensor],
-    progress: Progress,
-) -> Iterator[tuple[str, str]]:
-    """The faults of one file's tensors: the kind of each, and the tensor.
-
-    Args:
-        first: the first file's tensors, those that are split without values; filled by the first call.
-    """
-    yield from (("missing", name) for name in shapes if name not in state)
-    release = page_release(path)
-    for name, tensor in state.items():
-        if name in shapes:
-            fault = _fault(name, tensor, shapes[name], stored_dtypes(name, shapes), first)
-            if fault is None:
-                release(tensor)
-            else:
-                yield fault
-        elif not is_known_extra(name):
-            yield "not in the network", printable(name)
-        progress.add(tensor.numel() * tensor.element_size())
-
-
-def _fault(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], first: dict[str, Tensor]
-) -> tuple[str, str] | None:
-    """The kind of the fault of a tensor and a description, or None."""
-    if tuple(tensor.shape) != shape:
-        return "wrong shape", f"{name} must be {shape} by params.json, got {quote(tuple(tensor.shape))}"
-    if tensor.dtype not in dtypes or tensor.layout != torch.strided or tensor.is_meta:
-        return f"not a dense tensor of {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}", name
-    if n_bad := count_not_finite(tensor):
-        return "NaN or infinite values", f"{name} has {n_bad}"
-    known = first.setdefault(name, tensor.clone() if is_repeated(name) else tensor.to("meta"))
-    if known.dtype != tensor.dtype:
-        return "another dtype than in the first file", f"{name} is {tensor.dtype}, there {known.dtype}"
-    if not known.is_meta and not same_bits(known, tensor):
-        return "not the values of the first file, which every file must repeat", name
-    return None
 
 
 def main(ckpt_dir: str, *, tokenizer_path: str | None = None, quiet: bool = False) -> int:

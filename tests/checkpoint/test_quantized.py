@@ -103,12 +103,12 @@ def test_a_quantized_checkpoint_is_half_as_large_and_close_to_the_original(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"norm.scales": torch.ones(64)}, "not in the network: norm.scales"),
-        ({"layers.0.attention.wo.scales": None}, "missing: layers.0.attention.wo.scales"),
-        ({"output.scales": torch.ones(3)}, "wrong shape: output.scales must be"),
-        ({"output.scales": "double"}, "not a dense tensor of float32: output.scales"),
-        ({"output.scales": "nan"}, "NaN or infinite values: output.scales"),
-        ({"output.weight": "double"}, "not a dense tensor of int8: output.weight"),
+        ({"norm.scales": torch.ones(64)}, "but has norm.scales"),
+        ({"layers.0.attention.wo.scales": None}, "but lacks layers.0.attention.wo.scales"),
+        ({"output.scales": torch.ones(3)}, "got output.scales of (3,), not ("),
+        ({"output.scales": "double"}, "dense tensors of float32, got output.scales (torch.float64,"),
+        ({"output.scales": "nan"}, "NaN or infinite values in output.scales"),
+        ({"output.weight": "double"}, "dense tensors of int8, got output.weight (torch.float64,"),
     ],
 )
 def test_verify_names_what_is_wrong_in_a_quantized_checkpoint(

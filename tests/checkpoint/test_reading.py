@@ -7,7 +7,6 @@ import pickle
 import random
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,21 +115,17 @@ def test_a_file_copied_over_another_is_refused(split_checkpoint: Callable[[int],
 
 
 @pytest.mark.parametrize("n_layers", [2_000_000, 2**62])
-def test_more_layers_than_the_file_has_tensors_are_refused_before_anything_is_planned(
+def test_more_layers_than_any_network_has_are_refused_before_anything_is_planned(
     write_checkpoint: Callable[..., Path],
     params: dict[str, Any],
     state: dict[str, Tensor],
-    args: ModelArgs,
     tokenizer_path: Path,
     n_layers: int,
 ) -> None:
     """A list of that many tensors' shapes would take minutes and gigabytes."""
     folder = write_checkpoint(params | {"n_layers": n_layers}, state)
-    message = rf"params\.json: n_layers must be .*, got {n_layers}, but consolidated\.00\.pth has no more than"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"params\.json: n_layers must be .* below 10,000, got {n_layers}"):
         Llama.build(folder, tokenizer_path, max_seq_len=8, max_batch_size=1, device="cpu")
-    with pytest.raises(ValueError, match=message):
-        load_shard(folder / "consolidated.00.pth", replace(args, n_layers=n_layers), 1)
 
 
 def test_every_rank_finds_that_another_ranks_file_is_cut_short(
@@ -187,14 +182,14 @@ def test_rope_freqs_is_the_one_known_extra(one_file: Callable[..., Path], args: 
         ({"rope.freqs.inv": torch.ones(4)}, r"but has rope\.freqs\.inv$"),
         (
             {"layers.1.attention.wk.weight": torch.ones(64, 64)},
-            r"layers\.1\.attention\.wk\.weight must have shape \(32, 64\) by params\.json, got shape \(64, 64\)",
+            r"must have the shapes .*, got layers\.1\.attention\.wk\.weight of \(64, 64\), not \(32, 64\)",
         ),
-        ({"norm.weight": torch.ones(())}, r"norm\.weight must have shape \(64,\) by params\.json, got shape \(\)"),
+        ({"norm.weight": torch.ones(())}, r", got norm\.weight of \(\), not \(64,\)"),
         (
             {"norm.weight": torch.ones(64, dtype=torch.int8)},
-            r"norm\.weight must have dtype float16, bfloat16 or float32, got torch\.int8",
+            r"dense tensors of float16 or bfloat16 or float32, got norm\.weight \(torch\.int8,",
         ),
-        ({"norm.weight": torch.ones(64, dtype=torch.bool)}, r"norm\.weight must have dtype .*, got torch\.bool"),
+        ({"norm.weight": torch.ones(64, dtype=torch.bool)}, r"dense .*, got norm\.weight \(torch\.bool,"),
         ({7: torch.ones(1)}, r"but has 7$"),
     ],
 )
@@ -214,9 +209,7 @@ def test_tensors_that_do_not_fit_the_network_are_refused(
 def test_what_is_no_flat_dict_of_tensors_is_refused(tmp_path: Path, args: ModelArgs, content: object) -> None:
     path = tmp_path / "consolidated.00.pth"
     torch.save(content, path)
-    with pytest.raises(
-        ValueError, match=r"consolidated\.00\.pth (must hold a flat dict of tensors|has no more than 0 tensors)"
-    ):
+    with pytest.raises(ValueError, match=r"consolidated\.00\.pth must hold (a flat dict of|the) tensors"):
         load_shard(path, args, 1)
 
 

@@ -176,17 +176,20 @@ def test_files_that_disagree_are_refused(source: Path, tmp_path: Path) -> None:
     path = source / "consolidated.01.pth"
     good = torch.load(path)
     for changed, message in (
-        ({"norm.weight": good["norm.weight"] + 1}, "norm.weight must be the same in all files"),
+        (
+            {"norm.weight": good["norm.weight"] + 1},
+            "01.pth must repeat the values .*, but differs in norm.weight",
+        ),
         (
             {"output.weight": good["output.weight"].float()},
-            "output.weight must have one dtype .* torch.bfloat16 in .* torch.float32",
+            "01.pth must have the dtypes .*, got output.weight of torch.float32 for torch.bfloat16",
         ),
         ({"extra": torch.zeros(2)}, r"consolidated.01.pth must hold no other tensors .* but has extra"),
     ):
         torch.save(good | changed, path)
         assert_refused(message, source, tmp_path / "out")
     path.unlink()
-    assert_refused(r"got shape \(512, 32\)", source, tmp_path / "out")
+    assert_refused(r"got tok_embeddings.weight of \(512, 32\)", source, tmp_path / "out")
     (source / "params.json").unlink()
     assert_refused("no params.json", source, tmp_path / "out", kind=FileNotFoundError)
     assert_refused("no checkpoint files found in", tmp_path / "nowhere", tmp_path / "out", kind=AssertionError)
@@ -362,4 +365,4 @@ def test_a_folder_whose_name_is_no_utf8(source: Path, tmp_path: Path) -> None:
     done = run_python(*arguments)
     assert done.returncode == 1 and r"out-\udcfe, which exists already" in done.stderr
     done = run_python("-m", "llama.tools.verify", "--ckpt_dir", out, "--quiet")
-    assert r"out-\udcfe/consolidated.01.pth: NaN or infinite values" in done.stdout  # the source has some
+    assert r"out-\udcfe/consolidated.01.pth must hold finite numbers, got NaN" in done.stdout  # the source has some

@@ -144,14 +144,29 @@ def test_a_tokenizer_of_another_size(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layers.1.attention.wq.weight": None}, ["missing: layers.1.attention.wq.weight"]),
-        ({"extra": torch.zeros(2)}, ["not in the network: extra"]),
-        ({"norm.weight": torch.zeros(63)}, ["wrong shape: norm.weight must be (64,) by params.json, got (63,)"]),
-        ({"norm.weight": torch.zeros(64, dtype=torch.int32)}, ["not a dense tensor", "norm.weight"]),
-        ({"norm.weight": torch.zeros(64, device="meta")}, ["not a dense tensor", "norm.weight"]),
-        ({"norm.weight": torch.zeros(64).to_sparse()}, ["not a dense tensor", "norm.weight"]),
-        ({"norm.weight": torch.ones(64)}, ["another dtype than in the first file", "torch.float32"]),
-        ({"norm.weight": torch.zeros(64).bfloat16()}, ["every file must repeat: norm.weight"]),
+        ({"layers.1.attention.wq.weight": None}, ["but lacks layers.1.attention.wq.weight"]),
+        ({"extra": torch.zeros(2)}, ["no other tensors than the network's, but has extra"]),
+        (
+            {"norm.weight": torch.zeros(63)},
+            ["must have the shapes of", "norm.weight of (63,), not (64,)"],
+        ),
+        (
+            {"norm.weight": torch.zeros(64, dtype=torch.int32)},
+            ["must hold dense tensors of", "got norm.weight ("],
+        ),
+        (
+            {"norm.weight": torch.zeros(64, device="meta")},
+            ["must hold dense tensors of", "got norm.weight ("],
+        ),
+        (
+            {"norm.weight": torch.zeros(64).to_sparse()},
+            ["must hold dense tensors of", "got norm.weight ("],
+        ),
+        ({"norm.weight": torch.ones(64)}, ["dtypes of the other files", "torch.float32 for torch.bfloat16"]),
+        (
+            {"norm.weight": torch.zeros(64).bfloat16()},
+            ["must repeat the values of", "differs in norm.weight"],
+        ),
     ],
 )
 def test_what_is_wrong_with_a_tensor(folder: Path, changes: State, words: list[str]) -> None:
@@ -169,7 +184,7 @@ def test_values_that_are_not_finite_are_counted(
     bad = state[name].clone()
     bad[[3, 40], [7, 0]] = value
     whole = {key: weight.to(dtype) for key, weight in (state | {name: bad}).items()}
-    assert_one(problems(write_checkpoint(params, whole)), "NaN or infinite values", f"{name} has 2")
+    assert_one(problems(write_checkpoint(params, whole)), f"NaN or infinite values in {name} (2)")
 
 
 def test_the_largest_finite_values_are_sound(write_checkpoint: Write, params: dict[str, Any], state: State) -> None:
@@ -180,7 +195,7 @@ def test_the_largest_finite_values_are_sound(write_checkpoint: Write, params: di
 def test_many_tensors_with_one_fault_are_one_line(folder: Path) -> None:
     path = folder / "consolidated.01.pth"
     change(path, {name: tensor[:1] for name, tensor in torch.load(path).items() if tensor.dim() == 2})
-    assert_one(problems(folder), "wrong shape: ", " and 18 more")
+    assert_one(problems(folder), "must have the shapes of its configuration, ", " and 20 more")
 
 
 def test_missing_and_misnamed_files(folder: Path) -> None:
@@ -222,7 +237,7 @@ def test_the_command_prints_a_line_a_problem(folder: Path, capsys: pytest.Captur
     done = run_python("-m", "llama.tools.verify", "--ckpt_dir", folder, "--quiet")
     assert (done.returncode, done.stderr) == (1, "")
     lines = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == [str(folder / "consolidated.01.pth")] * 2 + ["note"]
+    assert [line.split()[0] for line in lines] == [str(folder / "consolidated.01.pth")] * 2 + ["note:"]
     assert all(map(str.isprintable, lines)) and r"\x1b[2K\rok: " in done.stdout
 
 
