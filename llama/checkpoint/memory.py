@@ -22,6 +22,7 @@ from llama.layers.cache import SPARE_POSITIONS
 from llama.model import ModelArgs
 
 GIB = 1024**3
+_MEMINFO = Path("/proc/meminfo")
 _CGROUP_FILES = (  # (limit, usage) of the container that this process may run in: version 2, version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -144,7 +145,8 @@ def available_memory(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     # What the kernel calls available (free, or page cache it can drop), and no more than the container may take.
-    amounts = [_read_meminfo() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    host = 1024 * _read_numbers(_MEMINFO).get("MemAvailable:", 0)
+    amounts = [host or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for limit_file, usage_file in _CGROUP_FILES:
         stat = _read_numbers(Path(usage_file).with_name("memory.stat"))
         prefix = "total_" if "total_inactive_file" in stat else ""
@@ -164,12 +166,6 @@ def free_address_space() -> int:
     except OSError:  # no /proc
         return limit
     return limit - pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _read_meminfo() -> int | None:
-    """MemAvailable in bytes; None where there is no /proc."""
-    kib = _read_numbers(Path("/proc/meminfo")).get("MemAvailable:")
-    return None if kib is None else 1024 * kib
 
 
 def _read_numbers(path: Path) -> dict[str, int]:

@@ -42,7 +42,7 @@ _SAFETENSORS_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float
 
 
 class TensorFile:
-    """A laid-out file, open for the values. A context manager; at its end every tensor has to be written.
+    """A laid-out file, open for the values. A context manager.
 
     Flushes run during the writing, not after it. At most twice `_FLUSH` and a tensor are not on the disk yet, so that
     Ctrl-C ends the program soon.
@@ -57,7 +57,6 @@ class TensorFile:
     ) -> None:
         self._offsets = offsets
         self._checksum_offsets = checksum_offsets
-        self._unwritten = set(offsets)
         self._descriptor = os.open(path, os.O_WRONLY)
         self._flusher = ThreadPoolExecutor(max_workers=1)
         self._flush = self._flusher.submit(os.fsync, self._descriptor)
@@ -71,7 +70,6 @@ class TensorFile:
         os.close(self._descriptor)
         if kind is None:
             self._flush.result()  # raises its error, which the system reports only once
-            assert not self._unwritten, f"never written: {sorted(self._unwritten)}"
 
     def write(self, name: str, tensor: Tensor) -> int:
         """Writes a tensor, of the dtype and shape that were laid out; returns its number of bytes."""
@@ -86,7 +84,6 @@ class TensorFile:
             done += written
         for offset in stated:
             os.pwrite(self._descriptor, checksum.to_bytes(4, "little"), offset)
-        self._unwritten.discard(name)
         self._unflushed += done
         if self._unflushed >= _FLUSH:
             self._flush.result()

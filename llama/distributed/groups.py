@@ -103,8 +103,7 @@ def init_process_groups(model_parallel_size: int, device: torch.device) -> None:
     with _groups_lock:
         if not dist.is_initialized():
             _init_process_group(device)
-            pid = os.getpid()
-            atexit.register(lambda: _leave() if os.getpid() == pid else None)
+            atexit.register(_leave)
             os.register_at_fork(after_in_child=_keep_groups_of_parent)
         if lockstep := _ranks_in_lockstep():
             lockstep.check()
@@ -174,6 +173,7 @@ def _leave() -> None:
 
 def _keep_groups_of_parent() -> None:
     """In a forked child, never destroy the groups: that would wait for threads that exist only in the parent."""
+    atexit.unregister(_leave)
     for group in dist.distributed_c10d._world.pg_map:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
@@ -237,7 +237,6 @@ def compare_calls(call: object, *, timeout_s: float | None = None) -> None:
         timeout_s: maximum time to wait for the others; None for `LLAMA_RANK_TIMEOUT` seconds, or 300 if not set.
     """
     if lockstep := _ranks_in_lockstep():
-        lockstep.check()
         groups = [_group_ranks()]
         if replica()[1] > 1:
             groups.append(dist.get_process_group_ranks(parallel.get_data_parallel_group()))

@@ -32,8 +32,8 @@ from llama.checkpoint.reading import check_range, magnitude
 from llama.checkpoint.releases import TRAINED_SEQ_LEN
 from llama.checkpoint.sharded import ShardedCheckpoint
 from llama.checkpoint.writing import TensorFile, lay_out_safetensors, write_shards
-from llama.distributed.device import DTYPES
-from llama.errors import printable, quote, read_json_object
+from llama.distributed.device import select_dtype
+from llama.errors import printable, read_json_object
 from llama.model import ModelArgs
 from llama.text.chat_format import CHAT_FORMAT_FILE, copy_chat_format, read_stop_ids
 from llama.text.tokenizer_json import load_tokenizer
@@ -42,6 +42,7 @@ from llama.tools.commandline import run
 from llama.tools.progress import writing
 from llama.tools.reshard import check_count, check_places, with_even_vocabulary
 
+_CPU = torch.device("cpu")
 MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file; beyond, the weights are spread over several
 _PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps")
 
@@ -75,7 +76,7 @@ def from_hf(
     """
     check_places(hf_dir, output_dir)
     check_count(model_parallel_size)
-    target_dtype = _check_dtype(dtype)
+    target_dtype = None if dtype is None else select_dtype(dtype, _CPU)
     source = HuggingFaceFolder(Path(hf_dir))
     args = source.args
     places = [Path(hf_dir) / name for name in ("tokenizer.model", "tokenizer.json")]
@@ -126,7 +127,7 @@ def to_hf(
         OSError: the disk does not have enough space.
     """
     check_places(ckpt_dir, output_dir)
-    target_dtype = _check_dtype(dtype)
+    target_dtype = None if dtype is None else select_dtype(dtype, _CPU)
     source = ShardedCheckpoint(ckpt_dir)
     tokenizer = Tokenizer(tokenizer_path)
     tokenizer.more_stop_ids = read_stop_ids([ckpt_dir, Path(tokenizer_path).parent], tokenizer.special_tokens)
@@ -151,12 +152,6 @@ def to_hf(
             whole = source.whole(name)
             whole = _cast(name, whole if n_heads is None else to_half_split(whole, n_heads), target_dtype)
             progress.add(files[hf_name(name)].write(hf_name(name), whole))
-
-
-def _check_dtype(dtype: str | None) -> torch.dtype | None:
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be {', '.join(DTYPES)} or None, got {quote(dtype)}")
-    return None if dtype is None else DTYPES[dtype]
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

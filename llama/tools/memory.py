@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llama.checkpoint.format import stored_quantize
 from llama.checkpoint.memory import GIB, MemoryPlan
 from llama.checkpoint.reading import list_shards, network_args, read_shard
 from llama.checkpoint.releases import RELEASES, TRAINED_SEQ_LEN, Release, trained_seq_len
-from llama.distributed.device import DTYPES
+from llama.distributed.device import select_dtype
 from llama.errors import quote
 from llama.layers.linear import QUANTIZED_FORMS
 from llama.tools.commandline import run, with_flags_of
@@ -68,14 +70,12 @@ def memory_table(
     ranks = n_files if model_parallel_size is None else model_parallel_size
     check_count(ranks)
     args.check_shards(ranks)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {quote(dtype)}")
     if stored and ranks != n_files:
         raise ValueError(
             f"model_parallel_size must be the number of files of a quantized checkpoint, {n_files}, got {ranks}; "
             "reshard the checkpoint that it was made from"
         )
-    plan = MemoryPlan(args, ranks, DTYPES[dtype], quantize or stored)
+    plan = MemoryPlan(args, ranks, select_dtype(dtype, torch.device("cpu")), quantize or stored)
     what = dtype if plan.quantize is None else f"{dtype}, {plan.quantize}"
     head = f"{model or ckpt_dir}: {what}, MP={ranks}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
     lines = [head, *_table(plan)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.format import STORED_FORMS, is_linear, scales_of, stored_quantize, tensor_shapes
+from llama.checkpoint.format import STORED_FORMS, is_linear, scales_of, tensor_shapes
 from llama.checkpoint.reading import count_not_finite
 from llama.checkpoint.sharded import ShardedCheckpoint
 from llama.checkpoint.writing import copy_side_files, write_shards
@@ -53,8 +53,6 @@ def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *
             f"form must be {' or '.join(STORED_FORMS)}, got {quote(form)}; "
             "another form of Llama.build's quantize= is made while loading only"
         )
-    if (stored := stored_quantize(ckpt_dir)) is not None:
-        raise ValueError(f"ckpt_dir must not be quantized yet, got {ckpt_dir}, which holds {stored} weights")
     source = ShardedCheckpoint(ckpt_dir)
     layout = _layout(source, form)
     n_bytes = len(source.paths) * sum(tensor.nbytes for tensor in layout.values())

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from llama.checkpoint.releases import find_release
 from llama.checkpoint.writing import CHECKLIST, md5_of
 from llama.errors import first_few, printable, quote
 from llama.tokenizer import Tokenizer
-from llama.tools.commandline import run
+from llama.tools.commandline import run, with_flags_of
 from llama.tools.progress import Progress
 
 TOKENIZER_CHECKLIST = "tokenizer_checklist.chk"
@@ -179,15 +180,14 @@ def _expected_shapes(
     return tensor_shapes(args, parts, stored_quantize(folder))
 
 
-def main(ckpt_dir: str, *, tokenizer_path: str | None = None, quiet: bool = False) -> int:
+@partial(with_flags_of, verify)
+def main(ckpt_dir: str, **options: Any) -> int:
     """Checks a checkpoint folder and prints the problems, one per line; the exit status is then 1.
 
     Args:
         ckpt_dir: folder of params.json and consolidated.NN.pth.
-        tokenizer_path: its tokenizer.model; by default the one in ckpt_dir or in its parent folder.
-        quiet: shows no progress.
     """
-    found = verify(ckpt_dir, tokenizer_path=tokenizer_path, quiet=quiet)
+    found = verify(ckpt_dir, **options)
     for line in [*found.problems, *(f"note: {note}" for note in found.notes)]:
         print(printable(line, _MAX_LINE))
     if not found.problems:

@@ -266,6 +266,12 @@ def test_a_host_gives_what_its_kernel_calls_available(tmp_path: Path, monkeypatc
     assert available_memory(CPU) == pytest.approx(1024 * int(kib), rel=0.2)
 
 
+def set_available(folder: Path, monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
+    """What the kernel of this host says."""
+    (folder / "meminfo").write_text(f"MemAvailable: {n_bytes // 1024} kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", folder / "meminfo")
+
+
 def test_a_container_gives_what_its_limit_leaves_and_no_more_than_the_host_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,10 +279,10 @@ def test_a_container_gives_what_its_limit_leaves_and_no_more_than_the_host_has(
         *((str(8 * GIB), 3, 64, 5), (str(8 * GIB), 3, 2, 2), (str(GIB), 2, 2, 0)),
         *((limit, 3, 2, 2) for limit in ("9223372036854771712", "max", "", "nonsense")),
     ):
-        monkeypatch.setattr(memory, "_read_meminfo", lambda host=host: host * GIB)
+        set_available(tmp_path, monkeypatch, host * GIB)
         cgroup(tmp_path, monkeypatch, limit, str(usage * GIB))
         assert available_memory(CPU) == left * GIB
-    monkeypatch.setattr(memory, "_read_meminfo", lambda: None)  # a host without /proc is asked otherwise
+    (tmp_path / "meminfo").unlink()  # a host without /proc is asked otherwise
     assert available_memory(CPU) > 0
 
 
@@ -285,7 +291,7 @@ def test_page_cache_of_a_container_counts_as_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, prefix: str
 ) -> None:
     """Else a checkpoint that was just downloaded, or read once before, leaves no room for itself."""
-    monkeypatch.setattr(memory, "_read_meminfo", lambda: 64 * GIB)
+    set_available(tmp_path, monkeypatch, 64 * GIB)
     cgroup(tmp_path, monkeypatch, str(16 * GIB), str(15 * GIB))
     stat = f"cache {14 * GIB}\n{prefix}inactive_file {5 * GIB}\n{prefix}active_file {8 * GIB}\n{prefix}shmem {GIB}\n"
     (tmp_path / "memory.stat").write_text(stat)
