@@ -18,13 +18,13 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from llama import __version__
 from llama.errors import printable, quote
 from llama.serving.access import LEFT, Guard, Observe, check_key, error_response
-from llama.serving.chat_page import page_routes
 from llama.serving.endpoints import (
     CHAT_URL,
     COMPLETIONS_URL,
@@ -36,11 +36,10 @@ from llama.serving.endpoints import (
     tokenizer_info,
 )
 from llama.serving.errors import ApiError, BusyError
-from llama.serving.fields import Unknown
 from llama.serving.formats import CompletionAnswer
 from llama.serving.jobs import Planner
 from llama.serving.metrics import CONTENT_TYPE, Metrics
-from llama.serving.protocol import check_model, parse_json
+from llama.serving.protocol import Unknown, check_model, parse_json
 from llama.serving.responses import ResponseAnswer
 from llama.serving.run import ClientLeftError, Run
 from llama.serving.service import Service
@@ -50,6 +49,15 @@ _BODY_S = 30.0  # in which a client has to send its body
 _SMALL_BODY = 2**16  # bytes; what a body has beyond them counts towards the sum of all
 _OPEN_BODIES = 16  # that may have their maximum size at the same time
 _MOST_IGNORED = 1000  # names of ignored fields that are remembered
+_PAGE_HEADERS = {
+    # Trusted types: only the sanitizer may make HTML of text.
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; script-src 'self'; "
+    "style-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # asks with the ETag whether the file has changed
+}
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 logger = logging.getLogger(__name__)
@@ -93,11 +101,6 @@ class Server:
         self.metrics.service = self.service = service
 
     @property
-    def ignores_unknown(self) -> bool:
-        """Whether fields that nobody knows are left out, instead of refused."""
-        return self.settings.unknown_fields == "ignore"
-
-    @property
     def failure(self) -> BaseException | None:
         return self.error or (self.service.error if self.service else None)
 
@@ -112,7 +115,7 @@ class Server:
 
 def make_app(server: Server) -> Starlette:
     """The application, for an ASGI server such as uvicorn."""
-    routes = [*page_routes(), *_routes(server)]
+    routes = _routes(server)
     settings, origins = server.settings, names_in(server.settings.allowed_origins)
     log = settings.log_format if settings.log_requests else None
     hosts = None if server.allowed_hosts is None else {host.lower() for host in server.allowed_hosts}
@@ -135,8 +138,20 @@ def make_app(server: Server) -> Starlette:
     return app
 
 
-def _routes(server: Server) -> list[Route]:
-    """The routes but the page's."""
+class _Page(StaticFiles):
+    """The chat page's files, with a policy that lets the browser load and run nothing else."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(_PAGE_HEADERS)
+        return response
+
+
+def _routes(server: Server) -> list[Route | Mount]:
+    files = _Page(directory=Path(__file__).with_name("static"))
+
+    async def page(request: Request) -> Response:
+        return await files.get_response("chat.html", request.scope)
 
     async def health(request: Request) -> Response:
         server.parts()
@@ -146,7 +161,7 @@ def _routes(server: Server) -> list[Route]:
         return JSONResponse({"version": __version__})
 
     async def openapi(request: Request) -> Response:
-        return JSONResponse(describe(ignores_unknown=server.ignores_unknown))
+        return JSONResponse(describe(ignores_unknown=server.settings.unknown_fields == "ignore"))
 
     async def metrics(request: Request) -> Response:
         return Response(server.metrics.text(), media_type=CONTENT_TYPE)
@@ -173,11 +188,12 @@ def _routes(server: Server) -> list[Route]:
 
         return check_first
 
-    no_key = {"/health": health, "/version": version, "/openapi.json": openapi}
+    no_key = {"/": page, "/health": health, "/version": version, "/openapi.json": openapi}
     gets = {"/metrics": metrics, "/v1/models": models, "/v1/models/{name:path}": model, "/tokenizer_info": info}
     posts = {url: partial(_complete, server, url) for url in (CHAT_URL, COMPLETIONS_URL, RESPONSES_URL)}
     posts |= {"/tokenize": partial(_convert, server, tokenize), "/detokenize": partial(_convert, server, detokenize)}
     return [
+        Mount("/static", files),
         Route("/ping", health, methods=["GET", "POST"]),
         *(Route(path, endpoint) for path, endpoint in no_key.items()),
         *(Route(path, with_key(endpoint)) for path, endpoint in gets.items()),
@@ -197,7 +213,7 @@ async def _complete(server: Server, url: str, request: Request) -> Response:
     """Answers a request for completions, as a whole or as a stream."""
     arrived = time.perf_counter()
     service, planner = server.parts()
-    unknown = Unknown(ignore=server.ignores_unknown)
+    unknown = Unknown(ignore=server.settings.unknown_fields == "ignore")
     async with _body_of(server, request) as raw:
         asked = await asyncio.to_thread(lambda: read_request(url, parse_json(raw), planner, unknown))
     request.state.counts = counts = asked.answer.counts

@@ -6,6 +6,7 @@ https://platform.openai.com/docs/api-reference/batch
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -25,11 +26,6 @@ from llama.serving.endpoints import CHAT_URL, COMPLETIONS_URL, Request, read_req
 from llama.serving.errors import ApiError
 from llama.serving.formats import CompletionAnswer
 from llama.serving.jobs import Job, Planner, as_completed
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two runs at the same time are not detected there
-    fcntl = None  # type: ignore[assignment]
 
 MAX_CHOICES = 4096  # of a request, over all of its prompts
 _LINE_FIELDS = ("custom_id", "method", "url", "body")
@@ -230,7 +226,7 @@ class Results:
             _lock(self._file.fileno(), path)
             self._size = self._file.seek(0, os.SEEK_END)
             self._synced = time.monotonic()
-            if is_new and os.name == "posix":
+            if is_new:
                 folder = os.open(path.parent, os.O_RDONLY)
                 os.fsync(folder)
                 os.close(folder)
@@ -352,8 +348,6 @@ class Results:
 
 def _lock(fd: int, path: Path) -> None:
     """Locks the file until this process ends; without effect on a file system without locks."""
-    if fcntl is None:
-        return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

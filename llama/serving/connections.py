@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import time
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
-try:
-    import resource
-except ImportError:  # not a POSIX system
-    resource = None  # type: ignore[assignment]
 
 IDLE_S = 20.0  # in which a client has to send a request's headers or its next request, or to read something
 PROBE_S = 0.02  # between the first two looks for whether a client that ended its side has left
@@ -31,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 def raise_file_limit() -> int:
     """Raises the limit of open files as far as this process may; returns the number of connections that fit."""
-    if resource is None:
-        return _MOST
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -15,16 +15,17 @@ from llama import __version__
 from llama.chat import Message
 from llama.errors import PromptError
 from llama.serving.errors import ApiError
-from llama.serving.fields import ANY, Unknown
 from llama.serving.formats import ChatAnswer, CompletionAnswer, TextAnswer, token_text
 from llama.serving.jobs import Job, Planner
 from llama.serving.protocol import (
+    ANY,
     AnyBody,
     Body,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     TokenizeBody,
+    Unknown,
     check_body,
     check_model,
 )
@@ -85,7 +86,7 @@ def read_request(url: str, values: Any, planner: Planner, unknown: Unknown | Non
     if url == RESPONSES_URL:
         asked = _checked(values, ResponsesBody, planner, unknown)
         job = planner.chat(as_chat(asked, unknown))
-        return Request(job, ResponseAnswer(asked, job, planner.model_name), asked.stream)
+        return Request(job, ResponseAnswer(asked, job, planner), asked.stream)
     if url == CHAT_URL:
         chat = _checked(values, ChatBody, planner, unknown)
         job = planner.chat(chat)

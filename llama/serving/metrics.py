@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -25,30 +26,20 @@ class Metrics(Collector):
     def __init__(self) -> None:
         self.service: Service | None = None
         self._registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "llama_requests",
-            "Requests by path and HTTP status; 499: the client left.",
-            ["path", "status"],
-            registry=registry,
-        )
+        by_status = "Requests by path and HTTP status; 499: the client left."
+        self.requests = Counter("llama_requests", by_status, ["path", "status"], registry=registry)
         self.prompt_tokens = Counter("llama_prompt_tokens", "Tokens of accepted prompts.", registry=registry)
-        self.first_token = Histogram(
-            "llama_time_to_first_token_seconds",
-            "From the arrival of a request to its first token.",
-            buckets=_SECONDS,
-            registry=registry,
+        seconds = partial(Histogram, registry=registry, buckets=_SECONDS)
+        self.first_token = seconds(
+            "llama_time_to_first_token_seconds", "From the arrival of a request to its first token."
         )
-        self.per_token = Histogram(
+        self.per_token = seconds(
             "llama_time_per_output_token_seconds",
             "Between the tokens of a choice after its first one; one observation per request.",
             buckets=_SECONDS_PER_TOKEN,
-            registry=registry,
         )
-        self.duration = Histogram(
-            "llama_request_duration_seconds",
-            "From the arrival of a completion request to its end.",
-            buckets=_SECONDS,
-            registry=registry,
+        self.duration = seconds(
+            "llama_request_duration_seconds", "From the arrival of a completion request to its end."
         )
         registry.register(self)
 

@@ -1,23 +1,154 @@
 """The bodies of requests in OpenAI's API, checked field by field: of the server, and of batch files.
 
-The fields of an endpoint's body are the rows of a class here, and those without effect (see `fields.py`). The OpenAPI
-document is made of the same rows.
+A field is supported, and then a row of a class here, or has a row in one of the tables, or is unknown. null is a field
+left out. The OpenAPI document is made of the same rows.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, cast
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, NoReturn, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from llama.errors import printable, quote
 from llama.serving.errors import ApiError
-from llama.serving.fields import NEUTRAL, ROLES, Table, Unknown, check_messages
 
 MAX_CHOICES = 128  # per prompt
 MAX_STOPS = 64
 MAX_TOP_LOGPROBS = 20  # of a chat completion; of a completion 5
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ANY = None
+Table: TypeAlias = Mapping[str, tuple[Any, ...] | None]
+# The values that are taken because they ask for what happens anyway, and ANY for labels and hints, which cannot change
+# the text. Other values are errors, which name fields in this order.
+NEUTRAL: Table = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "length_penalty": (1,),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
+    "use_beam_search": (False,),
+    "best_of": (1,),  # and the value of n
+    "suffix": ("",),
+    "echo": (False,),
+    "prompt_logprobs": (),
+    "chat_template_kwargs": ({},),
+    "priority": (0,),
+    "service_tier": ("auto", "default"),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "cache_prompt": ANY,
+    "metadata": ANY,
+    "parallel_tool_calls": ANY,
+    "prompt_cache_key": ANY,
+    "prompt_cache_retention": ANY,
+    "reasoning_effort": ANY,
+    "request_id": ANY,
+    "safety_identifier": ANY,
+    "store": ANY,
+    "user": ANY,
+    "verbosity": ANY,
+}
+# Clients that send an answer back unchanged send these in messages and their parts.
+MESSAGE_NEUTRAL: Table = {
+    "tool_calls": ([],),
+    "annotations": ([],),
+    "reasoning_content": ("",),
+    "reasoning": ("",),
+    "refusal": ("",),
+    "type": ("message",),
+    **dict.fromkeys(("name", "id", "status", "phase"), ANY),
+}
+PARTS = ("text", "input_text", "output_text")  # types of these, in chats and in responses
+PART_NEUTRAL: Table = {"annotations": ([],), "logprobs": ([],), "cache_control": ANY, "id": ANY}
+
+
+@dataclass
+class Unknown:
+    """What becomes of fields that no table has."""
+
+    ignore: bool = False  # whether they are left out, instead of refused
+    ignored: list[str] = field(default_factory=list)  # names of those left out
+    refused: list[str] = field(default_factory=list)  # names of those that are errors, and of unsupported fields
+
+    def select(
+        self, values: Mapping[str, Any], supported: Collection[str], neutral: Table, *, prefix: str = ""
+    ) -> dict[str, Any]:
+        """The supported fields of an object; notes what else it has. `prefix` goes before names in errors."""
+        known = [name for name in values if name in supported or name in neutral]
+        self.refused += [
+            prefix + name
+            for name, allowed in neutral.items()
+            if name in values and name not in supported and not _is_neutral(values[name], allowed)
+        ]
+        unknown = [prefix + printable(name) for name in values if name not in known and values[name] is not None]
+        (self.ignored if self.ignore else self.refused).extend(unknown)
+        return {name: values[name] for name in known if name in supported and values[name] is not None}
+
+    def check(self) -> None:
+        """Raises ApiError if there are fields to refuse; it names them."""
+        if self.refused:
+            names, several = self.refused, len(self.refused) > 1
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise ApiError(
+                f"{', '.join(names[:8])}{more} {'are' if several else 'is'} not supported; leave "
+                f"{'them' if several else 'it'} out",
+                param=names[0],
+                code="unsupported_parameter",
+            )
+
+
+def _is_neutral(value: Any, allowed: tuple[Any, ...] | None) -> bool:
+    if isinstance(value, dict):
+        value = {name: inner for name, inner in value.items() if inner is not None}
+    is_null = value is None or allowed is ANY
+    return is_null or any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in allowed or ())
+
+
+def check_messages(messages: Any, unknown: Unknown, name: str) -> list[dict[str, str]]:
+    """The messages of a dialog, each with its content as one text. `name` is theirs in errors."""
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(f"{name} must be a list of at least one message, got {quote(messages)}", param=name)
+    return [_message(message, f"{name}[{i}]", unknown) for i, message in enumerate(messages)]
+
+
+def _message(message: Any, name: str, unknown: Unknown) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise ApiError(f"{name} must be an object with role and content, got {quote(message)}", param=name)
+    if message.get("type") not in (None, "message"):  # such as a tool's result, which has no role
+        raise ApiError(f"{name}.type must be 'message', got {quote(message['type'])}", param=f"{name}.type")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise ApiError(f"{name}.role must be one of {', '.join(ROLES)}, got {quote(role)}", param=f"{name}.role")
+    fields = unknown.select(message, ("role", "content"), MESSAGE_NEUTRAL, prefix=f"{name}.")
+    if f"{name}.tool_calls" in unknown.refused:  # which is why such a message has no content
+        unknown.check()
+    return {"role": ROLES[role], "content": _text_of(fields.get("content"), f"{name}.content", unknown)}
+
+
+def _text_of(content: Any, name: str, unknown: Unknown) -> str:
+    """The text of a content, which is a string or a list of parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        message = f"{name} must be a string or a list of parts of type text, got {quote(content)}"
+        raise ApiError(message, param=name)
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") not in PARTS or not isinstance(part.get("text"), str):
+            message = f'{name}[{i}] must be {{"type": "text", "text": "..."}}, got {quote(part)}'
+            raise ApiError(message, param=f"{name}[{i}]")
+        unknown.select(part, ("type", "text"), PART_NEUTRAL, prefix=f"{name}[{i}].")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _as_bias(bias: Any) -> Any:
@@ -27,21 +158,17 @@ def _as_bias(bias: Any) -> Any:
     return {int(token): amount for token, amount in bias.items()}
 
 
-def messages_schema(*kinds: str) -> dict[str, Any]:
-    """The JSON schema of what `check_messages` takes."""
-    part = {"type": {"enum": list(kinds)}, "text": {"type": "string"}}
-    parts = {"type": "array", "items": {"type": "object", "required": list(part), "properties": part}, "minItems": 1}
-    message = {"role": {"enum": list(ROLES)}, "content": {"anyOf": [{"type": "string"}, parts]}}
-    item = {"type": "object", "required": list(message), "properties": message}
-    return {"type": "array", "items": item, "minItems": 1}
-
-
+_PART = {"type": {"enum": list(PARTS)}, "text": {"type": "string"}}
+_PARTS = {"type": "array", "items": {"type": "object", "required": list(_PART), "properties": _PART}, "minItems": 1}
+_MESSAGE = {"role": {"enum": list(ROLES)}, "content": {"anyOf": [{"type": "string"}, _PARTS]}}
+_ITEM = {"type": "object", "required": list(_MESSAGE), "properties": _MESSAGE}
+MESSAGES = {"type": "array", "items": _ITEM, "minItems": 1}
 STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")  # a hint; nothing is padded
 _FLAGS = {name: {"type": ["boolean", "null"]} for name in STREAM_OPTIONS}
 _STREAM_OPTIONS = {"type": "object", "properties": _FLAGS, "additionalProperties": False}
 _BIAS = {"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": {"type": "number"}}
 Bias = Annotated[dict[int, float], BeforeValidator(_as_bias), WithJsonSchema(_BIAS)]
-Messages = Annotated[list[dict[str, str]], WithJsonSchema(messages_schema("text"))]
+Messages = Annotated[list[dict[str, str]], WithJsonSchema(MESSAGES)]
 Word = Annotated[str, Field(min_length=1)]
 Words = Annotated[list[Word], Field(max_length=MAX_STOPS, fail_fast=True)]  # an error per item would take seconds
 Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
@@ -201,7 +328,7 @@ def check_body(values: Any, kind: type[AnyBody], unknown: Unknown | None = None)
     if isinstance(options := fields.get("stream_options"), dict):
         fields["stream_options"] = unknown.select(options, STREAM_OPTIONS, {}, prefix="stream_options.")
     if "messages" in fields:
-        fields["messages"] = check_messages(fields["messages"], unknown)
+        fields["messages"] = check_messages(fields["messages"], unknown, "messages")
     unknown.check()
     try:
         return kind.model_validate(fields)

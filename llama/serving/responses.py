@@ -13,16 +13,14 @@ from typing import Annotated, Any
 from pydantic import Field, WithJsonSchema
 
 from llama.engine.output import Piece
-from llama.errors import quote
-from llama.serving import fields
+from llama.serving import protocol
 from llama.serving.errors import ApiError
-from llama.serving.fields import ANY, Table, Unknown, check_messages
 from llama.serving.formats import Counts, event
-from llama.serving.jobs import Job
-from llama.serving.protocol import Body, ChatBody, check_body, messages_schema
+from llama.serving.jobs import Job, Planner
+from llama.serving.protocol import ANY, Body, ChatBody, Table, Unknown, check_body, check_messages
 
 NEUTRAL: Table = {
-    **fields.NEUTRAL,
+    **protocol.NEUTRAL,
     "previous_response_id": (),
     "conversation": (),
     "prompt": (),
@@ -34,9 +32,7 @@ NEUTRAL: Table = {
     "max_tool_calls": ANY,
     "stream_options": ANY,
 }
-_ITEM_NEUTRAL: Table = {"type": ANY, "id": ANY, "status": ANY, "name": ANY, "phase": ANY}
-_PARTS = ("input_text", "output_text", "text")
-_INPUT = {"anyOf": [{"type": "string"}, messages_schema(*_PARTS)]}
+_INPUT = {"anyOf": [{"type": "string"}, protocol.MESSAGES]}
 
 
 class ResponsesBody(Body):
@@ -56,9 +52,7 @@ class ResponsesBody(Body):
 def as_chat(body: ResponsesBody, unknown: Unknown) -> ChatBody:
     """The chat that a body asks for; raises ApiError if its input or its text's format is wrong."""
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
-    messages = check_messages(
-        [_message(item, f"input[{i}]", unknown) for i, item in enumerate(items)], unknown, "input", _PARTS
-    )
+    messages = check_messages(items, unknown, "input")
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
     form = unknown.select(body.text, ("format",), {"verbosity": ANY}, prefix="text.").get("format")
@@ -80,17 +74,10 @@ def _response_format(form: Any) -> Any:
     return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
 
 
-def _message(item: dict[str, Any], name: str, unknown: Unknown) -> dict[str, Any]:
-    """An input item as a chat's message."""
-    if item.get("type") not in (None, "message"):
-        raise ApiError(f"{name}.type must be 'message', got {quote(item['type'])}", param=f"{name}.type")
-    return unknown.select(item, ("role", "content"), _ITEM_NEUTRAL, prefix=f"{name}.")
-
-
 class ResponseAnswer:
     """The answer of `POST /v1/responses`."""
 
-    def __init__(self, body: ResponsesBody, job: Job, model: str) -> None:
+    def __init__(self, body: ResponsesBody, job: Job, planner: Planner) -> None:
         self.counts = Counts(sum(map(len, job.prompts)))
         self._n_events = 0
         self._text = ""
@@ -100,7 +87,7 @@ class ResponseAnswer:
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
             "created_at": int(time.time()),
-            "model": model,
+            "model": planner.model_name,
             "background": False,
             "error": None,
             "incomplete_details": None,

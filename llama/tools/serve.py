@@ -33,7 +33,7 @@ with commandline.extra_imports(__name__, "serve"):
     from llama.serving.app import Server, make_app
     from llama.serving.connections import IDLE_S, Connection, raise_file_limit
 
-_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _BACKLOG = 2048  # connections that wait to be accepted
 _LAST_EVENTS_S = 3.0  # after the grace time, in which clients are told that the server ends
 

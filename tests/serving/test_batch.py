@@ -332,7 +332,6 @@ def test_a_file_that_is_no_file_of_results_is_refused_and_left_alone(tmp_path: P
 
 
 def test_two_runs_do_not_write_one_file(tmp_path: Path, flags: dict[str, Any]) -> None:
-    pytest.importorskip("fcntl", reason="this system has no file locks of this kind")
     source = write(tmp_path / "in", requests(2))
     first = Results(source, tmp_path / "out")
     with pytest.raises(ValueError, match="--output must be a file that no other process is writing"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from llama.serving import fields
+from llama.serving.protocol import ANY, NEUTRAL
 from tests.serving.test_serve import CHAT, QUESTION, TEXT_PATH, WRONG
 
 jsonschema = pytest.importorskip("jsonschema", reason="needs the package jsonschema, of the extra [test]")
@@ -40,8 +40,8 @@ def test_bodies_that_are_taken_are_in_the_schemas(serve: Serve) -> None:
         schema = schema_of(web, path)
         jsonschema.Draft202012Validator.check_schema(schema)
         limit = {limits[path]: 1} if path in limits else {}
-        labels = {name: {"a": 1} for name, values in fields.NEUTRAL.items() if values is fields.ANY}
-        neutral = {name: values[0] for name, values in fields.NEUTRAL.items() if values}
+        labels = {name: {"a": 1} for name, values in NEUTRAL.items() if values is ANY}
+        neutral = {name: values[0] for name, values in NEUTRAL.items() if values}
         nothing = dict.fromkeys(set(schema["properties"]) - set(body))
         for more in ({}, labels, neutral, nothing):
             assert web.post(path, json=body | more | limit).status_code == 200, (path, more)

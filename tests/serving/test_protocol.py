@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from llama.serving import fields
 from llama.serving.errors import ApiError
-from llama.serving.fields import ANY, Table, Unknown
-from llama.serving.protocol import ChatBody, CompletionBody, check_body
+from llama.serving.protocol import ANY, MESSAGE_NEUTRAL, NEUTRAL, ChatBody, CompletionBody, Table, Unknown, check_body
 
 QUESTION = {"role": "user", "content": "hi"}
 BODIES: list[tuple[Any, dict[str, Any]]] = [(ChatBody, {"messages": [QUESTION]}), (CompletionBody, {"prompt": "x"})]
@@ -28,10 +26,10 @@ def test_neutral_values_and_null_are_taken_and_others_are_refused_by_name(kind: 
     plain = check_body(body, kind)
     optional = [name for name, field in kind.model_fields.items() if not field.is_required()]
     assert check_body(body | dict.fromkeys(optional), kind) == plain
-    for label in labels_of(fields.NEUTRAL):
+    for label in labels_of(NEUTRAL):
         for value in (True, "high", {"a": "b"}, None):
             assert check_body(body | {label: value}, kind) == plain
-    for name, values in fields.NEUTRAL.items():
+    for name, values in NEUTRAL.items():
         if name in kind.model_fields or values is ANY:
             continue
         for value in (*values, None):
@@ -45,8 +43,8 @@ def test_neutral_values_and_null_are_taken_and_others_are_refused_by_name(kind: 
 
 
 def test_nested_fields_are_read_like_the_bodys() -> None:
-    labels = dict.fromkeys(labels_of(fields.MESSAGE_NEUTRAL), "x")
-    neutral = {name: values[0] for name, values in fields.MESSAGE_NEUTRAL.items() if values}
+    labels = dict.fromkeys(labels_of(MESSAGE_NEUTRAL), "x")
+    neutral = {name: values[0] for name, values in MESSAGE_NEUTRAL.items() if values}
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "annotations": None}
     parts = [part | {"text": "h"}, part | {"text": "i"}]
     for message in ({**QUESTION, **labels, **neutral}, {**QUESTION, "content": parts}, {**QUESTION, "audio": None}):

@@ -11,7 +11,7 @@ from openai import OpenAI
 from starlette.testclient import TestClient
 
 from llama import Llama
-from llama.serving.fields import ANY
+from llama.serving.protocol import ANY
 from llama.serving.responses import NEUTRAL, ResponsesBody, check_body
 
 Serve = Callable[..., TestClient]

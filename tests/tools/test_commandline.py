@@ -84,8 +84,7 @@ def test_a_flag_that_is_a_bool_or_a_text_can_be_either(
 def test_a_text_without_its_value_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], flag: str
 ) -> None:
-    """fire passes the text "True" for it, which would name a folder."""
-    assert command(monkeypatch, echo, *arguments) == 1
+    assert command(monkeypatch, echo, *arguments) == 2
     assert capsys.readouterr().err == f"error: --{flag} must have a value, got none; write --{flag} VALUE\n"
 
 
