@@ -15,7 +15,6 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,7 +24,6 @@ from llama.errors import quote
 MAX_PICKLE_BYTES = 4 * 1024**2  # 20 times the size of the pickle in the released 70B
 _MAX_SMALL_BYTES = 64 * 1024  # for any other record without tensor values
 _MAX_DIRECTORY_BYTES = 4 * 1024**2
-_LEGACY_PICKLES = 5  # in files from before torch 1.6: magic number, version, system, the dict, storage names
 
 _END = struct.Struct("<4s4H2LH")  # signature, disks, entries on disk and total, directory size and offset, comment
 _END_64_LOCATOR = struct.Struct("<4sLQL")  # signature, disk, offset of the 64-bit end record, disks
@@ -50,14 +48,6 @@ class Record:
     offset: int  # of the content, in the file
     checksum: int  # CRC-32 of the content; 0 in files without checksums
     checksum_offsets: tuple[int, int]  # the two places in the file that hold it
-
-
-def is_archive(path: Path) -> bool:
-    """Whether there is a zip archive, as written since torch 1.6; older files cannot be memory-mapped."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
 
 
 def read_records(path: Path) -> list[Record]:
@@ -97,25 +87,13 @@ def check_pickles(path: Path) -> None:
     restricted unpickler runs no code from the file, but allocates byte arrays of any size that the file asks for.
     """
     with path.open("rb") as file:
-        for pickle_stream in _pickles(path, file):
-            for opcode, argument, _ in pickletools.genops(pickle_stream):
-                if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
-                    raise ArchiveError("its pickle must not create a byte array, which can take any amount of memory")
-
-
-def _pickles(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
-    if not is_archive(path):
-        head = io.BytesIO(file.read(_LEGACY_PICKLES * MAX_PICKLE_BYTES))
-        for _ in range(_LEGACY_PICKLES):
-            yield head  # `genops` stops at the end of a pickle, which is where the next one starts
-        return
-    for record in read_records(path):
-        if _is_pickle(record.name):
-            file.seek(record.offset)
-            content = file.read(record.size)
+        for record in filter(lambda record: _is_pickle(record.name), read_records(path)):
+            content = _read(file, record.offset, record.size)
             if record.checksum and record.checksum != zlib.crc32(content):
                 raise ArchiveError(f"record {quote(record.name)} does not match its checksum")
-            yield io.BytesIO(content)
+            for opcode, argument, _ in pickletools.genops(content):
+                if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
+                    raise ArchiveError("its pickle must not create a byte array, which can take any amount of memory")
 
 
 def _is_pickle(name: str) -> bool:
@@ -124,6 +102,8 @@ def _is_pickle(name: str) -> bool:
 
 def _read_directory(file: BinaryIO) -> tuple[int, list[zipfile.ZipInfo]]:
     """Returns the directory's byte offset and its entries."""
+    if _read(file, 0, 2) != b"PK":
+        raise ArchiveError("it must be a zip archive, as torch.save writes since torch 1.6")
     end_at = file.seek(0, io.SEEK_END) - _END.size
     n_entries, directory_size, start, comment_size = _unpack(_END, file, end_at, b"PK\x05\x06")[4:]
     directory_end = end_at

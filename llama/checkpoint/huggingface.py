@@ -7,16 +7,15 @@ them, whose weights are read one tensor at a time from safetensors files or, whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from llama.checkpoint.format import tensor_shapes
-from llama.checkpoint.reading import page_release, read_shard, same_bits, tensor_faults
+from llama.checkpoint.reading import read_shard, same_bits, tensor_faults
 from llama.errors import missing_extra, printable, quote, read_json_object
 from llama.model import ModelArgs
 from llama.tokenizer import ADDED_TOKENS_FILES, Tokenizer
@@ -242,8 +241,6 @@ class HuggingFaceFolder:
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
         self._paths: dict[str, Path] = {}  # of each tensor
-        self._bins: dict[Path, dict[str, Tensor]] = {}
-        self._free: Callable[[], None] = lambda: None
         tensors = self._map(folder)
         shapes = tensor_shapes(self.args, 1)
         self._names = {name: hf_name(name) for name in shapes}
@@ -271,8 +268,6 @@ class HuggingFaceFolder:
                 raise ValueError(f"{path} must not repeat tensors of another file, got {printable(twice[0])}")
             tensors |= mapped
             self._paths |= dict.fromkeys(mapped, path)
-            if path.suffix != ".safetensors":
-                self._bins[path] = mapped
         if missing := sorted(listed - tensors.keys()):
             raise ValueError(
                 f"{folder}: the files must hold all tensors of the index, got none named {printable(missing[0])}"
@@ -280,15 +275,9 @@ class HuggingFaceFolder:
         return tensors
 
     def whole(self, name: str) -> Tensor:
-        """The tensor `name`; the memory of the one that was read before can be freed."""
-        self._free()
+        """The tensor `name`."""
         theirs, n_heads = self._names[name], rotated_heads(name, self.args)
-        path = self._paths[theirs]
-        if path in self._bins:
-            tensor = self._bins[path][theirs]
-            self._free = partial(page_release(path), tensor)
-        else:
-            tensor = _mapped(path)[theirs]  # mapped for this tensor alone: its memory is freed with it
+        tensor = _mapped(self._paths[theirs])[theirs]  # mapped for this tensor alone: its memory is freed with it
         return tensor if n_heads is None else to_interleaved(tensor, n_heads)
 
 

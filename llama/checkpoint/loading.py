@@ -185,7 +185,7 @@ def _load_model(
     if packs:
         reading.check_range({name: reading.magnitude(t, dtype) for name, t in state.items()}, dtype)
     else:
-        load_to_device(state, path, device=device, dtype=dtype)
+        load_to_device(state, device=device, dtype=dtype)
     model = network_class.from_state(args, state, cache_dtype=dtype)
     timings("weights")
     layers = packable_layers(model) if packs else []
@@ -195,7 +195,7 @@ def _load_model(
     if quantize == "int4":
         layers[-1].quantize = "int8"  # the output's errors are the logits' own
     if packs:
-        model.pack(dtype, release=reading.page_release(path))
+        model.pack(dtype, release=reading.release_pages)
         timings("packing" if quantize is None else "quantizing")
     if quantize == "int4":
         forms = [layer.packed_form for layer in layers]
@@ -210,20 +210,20 @@ def _load_model(
     return model
 
 
-def load_to_device(state: dict[str, Tensor], path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Replaces the tensors read from `path` by copies on `device` in `dtype`; never holds two copies of the whole.
+def load_to_device(state: dict[str, Tensor], *, device: torch.device, dtype: torch.dtype) -> None:
+    """Replaces the tensors of a mapped file by copies on `device` in `dtype`; never holds two copies of the whole.
 
     Raises:
         ValueError: a value is beyond the range of `dtype`.
     """
-    release, magnitudes = reading.page_release(path), {}
+    magnitudes = {}
     copy = _PinnedCopy(device) if device.type == "cuda" else partial(torch.Tensor.to, device=device)
     for name, tensor in state.items():
         copied = copy(tensor)
         magnitudes[name] = reading.magnitude(copied, dtype)
         state[name] = copied.to(dtype)
         if state[name] is not tensor:
-            release(tensor)
+            reading.release_pages(tensor)
     reading.check_range(magnitudes, dtype)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.archive import ArchiveError, check_pickles, is_archive, read_entries
+from llama.checkpoint.archive import ArchiveError, check_pickles, read_entries
 from llama.checkpoint.format import QUANTIZE, is_known_extra, is_repeated, read_params, stored_dtypes, tensor_shapes
 from llama.errors import check_link, check_not_pointer, first_few, first_line, printable, quote
 from llama.model import ModelArgs
@@ -116,7 +116,7 @@ def model_args(
             checkpoint is cut short or there twice.
     """
     shards = sorted(Path(ckpt_dir).glob("*.pth"))
-    first = read_shard(shards[0]) if shards and is_archive(shards[0]) else {}
+    first = read_shard(shards[0]) if shards else {}
     args = network_args(ckpt_dir, first, n_words)
     if args.vocab_size < n_words:
         tokenizer = "the tokenizer" if tokenizer_path is None else f"the tokenizer {tokenizer_path}"
@@ -153,7 +153,8 @@ def check_distinct(shards: Iterable[Path]) -> None:
     the ends of the files are read, so that all ranks find the one that is cut short, before anything is planned.
     """
     known: dict[object, Path] = {}
-    for path in filter(is_archive, shards):
+    for path in shards:
+        _check_regular(path)
         try:
             entries = read_entries(path)
         except ArchiveError as error:
@@ -188,15 +189,13 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or holds other objects than tensors.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} must be a regular file, got a folder, pipe or device")
-    check_not_pointer(path)
+    _check_regular(path)
     try:
         check_pickles(path)
         with path.open("rb") as file:
             is_utf8 = not any("\ud800" <= character <= "\udfff" for character in str(path))
             name = path if is_utf8 else f"/dev/fd/{file.fileno()}"  # torch takes no other path
-            state = torch.load(name, map_location="cpu", weights_only=True, mmap=is_archive(path))
+            state = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(  # torch's own words advise to load without `weights_only`, which runs code of the file
             f"{path} must hold tensors alone, got other objects, which are not loaded, or damage; compare its checksum"
@@ -206,6 +205,12 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} must hold a flat dict of tensors, as released checkpoint files do")
     return state
+
+
+def _check_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a regular file, got a folder, pipe or device")
+    check_not_pointer(path)
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
@@ -289,18 +294,11 @@ def check_range(magnitudes: Mapping[str, Tensor], dtype: torch.dtype) -> None:
             )
 
 
-def page_release(path: Path) -> Callable[[Tensor], None]:
-    """A function that gives back the memory of a tensor read from `path`; the file is read again when it is used."""
-    madvise = getattr(ctypes.CDLL(None), "madvise", None) if os.name == "posix" else None
-    if madvise is None or not is_archive(path):
-        return lambda tensor: None
-
-    def release(tensor: Tensor) -> None:
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        storage = tensor.untyped_storage()  # smaller than the tensor, if that repeats a value
-        end = min(tensor.data_ptr() + tensor.nbytes, storage.data_ptr() + storage.nbytes())
-        end = end // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > start:  # whole pages only: those at the ends hold parts of other tensors
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
-
-    return release
+def release_pages(tensor: Tensor) -> None:
+    """Gives back the memory of a tensor of a mapped file, which is read again when it is used."""
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    storage = tensor.untyped_storage()  # smaller than the tensor, if that repeats a value
+    end = min(tensor.data_ptr() + tensor.nbytes, storage.data_ptr() + storage.nbytes())
+    end = end // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:  # whole pages only: those at the ends hold parts of other tensors
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

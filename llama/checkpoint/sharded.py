@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llama.checkpoint.format import is_known_extra, join_tensor, stored_quantize, tensor_shapes
-from llama.checkpoint.reading import check_distinct, list_shards, network_args, page_release, read_shard, tensor_faults
+from llama.checkpoint.reading import check_distinct, list_shards, network_args, read_shard, release_pages, tensor_faults
 
 
 class ShardedCheckpoint:
@@ -53,7 +53,6 @@ class ShardedCheckpoint:
                 raise ValueError(faults[0])
         shared = (name for name in filter(is_known_extra, states[0]) if all(name in state for state in states))
         self._parts = {name: [state[name] for state in states] for name in [*shapes, *shared]}
-        self._page_release = [page_release(path) for path in self.paths]
         self._last: list[Tensor] = []  # the parts that were read last
         meta = {name: [part.to("meta") for part in parts] for name, parts in self._parts.items()}
         self.layout = {name: join_tensor(name, parts) for name, parts in meta.items()}
@@ -67,7 +66,7 @@ class ShardedCheckpoint:
 
         The memory of the tensor before is freed; it is read from its file again if it is still in use.
         """
-        for release, part in zip(self._page_release, self._last, strict=False):
-            release(part)
+        for part in self._last:
+            release_pages(part)
         self._last = self._parts[name]
         return self._last

@@ -6,7 +6,7 @@ Compares checksums with `checklist.chk`, and every tensor with what `params.json
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,8 +23,8 @@ from llama.checkpoint.reading import (
     find_tokenizer,
     list_shards,
     network_args,
-    page_release,
     read_shard,
+    release_pages,
     tensor_faults,
 )
 from llama.checkpoint.releases import find_release
@@ -143,13 +143,13 @@ def _check_shards(folder: Path, shards: list[Path], n_words: int, found: Finding
         shapes = _expected_shapes(folder, next(iter(states.values())), len(shards), n_words, found)
         sound: dict[str, Tensor] = {}
         for path, state in states.items():
-            fault_of_values = partial(_fault_of_values, page_release(path), progress)
+            fault_of_values = partial(_fault_of_values, progress)
             found.problems += tensor_faults(path, state, shapes, sound, fault_of_values)
 
 
-def _fault_of_values(release: Callable[[Tensor], None], progress: Progress, name: str, tensor: Tensor) -> Fault | None:
+def _fault_of_values(progress: Progress, name: str, tensor: Tensor) -> Fault | None:
     n_bad = count_not_finite(tensor)
-    release(tensor)
+    release_pages(tensor)
     progress.add(tensor.nbytes)
     return ("must hold finite numbers, got NaN or infinite values in", f"{name} ({n_bad})") if n_bad else None
 

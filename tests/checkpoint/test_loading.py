@@ -51,7 +51,7 @@ def test_moved_tensors_are_copies_in_the_new_dtype(
     path = one_file()
     shard = load_shard(path, args, 1)
     mapped = dict(shard)
-    load_to_device(shard, path, device=CPU, dtype=dtype)
+    load_to_device(shard, device=CPU, dtype=dtype)
     for name, tensor in shard.items():
         assert torch.equal(tensor, state[name].to(dtype))
         assert mapped_file(tensor.data_ptr()) != str(path)
@@ -109,5 +109,5 @@ def test_the_largest_values_of_float16_are_taken(one_file: Callable[..., Path]) 
     largest = torch.full((64,), torch.finfo(torch.float16).max)
     path = one_file({"norm.weight": largest})
     shard = {"norm.weight": torch.load(path)["norm.weight"], "inf": torch.tensor([torch.inf, 1.0])}
-    load_to_device(shard, path, device=CPU, dtype=torch.float16)
+    load_to_device(shard, device=CPU, dtype=torch.float16)
     assert torch.equal(shard["norm.weight"].float(), largest)

@@ -224,16 +224,12 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(one_file: Callable[..., 
             read_shard(path)
 
 
-def test_a_file_of_the_format_before_zip_is_read_and_refused_if_it_is_cut_short(tmp_path: Path) -> None:
+def test_a_file_of_the_format_before_zip_is_refused(tmp_path: Path) -> None:
+    """It cannot be mapped; no checkpoint of Llama has it."""
     path = tmp_path / "consolidated.00.pth"
     torch.save({"norm.weight": torch.ones(8)}, path, _use_new_zipfile_serialization=False)
-    assert torch.equal(read_shard(path)["norm.weight"], torch.ones(8))
-    whole = path.read_bytes()
-    assert whole[:2] != b"PK"
-    for n in range(len(whole)):
-        path.write_bytes(whole[:n])
-        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} "):
-            read_shard(path)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} .*must be a zip archive, .* since torch 1\.6"):
+        read_shard(path)
 
 
 def test_no_error_advises_to_run_the_files_code(tmp_path: Path) -> None:
@@ -308,7 +304,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_loaded_file_is_mapped_and_not_copied(one_file: Callable[..., Path], args: ModelArgs) -> None:
     path = one_file()
     shard = load_shard(path, args, 1)
-    load_to_device(shard, path, device=CPU, dtype=torch.float32)  # which they have
+    load_to_device(shard, device=CPU, dtype=torch.float32)  # which they have
     assert {mapped_file(tensor.data_ptr()) for tensor in shard.values()} == {str(path)}
 
 
@@ -328,5 +324,5 @@ def test_a_tensor_wider_than_its_storage_does_no_harm(tmp_path: Path) -> None:
     args = ModelArgs(dim=1024, n_layers=1, n_heads=8, vocab_size=4096)
     torch.save({name: torch.ones(1).expand(shape) for name, shape in tensor_shapes(args, 1).items()}, path)
     shard = load_shard(path, args, 1)
-    load_to_device(shard, path, device=CPU, dtype=torch.bfloat16)
+    load_to_device(shard, device=CPU, dtype=torch.bfloat16)
     assert all((tensor == 1).all() for tensor in shard.values())

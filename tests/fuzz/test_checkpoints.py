@@ -223,8 +223,9 @@ def change_tensors(checkpoint: Checkpoint, rng: random.Random) -> None:
         else:
             right = False
             _damage(state, name, value, kind, rng)
-    torch.save(state, checkpoint.path, _use_new_zipfile_serialization=rng.random() < 0.8)
-    checkpoint.expected = state if right else None
+    is_zip = rng.random() < 0.8
+    torch.save(state, checkpoint.path, _use_new_zipfile_serialization=is_zip)
+    checkpoint.expected = state if right and is_zip else None
 
 
 def _damage(state: dict[Any, Any], name: Any, value: Tensor, kind: str, rng: random.Random) -> None:

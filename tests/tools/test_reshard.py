@@ -131,13 +131,12 @@ def test_rope_freqs_goes_into_every_file(source: Path, tmp_path: Path) -> None:
     assert all(torch.equal(state["rope.freqs"], freqs) for state in load(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("new_zipfile", [True, False])
-def test_tensors_that_are_views_or_in_the_old_file_format(
-    write_checkpoint: Write, folders: dict[int, Path], wide_params: dict[str, Any], tmp_path: Path, new_zipfile: bool
+def test_tensors_that_are_views(
+    write_checkpoint: Write, folders: dict[int, Path], wide_params: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = write_checkpoint(wide_params, {}, 1)
     whole = {name: tensor.t().contiguous().t() for name, tensor in load(folders[1])[0].items()}  # strides turned
-    torch.save(whole, folder / "consolidated.00.pth", _use_new_zipfile_serialization=new_zipfile)
+    torch.save(whole, folder / "consolidated.00.pth")
     reshard(folder, tmp_path / "out", 2)
     assert_same_files(tmp_path / "out", folders[2])
 
