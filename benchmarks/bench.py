@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import report
 from benchmarks.networks import bytes_per_decode_step, make_job, write_hf_folder
-from benchmarks.peers import ENGINES, PEERS, Ours
+from benchmarks.peers import ENGINES, Ours
 from benchmarks.report import Round
 from benchmarks.worker import (
     LOAD,
@@ -36,8 +36,8 @@ from benchmarks.worker import (
     engine_process,
     left_out_if_it_fails,
     numbers,
-    peer_pythons,
     prepare,
+    pythons_of,
     say,
     version,
 )
@@ -54,16 +54,13 @@ def main(
     peers: str = "",
     device: str = "cpu",
     dtype: str = "bfloat16",
-    quantize: str | None = None,
-    compile: bool = False,
     repeats: int = 5,
     threads: int | None = None,
     batches: Sequence[int] = (1, 4, 8, 16),
     prefills: Sequence[int] = (16, 128, 512),
     decode_steps: int = 48,
     one_at_a_time: bool = False,
-    peer_python: str = "",
-    profile_step: bool = False,
+    profile_step: str | None = None,
     json: str | None = None,
     plot: str | None = None,
     readings: str | None = None,
@@ -72,13 +69,12 @@ def main(
 
     Args:
         shape: tiny, 110m, 200m, 1b, 7b or 13b, of random weights.
-        peers: of hf, llama_cpp, llama_cpp_q8_0, llama_cpp_q4_0, openvino, openvino_int8, openvino_int4, ctranslate2
-            (int8) and ours_eager (this library without CUDA graphs), those to run in turn with it; those that are not
-            installed are left out.
+        peers: NAME or NAME=PYTHON,...: what runs in turn with this library's default build, if it is installed, with
+            its interpreter: hf, llama_cpp, llama_cpp_q8_0, llama_cpp_q4_0, openvino, openvino_int8, openvino_int4,
+            ctranslate2 (int8), and further builds of this library: ours_max_batch_1, ours_eager (without CUDA graphs),
+            ours_compiled, ours_int8, ours_int8_compiled, ours_int4 and ours_int4_compiled.
         device: "cpu" or "cuda".
         dtype: "bfloat16", "float16" or "float32", of weights and arithmetic.
-        quantize: "int8" or "int4" measures this library with such weights too, in turn with the others.
-        compile: measures this library with compiled steps too; with `quantize`, also both together.
         repeats: number of rounds.
         threads: of every engine; None for as many as there are cores.
         batches: sizes of the decode figures; the peers take part in 1 and 8.
@@ -86,34 +82,33 @@ def main(
         decode_steps: number of timed steps of a decode figure.
         one_at_a_time: have an engine take all its figures before the next one is loaded. Without it they take turns at
             each figure, which needs memory for all of them at the same time, 16 GB at 1b in bfloat16 with all peers.
-        peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
-        profile_step: in place of all that, prints where the time of this library's decode steps goes, for the first
-            of `batches` in a cache of the largest.
+        profile_step: in place of all that, prints where the time of decode steps of this build (ours, ours_int8, ...)
+            goes, for the first of `batches` in a cache of the largest.
         json: file to write one JSON line per figure to.
         plot: file to draw decoding against the memory's limit to.
         readings: file of such JSON lines to draw, in place of measuring.
     """
-    _check(repeats, quantize, plot, json)
+    _check(repeats, profile_step, plot, json)
     if readings:
         report.plot(Path(readings).read_text(encoding="utf-8"), Path(plot or "performance.svg"))
         return
-    found = peer_pythons(peers, peer_python, [p for p in PEERS if device == "cpu" or not ENGINES[p].cpu_only])
+    pythons = {"ours": sys.executable}
+    pythons |= pythons_of(peers, [name for name in ENGINES if device == "cpu" or not ENGINES[name].cpu_only])
     n_threads = threads or available_cores()
     torch.set_num_threads(n_threads)
     sizes = {"decode_batches": numbers(batches), "prefill_lengths": numbers(prefills), "decode_steps": decode_steps}
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(shape, Path(folder), dtype, device=device, threads=n_threads, **sizes)
         if profile_step:
-            print(step_profile(job, quantize))
+            print(step_profile(job, profile_step))
             return
-        pythons = dict.fromkeys(_own_engines(job, quantize, compiled=compile), sys.executable) | found
         rounds = run_rounds(job, pythons, repeats, one_at_a_time=one_at_a_time)
         versions = {engine: version(ENGINES[engine].install.split()[0], pythons[engine]) for engine in pythons}
     context = {"shape": shape, "device": device, "dtype": dtype, "threads": n_threads}
     context |= {"machine": describe_machine(device), "versions": versions}
     lines, ratios = report.engine_lines(rounds), report.ratio_lines(rounds)
     print(f"{shape}, {dtype}, {device}, {n_threads} threads, {repeats} rounds: {report.cpu_model()}\n{versions}\n")
-    print(f"{report.page(lines, ratios)}\n\n{report.LEGEND}")
+    print(report.page(lines, ratios))
     readings = report.json_lines([*lines, *ratios], context)
     if json:
         Path(json).write_text(readings, encoding="utf-8")
@@ -121,12 +116,13 @@ def main(
         report.plot(readings, Path(plot))
 
 
-def _check(repeats: int, quantize: str | None, plot: str | None, json: str | None) -> None:
+def _check(repeats: int, profile_step: str | None, plot: str | None, json: str | None) -> None:
     """Raises ValueError for an argument that would fail after the rounds, or make none."""
     if repeats < 1:
         raise ValueError(f"repeats must be 1 or more, got {repeats}")
-    if quantize not in (None, "int8", "int4"):
-        raise ValueError(f"quantize must be 'int8' or 'int4', got {quantize!r}; leave it out for no quantization")
+    own = [name for name in ENGINES if name.startswith("ours")]
+    if profile_step not in (None, *own):
+        raise ValueError(f"profile_step must be one of {', '.join(own)}, got {profile_step}")
     for file in (plot, json):
         if file and not Path(file).resolve().parent.is_dir():
             raise ValueError(f"--plot and --json must name files in folders that exist, got {file}; make its folder")
@@ -134,22 +130,11 @@ def _check(repeats: int, quantize: str | None, plot: str | None, json: str | Non
         raise SystemExit("--plot needs matplotlib; pip install -c constraints.txt -e '.[bench]' brings it")
 
 
-def _own_engines(job: Job, quantize: str | None, *, compiled: bool) -> list[str]:
-    """The builds of this library that take part."""
-    names = ["ours"]
-    if job.device == "cpu" and 1 in job.decode_batches:
-        names.append("ours_max_batch_1")
-    names += ["ours_compiled"] * compiled
-    if quantize:
-        names += [f"ours_{quantize}"] + [f"ours_{quantize}_compiled"] * compiled
-    return names
-
-
 def run_rounds(job: Job, pythons: dict[str, str], repeats: int, *, one_at_a_time: bool) -> list[Round]:
     """The figures of each round. A peer that fails is left out from there on, and taken out of `pythons`."""
     for engine in list(pythons):
         say(f"{engine}: writing its files")
-        if engine in PEERS:
+        if not engine.startswith("ours"):
             write_hf_folder(job)
         with left_out_if_it_fails(engine, ENGINES[engine].install, pythons):
             prepare(engine, pythons[engine], job)
@@ -210,15 +195,15 @@ def _read_bandwidth(device: str) -> float:
     return BUFFER_BYTES / min(seconds)
 
 
-def step_profile(job: Job, quantize: str | None) -> str:
+def step_profile(job: Job, engine: str) -> str:
     """A decode step's time, its memory's limit, and torch's table of the operations in `job.decode_steps` of them."""
-    ours = Ours(job, quantize or "")
+    ours = Ours(job, ENGINES[engine].variant)
     batch, ticks = job.decode_batches[0], []
     on_cuda = job.device.startswith("cuda")
     prompts = job.prompts(batch, job.decode_prompt)
     ours.run(prompts, job.decode_steps, lambda: ticks.append(time.perf_counter()))
     step = statistics.median(b - a for a, b in itertools.pairwise(ticks))
-    limit = bytes_per_decode_step(job, quantize or "") / _read_bandwidth(job.device)
+    limit = bytes_per_decode_step(job, ENGINES[engine].form) / _read_bandwidth(job.device)
     with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as recorded:
         ours.run(prompts, job.decode_steps, lambda: None)
     table = recorded.key_averages().table(f"self_{'cuda' if on_cuda else 'cpu'}_time_total", row_limit=16)

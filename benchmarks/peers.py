@@ -355,4 +355,3 @@ ENGINES = {
     "openvino_int4": Engine(OpenVino, "int4", "int4", *_OPENVINO),
     "ctranslate2": Engine(CTranslate2, "int8", "int8", "ctranslate2", "ctranslate2 torch", True),
 }
-PEERS = [name for name in ENGINES if not name.startswith("ours") or name == "ours_eager"]

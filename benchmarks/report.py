@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.peers import ENGINES, PEERS
+from benchmarks.peers import ENGINES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,14 +26,8 @@ _UNITS = {  # by a figure's first word
     **{"tokens": "", "rate": "tok/s", "between": "s"},
 }
 _LESS_IS_BETTER = ("load", "first_token", "peak_memory")
-LEGEND = """\
-ours_...      this library: max_batch_1 in a build for a single row, int8 and int4 with quantize=, compiled with
-              compile=True
-limit_...     decode_1 if it did nothing but read weights (in int8, int4) and cache at the memory's speed
-load          from the start of building or opening the network; imports are not counted
-first_token   from there to the first token of a prompt of 16
-peak_memory   resident, with libraries and mapped files\
-"""
+_FORMS = {name: engine.form for name, engine in ENGINES.items()}  # of the weights
+_FORMS |= {"limit": "", "limit_int8": "int8", "limit_int4": "int4"}
 
 
 @dataclass(frozen=True)
@@ -59,29 +53,18 @@ def engine_lines(rounds: Sequence[Round]) -> list[Line]:
 
 
 def ratio_lines(rounds: Sequence[Round]) -> list[Line]:
-    """How many times as good ours is, for every figure that a peer has too, and our other builds than the default."""
+    """How many times as good each of our builds is as our default one, and as others with the same form of weights."""
     lines = []
-    for peer, figure in _names(rounds):
-        for ours in _compared_with(peer):
-            both = [r for r in rounds if figure in r.get(ours, {}) and figure in r.get(peer, {})]
-            pairs = [(r[ours][figure], r[peer][figure]) for r in both]
+    for other, figure in _names(rounds):
+        for ours in (name for name in ENGINES if name.startswith("ours") and name != other):
+            if other != "ours" and (other.startswith("ours") or _FORMS[ours] != _FORMS[other]):
+                continue
+            both = [r for r in rounds if figure in r.get(ours, {}) and figure in r.get(other, {})]
+            pairs = [(r[ours][figure], r[other][figure]) for r in both]
             less = figure in _LESS_IS_BETTER
             if pairs:
-                lines.append(Line(figure, f"{ours}/{peer}", "x", [b / a if less else a / b for a, b in pairs]))
+                lines.append(Line(figure, f"{ours}/{other}", "x", [b / a if less else a / b for a, b in pairs]))
     return lines
-
-
-def _compared_with(peer: str) -> list[str]:
-    """Our builds that a peer is compared with.
-
-    Quantized ones are compared with the default build and other quantized engines, with a limit those in its form.
-    """
-    own = {name: engine.form for name, engine in ENGINES.items() if name not in PEERS}
-    if peer.startswith("limit"):
-        return [ours for ours, form in own.items() if form == peer.removeprefix("limit").removeprefix("_")]
-    if peer in own:
-        return [ours for ours in own if ours != "ours"] if peer == "ours" else []
-    return [ours for ours, form in own.items() if ENGINES[peer].form or not form]
 
 
 def _names(rounds: Sequence[Round]) -> list[tuple[str, str]]:
@@ -174,11 +157,11 @@ def plot(readings: str, path: Path) -> None:
 
 def _panel(axes: Axes, lines: Sequence[Line], dtype: str) -> None:
     """A group of bars per form of weights, with a band for the limit's range and a line for its median."""
-    limits = {line.engine.removeprefix("limit").removeprefix("_"): line for line in lines if "limit" in line.engine}
+    limits = {_FORMS[line.engine]: line for line in lines if "limit" in line.engine}
     engines = [line for line in lines if "limit" not in line.engine]
     names: list[str] = []
-    for form in dict.fromkeys(ENGINES[line.engine].form for line in engines):
-        group = sorted((line for line in engines if ENGINES[line.engine].form == form), key=lambda line: line.median)
+    for form in dict.fromkeys(_FORMS[line.engine] for line in engines):
+        group = sorted((line for line in engines if _FORMS[line.engine] == form), key=lambda line: line.median)
         places = [len(names) + i for i in range(len(group))]
         names += [line.engine for line in group]
         if form in limits:

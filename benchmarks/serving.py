@@ -2,13 +2,11 @@
 
     python benchmarks/serving.py --peers llama_cpp,hf
     python benchmarks/serving.py --clients 0
-    python benchmarks/serving.py --prefixes
 
 Requests have prompts and outputs of log-normal lengths and are greedy, on random weights whose tokens are one character
 each. In each round the servers and numbers of clients take turns, and with them the same requests without HTTP: in one
 call, which keeps the batch full; in calls of as many prompts as there are rows, where a row that ends leaves the batch,
 or stays until the longest one is through, as in the published code; and in one call per request from 8 Python threads.
-`--prefixes` measures the next turn of a chat, and requests with one system prompt, with and without prefix reuse.
 """
 
 from __future__ import annotations
@@ -36,29 +34,17 @@ import torch
 
 from benchmarks.networks import make_job, write_hf_folder
 from benchmarks.peers import gguf_file, greedy_steps
-from benchmarks.report import Line, Round, cpu_model, engine_lines, in_turn, page, spread
-from benchmarks.worker import (
-    ROOT,
-    Figures,
-    Job,
-    environment,
-    left_out_if_it_fails,
-    numbers,
-    peer_pythons,
-    prepare,
-    say,
-)
+from benchmarks.report import Line, Round, cpu_model, engine_lines, in_turn, page
+from benchmarks.worker import ROOT, Figures, Job, environment, left_out_if_it_fails, numbers, prepare, pythons_of, say
 from llama import Llama, Tokenizer
 from llama.distributed.device import available_cores
 from llama.tools.commandline import run
 
-MAX_SEQ_LEN = 512
+MAX_SEQ_LEN = 1024
 PROMPT_MEDIAN, LONGEST = 32, 255  # tokens of a prompt; of a prompt or an output
 LONGEST_S, START_S = 600.0, 300.0
 N_THREADS = 8  # of Python
 REFERENCE = "kept full"
-TURNS, CHAT_TOKENS, ANSWER_TOKENS = 5, 1000, 100  # of the chat: turns, tokens of it all and of each answer
-SYSTEM_TOKENS, SHARING_CLIENTS = 500, 16
 
 Requests = list[tuple[list[int], int]]  # prompts, and how many tokens to generate
 
@@ -73,18 +59,18 @@ def figures_of(tokens: int, seconds: float, **times: Sequence[float]) -> Figures
     return figures
 
 
-def _ids(draw: random.Random, n: int, vocab_size: int) -> list[int]:
-    return [draw.randrange(3, vocab_size) for _ in range(n)]
-
-
-def random_requests(n: int, output_median: int, vocab_size: int) -> Requests:
-    """Most are short, a few many times longer, as real ones are."""
+def random_requests(n: int, output_median: int, vocab_size: int, common: int = 0) -> Requests:
+    """Most are short, a few many times longer, as real ones are; all begin with the same `common` tokens."""
     draw = random.Random(0)
+
+    def ids(n: int) -> list[int]:
+        return [draw.randrange(3, vocab_size) for _ in range(n)]
 
     def length(median: int) -> int:
         return min(LONGEST, max(1, round(draw.lognormvariate(math.log(median), 1.0))))
 
-    return [(_ids(draw, length(PROMPT_MEDIAN), vocab_size), length(output_median)) for _ in range(n)]
+    prefix = ids(common)
+    return [(prefix + ids(length(PROMPT_MEDIAN)), length(output_median)) for _ in range(n)]
 
 
 def in_calls(llama: Llama, requests: Requests, size: int, *, rows_stay: bool = False) -> Figures:
@@ -192,6 +178,18 @@ def _answers(url: str, model: str) -> bool:
         return False
 
 
+@contextmanager
+def busy(n: int) -> Iterator[None]:
+    """That many processes that do nothing but use a core."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
 def measure(ways: dict[str, Callable[[], Figures]], repeats: int) -> list[Round]:
     """The figures of each way of answering the requests, all in turn, each time with another one first."""
     rounds: list[Round] = []
@@ -211,46 +209,6 @@ def rate_ratios(rounds: Sequence[Round], names: Sequence[str]) -> list[Line]:
     return [Line("rate", f"{a} / {b}", "x", [r[a]["rate"] / r[b]["rate"] for r in rounds]) for a, b in pairs]
 
 
-def last_turn(llama: Llama, draw: random.Random) -> float:
-    """Seconds from the last question of a chat to its first token."""
-    history: list[int] = []
-    for _ in range(TURNS - 1):
-        history += _ids(draw, CHAT_TOKENS // TURNS - ANSWER_TOKENS, llama.model.vocab_size)
-        history += llama.generate([history], ANSWER_TOKENS, 0.0, ignore_eos=True)[0][0]
-    history += _ids(draw, CHAT_TOKENS // TURNS - ANSWER_TOKENS, llama.model.vocab_size)
-    started = time.perf_counter()
-    llama.generate([history], 1, 0.0)
-    return time.perf_counter() - started
-
-
-def with_one_system_prompt(llama: Llama, draw: random.Random) -> float:
-    """Seconds for requests from many threads whose prompts begin alike."""
-    system = _ids(draw, SYSTEM_TOKENS, llama.model.vocab_size)
-    prompts = [system + _ids(draw, 20, llama.model.vocab_size) for _ in range(SHARING_CLIENTS)]
-    started = time.perf_counter()
-    with ThreadPoolExecutor(SHARING_CLIENTS) as pool:
-        list(pool.map(lambda prompt: llama.generate([prompt], 16, 0.0, ignore_eos=True), prompts))
-    return time.perf_counter() - started
-
-
-def compare_prefixes(job: Job, batch: int, repeats: int) -> None:
-    """Prints both with prefix reuse and without, in turn, after a round that warms up."""
-    reusing, plain = (
-        Llama.build(job.ckpt_dir, job.tokenizer_path, 1200, batch, device="cpu", dtype=job.dtype, reuse_prefixes=reuse)
-        for reuse in (True, False)
-    )
-    works = {
-        f"first token of turn {TURNS} of a chat of {CHAT_TOKENS} tokens": last_turn,
-        f"{SHARING_CLIENTS} requests, {SYSTEM_TOKENS} tokens in common": with_one_system_prompt,
-    }
-    for name, work in works.items():
-        seeds = range(repeats + 1)
-        pairs = [(work(reusing, random.Random(seed)), work(plain, random.Random(seed))) for seed in seeds][1:]
-        reused, fresh = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratios = spread([b / a for a, b in pairs])
-        print(f"{name}: {reused:.3f} s, {fresh:.3f} s without reuse, {ratios} times as fast", flush=True)
-
-
 def main(
     shape: str = "200m",
     *,
@@ -261,8 +219,8 @@ def main(
     repeats: int = 3,
     threads: int | None = None,
     peers: str = "",
-    peer_python: str = "",
-    prefixes: bool = False,
+    common: int = 0,
+    busy_loops: int = 0,
 ) -> None:
     """Prints for each way to answer the requests tokens per second, time to the first token and per token.
 
@@ -271,29 +229,32 @@ def main(
         clients: numbers of clients; 0 leaves HTTP out.
         batch: `max_batch_size` of this library.
         threads: of every server; None for as many as there are cores.
-        peers: of llama_cpp (llama-cpp-python's server), hf (`transformers serve`) and hf_batching (with its continuous
-            batching), those to run in turn with it; those that are not installed are left out.
-        peer_python: NAME=PYTHON,...: the interpreters of peers that live in environments of their own.
-        prefixes: measures prefix reuse in place of all that.
+        peers: NAME or NAME=PYTHON,...: what runs in turn with this library, if it is installed, with its interpreter:
+            llama_cpp (llama-cpp-python's server), hf (`transformers serve`), hf_batching (its continuous batching).
+        common: number of tokens that all prompts begin with, up to 512; if above 0, prefix reuse is measured too.
+        busy_loops: number of other programs that keep cores busy meanwhile.
     """
-    pythons = {"ours": sys.executable, **peer_pythons(peers, peer_python, SERVERS)}
+    pythons = {"ours": sys.executable, **pythons_of(peers, SERVERS)}
     threads = threads or available_cores()
     torch.set_num_threads(threads)
-    print(f"{cpu_model()}, {shape}, max_batch_size {batch}")
+    print(f"{cpu_model()}, {shape}, max_batch_size {batch}, {busy_loops} busy loops")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         job = make_job(shape, Path(folder), threads=threads, decode_batches=(batch,))
-        if prefixes:
-            compare_prefixes(job, batch, repeats)
-            return
-        requests = random_requests(n_requests, output_median, job.vocab_size)
-        llama = Llama.build(job.ckpt_dir, job.tokenizer_path, MAX_SEQ_LEN, batch, device="cpu", dtype=job.dtype)
+        requests = random_requests(n_requests, output_median, job.vocab_size, common)
+        sizes = (job.ckpt_dir, job.tokenizer_path, MAX_SEQ_LEN, batch)
+        llama = Llama.build(*sizes, device="cpu", dtype=job.dtype)
         ways: dict[str, Callable[[], Figures]] = {
             REFERENCE: lambda: in_calls(llama, requests, len(requests)),
             f"calls of {batch}": lambda: in_calls(llama, requests, batch),
             f"calls of {batch}, rows stay": lambda: in_calls(llama, requests, batch, rows_stay=True),
             f"{N_THREADS} Python threads": lambda: in_threads(llama, requests),
         }
-        ways[REFERENCE]()  # warms up
+        if common:
+            reusing = Llama.build(*sizes, device="cpu", dtype=job.dtype, reuse_prefixes=True)
+            ways["prefixes reused"] = lambda: in_calls(reusing, requests, len(requests))
+            ways["prefixes reused"]()  # warms up, as the next line does
+        ways[REFERENCE]()
+        stack.enter_context(busy(busy_loops))
         if counts := [n for n in numbers(clients) if n]:
             ways |= _over_http(stack, job, counts, requests, pythons)
         rounds = measure(ways, repeats)

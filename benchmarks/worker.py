@@ -181,15 +181,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def peer_pythons(peers: str, peer_python: str, known: Iterable[str]) -> dict[str, str]:
-    """The interpreter of each of the peers NAME,...: NAME=PYTHON,... of `peer_python`, else this one."""
-    names, pairs = ([item for item in text.split(",") if item] for text in (peers, peer_python))
-    if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise ValueError(f"peer_python must be NAME=PYTHON,..., got {', '.join(wrong)}")
-    pythons = dict(pair.split("=", 1) for pair in pairs)
-    if unknown := [name for name in (*names, *pythons) if name not in known]:
-        raise ValueError(f"peers must be of {', '.join(known)}, got {', '.join(unknown)}")
-    return {name: pythons.get(name, sys.executable) for name in names}
+def pythons_of(peers: str, known: Iterable[str]) -> dict[str, str]:
+    """The interpreter of each of the peers NAME or NAME=PYTHON,..."""
+    pairs = (item.partition("=") for item in peers.split(",") if item)
+    pythons = {name: python or sys.executable for name, _, python in pairs}
+    if unknown := pythons.keys() - set(known):
+        raise ValueError(f"peers must be of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    return pythons
 
 
 @contextlib.contextmanager

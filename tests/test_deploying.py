@@ -1,4 +1,4 @@
-"""docs/deploying.md: the commands of its unit and its Dockerfile are understood, and the files that it copies exist."""
+"""docs/deploying.md and its files: their commands are understood, and what the Dockerfile copies exists."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ import torch
 from llama.checkpoint.memory import GIB, MemoryPlan
 from llama.checkpoint.releases import RELEASES
 from tests.conftest import ROOT
-from tests.test_readme import blocks_of, check_command, check_pip, rows_of
+from tests.test_readme import check_command, check_pip, rows_of
 
-TEXTS = {block.language: block.text.replace("\\\n", " ") for block in blocks_of(ROOT / "docs" / "deploying.md")}
+
+def text_of(name: str) -> str:
+    return (ROOT / "examples" / "deploying" / name).read_text(encoding="utf-8").replace("\\\n", " ")
 
 
 def test_the_unit_starts_a_server() -> None:
-    (line,) = re.findall(r"^ExecStart=(.*)$", TEXTS["ini"], flags=re.MULTILINE)
+    (line,) = re.findall(r"^ExecStart=(.*)$", text_of("llama.service"), flags=re.MULTILINE)
     program, *rest = shlex.split(line)
     check_command([Path(program).name, *rest])
 
 
 def test_the_image_installs_and_starts_a_server() -> None:
-    steps = [tuple(line.split(" ", 1)) for line in TEXTS["dockerfile"].splitlines()]
+    steps = [tuple(line.split(" ", 1)) for line in text_of("Dockerfile").splitlines()]
     copied = [name for step, rest in steps if step == "COPY" for name in rest.split()[:-1]]
     assert all((ROOT / name).exists() for name in copied)
     (pip,) = [shlex.split(rest) for step, rest in steps if step == "RUN" and rest.startswith("pip")]

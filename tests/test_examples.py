@@ -51,6 +51,8 @@ PRINTED = {  # by each script of examples/, among other lines
     "hook": "block 3: 1 tokens in this pass",
     "patch_activation": "block 0, token 27 (3): the answer is 8",
     "lora": "is Dolly.",
+    "beam_search": "width 4: -3.13 The best llama sea is beautiful, and",
+    "guidance": "scale 1.5: Paris. Many people visit it every year",
     "logits_processor": "', ",
     "json_schema": "{'model': '13B', 'mp': 2}",
     "infilling": "The capital of France is Paris.",

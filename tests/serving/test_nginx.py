@@ -1,4 +1,4 @@
-"""Two servers behind nginx, with the configuration of docs/deploying.md: what clients see while servers end."""
+"""Two servers behind nginx, with examples/deploying/nginx.conf: what clients see while servers end."""
 
 from __future__ import annotations
 
@@ -54,8 +54,7 @@ class Replicas:
         self._start = start
         with ThreadPoolExecutor() as pool:
             self.servers = list(pool.map(lambda port: start(port, *flags), self.ports))
-        page = (ROOT / "docs" / "deploying.md").read_text(encoding="utf-8")
-        text = re.findall(r"^```nginx\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)[0]
+        text = (ROOT / "examples" / "deploying" / "nginx.conf").read_text(encoding="utf-8")
         for shown, port in {"listen 8000": listen, ":8001": self.ports[0], ":8002": self.ports[1]}.items():
             assert text.count(shown) == 1
             text = text.replace(shown, re.sub(r"\d+", str(port), shown))
