@@ -6,6 +6,7 @@ All of these calls are sequences of one engine.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import fields
 from functools import partial
@@ -179,7 +180,8 @@ class Llama:
         checked("seed", seed)
         if compile not in (False, True, "background"):
             raise ValueError(f"compile must be False, True or 'background', got {quote(compile)}")
-        tokenizer, models, seconds = load_networks(
+        started = time.perf_counter()
+        tokenizer, models = load_networks(
             ckpt_dir,
             tokenizer_path,
             draft_ckpt_dir,
@@ -193,6 +195,7 @@ class Llama:
             tokenizer_class=Tokenizer,
             network_class=Transformer,
         )
+        seconds = time.perf_counter() - started
         draft_model = models[1] if len(models) > 1 else None
         generator = Llama(
             models[0],
@@ -208,8 +211,7 @@ class Llama:
             generator.stepper = compiled or generator.stepper
         pause_workers()
         if groups.is_first_rank():
-            parts = ", ".join(f"{name} {part:.2f}" for name, part in seconds.items())
-            logger.info("Loaded in %.2f seconds (%s)", sum(seconds.values()), parts, extra={"parts": seconds})
+            logger.info("Loaded in %.2f seconds", seconds)
         return generator
 
     @property

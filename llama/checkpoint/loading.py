@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,19 +27,6 @@ from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 _LOADING_TIMEOUT_S = 2 * 3600.0  # for all ranks to load their shards, which may come over a slow network
-
-
-class Timings:
-    """Seconds of each part of a job, by the name given at its end."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    def __call__(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
-        self._since = now
 
 
 def choose_quantize(quantize: str | None, ckpt_dir: str | Path, device: torch.device) -> str | None:
@@ -103,15 +89,14 @@ def load_networks(
     threads: int | None = None,
     tokenizer_class: type[Tokenizer] = Tokenizer,
     network_class: type[Transformer] = Transformer,
-) -> tuple[Tokenizer, list[Transformer], dict[str, float]]:
+) -> tuple[Tokenizer, list[Transformer]]:
     """Sets up the processes and loads this rank's shards; arguments and errors as in `Llama.build`.
 
     All is checked before anything is loaded.
 
     Returns:
-        The tokenizer; the network, and the draft model if there is one; the seconds that each part took.
+        The tokenizer; the network, and the draft model if there is one.
     """
-    timings = Timings()
     check_threads(threads)
     mp = groups.resolve_model_parallel_size(model_parallel_size)
     folders = [(ckpt_dir, reading.find_shards(ckpt_dir, mp))]
@@ -135,19 +120,17 @@ def load_networks(
             check_int4(plan, device)
         sources.append((paths, plan))
     _check_memory(sources, device)
-    timings("checks")
     set_threads(threads)
     groups.init_process_groups(mp, device)
-    timings("process group")
     with groups.rank_errors():
         rank = groups.model_parallel_rank()
         try:
-            models = [_load_model(paths[rank], plan, device, timings, network_class) for paths, plan in sources]
+            models = [_load_model(paths[rank], plan, device, network_class) for paths, plan in sources]
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, sources[0][1], str(device)) from None
     same = ("build", [plan for _, plan in sources], device.type)
     groups.compare_calls(same, timeout_s=_LOADING_TIMEOUT_S)
-    return tokenizer, models, timings.seconds
+    return tokenizer, models
 
 
 def _check_memory(sources: Sequence[tuple[list[Path], MemoryPlan]], device: torch.device) -> None:
@@ -161,9 +144,7 @@ def _check_memory(sources: Sequence[tuple[list[Path], MemoryPlan]], device: torc
         available -= plan.total
 
 
-def _load_model(
-    path: Path, plan: MemoryPlan, device: torch.device, timings: Timings, network_class: type[Transformer]
-) -> Transformer:
+def _load_model(path: Path, plan: MemoryPlan, device: torch.device, network_class: type[Transformer]) -> Transformer:
     """The network with the weights of this rank's file.
 
     On a CPU that packs bfloat16 weights, packed forms are held in memory, and the plain weights stay in the mapped
@@ -176,7 +157,6 @@ def _load_model(
     kernels, packs = Kernels(), quantize is not None or can_pack(device, dtype)
     if packs and quantize is None:
         kernels = measure_kernels(state.values(), dtype, packed_only=args.max_batch_size > 1)
-        timings("probe")
     kernels = groups.broadcast_object(kernels)  # other kernels round otherwise, and replicas should agree
     if packs and quantize is None:
         packs = kernels.packs_one_row or args.max_batch_size > 1
@@ -187,7 +167,6 @@ def _load_model(
     else:
         load_to_device(state, device=device, dtype=dtype)
     model = network_class.from_state(args, state, cache_dtype=dtype)
-    timings("weights")
     layers = packable_layers(model) if packs else []
     for layer in layers:
         layer.kernels = kernels
@@ -196,13 +175,11 @@ def _load_model(
         layers[-1].quantize = "int8"  # the output's errors are the logits' own
     if packs:
         model.pack(dtype, release=reading.release_pages)
-        timings("packing" if quantize is None else "quantizing")
     if quantize == "int4":
         forms = [layer.packed_form for layer in layers]
         rows = groups.broadcast_object(measure_int4([form for form in forms if isinstance(form, Int4Weight)]))
         for layer in layers:
             layer.kernels = replace(kernels, dequantized_rows=rows)
-        timings("probe")
         if groups.is_first_rank():
             logger.info(
                 "int4 weights are dequantized for products of %s", f"{rows} rows or more" if rows else "no rows"
@@ -236,7 +213,8 @@ class _PinnedCopy:
     def __init__(self, device: torch.device, buffer_bytes: int = 64 * 1024**2) -> None:
         self._device = device
         self._size = buffer_bytes
-        self._ring = cycle([(_pinned(buffer_bytes), torch.cuda.Event()) for _ in range(2)])
+        buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._ring = cycle([(buffer, torch.cuda.Event()) for buffer in buffers])
 
     def __call__(self, tensor: Tensor) -> Tensor:
         copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
@@ -248,7 +226,3 @@ class _PinnedCopy:
             target.copy_(staged, non_blocking=True)
             arrived.record(torch.cuda.current_stream(self._device))
         return copied
-
-
-def _pinned(n_bytes: int) -> Tensor:
-    return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)

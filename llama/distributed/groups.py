@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,7 +30,7 @@ from llama.errors import RankError
 T = TypeVar("T")
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _groups_lock = threading.Lock()
-_locksteps: WeakKeyDictionary[dist.ProcessGroup, Lockstep] = WeakKeyDictionary()  # of all ranks, by their group
+_locksteps: WeakKeyDictionary[Any, Lockstep] = WeakKeyDictionary()  # of all ranks, by their group
 _lockstep_numbers = itertools.count()  # give each lockstep its own keys in the store
 
 
@@ -120,7 +120,7 @@ def _init_process_group(device: torch.device) -> None:
         device_id = device if nccl else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
         if lockstep:
-            _locksteps[_default_group()] = lockstep
+            _locksteps[dist.group.WORLD] = lockstep
     elif world_size() == 1:  # a plain script or notebook: a group of one process, which needs no address
         hook = sys.excepthook
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
@@ -164,7 +164,7 @@ def _init_model_parallel(size: int) -> None:
 
 def _leave() -> None:
     """Destroy the groups at exit; the threads of a group that still exists can abort the interpreter's shutdown."""
-    if dist.is_initialized() and (lockstep := _locksteps.pop(_default_group(), None)):
+    if dist.is_initialized() and (lockstep := _locksteps.pop(dist.group.WORLD, None)):
         lockstep.leave()
     parallel.destroy_model_parallel()
     if dist.is_initialized():
@@ -198,11 +198,6 @@ def _close_model_parallel_groups() -> None:
 # ---- lockstep of the ranks ----
 
 
-def _default_group() -> dist.ProcessGroup:
-    group: dist.ProcessGroup = dist.distributed_c10d._get_default_group()
-    return group
-
-
 def _new_lockstep(store: Store, rank: int, size: int) -> Lockstep:
     """Join the lockstep of all ranks; wait until all of them have."""
     return Lockstep(PrefixStore(f"llama/{next(_lockstep_numbers)}", store), rank, size, _rank_timeout())
@@ -212,7 +207,7 @@ def _ranks_in_lockstep() -> Lockstep | None:
     """Return the lockstep with the other ranks, joining it if needed; None for a single process."""
     if not has_several_ranks():
         return None
-    group = _default_group()
+    group = dist.group.WORLD
     if group not in _locksteps:
         store = dist.distributed_c10d._get_default_store()
         _locksteps[group] = _new_lockstep(store, dist.get_rank(), dist.get_world_size())

@@ -80,7 +80,8 @@ def test_staging_copies_every_byte(monkeypatch: pytest.MonkeyPatch, shape: tuple
     """Tensors smaller and larger than its buffers, contiguous and not; on the CPU, with CUDA's parts stood in for."""
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(loading, "_pinned", lambda n_bytes: torch.empty(n_bytes, dtype=torch.uint8))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **kwargs: empty(*sizes, **kwargs))
     copy = loading._PinnedCopy(torch.device("cpu"), buffer_bytes=64)
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     for source in (tensor, tensor.t() if tensor.dim() == 2 else tensor, tensor):
