@@ -1,6 +1,6 @@
 """Dialogs and their ids: the Llama 2 chat template and Code Llama 70B's, in the forms that these models were tuned on.
 
-Templates of other fine-tunes are Jinja texts: see `text/chat_template.py`.
+Templates of other fine-tunes are Jinja texts: see `text/chat_format.py`.
 """
 
 from __future__ import annotations

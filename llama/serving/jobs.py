@@ -49,15 +49,7 @@ class Job:
 
     def start(self, llama: Llama) -> Request:
         """Adds the job to the network's engine; its pieces and its end are the request's."""
-        request = Request(
-            llama.engine,
-            llama.tokenizer,
-            self.prompts,
-            self.params,
-            n=self.n,
-            top_logprobs=self.top_logprobs,
-            continues=self.continues,
-        )
+        request = Request(llama.engine, llama.tokenizer, **vars(self))
         llama.engine.add(request.call)
         return request
 

@@ -19,7 +19,7 @@ from llama.distributed import groups
 from llama.distributed.device import select_device
 from llama.inputs import check_speculative
 from llama.tools import commandline
-from llama.tools.progress import Progress
+from llama.tools.progress import showing
 
 with commandline.extra_imports(__name__, "batch"):
     from llama.serving.batch import MAX_CHOICES, Result, Results, complete_lines
@@ -99,9 +99,9 @@ def _lead(llama: Llama, planner: Planner, seed: int, results: Results) -> None:
         results.append(result.text)
         results.pending.pop(result.line)
         counts.update(refused=result.is_refused, prompt=result.n_prompt_tokens, new=result.n_new_tokens)
-        progress.add(1, f"{counts['new'] / max(time.monotonic() - started, 1e-9):.0f} tokens/s")
+        add(1, f"{counts['new'] / max(time.monotonic() - started, 1e-9):.0f} tokens/s")
 
-    with Progress("batch", results.n_lines, unit=" requests", done=results.n_lines - n_to_do) as progress:
+    with showing("batch", results.n_lines, unit=" requests", done=results.n_lines - n_to_do) as add:
         complete_lines(llama, results.remaining(), planner, seed, write)
     results.check()
     seconds = time.monotonic() - started

@@ -44,7 +44,7 @@ def with_flags_of(callee: Callable[..., Any], function: Function, **defaults: An
     """Gives a command the optional arguments of `callee` as flags, by their names, defaults and documentation.
 
     The function gets those that are given as keywords, and passes them on. A flag of the function's own goes before
-    the callee's of that name. In its docstring, only a section Raises may follow the arguments.
+    the callee's of that name. Its docstring ends with the arguments.
 
     Args:
         defaults: other defaults than the callee's, which the function then gets too.
@@ -63,8 +63,7 @@ def with_flags_of(callee: Callable[..., Any], function: Function, **defaults: An
     if function.__doc__ and texts:  # not under python -OO
         lines = [f"    {p.name}: {texts[p.name]}" for p in added]
         # Python 3.13 takes the indentation off every docstring, earlier versions none
-        before, *raises = re.split(r"\n(?=\nRaises:)", inspect.cleandoc(function.__doc__))
-        with_defaults.__doc__ = "\n".join([before, *lines, *raises])
+        with_defaults.__doc__ = "\n".join([inspect.cleandoc(function.__doc__), *lines])
     with_defaults.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
     return cast(Function, with_defaults)
 

@@ -66,13 +66,6 @@ def from_hf(
             vocabulary is no multiple of it, tokens of zeros are added, which are never sampled.
         dtype: float16, bfloat16 or float32; by default each tensor's own.
         quiet: shows no progress bar.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        FileExistsError: `output_dir` exists and is not empty.
-        ValueError: a file is damaged, or the model is not of Llama 2's architecture; the message names the field.
-        ImportError: the safetensors package is missing.
-        OSError: the disk does not have enough space.
     """
     check_places(hf_dir, output_dir)
     check_count(model_parallel_size)
@@ -86,7 +79,7 @@ def from_hf(
     split = partial(split_tensor, parts=model_parallel_size, vocab_size=args.vocab_size)
     layout = {name: _cast(name, split(name, whole)[0], target_dtype) for name, whole in source.layout.items()}
     n_bytes = model_parallel_size * sum(part.nbytes for part in layout.values())
-    with writing("convert", output_dir, n_bytes, quiet=quiet) as (folder, progress):
+    with writing("convert", output_dir, n_bytes, quiet=quiet) as (folder, add):
         _write_json(folder / "params.json", _params(args))
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / tokenizer.name)
@@ -97,7 +90,7 @@ def from_hf(
         if copy_chat_format(Path(hf_dir), folder) and not quiet:
             print(f"the chat template is not Llama 2's: {CHAT_FORMAT_FILE} has it, for chats", file=sys.stderr)
         values = ((name, split(name, _cast(name, source.whole(name), target_dtype))) for name in layout)
-        write_shards(folder, layout, model_parallel_size, values, progress.add)
+        write_shards(folder, layout, model_parallel_size, values, add)
 
 
 def to_hf(
@@ -118,13 +111,6 @@ def to_hf(
         dtype: float16, bfloat16 or float32; by default each tensor's own.
         max_position_embeddings: length of the context in config.json; params.json does not have it.
         quiet: shows no progress bar.
-
-    Raises:
-        AssertionError: `ckpt_dir` holds no checkpoint files.
-        FileNotFoundError: params.json or the tokenizer is missing.
-        FileExistsError: `output_dir` exists and is not empty.
-        ValueError: a file is damaged, or the tokenizer is not the checkpoint's.
-        OSError: the disk does not have enough space.
     """
     check_places(ckpt_dir, output_dir)
     target_dtype = None if dtype is None else select_dtype(dtype, _CPU)
@@ -135,7 +121,7 @@ def to_hf(
     names = list(tensor_shapes(source.args, 1))
     layout = {hf_name(name): _cast(name, source.layout[name], target_dtype) for name in names}
     n_bytes = sum(tensor.nbytes for tensor in layout.values())
-    with writing("convert", output_dir, n_bytes, n_passes=1, quiet=quiet) as (folder, progress), ExitStack() as stack:
+    with writing("convert", output_dir, n_bytes, n_passes=1, quiet=quiet) as (folder, add), ExitStack() as stack:
         config = args_to_config(source.args) | {"max_position_embeddings": max_position_embeddings}
         for name, content in described.items():
             _write_json(folder / name, content)
@@ -151,7 +137,7 @@ def to_hf(
             n_heads = rotated_heads(name, source.args)
             whole = source.whole(name)
             whole = _cast(name, whole if n_heads is None else to_half_split(whole, n_heads), target_dtype)
-            progress.add(files[hf_name(name)].write(hf_name(name), whole))
+            add(files[hf_name(name)].write(hf_name(name), whole))
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

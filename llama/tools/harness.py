@@ -26,7 +26,7 @@ from llama.engine.sampling import logprobs_of
 from llama.errors import missing_extra, quote
 from llama.inputs import SamplingParams
 from llama.serving.jobs import Job, as_completed
-from llama.text.chat_template import TemplateChatFormat
+from llama.text.chat_format import LLAMA2, TemplateChatFormat
 
 try:
     import lm_eval.models  # noqa: F401 (registers the harness's own classes, as it does only before any other)
@@ -47,15 +47,6 @@ _MAX_GEN_TOKS = 256  # the harness's default
 _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
 _ALIASES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "top_k": 0}
-# Llama 2's chat template as one text, which the harness asks for: see `chat.ChatFormat.encode`.
-_LLAMA2 = (
-    "{% if messages[0].role == 'system' %}"
-    "{% set system, turns = '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n', messages[1:] %}"
-    "{% else %}{% set system, turns = '', messages %}{% endif %}"
-    "{% for turn in turns %}{% set text = ((system if loop.first else '') + turn.content) | trim %}"
-    "{{ bos_token ~ '[INST] ' ~ text ~ ' [/INST]' if turn.role == 'user' else ' ' ~ text ~ ' ' ~ eos_token }}"
-    "{% endfor %}"
-)
 
 
 @register_model("llama-meta")
@@ -114,7 +105,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         self._name = Path(ckpt_dir or "llama").resolve().name
         self._format = llama.chat_format or built_in_format(llama.tokenizer)  # checks dialogs
         own = llama.chat_format
-        self._template = own if isinstance(own, TemplateChatFormat) else TemplateChatFormat(_LLAMA2, spaces=True)
+        self._template = own if isinstance(own, TemplateChatFormat) else TemplateChatFormat(LLAMA2, spaces=True)
         self._is_rendered = False  # whether texts have been rendered by the template
         self._seed = seed
         self._add_bos_token = add_bos_token

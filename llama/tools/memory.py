@@ -51,9 +51,6 @@ def memory_table(
         quantize: "int8" or "int4" for such weights of the linear layers, as for `Llama.build` on a CPU; by default the
             form of the checkpoint.
         device_memory: memory of each process's device, such as 24GiB or 80GB.
-
-    Raises:
-        ValueError: an argument is wrong, or the model cannot be split over so many processes.
     """
     if (ckpt_dir is None) == (model is None):
         raise ValueError(f"either ckpt_dir, a folder, or model ({', '.join(RELEASES)}) must be given, and not both")

@@ -39,13 +39,6 @@ def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *
             is written.
         form: form of the linear layers' weights, int8.
         quiet: shows no progress.
-
-    Raises:
-        AssertionError: `ckpt_dir` holds no checkpoint files.
-        FileNotFoundError: it holds no params.json.
-        FileExistsError: `output_dir` exists and is not empty.
-        ValueError: the checkpoint is damaged, or quantized already.
-        OSError: the disk does not have enough space.
     """
     check_places(ckpt_dir, output_dir)
     if form not in STORED_FORMS:
@@ -56,11 +49,11 @@ def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *
     source = ShardedCheckpoint(ckpt_dir)
     layout = _layout(source, form)
     n_bytes = len(source.paths) * sum(tensor.nbytes for tensor in layout.values())
-    with writing("quantize", output_dir, n_bytes, quiet=quiet) as (folder, progress):
+    with writing("quantize", output_dir, n_bytes, quiet=quiet) as (folder, add):
         params = read_json_object(Path(ckpt_dir) / "params.json") | {"quantize": form}
         (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
         copy_side_files(Path(ckpt_dir), folder)
-        write_shards(folder, layout, len(source.paths), _quantized(source), progress.add)
+        write_shards(folder, layout, len(source.paths), _quantized(source), add)
 
 
 def _layout(source: ShardedCheckpoint, form: str) -> dict[str, Tensor]:

@@ -31,13 +31,6 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
         model_parallel_size: number of files to write, one per process (GPU) that will run the model. Where the
             vocabulary is no multiple of it, tokens of zeros are added, which are never sampled.
         quiet: shows no progress bar.
-
-    Raises:
-        AssertionError: `ckpt_dir` holds no checkpoint files.
-        FileNotFoundError: it holds no params.json.
-        FileExistsError: `output_dir` exists and is not empty.
-        ValueError: the checkpoint is damaged, or cannot be split that way.
-        OSError: the disk does not have enough space.
     """
     check_places(ckpt_dir, output_dir)
     check_count(model_parallel_size)
@@ -46,14 +39,14 @@ def reshard(ckpt_dir: str | Path, output_dir: str | Path, model_parallel_size: i
     split = partial(split_tensor, parts=model_parallel_size, vocab_size=args.vocab_size)
     layout = {name: split(name, whole)[0] for name, whole in source.layout.items()}
     n_bytes = model_parallel_size * sum(part.nbytes for part in layout.values())
-    with writing("reshard", output_dir, n_bytes, quiet=quiet) as (folder, progress):
+    with writing("reshard", output_dir, n_bytes, quiet=quiet) as (folder, add):
         copy_side_files(Path(ckpt_dir), folder)
         shutil.copyfile(Path(ckpt_dir) / "params.json", folder / "params.json")
         if args.vocab_size != source.args.vocab_size:
             params = read_params(ckpt_dir) | {"vocab_size": args.vocab_size}
             (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
         values = ((name, split(name, source.whole(name))) for name in source.layout)
-        write_shards(folder, layout, model_parallel_size, values, progress.add)
+        write_shards(folder, layout, model_parallel_size, values, add)
 
 
 def check_places(source: str | Path, output_dir: str | Path) -> None:

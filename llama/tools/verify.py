@@ -32,7 +32,7 @@ from llama.checkpoint.writing import CHECKLIST, md5_of
 from llama.errors import first_few, printable, quote
 from llama.tokenizer import Tokenizer
 from llama.tools.commandline import run, with_flags_of
-from llama.tools.progress import Progress
+from llama.tools.progress import showing
 
 TOKENIZER_CHECKLIST = "tokenizer_checklist.chk"
 _LINE = re.compile(r"([0-9a-fA-F]{32})\s+\*?(?:\./)?(\S.*)")  # as md5sum writes it; * marks binary mode
@@ -64,9 +64,6 @@ def verify(ckpt_dir: str | Path, *, tokenizer_path: str | Path | None = None, qu
         ckpt_dir: folder of params.json and consolidated.NN.pth.
         tokenizer_path: its tokenizer.model; by default that in ckpt_dir or, as downloaded, in the folder above.
         quiet: shows no progress.
-
-    Raises:
-        AssertionError: the folder holds no checkpoint files.
     """
     folder, found = Path(ckpt_dir), Findings()
     shards = list_shards(folder)
@@ -82,9 +79,9 @@ def verify(ckpt_dir: str | Path, *, tokenizer_path: str | Path | None = None, qu
         if path.is_file():
             listed |= _read_checklist(path, found, required)
     n_bytes = sum(path.stat().st_size for path in [*listed, *shards])
-    with Progress("verify", n_bytes, quiet=quiet) as progress:
+    with showing("verify", n_bytes, quiet=quiet) as add:
         for path, expected in listed.items():
-            if (got := md5_of(path, progress.add)) != expected:
+            if (got := md5_of(path, add)) != expected:
                 found.problems.append(f"{path} must have the listed MD5 sum {expected}, got {got}; download it again")
         n_words = 0
         if not has_tokenizer:
@@ -92,7 +89,7 @@ def verify(ckpt_dir: str | Path, *, tokenizer_path: str | Path | None = None, qu
         else:
             with found.take_error():
                 n_words = Tokenizer(tokenizer).n_words
-        _check_shards(folder, shards, n_words, found, progress)
+        _check_shards(folder, shards, n_words, found, add)
     return found
 
 
@@ -126,7 +123,7 @@ def _read_checklist(path: Path, found: Findings, required: set[str]) -> dict[Pat
     return listed
 
 
-def _check_shards(folder: Path, shards: list[Path], n_words: int, found: Findings, progress: Progress) -> None:
+def _check_shards(folder: Path, shards: list[Path], n_words: int, found: Findings, add: Callable[[int], None]) -> None:
     """Checks every file's tensors. The first readable file gives the number of parts and what all files repeat."""
     there, names = [path.name for path in shards], [f"consolidated.{rank:02d}.pth" for rank in range(len(shards))]
     if there != names:
@@ -143,6 +140,7 @@ def _check_shards(folder: Path, shards: list[Path], n_words: int, found: Finding
         shapes = _expected_shapes(folder, next(iter(states.values())), len(shards), n_words, found)
         sound: dict[str, Tensor] = {}
         for path, state in states.items():
+<<<<<<< HEAD
             fault_of_values = partial(_fault_of_values, progress)
             found.problems += tensor_faults(path, state, shapes, sound, fault_of_values)
 
@@ -151,6 +149,18 @@ def _fault_of_values(progress: Progress, name: str, tensor: Tensor) -> Fault | N
     n_bad = count_not_finite(tensor)
     release_pages(tensor)
     progress.add(tensor.nbytes)
+=======
+            fault_of_values = partial(_fault_of_values, page_release(path), add)
+            found.problems += tensor_faults(path, state, shapes, sound, fault_of_values)
+
+
+def _fault_of_values(
+    release: Callable[[Tensor], None], add: Callable[[int], None], name: str, tensor: Tensor
+) -> Fault | None:
+    n_bad = count_not_finite(tensor)
+    release(tensor)
+    add(tensor.nbytes)
+>>>>>>> d051fab (Chat templates in one file, compared with one text of Llama 2's; progress is a function; errors of commands are in their messages)
     return ("must hold finite numbers, got NaN or infinite values in", f"{name} ({n_bad})") if n_bad else None
 
 

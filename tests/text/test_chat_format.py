@@ -15,9 +15,14 @@ from llama.chat import ChatFormat
 from llama.errors import PromptError
 from llama.serving.batch import read_body, read_line
 from llama.serving.jobs import Planner
-from llama.text import chat_format, chat_template
-from llama.text.chat_format import CHAT_FORMAT_FILE, copy_chat_format, read_chat_format, read_stop_ids
-from llama.text.chat_template import TemplateChatFormat
+from llama.text import chat_format
+from llama.text.chat_format import (
+    CHAT_FORMAT_FILE,
+    TemplateChatFormat,
+    copy_chat_format,
+    read_chat_format,
+    read_stop_ids,
+)
 from llama.tools import chat
 from tests.support.templates import CHATML, LLAMA2, MISTRAL, VICUNA, write_settings
 
@@ -87,13 +92,11 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         read_chat_format(tmp_path)
 
 
-def test_the_texts_that_templates_are_compared_with_are_the_librarys(llama: Llama) -> None:
-    sp = llama.tokenizer.sp_model
-    for messages, text in chat_format._EXAMPLES:
-        dialog: Any = [{"role": role, "content": content} for role, content in messages]
-        parts = [part.removesuffix("</s>") for part in text.split("<s>")[1:]]
-        ids = [[sp.bos_id(), *sp.encode(part), sp.eos_id()] for part in parts]
-        assert [token for part in ids for token in part][:-1] == ChatFormat().encode(dialog, llama.tokenizer)
+def test_the_template_that_others_are_compared_with_gives_the_librarys_ids(llama: Llama) -> None:
+    template = TemplateChatFormat(chat_format.LLAMA2, spaces=True)
+    for dialog in (chat_format._TURN, [{"role": "system", "content": "Be brief."}, *chat_format._TURNS]):
+        ids = template.encode(dialog, llama.tokenizer)  # type: ignore[arg-type]
+        assert ids == ChatFormat().encode(dialog, llama.tokenizer)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -155,7 +158,7 @@ def test_the_chat_tool_refuses_a_damaged_template_before_it_loads(
 def test_a_missing_jinja2_names_the_extra_where_a_template_is_used_alone(
     foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chat_template.compiled.cache_clear()
+    chat_format.compiled.cache_clear()
     monkeypatch.delitem(sys.modules, "llama.text.sandbox", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "jinja2"]:
         monkeypatch.delitem(sys.modules, name)

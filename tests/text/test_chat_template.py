@@ -13,8 +13,7 @@ import pytest
 from llama import Tokenizer
 from llama.chat import ChatFormat
 from llama.errors import PromptError
-from llama.text.chat_format import read_chat_format
-from llama.text.chat_template import TemplateChatFormat
+from llama.text.chat_format import TemplateChatFormat, read_chat_format
 from tests.support.templates import CHATML, IM, LLAMA2, MISTRAL, VICUNA, ZEPHYR, hf_folder
 from tests.support.tokenizers import Foreign
 from tests.test_tokenizer import ALPHABET

@@ -16,8 +16,7 @@ import torch
 
 from llama import Llama, Tokenizer
 from llama.checkpoint.reading import find_tokenizer
-from llama.text.chat_format import read_chat_format
-from llama.text.chat_template import TemplateChatFormat
+from llama.text.chat_format import TemplateChatFormat, read_chat_format
 from llama.text.tokenizer_json import JsonTokenizer, load_tokenizer
 from llama.tokenizer import StreamDecoder
 from llama.tools.convert import from_hf

@@ -317,9 +317,9 @@ def test_progress_tells_bytes_and_speed_with_tqdm_and_nothing_without(
     monkeypatch.setattr(progress, "_PLAIN_S", 0.0)
 
     def shown(**settings: Any) -> str:
-        with progress.Progress("copy", 10**10, **settings) as bar:
-            bar.add(4 * 10**9)
-            bar.add(6 * 10**9, "a note")
+        with progress.showing("copy", 10**10, **settings) as add:
+            add(4 * 10**9)
+            add(6 * 10**9, "a note")
         return capfd.readouterr().err
 
     assert re.search(r"copy: 100%.* 10\.0G/10\.0G .*B/s, a note", shown())
