@@ -6,7 +6,7 @@ Compares checksums with `checklist.chk`, and every tensor with what `params.json
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -140,27 +140,14 @@ def _check_shards(folder: Path, shards: list[Path], n_words: int, found: Finding
         shapes = _expected_shapes(folder, next(iter(states.values())), len(shards), n_words, found)
         sound: dict[str, Tensor] = {}
         for path, state in states.items():
-<<<<<<< HEAD
-            fault_of_values = partial(_fault_of_values, progress)
+            fault_of_values = partial(_fault_of_values, add)
             found.problems += tensor_faults(path, state, shapes, sound, fault_of_values)
 
 
-def _fault_of_values(progress: Progress, name: str, tensor: Tensor) -> Fault | None:
+def _fault_of_values(add: Callable[[int], None], name: str, tensor: Tensor) -> Fault | None:
     n_bad = count_not_finite(tensor)
     release_pages(tensor)
-    progress.add(tensor.nbytes)
-=======
-            fault_of_values = partial(_fault_of_values, page_release(path), add)
-            found.problems += tensor_faults(path, state, shapes, sound, fault_of_values)
-
-
-def _fault_of_values(
-    release: Callable[[Tensor], None], add: Callable[[int], None], name: str, tensor: Tensor
-) -> Fault | None:
-    n_bad = count_not_finite(tensor)
-    release(tensor)
     add(tensor.nbytes)
->>>>>>> d051fab (Chat templates in one file, compared with one text of Llama 2's; progress is a function; errors of commands are in their messages)
     return ("must hold finite numbers, got NaN or infinite values in", f"{name} ({n_bad})") if n_bad else None
 
 
