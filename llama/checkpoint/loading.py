@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -13,12 +12,11 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint import reading
-from llama.checkpoint.format import is_linear, stored_quantize, tensor_shapes
+from llama.checkpoint.format import stored_quantize
 from llama.checkpoint.memory import MemoryPlan, available_memory, free_address_space, out_of_memory
 from llama.distributed import groups
 from llama.distributed.device import check_threads, processes_on, select_device, select_dtype, set_threads
 from llama.errors import quote
-from llama.layers.int4 import GROUP, OUTPUTS, Int4Weight, can_quantize_int4, measure_int4, suits_int4
 from llama.layers.kernels import Kernels, can_pack, can_quantize, measure_kernels
 from llama.layers.linear import QUANTIZED_FORMS, packable_layers
 from llama.model import Transformer
@@ -36,13 +34,8 @@ def choose_quantize(quantize: str | None, ckpt_dir: str | Path, device: torch.de
         ValueError: there is no such form, or the device cannot have it.
     """
     if quantize not in (None, *QUANTIZED_FORMS):
-        raise ValueError(f"quantize must be None, {' or '.join(map(repr, QUANTIZED_FORMS))}, got {quote(quantize)}")
+        raise ValueError(f"quantize must be {' or '.join(map(repr, (None, *QUANTIZED_FORMS)))}, got {quote(quantize)}")
     stored = stored_quantize(ckpt_dir)
-    if stored and quantize not in (None, stored):
-        raise ValueError(
-            f"quantize must be {stored!r}, or left out, for {ckpt_dir}, which has {stored} weights, "
-            f"got {quote(quantize)}; use the checkpoint that it was made from"
-        )
     if (quantize := quantize or stored) is None:
         return None
     what = f"{quantize!r} weights, as {ckpt_dir} has," if stored else f"quantize={quantize!r}"
@@ -55,24 +48,6 @@ def choose_quantize(quantize: str | None, ckpt_dir: str | Path, device: torch.de
             f"got ones without (on x86, AVX-VNNI or AVX-512 VNNI is needed); {otherwise}"
         )
     return quantize
-
-
-def check_int4(plan: MemoryPlan, device: torch.device) -> None:
-    """Raises ValueError unless the network's linear layers can be int4 here. The last, `output`, is int8."""
-    if plan.dtype != torch.bfloat16:
-        raise ValueError(f"dtype must be bfloat16 with quantize='int4', got {plan.dtype}; use that, or quantize='int8'")
-    if not can_quantize_int4(device, plan.dtype):
-        raise ValueError(
-            "quantize='int4' must have a processor and a build of torch with fast and right int4 products, "
-            "got ones without; use quantize='int8', or leave it out"
-        )
-    for name, shape in tensor_shapes(plan.args, plan.model_parallel_size).items():
-        if is_linear(name) and name != "output.weight" and not suits_int4(shape[0], shape[1]):
-            raise ValueError(
-                f"each rank's part of a linear layer must have a multiple of {OUTPUTS} outputs and of {GROUP} inputs "
-                f"with quantize='int4', got {name} of shape {shape} at model_parallel_size={plan.model_parallel_size}; "
-                "use quantize='int8', or leave it out"
-            )
 
 
 def load_networks(
@@ -116,8 +91,6 @@ def load_networks(
         args = reading.model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path)
         args.check_shards(mp)
         plan = MemoryPlan(args, mp, dtype, choose_quantize(quantize, folder, device))
-        if plan.quantize == "int4":
-            check_int4(plan, device)
         sources.append((paths, plan))
     _check_memory(sources, device)
     set_threads(threads)
@@ -171,19 +144,8 @@ def _load_model(path: Path, plan: MemoryPlan, device: torch.device, network_clas
     for layer in layers:
         layer.kernels = kernels
         layer.quantize = quantize
-    if quantize == "int4":
-        layers[-1].quantize = "int8"  # the output's errors are the logits' own
     if packs:
         model.pack(dtype, release=reading.release_pages)
-    if quantize == "int4":
-        forms = [layer.packed_form for layer in layers]
-        rows = groups.broadcast_object(measure_int4([form for form in forms if isinstance(form, Int4Weight)]))
-        for layer in layers:
-            layer.kernels = replace(kernels, dequantized_rows=rows)
-        if groups.is_first_rank():
-            logger.info(
-                "int4 weights are dequantized for products of %s", f"{rows} rows or more" if rows else "no rows"
-            )
     return model
 
 

@@ -49,9 +49,7 @@ class MemoryPlan:
         for name, shape in tensor_shapes(replace(self.args, n_layers=1), self.model_parallel_size).items():
             n_bytes = prod(shape) * self.dtype.itemsize
             if self.quantize is not None and is_linear(name):
-                is_int4 = self.quantize == "int4" and name != "output.weight"
-                # int4: 4 bits, and 2 + 2 bytes per group of 32. int8: a byte, and a scale in float32 per row.
-                n_bytes = prod(shape) * 5 // 8 if is_int4 else prod(shape) + 4 * shape[0]
+                n_bytes = prod(shape) + 4 * shape[0]  # a scale in float32 per row
             total += n_bytes * (self.args.n_layers if name.startswith("layers.") else 1)
         return total
 

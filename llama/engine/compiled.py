@@ -31,9 +31,8 @@ from llama.engine.cuda_graphs import StaticStepper
 from llama.engine.network_state import has_hooks, same_objects
 from llama.engine.runner import Stepper
 from llama.errors import printable
-from llama.layers import attention, int4, kernels, linear
+from llama.layers import attention, kernels, linear
 from llama.layers.cache import CachePositions
-from llama.layers.int4 import Int4Weight
 from llama.layers.kernels import Kernels, QuantizedWeight, onednn_int8_linear, row_bucket
 from llama.model import Transformer, TransformerBlock
 
@@ -67,7 +66,6 @@ class CompiledStepper:
     def __init__(self, model: Transformer, *, background: bool = False) -> None:
         self._model, self._background = model, background
         self._signature = _signature(model.layers[0])
-        self._most_rows = _most_rows(model.layers[0])
         self._graphs: dict[bool, Compiled] = {}
         self._works = True
         self._has_warned = False
@@ -130,7 +128,7 @@ class CompiledStepper:
     def _has_graph(self, n_rows: int) -> bool:
         """Whether there is a graph for that many rows; waits for it unless it is made in the background."""
         several_rows = n_rows > 1
-        if not self._works or n_rows > self._most_rows:
+        if not self._works:
             return False
         if several_rows in self._graphs:
             return True
@@ -159,7 +157,7 @@ class CompiledStepper:
         _operators()  # loaded code asks for them
         sources = [Path(__file__), Path(network.__file__), *sorted(Path(kernels.__file__).parent.glob("*.py"))]
         code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-        kinds = [several for several in (False, True) if self._most_rows > several]
+        kinds = [several for several in (False, True) if len(_cache_of(block)) > several]
         jobs = [_job(block, several_rows=several) for several in kinds]
         return Compiler(f"{code} {self._signature} {_OPTIONS}", jobs)
 
@@ -194,10 +192,9 @@ class _Product(nn.Module):
     blocked: Tensor
     scales: Tensor
     rotation: Tensor
-    scales_and_zeros: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, form: Tensor | QuantizedWeight | Int4Weight, layer: Any) -> None:
+    def __init__(self, form: Tensor | QuantizedWeight, layer: Any) -> None:
         super().__init__()
         self.form, self.kernels = type(form), layer.kernels
         for name, tensor in ({"packed": form} if isinstance(form, Tensor) else vars(form)).items():
@@ -208,8 +205,6 @@ class _Product(nn.Module):
         rows = x.flatten(0, -2)
         if self.form is QuantizedWeight:
             out = self._int8_product(rows)
-        elif self.form is Int4Weight:
-            out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, int4.GROUP, self.scales_and_zeros)
         else:
             out = _operators().packed_linear(rows, self.packed, self.kernels.pads_one, self.kernels.pads_few)
         out = out.view(*x.shape[:-1], -1)
@@ -282,13 +277,6 @@ def _is_compiled_ahead(block: nn.Module) -> bool:
     return _cache_of(block).is_cpu
 
 
-def _most_rows(block: nn.Module) -> int:
-    """How many rows a graph is for: from some number on, products with int4 weights have these dequantized."""
-    layers: list[Any] = [m for m in block.modules() if isinstance(getattr(m, "packed_form", None), Int4Weight)]
-    limits: list[int] = [n - 1 for layer in layers if (n := layer.kernels.dequantized_rows) is not None]
-    return min([_cache_of(block).size(0), *limits])
-
-
 def _signature(block: nn.Module) -> list[tuple[object, ...]]:
     """What a graph is made for: kinds and attributes of modules, kinds and shapes of tensors."""
     exportable = _exportable(block)
@@ -320,8 +308,7 @@ def _job(block: TransformerBlock, *, several_rows: bool) -> Job:
     """
     exportable = _exportable(block)
     cache = _cache_of(block)
-    _, n_kv_heads, n_positions, head_dim = cache.shape
-    most_rows = _most_rows(block)
+    most_rows, n_kv_heads, n_positions, head_dim = cache.shape
     bsz, kv_len = max(2, most_rows - 1) if several_rows else 1, max(1, n_positions - 1)
     rows = {0: torch.export.Dim.DYNAMIC} if several_rows and most_rows > 2 else {}
     positions = {3: torch.export.Dim.DYNAMIC} if n_positions > 2 else {}

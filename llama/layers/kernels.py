@@ -29,12 +29,11 @@ _NO_ZERO_POINT = torch.zeros(1, dtype=torch.int64, device="cpu")  # of symmetric
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which of several equal products is the fastest on this processor. See `measure_kernels`, `int4.measure_int4`."""
+    """Which of several equal products is the fastest on this processor. See `measure_kernels`."""
 
     pads_one: bool = False  # the packed product takes one row as PADDED_ROWS: some processors read weights faster then
     pads_few: bool = False  # likewise two or three rows
     packs_one_row: bool = False  # the packed product of one row is faster than the unpacked one
-    dequantized_rows: int | None = None  # from so many rows on, products with dequantized int4 weights are; None: never
 
 
 DEFAULT_KERNELS = Kernels()
@@ -230,9 +229,14 @@ def is_slow_reference(product: Callable[[], object], plain: Callable[[], object]
 
     Such a product takes up to 3 times as long as float32's, `plain`, and a reference a hundred times or more.
     """
-    for work in (product, plain):
-        work()
-    return min(duration(product) for _ in range(5)) > 40 * min(duration(plain) for _ in range(5))
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for each other where other programs use the processor
+    try:
+        for work in (product, plain):
+            work()
+        return min(duration(product) for _ in range(5)) > 40 * min(duration(plain) for _ in range(5))
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def duration(work: Callable[[], object]) -> float:
@@ -279,9 +283,5 @@ def _sample(weights: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _is_faster(work: Callable[[], object], other: Callable[[], object]) -> bool:
-    return median_ratio(work, other) < _CLEARLY
-
-
-def median_ratio(work: Callable[[], object], other: Callable[[], object]) -> float:
-    """The ratio of two functions' durations: the median over neighboring runs."""
-    return statistics.median([duration(work) / duration(other) for _ in range(5)])
+    """Whether it clearly takes less time: by the median over neighboring runs."""
+    return statistics.median([duration(work) / duration(other) for _ in range(5)]) < _CLEARLY

@@ -3,7 +3,7 @@
 A network is made of fairscale's own classes, which other code looks for; `packable_layers` turns them into the
 subclasses of this module.
 
-On a CPU, a weight in a blocked layout (packed), as bfloat16 or quantized to int8 or int4, is read faster than a plain
+On a CPU, a weight in a blocked layout (packed), as bfloat16 or quantized to int8, is read faster than a plain
 one. The packed form is derived from the layer's own parameter and stands aside for good when that parameter changes,
 whichever way; the layer then computes with the parameter itself. Nothing outside a layer knows which form served.
 
@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama.layers.int4 import Int4Weight, int4_linear, quantize_int4
 from llama.layers.kernels import (
     DEFAULT_KERNELS,
     Kernels,
@@ -43,8 +42,8 @@ from llama.layers.kernels import (
 )
 
 _PRODUCT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-QUANTIZED_FORMS = ("int8", "int4")  # what a layer's `quantize` may be, other than None
-_Form: TypeAlias = Tensor | QuantizedWeight | Int4Weight
+QUANTIZED_FORMS = ("int8",)  # what a layer's `quantize` may be, other than None
+_Form: TypeAlias = Tensor | QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ for _name in ("numpy", "__array__", "__dlpack__", "storage", "untyped_storage", 
 
 
 class _Packed:
-    """A weight in a blocked layout: bfloat16 (opaque: no operation but the packed product takes it), int8 or int4.
+    """A weight in a blocked layout: bfloat16 (opaque: no operation but the packed product takes it) or int8.
 
     Args:
         weight, scales: what it was made from; scales only if that is quantized itself.
@@ -127,8 +126,6 @@ class _Packed:
             return quantized_linear(x, self.form)
         if x.dtype != torch.bfloat16:
             return None
-        if isinstance(self.form, Int4Weight):
-            return int4_linear(x, self.form, kernels.dequantized_rows)
         return packed_linear(x, self.form, kernels)
 
 
@@ -187,7 +184,7 @@ class _OwnsPackedForm(nn.Module):
         return None
 
     def pack(self, dtype: torch.dtype, scratch: Tensor | None = None) -> None:
-        """Makes the packed form of the weight as it is now, by `quantize` in bfloat16, int8 or int4.
+        """Makes the packed form of the weight as it is now, by `quantize` in bfloat16 or int8.
 
         Without effect where a parametrization makes the weight, or where it requires gradients: it will be trained.
 
@@ -204,8 +201,6 @@ class _OwnsPackedForm(nn.Module):
         scales = self.scales if weight.dtype == torch.int8 else None
         if scales is not None:
             form = block_quantized(weight.detach(), scales.detach())
-        elif self.quantize == "int4":
-            form = quantize_int4(weight)
         elif self.quantize:
             form = quantize_weight(weight, scratch)
         else:

@@ -48,14 +48,14 @@ def memory_table(
         max_batch_size: as for `Llama.build`.
         model_parallel_size: number of processes that share the model; by default the number of the checkpoint's files.
         dtype: float16, bfloat16 or float32, of weights and cache.
-        quantize: "int8" or "int4" for such weights of the linear layers, as for `Llama.build` on a CPU; by default the
+        quantize: "int8" for such weights of the linear layers, as for `Llama.build` on a CPU; by default the
             form of the checkpoint.
         device_memory: memory of each process's device, such as 24GiB or 80GB.
     """
     if (ckpt_dir is None) == (model is None):
         raise ValueError(f"either ckpt_dir, a folder, or model ({', '.join(RELEASES)}) must be given, and not both")
     if quantize not in (None, *QUANTIZED_FORMS):
-        raise ValueError(f"quantize must be None, {' or '.join(map(repr, QUANTIZED_FORMS))}, got {quote(quantize)}")
+        raise ValueError(f"quantize must be {' or '.join(map(repr, (None, *QUANTIZED_FORMS)))}, got {quote(quantize)}")
     if ckpt_dir is None:
         stored, release = None, _release(str(model))
     else:

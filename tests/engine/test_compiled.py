@@ -25,7 +25,6 @@ from llama.engine.runner import ModelRunner, Stepper
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import TokenResult
 from llama.layers import attention
-from llama.layers.int4 import can_quantize_int4, suits_int4
 from llama.layers.kernels import Kernels, can_pack, can_quantize
 from llama.layers.linear import packable_layers
 from tests.support import networks
@@ -165,14 +164,11 @@ def test_the_cache_is_written_in_place(compiled: tuple[Transformer, CompiledStep
 CAN_USE = {
     "bfloat16": can_pack(CPU, torch.bfloat16),
     "int8": can_quantize(CPU),
-    "int4": can_quantize(CPU) and can_quantize_int4(CPU, torch.bfloat16),
 }
 FORMS: dict[str, tuple[str, Kernels]] = {
     "bfloat16": ("bfloat16", Kernels()),
     "bfloat16, one row padded": ("bfloat16", Kernels(pads_one=True)),
     "int8": ("int8", Kernels()),
-    "int4": ("int4", Kernels()),
-    "int4, several rows dequantized": ("int4", Kernels(dequantized_rows=3)),
 }
 
 
@@ -186,13 +182,13 @@ def test_products_match_the_layers(form: str) -> None:
     for layer in packable_layers(model):
         layer.kernels = form_kernels
         if name != "bfloat16":
-            layer.quantize = name if suits_int4(*layer.weight.shape) else "int8"
+            layer.quantize = name
     model.pack()
     stepper = CompiledStepper(model)
     for tokens, lengths in (([7], [3]), ([1, 2, 3], [14, 1, 9])):
         got, expected = (logits(model, each, tokens, lengths) for each in (stepper, None))
         torch.testing.assert_close(got, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
-    assert set(stepper._graphs) == ({False} if "dequantized" in form else {False, True})
+    assert set(stepper._graphs) == {False, True}
 
 
 def _patch(feed_forward: nn.Module) -> None:

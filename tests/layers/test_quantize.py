@@ -1,11 +1,9 @@
-"""Weights quantized while loading, to int8 and int4: close to the exact network, and never behind an edited weight."""
+"""Weights quantized while loading, to int8: close to the exact network, and never behind an edited weight."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,10 @@ from llama.checkpoint import loading
 from llama.checkpoint.memory import MemoryPlan
 from llama.checkpoint.reading import read_shard
 from llama.distributed.groups import init_process_groups
-from llama.layers.int4 import Int4Weight, can_quantize_int4, suits_int4
-from llama.layers.kernels import Kernels, QuantizedWeight, can_quantize
+from llama.layers.kernels import QuantizedWeight, can_quantize
 from llama.layers.linear import ColumnParallelLinear, own, packable_layers, sharded
 from llama.tools import perplexity
 from llama.tools.memory import memory_table
-from llama.tools.quantize import quantize as write_quantized
 from tests.checkpoint.test_memory import peak_of_generate
 from tests.support import oracle
 from tests.support.edits import COPIES, EDITS, UNPACKABLE
@@ -32,36 +28,10 @@ from tests.support.ranks import run_ranks
 CPU = torch.device("cpu")
 IN, OUT = 64, 128
 MAX_SEQ_LEN = 64
+EXACT = 1e-5  # the largest relative error of a product with the weight itself, from rounding alone
+PRODUCT = 1e-4, 0.02  # the smallest and largest relative error of a product with the quantized weight
+LOGITS = 1e-3, 0.05  # the same of a network's logits
 pytestmark = pytest.mark.skipif(not can_quantize(CPU), reason="needs a CPU with int8 products (VNNI)")
-needs_int4 = pytest.mark.skipif(not can_quantize_int4(CPU, torch.bfloat16), reason="needs a CPU with int4 products")
-
-
-@dataclass(frozen=True)
-class Form:
-    """A form of quantized weights.
-
-    Attributes:
-        packed: the class of a layer's packed form.
-        dtype: in which the layers' tests compute.
-        exact: the largest relative error of a product with the weight itself, from rounding alone.
-        product: the smallest and largest relative error of a product with the quantized weight.
-        logits: the same of a network's logits.
-        bytes_per_weight: at least and at most, scales and other tensors included.
-    """
-
-    name: str
-    packed: type
-    dtype: torch.dtype
-    exact: float
-    product: tuple[float, float]
-    logits: tuple[float, float]
-    bytes_per_weight: tuple[float, float]
-
-
-INT8 = Form("int8", QuantizedWeight, torch.float32, 1e-5, (1e-4, 0.02), (1e-3, 0.05), (1.0, 1.05))
-INT4 = Form("int4", Int4Weight, torch.bfloat16, 0.01, (0.02, 0.15), (0.01, 0.3), (0.625, 0.7))
-FORMS = [pytest.param(INT8, id="int8"), pytest.param(INT4, id="int4", marks=needs_int4)]
-each_form = pytest.mark.parametrize("form", FORMS)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -82,77 +52,69 @@ def groups() -> None:
     init_process_groups(1, CPU)
 
 
-def make(form: Form, *, requires_grad: bool = False) -> ColumnParallelLinear:
+def make(*, requires_grad: bool = False) -> ColumnParallelLinear:
     layer = sharded(ColumnParallelLinear, IN, OUT, bias=False, gather_output=False)
     layer.weight = nn.Parameter(normal(OUT, IN), requires_grad)
-    layer.kernels = Kernels(dequantized_rows=8)
-    layer.quantize = form.name
-    layer.pack(form.dtype)
+    layer.quantize = "int8"
+    layer.pack(torch.float32)
     return layer
 
 
-def is_quantized(layer: ColumnParallelLinear, form: Form) -> bool:
-    return isinstance(getattr(layer, "packed_form", None), form.packed)
+def is_quantized(layer: ColumnParallelLinear) -> bool:
+    return isinstance(getattr(layer, "packed_form", None), QuantizedWeight)
 
 
-def assert_computes(layer: nn.Module, weight: Tensor, form: Form, *, exactly: bool) -> None:
+def assert_computes(layer: nn.Module, weight: Tensor, *, exactly: bool) -> None:
     """The product with that weight: exactly by a layer that has stepped aside, or with the quantized weight."""
-    low, high = (0.0, form.exact) if exactly else form.product
+    low, high = (0.0, EXACT) if exactly else PRODUCT
     for n_rows in (1, 3, 20):
-        x = normal(n_rows, IN, seed=1).to(form.dtype)
+        x = normal(n_rows, IN, seed=1)
         with torch.no_grad():
             assert low <= error(layer(x), x.double() @ weight.detach().double().T) <= high
 
 
-@each_form
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_of_a_quantized_weight_counts_and_packing_quantizes_it_again(edit: str, form: Form) -> None:
-    layer = make(form)
-    assert is_quantized(layer, form)
-    assert_computes(layer, layer.weight, form, exactly=False)
+def test_an_edit_of_a_quantized_weight_counts_and_packing_quantizes_it_again(edit: str) -> None:
+    layer = make()
+    assert is_quantized(layer)
+    assert_computes(layer, layer.weight, exactly=False)
     with torch.no_grad():
         EDITS[edit](layer)
-        assert_computes(layer, layer.weight, form, exactly=True)
+        assert_computes(layer, layer.weight, exactly=True)
         assert layer._packed is None
         own(layer)
-        layer.pack(form.dtype)
-        assert is_quantized(layer, form) == (edit not in UNPACKABLE)
-        if is_quantized(layer, INT8) and layer.weight.std() > 0.01 and "dtype" not in edit:
-            assert_computes(layer, layer.weight, form, exactly=layer.weight.unique().numel() == 1)
+        layer.pack(torch.float32)
+        assert is_quantized(layer) == (edit not in UNPACKABLE)
+        if is_quantized(layer) and layer.weight.std() > 0.01 and "dtype" not in edit:
+            assert_computes(layer, layer.weight, exactly=layer.weight.unique().numel() == 1)
 
 
-@each_form
-def test_a_weight_that_requires_gradients_is_not_quantized(form: Form) -> None:
-    layer = make(form, requires_grad=True)
+def test_a_weight_that_requires_gradients_is_not_quantized() -> None:
+    layer = make(requires_grad=True)
     assert layer._packed is None
-    assert_computes(layer, layer.weight, form, exactly=True)
+    assert_computes(layer, layer.weight, exactly=True)
 
 
-@each_form
-def test_gradients_of_inputs_match_the_weight_itself(form: Form) -> None:
-    layer = make(form)
-    x, upstream = (normal(3, n, seed=1).to(form.dtype) for n in (IN, OUT))
+def test_gradients_of_inputs_match_the_weight_itself() -> None:
+    layer = make()
+    x, upstream = (normal(3, n, seed=1) for n in (IN, OUT))
     layer(x.requires_grad_()).backward(upstream)
-    torch.testing.assert_close(x.grad, upstream @ layer.weight.to(form.dtype))
-    assert_computes(layer, layer.weight, form, exactly=False)
+    torch.testing.assert_close(x.grad, upstream @ layer.weight)
+    assert_computes(layer, layer.weight, exactly=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_int8_products_have_the_inputs_dtype_and_int4_ones_are_for_bfloat16(dtype: torch.dtype) -> None:
-    assert make(INT8)(normal(3, IN).to(dtype)).dtype == dtype
-    if can_quantize_int4(CPU, torch.bfloat16) and dtype != torch.bfloat16:
-        layer, x = make(INT4), normal(3, IN).to(dtype)
-        torch.testing.assert_close(layer(x), x @ layer.weight.to(dtype).T)
+def test_products_have_the_inputs_dtype(dtype: torch.dtype) -> None:
+    assert make()(normal(3, IN).to(dtype)).dtype == dtype
 
 
-@each_form
-def test_copies_go_without_the_quantized_form_and_can_make_it_again(form: Form) -> None:
-    layer = make(form)
+def test_copies_go_without_the_quantized_form_and_can_make_it_again() -> None:
+    layer = make()
     for copied in (make_copy(layer) for make_copy in COPIES.values()):
-        assert_computes(copied, layer.weight, form, exactly=True)
-        copied.pack(form.dtype)
-        assert_computes(copied, layer.weight, form, exactly=False)
-    assert is_quantized(layer, form)
+        assert_computes(copied, layer.weight, exactly=True)
+        copied.pack(torch.float32)
+        assert_computes(copied, layer.weight, exactly=False)
+    assert is_quantized(layer)
 
 
 def test_a_bias_is_added_to_the_int8_product() -> None:
@@ -161,18 +123,17 @@ def test_a_bias_is_added_to_the_int8_product() -> None:
     layer.requires_grad_(False)
     layer.quantize = "int8"
     layer.pack(torch.float32)
-    torch.testing.assert_close(layer(normal(3, IN)), make(INT8)(normal(3, IN)) + normal(OUT, seed=2))
+    torch.testing.assert_close(layer(normal(3, IN)), make()(normal(3, IN)) + normal(OUT, seed=2))
 
 
-@each_form
-def test_the_default_device_and_dtype_make_no_difference(form: Form) -> None:
-    x, layer = normal(9, IN).to(form.dtype), make(form)
+def test_the_default_device_and_dtype_make_no_difference() -> None:
+    x, layer = normal(9, IN), make()
     expected = layer(x)
     torch.set_default_device("meta")
     torch.set_default_dtype(torch.float64)
     try:
-        assert can_quantize(CPU) and (form is INT8 or can_quantize_int4(CPU, torch.bfloat16))
-        layer.pack(form.dtype)
+        assert can_quantize(CPU)
+        layer.pack(torch.float32)
         out = layer(x)
     finally:
         torch.set_default_device(None)
@@ -185,7 +146,6 @@ def test_the_default_device_and_dtype_make_no_difference(form: Form) -> None:
 
 @pytest.fixture(scope="module")
 def wide(params: dict[str, Any]) -> dict[str, Any]:
-    """A network whose layers have a multiple of 64 outputs, as int4 products need."""
     return params | {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "multiple_of": 256}
 
 
@@ -199,68 +159,44 @@ def folder(write_checkpoint: Callable[..., Path], wide: dict[str, Any], wide_sta
     return write_checkpoint(wide, wide_state)
 
 
-def build(
-    folder: Path, tokenizer_path: Path, quantize: str, dtype: str | None = None, max_batch_size: int = 4
-) -> Llama:
+def build(folder: Path, tokenizer_path: Path, dtype: str | None = None, max_batch_size: int = 4) -> Llama:
     sizes = {"max_seq_len": MAX_SEQ_LEN, "max_batch_size": max_batch_size}
-    return Llama.build(folder, tokenizer_path, **sizes, device="cpu", dtype=dtype, quantize=quantize)
+    return Llama.build(folder, tokenizer_path, **sizes, device="cpu", dtype=dtype, quantize="int8")
 
 
-@dataclass
-class Built:
-    form: Form
-    llama: Llama
-
-    @property
-    def model(self) -> Any:
-        return self.llama.model
-
-    def layers(self) -> list[Any]:
-        """Those of the form: the output layer is int8 in an int4 build too."""
-        layers = packable_layers(self.model)
-        return layers if self.form is INT8 else layers[:-1]
-
-
-DTYPES = {"int8 in float32": (INT8, "float32"), "int8": (INT8, None), "int4": (INT4, None)}
-
-
-@pytest.fixture(params=[pytest.param(name, marks=needs_int4 if name == "int4" else ()) for name in DTYPES])
-def built(request: pytest.FixtureRequest, folder: Path, tokenizer_path: Path) -> Built:
-    form, dtype = DTYPES[request.param]
-    return Built(form, build(folder, tokenizer_path, form.name, dtype))
+@pytest.fixture(params=["float32", None], ids=str)
+def model(request: pytest.FixtureRequest, folder: Path, tokenizer_path: Path) -> Any:
+    return build(folder, tokenizer_path, request.param).model
 
 
 def tokens(n_rows: int, seqlen: int, params: dict[str, Any]) -> Tensor:
     return torch.randint(params["vocab_size"], (n_rows, seqlen), generator=torch.Generator().manual_seed(0))
 
 
-def test_logits_are_close_to_the_exact_ones(built: Built, wide: dict[str, Any], wide_state: oracle.State) -> None:
-    assert all(is_quantized(layer, built.form) for layer in built.layers()) and len(built.layers()) >= 14
-    assert is_quantized(built.model.output, INT8)
+def test_logits_are_close_to_the_exact_ones(model: Any, wide: dict[str, Any], wide_state: oracle.State) -> None:
+    layers = packable_layers(model)
+    assert all(map(is_quantized, layers)) and len(layers) >= 15 and model.output in layers
     prompts = tokens(4, 20, wide)
     expected = oracle.logits(wide_state, wide, prompts)
-    low, high = built.form.logits
-    for dequantized_rows in (None, 16) if built.form is INT4 else (None,):
-        for layer in built.layers():
-            layer.kernels = Kernels(dequantized_rows=dequantized_rows)
-        with torch.inference_mode():
-            assert low < error(built.model(prompts, 0), expected) < high
-            assert low < error(built.model(prompts[:, -1:], 19)[:, 0], expected[:, -1]) < high
+    low, high = LOGITS
+    with torch.inference_mode():
+        assert low < error(model(prompts, 0), expected) < high
+        assert low < error(model(prompts[:, -1:], 19)[:, 0], expected[:, -1]) < high
 
 
-def test_the_weights_are_the_files_and_nothing_else_is_quantized(built: Built, folder: Path) -> None:
-    stored, state = read_shard(folder / "consolidated.00.pth"), built.model.state_dict()
+def test_the_weights_are_the_files_and_nothing_else_is_quantized(model: Any, folder: Path) -> None:
+    stored, state = read_shard(folder / "consolidated.00.pth"), model.state_dict()
     assert state.keys() == stored.keys()
-    dtype = built.model.norm.weight.dtype
+    dtype = model.norm.weight.dtype
     for name, weight in state.items():
         plain = "norm" in name or "tok_embeddings" in name
         assert torch.equal(weight, stored[name].to(dtype) if plain else stored[name]), name
-    assert built.model.layers[0].attention.cache_k.dtype == dtype
+    assert model.layers[0].attention.cache_k.dtype == dtype
 
 
 def test_a_row_has_the_same_logits_whatever_the_batch(folder: Path, tokenizer_path: Path, wide: dict[str, Any]) -> None:
     """In float32 to rounding of the attention; the products themselves are the same to the last bit."""
-    quantized = build(folder, tokenizer_path, "int8", "float32")
+    quantized = build(folder, tokenizer_path, "float32")
     prompts = [row[: 3 + 5 * i].tolist() for i, row in enumerate(tokens(4, 30, wide))]
     together = quantized.generate(prompts, 12, temperature=0, logprobs=True)
     for i, prompt in enumerate(prompts):
@@ -269,21 +205,15 @@ def test_a_row_has_the_same_logits_whatever_the_batch(folder: Path, tokenizer_pa
         torch.testing.assert_close(torch.tensor(logprobs[0]), torch.tensor(together[1][i]), atol=0.01, rtol=0.01)
 
 
-@each_form
-def test_one_row_is_quantized_too(
-    form: Form, folder: Path, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, logger="llama"):
-        alone = Built(form, build(folder, tokenizer_path, form.name, max_batch_size=1))
-    assert all(is_quantized(layer, form) for layer in alone.layers())
-    words = "int4 weights are dequantized for products of"
-    assert form is INT8 or any(words in record.message for record in caplog.records)
+def test_one_row_is_quantized_too(folder: Path, tokenizer_path: Path) -> None:
+    alone = build(folder, tokenizer_path, max_batch_size=1)
+    assert all(map(is_quantized, packable_layers(alone.model)))
 
 
 def test_hooks_run_and_replaced_modules_and_edits_count(
-    built: Built, wide: dict[str, Any], wide_state: oracle.State
+    model: Any, wide: dict[str, Any], wide_state: oracle.State
 ) -> None:
-    model, prompts, calls = built.model, tokens(2, 9, wide), []
+    prompts, calls = tokens(2, 9, wide), []
     for layer in packable_layers(model):
         layer.register_forward_hook(lambda module, *_: calls.append(module))
     with torch.inference_mode():
@@ -297,35 +227,32 @@ def test_hooks_run_and_replaced_modules_and_edits_count(
     zeroed = ("layers.1.feed_forward.w2.weight", *(f"layers.{i}.attention.wo.weight" for i in range(2)))
     edited = {name: w * 0 if name in zeroed else w for name, w in wide_state.items()}
     expected = oracle.logits(edited, wide, prompts)
-    assert error(after, expected) < built.form.logits[1] < error(before, expected)
+    assert error(after, expected) < LOGITS[1] < error(before, expected)
     edited_layer, other = model.layers[0].attention.wo, model.layers[0].attention.wq
-    assert not is_quantized(edited_layer, built.form) and is_quantized(other, built.form)
+    assert not is_quantized(edited_layer) and is_quantized(other)
     model.pack()
-    assert is_quantized(edited_layer, built.form)
+    assert is_quantized(edited_layer)
 
 
-def _two_ranks(rank: int, params: dict[str, Any], name: str, dtype: torch.dtype) -> tuple[int, Tensor, Tensor]:
+def _two_ranks(rank: int, params: dict[str, Any]) -> tuple[int, Tensor, Tensor]:
     """The number of quantized layers, and the logits of plain and quantized ones."""
     torch.set_num_threads(1)
     init_process_groups(2, CPU)
     args = ModelArgs(**params, max_batch_size=2, max_seq_len=16)
-    state = {name: t.to(dtype) for name, t in oracle.shard(oracle.random_state(params, seed=3), rank, 2).items()}
-    model = Transformer.from_state(args, state)
+    model = Transformer.from_state(args, oracle.shard(oracle.random_state(params, seed=3), rank, 2))
     prompts = tokens(2, 7, params)
     plain = model(prompts, 0)
     for layer in packable_layers(model)[:-1]:
-        layer.quantize = name
+        layer.quantize = "int8"
     model.pack()
-    quantized = [type(layer.packed_form) for layer in packable_layers(model)]
-    return sum(cls in (Int4Weight, QuantizedWeight) for cls in quantized), plain, model(prompts, 0)
+    return sum(map(is_quantized, packable_layers(model))), plain, model(prompts, 0)
 
 
-@each_form
-def test_each_rank_quantizes_its_shard(form: Form, wide: dict[str, Any]) -> None:
-    found = run_ranks(2, _two_ranks, wide, form.name, form.dtype)
+def test_each_rank_quantizes_its_shard(wide: dict[str, Any]) -> None:
+    found = run_ranks(2, _two_ranks, wide)
     for n_quantized, plain, quantized in found:
         assert n_quantized == 14
-        assert form.logits[0] < error(quantized, plain) < form.logits[1]
+        assert LOGITS[0] < error(quantized, plain) < LOGITS[1]
     assert torch.equal(found[0][2], found[1][2])
 
 
@@ -335,57 +262,28 @@ def test_each_rank_quantizes_its_shard(form: Form, wide: dict[str, Any]) -> None
 @pytest.mark.parametrize("name", ["cuda:0", "mps"])
 def test_other_devices_are_refused_with_the_reason(name: str, folder: Path) -> None:
     assert loading.choose_quantize(None, folder, torch.device(name)) is None
-    for quantize in ("int8", "int4"):
-        message = rf"quantize='{quantize}' must be used on a CPU, got device {name}"
-        with pytest.raises(ValueError, match=message):
-            loading.choose_quantize(quantize, folder, torch.device(name))
+    with pytest.raises(ValueError, match=f"quantize='int8' must be used on a CPU, got device {name}"):
+        loading.choose_quantize("int8", folder, torch.device(name))
 
 
-def test_a_processor_without_the_products_and_other_dtypes_of_int4_are_refused_before_loading(
+def test_a_processor_without_the_products_is_refused_before_loading(
     folder: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(loading.reading, "load_shard")
-    for dtype in ("float32", "float16"):
-        with pytest.raises(ValueError, match=r"dtype must be bfloat16 with quantize='int4', got torch.float\d+; use"):
-            build(folder, tokenizer_path, "int4", dtype)
-    monkeypatch.setattr(loading, "can_quantize_int4", lambda *_: False)
-    with pytest.raises(ValueError, match=r"must have a processor .* int4 products.*use quantize='int8'"):
-        build(folder, tokenizer_path, "int4")
     monkeypatch.setattr(loading, "can_quantize", lambda device: False)
     with pytest.raises(ValueError, match=r"must have a processor .*int8 products in oneDNN.*leave it out"):
-        build(folder, tokenizer_path, "int8")
-
-
-def test_groups_and_blocks_of_int4_must_not_cross_shards(wide: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert suits_int4(64, 32) and suits_int4(11008, 4096) and not suits_int4(96, 32) and not suits_int4(64, 48)
-    monkeypatch.setattr(loading, "can_quantize_int4", lambda *_: True)
-    args = ModelArgs(**wide)
-    for ranks in (1, 2):
-        loading.check_int4(MemoryPlan(args, ranks, torch.bfloat16), CPU)
-    with pytest.raises(ValueError, match=r"wq\.weight of shape \(32, 128\) at model_parallel_size=4"):
-        loading.check_int4(MemoryPlan(args, 4, torch.bfloat16), CPU)
-
-
-def test_an_int8_checkpoint_is_not_loaded_as_int4(folder: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    write_quantized(folder, tmp_path / "int8", quiet=True)
-    message = r"quantize must be 'int8', or left out, .* which has int8 weights, got 'int4'"
-    with pytest.raises(ValueError, match=message):
-        build(tmp_path / "int8", tokenizer_path, "int4")
+        build(folder, tokenizer_path)
 
 
 # Memory and tools
 
 
-def test_the_plan_is_the_memory_of_what_is_held(built: Built) -> None:
-    model = built.model
+def test_the_plan_is_the_memory_of_what_is_held(model: Any) -> None:
     held = sum(w.nbytes for name, w in model.named_parameters() if "norm" in name or "tok_embeddings" in name)
-    for layer in packable_layers(model):
-        if is_quantized(layer, INT8):  # its numbers take as many bytes as there are weights
-            held += layer.weight.numel() + layer.packed_form.scales.nbytes
-        else:
-            held += sum(part.nbytes for part in vars(layer.packed_form).values())
+    for layer in packable_layers(model):  # whose numbers take as many bytes as there are weights
+        held += layer.weight.numel() + layer.packed_form.scales.nbytes
     dtype = model.norm.weight.dtype
-    assert MemoryPlan(model.params, 1, dtype, quantize=built.form.name).weights == held
+    assert MemoryPlan(model.params, 1, dtype, quantize="int8").weights == held
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -400,7 +298,7 @@ def test_the_plan_of_a_rank_is_its_share(params: dict[str, Any], parts: int) -> 
 
 def test_a_prefill_stays_within_the_plan(checkpoint: Path, tokenizer_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        llama = build(checkpoint, tokenizer_path, "int8", str(dtype).removeprefix("torch."))
+        llama = build(checkpoint, tokenizer_path, str(dtype).removeprefix("torch."))
         assert peak_of_generate(llama) <= MemoryPlan(llama.model.params, 1, dtype, quantize="int8").activations
 
 
@@ -416,13 +314,12 @@ def test_what_fits_quantized_only_is_refused_unquantized(params: dict[str, Any])
 
 
 def test_the_memory_command_knows_quantization() -> None:
-    for form in (INT8, INT4):
-        table = memory_table(model="7B", dtype="bfloat16", quantize=form.name)
-        assert table.startswith(f"7B: bfloat16, {form.name}, MP=1")
-        (weights,) = [float(line.split()[1]) for line in table.splitlines() if line.startswith("weights")]
-        assert form.bytes_per_weight[0] < weights * 2**30 / 6_738_415_616 < form.bytes_per_weight[1]
-    with pytest.raises(ValueError, match="quantize must be None, 'int8' or 'int4', got 'int3'"):
-        memory_table(model="7B", quantize="int3")
+    table = memory_table(model="7B", dtype="bfloat16", quantize="int8")
+    assert table.startswith("7B: bfloat16, int8, MP=1")
+    (weights,) = [float(line.split()[1]) for line in table.splitlines() if line.startswith("weights")]
+    assert 1 < weights * 2**30 / 6_738_415_616 < 1.05
+    with pytest.raises(ValueError, match="quantize must be None or 'int8', got 'int4'"):
+        memory_table(model="7B", quantize="int4")
 
 
 def test_the_perplexity_command_quantizes(
