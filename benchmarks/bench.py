@@ -72,7 +72,7 @@ def main(
         peers: NAME or NAME=PYTHON,...: what runs in turn with this library's default build, if it is installed, with
             its interpreter: hf, llama_cpp, llama_cpp_q8_0, llama_cpp_q4_0, openvino, openvino_int8, openvino_int4,
             ctranslate2 (int8), and further builds of this library: ours_max_batch_1, ours_eager (without CUDA graphs),
-            ours_compiled, ours_int8, ours_int8_compiled, ours_int4 and ours_int4_compiled.
+            ours_compiled, ours_int8 and ours_int8_compiled.
         device: "cpu" or "cuda".
         dtype: "bfloat16", "float16" or "float32", of weights and arithmetic.
         repeats: number of rounds.

@@ -37,7 +37,7 @@ class Ours(Adapter):
             dtype=job.dtype,
             compile="compiled" in options,
             cuda_graphs="eager" not in options,
-            quantize=next((form for form in ("int8", "int4") if form in options), None),
+            quantize="int8" if "int8" in options else None,
         )
 
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
@@ -344,8 +344,6 @@ ENGINES = {
     "ours_compiled": Engine(Ours, "compiled"),
     "ours_int8": Engine(Ours, "int8", "int8"),
     "ours_int8_compiled": Engine(Ours, "int8 compiled", "int8"),
-    "ours_int4": Engine(Ours, "int4", "int4"),
-    "ours_int4_compiled": Engine(Ours, "int4 compiled", "int4"),
     "hf": Engine(HuggingFace, "", "", *_HF),
     "llama_cpp": Engine(LlamaCpp, "", "", *_LLAMA_CPP),
     "llama_cpp_q8_0": Engine(LlamaCpp, "q8_0", "int8", *_LLAMA_CPP),
