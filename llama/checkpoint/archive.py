@@ -15,6 +15,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -28,11 +29,8 @@ _MAX_DIRECTORY_BYTES = 4 * 1024**2
 _END = struct.Struct("<4s4H2LH")  # signature, disks, entries on disk and total, directory size and offset, comment
 _END_64_LOCATOR = struct.Struct("<4sLQL")  # signature, disk, offset of the 64-bit end record, disks
 _END_64 = struct.Struct("<4sQ2H2L4Q")  # the 64-bit version of _END
-_LOCAL = struct.Struct("<4s22x2H")  # header in front of a record's content: signature, sizes of name and extra field
-_DESCRIPTOR = struct.Struct("<4sL")  # after the content, if the checksum was not known when the header was written
 _ENTRY_BYTES = 46  # of a directory entry, without name, extra field and comment
-_CHECKSUM_AT, _LOCAL_CHECKSUM_AT = 16, 14  # byte offsets in a directory entry and in a local header
-_ENCRYPTED, _HAS_DESCRIPTOR, _IS_UTF8 = 1, 8, 2048  # bits of an entry's flags
+_CHECKSUM_AT, _DESCRIPTOR_CHECKSUM_AT = 16, 4  # byte offsets in a directory entry, and after a record's content
 
 
 class ArchiveError(ValueError):
@@ -47,7 +45,6 @@ class Record:
     size: int
     offset: int  # of the content, in the file
     checksum: int  # CRC-32 of the content; 0 in files without checksums
-    checksum_offsets: tuple[int, int]  # the two places in the file that hold it
 
 
 def read_records(path: Path) -> list[Record]:
@@ -57,17 +54,19 @@ def read_records(path: Path) -> list[Record]:
         ArchiveError: a check failed, or the file is damaged; the message names the record, not the file.
     """
     with path.open("rb") as file:
-        start, entries = _read_directory(file)
-        records: dict[str, Record] = {}
-        at = start
-        for entry in entries:
-            record = _read_record(file, entry, at, start)
-            if record.name.lower() in records:  # torch's reader ignores case
-                raise ArchiveError(f"record names must be unique, got two records named {quote(record.name)}")
-            records[record.name.lower()] = record
-            at += _ENTRY_BYTES + len(_raw_name(entry)) + len(entry.extra) + len(entry.comment)
-    _check_layout(list(records.values()))
-    return list(records.values())
+        archive = _read_directory(file)
+        records = [_read_record(file, archive, entry) for entry in archive.infolist()]
+    _check_layout(records, archive.start_dir)
+    return records
+
+
+def checksum_offsets(path: Path, records: list[Record]) -> Iterator[tuple[int, int]]:
+    """Yields for each record the two places in a file, written by torch, that hold its checksum."""
+    with zipfile.ZipFile(path) as archive:
+        at = archive.start_dir
+        for entry, record in zip(archive.infolist(), records, strict=True):
+            yield at + _CHECKSUM_AT, record.offset + record.size + _DESCRIPTOR_CHECKSUM_AT
+            at += _ENTRY_BYTES + len(entry.filename.encode()) + len(entry.extra)
 
 
 def read_entries(path: Path) -> list[zipfile.ZipInfo]:
@@ -77,7 +76,7 @@ def read_entries(path: Path) -> list[zipfile.ZipInfo]:
         ArchiveError: the file is damaged or cut short.
     """
     with path.open("rb") as file:
-        return _read_directory(file)[1]
+        return _read_directory(file).infolist()
 
 
 def check_pickles(path: Path) -> None:
@@ -100,8 +99,7 @@ def _is_pickle(name: str) -> bool:
     return name.lower().endswith("/data.pkl")
 
 
-def _read_directory(file: BinaryIO) -> tuple[int, list[zipfile.ZipInfo]]:
-    """Returns the directory's byte offset and its entries."""
+def _read_directory(file: BinaryIO) -> zipfile.ZipFile:
     if _read(file, 0, 2) != b"PK":
         raise ArchiveError("it must be a zip archive, as torch.save writes since torch 1.6")
     end_at = file.seek(0, io.SEEK_END) - _END.size
@@ -118,46 +116,39 @@ def _read_directory(file: BinaryIO) -> tuple[int, list[zipfile.ZipInfo]]:
     if directory_size > _MAX_DIRECTORY_BYTES or n_entries * _ENTRY_BYTES > directory_size:
         raise ArchiveError(f"a directory of {n_entries} records in {directory_size} bytes is not possible")
     try:
-        entries = zipfile.ZipFile(file).infolist()
+        archive = zipfile.ZipFile(file)
     except Exception as error:  # of many kinds, over a damaged file
         raise ArchiveError("an entry of the directory is damaged") from error
-    if not entries or len(entries) != n_entries:  # torch's reader goes by the number, Python's by the size
+    if not n_entries or len(archive.infolist()) != n_entries:  # torch's reader goes by the number, Python's by the size
         raise ArchiveError("the directory is empty or does not have the size that its end record states")
-    return start, entries
+    return archive
 
 
-def _read_record(file: BinaryIO, entry: zipfile.ZipInfo, entry_at: int, directory_start: int) -> Record:
-    """Returns the record of a directory entry, after comparing it with the record's own header."""
-    name, size, flags = entry.filename, entry.file_size, entry.flag_bits
-    if entry.compress_type or entry.compress_size != size or flags & _ENCRYPTED:
+def _read_record(file: BinaryIO, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Record:
+    name, size = entry.filename, entry.file_size
+    if entry.compress_type or entry.compress_size != size:
         raise ArchiveError(f"record {quote(name)} must be stored uncompressed")
-    _, name_size, extra_size = _unpack(_LOCAL, file, entry.header_offset, b"PK\x03\x04")
-    if file.read(name_size) != _raw_name(entry):
-        raise ArchiveError(f"record {quote(name)} has a different name in its local header")
-    offset = entry.header_offset + _LOCAL.size + name_size + extra_size
-    checksum_at = entry.header_offset + _LOCAL_CHECKSUM_AT
-    if flags & _HAS_DESCRIPTOR:
-        _unpack(_DESCRIPTOR, file, offset + size, b"PK\x07\x08")
-        checksum_at = offset + size + 4
-    if offset + size > directory_start or _read(file, checksum_at, 4) != entry.CRC.to_bytes(4, "little"):
-        raise ArchiveError(f"record {quote(name)} is not where the directory says")
-    return Record(name, size, offset, entry.CRC, (entry_at + _CHECKSUM_AT, checksum_at))
+    try:
+        with archive.open(entry):  # compares the entry with the record's own header
+            return Record(name, size, file.tell(), entry.CRC)
+    except Exception as error:  # of many kinds, over a damaged file
+        raise ArchiveError(f"record {quote(name)} is not what the directory says") from error
 
 
-def _raw_name(entry: zipfile.ZipInfo) -> bytes:
-    return entry.orig_filename.encode("utf-8" if entry.flag_bits & _IS_UTF8 else "cp437")
-
-
-def _check_layout(records: list[Record]) -> None:
-    """Checks each record's size, and that none overlap: a changed offset cannot give a tensor another one's values."""
+def _check_layout(records: list[Record], directory_start: int) -> None:
+    """Checks each record's name and size, and that none overlap: no changed offset gives a tensor another's values."""
     values, end = records[0].name.partition("/")[0] + "/data/", 0
+    names: set[str] = set()
     for record in sorted(records, key=lambda record: record.offset):
         limit = MAX_PICKLE_BYTES if _is_pickle(record.name) else _MAX_SMALL_BYTES
         if not record.name.startswith(values) and record.size > limit:
             raise ArchiveError(f"record {quote(record.name)} must have at most {limit} bytes, got {record.size}")
-        if record.offset < end:
-            raise ArchiveError(f"record {quote(record.name)} must not overlap another record")
+        if record.offset < end or record.offset + record.size > directory_start:
+            raise ArchiveError(f"record {quote(record.name)} must not overlap another record or the directory")
         end = record.offset + record.size
+        if record.name.lower() in names:  # torch's reader ignores case
+            raise ArchiveError(f"record names must be unique, got two records named {quote(record.name)}")
+        names.add(record.name.lower())
 
 
 def _unpack(layout: struct.Struct, file: BinaryIO, offset: int, signature: bytes) -> tuple[int, ...]:

@@ -64,8 +64,7 @@ _SIZES = {
     "n_heads": "num_attention_heads",
     "vocab_size": "vocab_size",
 }
-_MULTIPLES = (256, 1024, 4096, 512, 2048, 128, 64, 32, 16, 8, 4, 2, 1)  # multiple_of: the released values first
-_RELEASED_MULTIPLIER = 1.3
+_RELEASED_WIDTHS = ((256, None), (4096, 1.3))  # multiple_of and ffn_dim_multiplier; the second are the 70B's
 _MAX_SIZE = 2**31 - 1  # of a size in config.json
 
 
@@ -140,15 +139,11 @@ def config_to_args(config: Mapping[str, Any]) -> ModelArgs:
 
 
 def with_hidden_dim(args: ModelArgs, hidden_dim: int) -> ModelArgs:
-    """`args` with a multiple_of and, where needed, a ffn_dim_multiplier that give exactly this hidden size.
-
-    Tries no multiplier, then the released 70B's.
-    """
-    for multiplier in (None, _RELEASED_MULTIPLIER):
-        for multiple in _MULTIPLES:
-            found = replace(args, multiple_of=multiple, ffn_dim_multiplier=multiplier)
-            if found.hidden_dim == hidden_dim:
-                return found
+    """`args` with a multiple_of and, where needed, a ffn_dim_multiplier that give exactly this hidden size."""
+    for multiple, multiplier in (*_RELEASED_WIDTHS, (hidden_dim, None)):
+        found = replace(args, multiple_of=multiple, ffn_dim_multiplier=multiplier)
+        if found.hidden_dim == hidden_dim:
+            return found
     unscaled = replace(args, multiple_of=1, ffn_dim_multiplier=None).hidden_dim
     return replace(args, multiple_of=1, ffn_dim_multiplier=(hidden_dim + 0.5) / unscaled)  # the fraction is cut off
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.archive import read_records
+from llama.checkpoint.archive import checksum_offsets, read_records
 from llama.tokenizer import ADDED_TOKENS_FILES
 
 GB = 10**9
@@ -107,11 +107,13 @@ def lay_out_pth(path: Path, tensors: dict[str, Tensor]) -> TensorFile:
             f"{path} cannot be written; is the disk full, or the size of files limited (ulimit -f)?"
         ) from error
     # torch numbers the tensors in the order of the dict; what it calls the archive depends on the path
-    by_name = {record.name.partition("/")[2]: record for record in read_records(path)}
-    records = {name: by_name[f"data/{i}"] for i, name in enumerate(tensors)}
-    assert all(records[name].size == tensor.nbytes for name, tensor in tensors.items())
-    offsets = {name: record.offset for name, record in records.items()}
-    return TensorFile(path, offsets, {name: record.checksum_offsets for name, record in records.items()})
+    names = {f"data/{i}": name for i, name in enumerate(tensors)}
+    offsets, checksums = {}, {}
+    records = read_records(path)
+    for record, stated in zip(records, checksum_offsets(path, records), strict=True):
+        if (name := names.get(record.name.partition("/")[2])) is not None:
+            offsets[name], checksums[name] = record.offset, stated
+    return TensorFile(path, offsets, checksums)
 
 
 def write_shards(

@@ -44,9 +44,7 @@ def test_records_are_those_that_pythons_reader_finds(path: Path, writer: str) ->
         for record in records:
             data = archive.read(record.name)
             assert content[record.offset : record.offset + record.size] == data
-            checksum = archive.getinfo(record.name).CRC.to_bytes(4, "little")
-            assert record.checksum_offsets
-            assert all(content[at : at + 4] == checksum for at in record.checksum_offsets)
+            assert record.checksum == archive.getinfo(record.name).CRC
     assert len(read_entries(path)) == len(records)
 
 
@@ -152,5 +150,5 @@ def test_a_record_that_is_another_one_by_its_own_header_is_refused(path: Path) -
     entries = [content.rindex(b"consolidated.00/data/%d" % i) - 46 for i in (0, 1)]
     content[entries[0] + 42 : entries[0] + 46] = content[entries[1] + 42 : entries[1] + 46]
     path.write_bytes(content)
-    with pytest.raises(ArchiveError, match="has a different name in its local header"):
+    with pytest.raises(ArchiveError, match="is not what the directory says"):
         read_records(path)
