@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import random
 import zipfile
 from pathlib import Path
 
@@ -106,22 +104,6 @@ def test_byte_arrays_are_refused(tmp_path: Path) -> None:
     torch.save({"t": torch.ones(2), "b": bytearray(4)}, path)
     with pytest.raises(ArchiveError, match="byte array"):
         check_pickles(path)
-
-
-def test_any_changed_byte_gives_the_same_records_or_an_error(path: Path) -> None:
-    content, rng = path.read_bytes(), random.Random(1)
-    for _ in range(300):
-        changed = io.BytesIO(content)
-        changed.seek(rng.randrange(len(content) - 900, len(content)))  # the directory is at the end
-        changed.write(rng.randbytes(rng.randint(1, 4)))
-        path.write_bytes(changed.getvalue())
-        refusal, records = "", []
-        try:
-            records = read_records(path)
-        except ArchiveError as error:
-            refusal = str(error)
-        assert all(record.offset + record.size <= len(content) for record in records)
-        assert refusal.isprintable() and len(refusal) < 300
 
 
 def test_a_changed_pickle_shows_by_its_checksum(path: Path) -> None:

@@ -25,14 +25,9 @@ from llama.checkpoint.memory import GIB, MemoryPlan, available_memory
 from llama.engine.sampling import Sampler
 from tests.conftest import ROOT
 from tests.support import oracle
-from tests.test_model_args import RELEASED
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-
-
-def released(size: str, max_batch_size: int = 1, max_seq_len: int = 4096) -> ModelArgs:
-    return ModelArgs(**RELEASED[size][0], vocab_size=32000, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
 
 
 def random_args(rng: random.Random) -> tuple[ModelArgs, int, torch.dtype]:
@@ -53,16 +48,6 @@ def random_args(rng: random.Random) -> tuple[ModelArgs, int, torch.dtype]:
 
 
 # What a run needs
-
-
-@pytest.mark.parametrize(
-    ("size", "weights", "cache"), [("7B", 12.55, 2.0), ("13B", 24.24 / 2, 3.125 / 2), ("70B", 128.48 / 8, 1.25 / 8)]
-)
-def test_weights_and_a_full_context_of_the_released_models_in_float16(size: str, weights: float, cache: float) -> None:
-    """6.74, 13.02 and 68.98 billion parameters, of two bytes each."""
-    plan = MemoryPlan(released(size), RELEASED[size][3], torch.float16)
-    assert plan.weights / GIB == pytest.approx(weights, abs=0.01)
-    assert plan.kv_cache * 4096 / (4096 + 16) == cache * GIB
 
 
 def test_weights_and_cache_of_random_networks() -> None:
@@ -137,12 +122,13 @@ def message_of(args: ModelArgs, parts: int, dtype: torch.dtype, available: int, 
     return str(caught.value)
 
 
-def test_the_message_says_each_part_in_gib() -> None:
+def test_what_fits_is_taken_and_what_does_not_is_refused_with_each_part_in_gib() -> None:
     rng = random.Random(1)
     for _ in range(100):
         args, parts, dtype = random_args(rng)
         plan = MemoryPlan(args, parts, dtype)
-        available = rng.randrange(plan.total)
+        plan.check(plan.total, "cpu")
+        available = rng.choice([plan.total - 1, rng.randrange(plan.total)])
         message = message_of(args, parts, dtype, available, "cuda:3")
         first = f"this model needs {plan.total / GIB:.2f} GiB on cuda:3, which has {available / GIB:.2f} GiB available"
         assert message.splitlines()[0] == first
@@ -154,18 +140,6 @@ def test_the_message_says_each_part_in_gib() -> None:
         }
         sizes = f"max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len}"
         assert f"MP={parts}" in message and str(dtype).split(".")[1] in message and sizes in message
-
-
-def test_nothing_that_fits_is_refused_and_what_does_not_is() -> None:
-    rng = random.Random(2)
-    for _ in range(200):
-        args, parts, dtype = random_args(rng)
-        plan = MemoryPlan(args, parts, dtype)
-        total = plan.total
-        plan.check(total, "cpu")
-        plan.check(total + rng.randrange(GIB), "cpu")
-        message_of(args, parts, dtype, total - 1)
-        message_of(args, parts, dtype, 0)
 
 
 def test_the_advice_fits_and_no_larger_size_does() -> None:
