@@ -1,1 +1,1 @@
-"""Measurements of this library, of the ways it replaces, and of other engines beside it; `bench.py` is the command."""
+"""Measurements of this library and of other engines; `bench.py` is the first command."""

@@ -1,6 +1,6 @@
-"""The engines that are measured, on the same weights and prompts: this library, and others beside it.
+"""The engines that are measured, on the same weights and prompts: this library and others.
 
-Engines may have Python environments of their own, so each adapter imports its packages where it uses them. Those that
+Engines may have separate Python environments, so each adapter imports its packages where it uses them. Those that
 convert from transformers' format find it in `job.hf_folder`.
 """
 
@@ -89,7 +89,7 @@ class LlamaCpp(Adapter):
     """llama.cpp through the C functions that llama-cpp-python exposes, on a GGUF file.
 
     Weights in the job's dtype, or in the variants "q8_0" and "q4_0" in blocks of 32. Its default flash attention and
-    float16 cache; a sequence of its own for each prompt, as its batched benchmark has.
+    float16 cache; a sequence per prompt, as its batched benchmark has.
     """
 
     def __init__(self, job: Job, variant: str) -> None:

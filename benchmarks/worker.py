@@ -1,7 +1,7 @@
-"""An engine in a process of its own: what it is asked, how its figures are timed, and the lines that it answers with.
+"""An engine in a separate process: what it is asked, how its figures are timed, and the lines that it answers with.
 
-`python -m benchmarks.worker ENGINE JOB`, with the job in JSON. Standard library only, since each engine may have an
-environment of its own.
+`python -m benchmarks.worker ENGINE JOB`, with the job in JSON. Standard library only, since engines may have
+separate environments.
 """
 
 from __future__ import annotations
