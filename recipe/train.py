@@ -1,4 +1,4 @@
-"""Make `tiny-llama/` from nothing: write the corpus, train tokenizer and network, save, and show what it answers.
+"""Make `tiny-llama/` from nothing: write the corpus, train tokenizer and network, save, and score it.
 
     python -m recipe.train --output_dir tiny-llama
 

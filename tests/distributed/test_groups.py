@@ -134,34 +134,6 @@ def test_first_builds_in_several_threads(checkpoint: Path, tokenizer_path: Path,
     assert got == [[], [expected] * 8, True, "", False]
 
 
-PRINTS = """
-import json, sys, torch
-from fairscale.nn.model_parallel import initialize
-from llama.distributed import groups
-seen = []
-real = initialize.initialize_model_parallel
-def slow(size):
-    seen.append(sys.stdout is sys.__stdout__)  # as another thread would find it
-    initialize.print("not to be seen")
-    real(size)
-    if len(seen) == 1:
-        raise OSError("once")
-initialize.initialize_model_parallel = slow
-for attempt in range(2):
-    try:
-        groups.init_process_groups(1, torch.device("cpu"))
-    except OSError:
-        initialize.destroy_model_parallel()
-    seen.append("print" in vars(initialize))
-print(json.dumps(seen))
-"""
-
-
-def test_fairscale_is_silenced_in_its_own_module_alone_and_only_while_it_makes_the_groups() -> None:
-    """Also after an error in it."""
-    assert run_script(PRINTS, fresh="ignore") == [True, False, True, False]
-
-
 FORK = """
 import json, os, sys
 from llama import Llama
