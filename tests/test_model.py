@@ -475,26 +475,34 @@ def test_rotary_embedding_turns_interleaved_pairs_in_float32() -> None:
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("seqlen", [1, 6])
-def test_attention_equals_its_formula(seqlen: int, n_kv_heads: int) -> None:
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("seqlen", [1, 6, 20])
+@pytest.mark.parametrize("takes_groups", [True, False])
+def test_attention_equals_its_formula(
+    monkeypatch: pytest.MonkeyPatch, takes_groups: bool, seqlen: int, n_kv_heads: int
+) -> None:
+    monkeypatch.setattr("llama.layers.attention._CPU_KERNEL_TAKES_GROUPS", takes_groups)
+    generator, kv_len = torch.Generator().manual_seed(0), max(seqlen, 6)
     queries, keys, values = (
-        torch.randn(2, heads, 6, 8, generator=generator, dtype=torch.float64) for heads in (4, n_kv_heads, n_kv_heads)
+        torch.randn(2, heads, kv_len, 8, generator=generator, dtype=torch.float64)
+        for heads in (4, n_kv_heads, n_kv_heads)
     )
-    queries = queries[:, :, 6 - seqlen :]
+    queries = queries[:, :, kv_len - seqlen :]
     group = 4 // n_kv_heads
     scores = torch.einsum("bhqd,bhkd->bhqk", queries, keys.repeat_interleave(group, 1)) / math.sqrt(8)
-    allowed = torch.ones(seqlen, 6, dtype=torch.bool).tril(6 - seqlen)
+    allowed = torch.ones(seqlen, kv_len, dtype=torch.bool).tril(kv_len - seqlen)
     weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
     expected = torch.einsum("bhqk,bhkd->bhqd", weights, values.repeat_interleave(group, 1)).float()
     short = [t.float() for t in (queries, keys, values)]
     close(attend(*short, None, is_causal=seqlen > 1), expected, 1e-5)
-    close(attend(*short, allowed.expand(2, 1, seqlen, 6)), expected, 1e-5)
+    close(attend(*short, allowed.expand(2, 1, seqlen, kv_len)), expected, 1e-5)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):  # of what is added
-        added = torch.zeros(seqlen, 6, dtype=dtype).masked_fill(~allowed, -math.inf)
+        added = torch.zeros(seqlen, kv_len, dtype=dtype).masked_fill(~allowed, -math.inf)
         close(attend(*short, added), expected, 1e-5)
     unmasked = torch.einsum("bhqk,bhkd->bhqd", scores.softmax(-1), values.repeat_interleave(group, 1)).float()
     close(attend(*short, None), unmasked, 1e-5)
+    added = torch.randn(2, 4, seqlen, kv_len, generator=generator)  # another for each head
+    biased = torch.einsum("bhqk,bhkd->bhqd", (scores + added).softmax(-1), values.repeat_interleave(group, 1)).float()
+    close(attend(*short, added), biased, 1e-5)
 
 
 @pytest.mark.parametrize("seqlen", [1, 2])

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _FEW_POSITIONS = 16  # with more, copying keys for each query head of a group costs little in proportion
+# Before torch 2.9 a CPU's fused kernel takes no groups: slower code that holds all scores at a time runs in its place.
+_CPU_KERNEL_TAKES_GROUPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
@@ -30,17 +32,31 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *
         mask = mask.to(queries.dtype)
     if n_rep == 1 and seqlen == 1 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
         # A second copy of the query halves the time: torch's kernel uses blocked matrix products for several
-        # rows, and none for a single one.
-        return F.scaled_dot_product_attention(queries.expand(-1, -1, 2, -1), keys, values, mask)[:, :, :1]
+        # rows, and none for a single one. Not an expanded view, whose scores torch 2.6 rounds to bfloat16.
+        return F.scaled_dot_product_attention(queries.repeat(1, 1, 2, 1), keys, values, mask)[:, :, :1]
     per_head = mask is not None and mask.dim() == 4 and mask.size(1) > 1
     is_short = isinstance(seqlen, int) and seqlen <= _FEW_POSITIONS  # not of a symbolic length, in an export
     if n_rep == 1 or not is_short or is_causal or per_head:
+        if n_rep > 1 and queries.device.type == "cpu" and not _CPU_KERNEL_TAKES_GROUPS:
+            return _attend_by_group(queries, keys, values, mask, is_causal)
         return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal, enable_gqa=n_rep > 1)
     # The query heads of a group are treated as further positions of one head, so that keys need not be copied.
     grouped = queries.reshape(bsz, n_kv_heads, n_rep * seqlen, head_dim)
     if mask is not None and seqlen > 1:
         mask = mask.repeat(*[1] * (mask.dim() - 2), n_rep, 1)
     return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(queries.shape)
+
+
+def _attend_by_group(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """`attend` by one product per key/value head, which its group shares without a copy."""
+    n_kv_heads = keys.size(1)
+    n_rep = queries.size(1) // n_kv_heads
+    shared = (x.unsqueeze(2).expand(-1, -1, n_rep, -1, -1).unbind(1) for x in (keys, values))
+    per_head = mask is not None and mask.dim() == 4 and mask.size(1) > 1
+    masks = mask.split(n_rep, 1) if mask is not None and per_head else [mask] * n_kv_heads
+    groups = zip(queries.split(n_rep, 1), *shared, masks, strict=True)
+    heads = [F.scaled_dot_product_attention(q, k, v, m, is_causal=is_causal) for q, k, v, m in groups]
+    return torch.cat(heads, 1)
 
 
 def causal_mask(seqlen: int, start_pos: int, h: Tensor) -> Tensor:

@@ -173,7 +173,8 @@ class _OwnsPackedForm(nn.Module):
 
     def _current(self, weight: Tensor) -> _Packed | None:
         """The packed form and its sources, or None, dropping it, if the weight has changed."""
-        packed = self._packed
+        # Torch 2.6 cannot trace a `PackedParameter`: it runs `linear` as it is, and may then trace this function alone.
+        packed = None if torch.compiler.is_compiling() else self._packed
         if packed is None or packed.is_of(weight, self):
             return packed
         self._packed = None
