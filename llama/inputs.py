@@ -43,9 +43,9 @@ class SamplingOptions(TypedDict, total=False):
     top_k: int  # excludes tokens less probable than the k-th most probable one; 0 or -1 for none
     min_p: float  # excludes tokens less probable than this times the most probable one; 0 for none
     typical_p: float  # keeps the tokens whose information is closest to the entropy, up to this mass; 1 for all
-    repetition_penalty: float  # divides positive logits of tokens of prompt and completion, multiplies negative ones
-    presence_penalty: float  # subtracted once from the logits of tokens of the completion
-    frequency_penalty: float  # subtracted from them per occurrence
+    repetition_penalty: float  # for earlier tokens: divides positive logits, multiplies negative ones; 1 for none
+    presence_penalty: float  # subtracted once from the logits of the completion's tokens; 0 for none
+    frequency_penalty: float  # subtracted from these per occurrence; 0 for none
     logit_bias: Mapping[int, float]  # added to the logits of these ids
     min_tokens: int  # before that many tokens, no EOS or stop token is sampled
     ignore_eos: bool  # whether the completion goes on after EOS
