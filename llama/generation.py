@@ -157,7 +157,8 @@ class Llama:
             dtype: "float16", "bfloat16" or "float32", of weights and cache; None: bfloat16 on CPU, else float16.
             cuda_graphs: whether steps on CUDA are captured once and replayed; without effect elsewhere.
             quantize: "int8" rounds weights and inputs of the linear layers to int8, on CPUs with VNNI: faster, in half
-                the memory, and not faithful to the checkpoint. None loads the weights as they are in the checkpoint.
+                the memory, and not faithful to the checkpoint. On CUDA, it rounds weights alone. None loads the weights
+                as they are in the checkpoint.
             draft_ckpt_dir: folder of a smaller checkpoint with the same vocabulary and number of files, which drafts
                 tokens for calls with `speculative="draft"`; its KV cache has the same sizes.
             compile: whether decode steps run through blocks compiled by inductor, torch's compiler, on a CPU with a C++

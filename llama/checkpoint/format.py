@@ -41,7 +41,7 @@ _RUN_SIZES = {"max_batch_size", "max_seq_len"}  # fields of ModelArgs that are a
 _PARAM_NAMES = {field.name for field in fields(ModelArgs)} - _RUN_SIZES
 QUANTIZE = "quantize"  # the key of params.json that names the form of quantized weights
 STORED_FORMS = ("int8",)  # what it may be
-_SCALES = ".scales"
+SCALES = ".scales"
 
 
 def shard_dim(name: str) -> int | None:
@@ -60,17 +60,17 @@ def is_known_extra(name: object) -> bool:
 
 def is_linear(name: str) -> bool:
     """Whether a tensor is the weight of a linear layer, which a quantized checkpoint has as numbers and scales."""
-    return name != "tok_embeddings.weight" and not name.endswith(_SCALES) and shard_dim(name) is not None
+    return name != "tok_embeddings.weight" and not name.endswith(SCALES) and shard_dim(name) is not None
 
 
 def scales_of(name: str) -> str:
     """The name of the scales of a quantized weight."""
-    return name.removesuffix(".weight") + _SCALES
+    return name.removesuffix(".weight") + SCALES
 
 
 def is_repeated(name: str) -> bool:
     """Whether every file of a checkpoint holds the whole tensor, the same in each; scales are each file's own."""
-    return not name.endswith(_SCALES) and shard_dim(name) is None
+    return not name.endswith(SCALES) and shard_dim(name) is None
 
 
 def split_tensor(name: str, whole: Tensor, parts: int, vocab_size: int) -> list[Tensor]:
@@ -112,7 +112,7 @@ def tensor_shapes(args: ModelArgs, model_parallel_size: int, quantize: str | Non
 
 def stored_dtypes(name: str, names: Container[str]) -> tuple[torch.dtype, ...]:
     """The dtypes that a tensor of a file with these `names` may have."""
-    if name.endswith(_SCALES):
+    if name.endswith(SCALES):
         return (torch.float32,)
     return (torch.int8,) if scales_of(name) in names else _DTYPES
 

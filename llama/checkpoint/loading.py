@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint import reading
-from llama.checkpoint.format import stored_quantize
+from llama.checkpoint.format import SCALES, is_linear, scales_of, stored_quantize
 from llama.checkpoint.memory import MemoryPlan, available_memory, free_address_space, out_of_memory
 from llama.distributed import groups
 from llama.distributed.device import check_threads, processes_on, select_device, select_dtype, set_threads
 from llama.errors import quote
-from llama.layers.kernels import Kernels, can_pack, can_quantize, measure_kernels
+from llama.layers.kernels import Kernels, can_pack, can_quantize, measure_kernels, quantize_values
 from llama.layers.linear import QUANTIZED_FORMS, packable_layers
 from llama.model import Transformer
 from llama.text.tokenizer_json import load_tokenizer
@@ -40,8 +40,10 @@ def choose_quantize(quantize: str | None, ckpt_dir: str | Path, device: torch.de
         return None
     what = f"{quantize!r} weights, as {ckpt_dir} has," if stored else f"quantize={quantize!r}"
     otherwise = "use the checkpoint that it was made from" if stored else "leave it out"
+    if device.type == "cuda":
+        return quantize
     if device.type != "cpu":
-        raise ValueError(f"{what} must be used on a CPU, got device {device}; {otherwise}, or use device='cpu'")
+        raise ValueError(f"{what} must be used on a CPU or CUDA, got device {device}; {otherwise}, or use device='cpu'")
     if not can_quantize(device):
         raise ValueError(
             f"{what} must have a processor and a build of torch with fast and exact int8 products in oneDNN, "
@@ -90,7 +92,7 @@ def load_networks(
         sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
         args = reading.model_args(folder, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path)
         args.check_shards(mp)
-        plan = MemoryPlan(args, mp, dtype, choose_quantize(quantize, folder, device))
+        plan = MemoryPlan(args, mp, dtype, choose_quantize(quantize, folder, device), device.type)
         sources.append((paths, plan))
     _check_memory(sources, device)
     set_threads(threads)
@@ -123,11 +125,11 @@ def _load_model(path: Path, plan: MemoryPlan, device: torch.device, network_clas
     On a CPU that packs bfloat16 weights, packed forms are held in memory, and the plain weights stay in the mapped
     file, in its dtype. A cache of one row makes do with the plain weights where these are as fast for a single row.
     Quantized forms are held like packed ones, for any dtype. Elsewhere the weights are moved to the device and the
-    dtype.
+    dtype, or quantized there.
     """
     args, dtype, quantize = plan.args, plan.dtype, plan.quantize
     state = reading.load_shard(path, args, plan.model_parallel_size, stored_quantize(path.parent))
-    kernels, packs = Kernels(), quantize is not None or can_pack(device, dtype)
+    kernels, packs = Kernels(), can_pack(device, dtype) or (quantize is not None and device.type == "cpu")
     if packs and quantize is None:
         kernels = measure_kernels(state.values(), dtype, packed_only=args.max_batch_size > 1)
     kernels = groups.broadcast_object(kernels)  # other kernels round otherwise, and replicas should agree
@@ -138,7 +140,7 @@ def _load_model(path: Path, plan: MemoryPlan, device: torch.device, network_clas
     if packs:
         reading.check_range({name: reading.magnitude(t, dtype) for name, t in state.items()}, dtype)
     else:
-        load_to_device(state, device=device, dtype=dtype)
+        load_to_device(state, device=device, dtype=dtype, quantize=quantize is not None)
     model = network_class.from_state(args, state, cache_dtype=dtype)
     layers = packable_layers(model) if packs else []
     for layer in layers:
@@ -149,18 +151,26 @@ def _load_model(path: Path, plan: MemoryPlan, device: torch.device, network_clas
     return model
 
 
-def load_to_device(state: dict[str, Tensor], *, device: torch.device, dtype: torch.dtype) -> None:
+def load_to_device(
+    state: dict[str, Tensor], *, device: torch.device, dtype: torch.dtype, quantize: bool = False
+) -> None:
     """Replaces the tensors of a mapped file by copies on `device` in `dtype`; never holds two copies of the whole.
+
+    Args:
+        quantize: quantizes the weights of linear layers to int8 there, unless they are, and adds their scales.
 
     Raises:
         ValueError: a value is beyond the range of `dtype`.
     """
     magnitudes = {}
     copy = _PinnedCopy(device) if device.type == "cuda" else partial(torch.Tensor.to, device=device)
-    for name, tensor in state.items():
-        copied = copy(tensor)
+    for name, tensor in list(state.items()):
+        state[name] = copied = copy(tensor)
         magnitudes[name] = reading.magnitude(copied, dtype)
-        state[name] = copied.to(dtype)
+        if quantize and is_linear(name) and copied.dtype != torch.int8:
+            state[name], state[scales_of(name)] = quantize_values(copied)
+        elif copied.dtype != torch.int8 and not name.endswith(SCALES):
+            state[name] = copied.to(dtype)
         if state[name] is not tensor:
             reading.release_pages(tensor)
     reading.check_range(magnitudes, dtype)

@@ -36,12 +36,14 @@ class MemoryPlan:
     Attributes:
         args: the network; its `max_batch_size` and `max_seq_len` size cache and activations.
         dtype, quantize: as in `Llama.build`.
+        device_type: on "cuda", the product of a quantized layer has its weight in `dtype` meanwhile.
     """
 
     args: ModelArgs
     model_parallel_size: int
     dtype: torch.dtype
     quantize: str | None = None
+    device_type: str = "cpu"
 
     @property
     def weights(self) -> int:
@@ -72,7 +74,15 @@ class MemoryPlan:
         mask = args.max_seq_len * size
         prefill = args.prefill_tokens * (residual_and_norm + max(attention, feed_forward) + mask)
         sampling = 15 * args.max_batch_size * args.vocab_size * 4  # logits, probabilities, order, random numbers
-        return prefill + sampling
+        return prefill + sampling + self._dequantized
+
+    @property
+    def _dequantized(self) -> int:
+        """The largest layer's weight, scaled in float32 and rounded to the dtype, where a product needs it."""
+        if self.quantize is None or self.device_type != "cuda":
+            return 0
+        shapes = tensor_shapes(self.args, self.model_parallel_size)
+        return (4 + self.dtype.itemsize) * max(prod(shape) for name, shape in shapes.items() if is_linear(name))
 
     @property
     def total(self) -> int:

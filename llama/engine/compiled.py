@@ -33,7 +33,14 @@ from llama.engine.runner import Stepper
 from llama.errors import printable
 from llama.layers import attention, kernels, linear
 from llama.layers.cache import CachePositions
-from llama.layers.kernels import Kernels, QuantizedWeight, onednn_int8_linear, row_bucket
+from llama.layers.kernels import (
+    Int8Weight,
+    Kernels,
+    QuantizedWeight,
+    dequantized_linear,
+    onednn_int8_linear,
+    row_bucket,
+)
 from llama.model import Transformer, TransformerBlock
 
 logger = logging.getLogger(__name__)
@@ -186,15 +193,16 @@ def compiled_stepper(model: Transformer, *, cuda_graphs: bool = True, background
 
 
 class _Product(nn.Module):
-    """What an exported block has in a packed layer's place: the product with the layer's form, by an operator."""
+    """What an exported block has in the place of a packed or int8 layer: the product with the layer's form."""
 
     packed: Tensor
     blocked: Tensor
+    numbers: Tensor
     scales: Tensor
     rotation: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, form: Tensor | QuantizedWeight, layer: Any) -> None:
+    def __init__(self, form: Tensor | QuantizedWeight | Int8Weight, layer: Any) -> None:
         super().__init__()
         self.form, self.kernels = type(form), layer.kernels
         for name, tensor in ({"packed": form} if isinstance(form, Tensor) else vars(form)).items():
@@ -205,6 +213,8 @@ class _Product(nn.Module):
         rows = x.flatten(0, -2)
         if self.form is QuantizedWeight:
             out = self._int8_product(rows)
+        elif self.form is Int8Weight:
+            out = dequantized_linear(rows, Int8Weight(self.numbers, self.scales, self.rotation))
         else:
             out = _operators().packed_linear(rows, self.packed, self.kernels.pads_one, self.kernels.pads_few)
         out = out.view(*x.shape[:-1], -1)
@@ -245,7 +255,9 @@ class _BlockStep(nn.Module):
 
 def _exportable(module: nn.Module) -> nn.Module:
     """A shallow copy of a module's tree, with products in place of packed layers."""
-    form = getattr(module, "packed_form", None)
+    form: Any = getattr(module, "packed_form", None)
+    if form is None and hasattr(module, "packed_form"):
+        form = linear.int8_weight(module)
     if form is not None:
         return _Product(form, module)
     copied = copy.copy(module)

@@ -22,6 +22,7 @@ _PROBE_BYTES = 96 * MiB  # weights that are read for a timing: more than most ca
 _CLEARLY = 0.97  # of another time, to be preferred to it
 _MOST_ROTATED = 32  # inputs per block of the rotation before quantization
 QUANTIZED_ELEMENTS = 1 << 17  # that a thread quantizes at a time, so that they stay in the caches of its core
+_QUANTIZED_ON_GPU = 1 << 24  # likewise at a time, to launch few kernels
 
 _ROUNDING = torch.tensor(1.5 * 2**23 + 128, dtype=torch.float32, device="cpu")
 _NO_ZERO_POINT = torch.zeros(1, dtype=torch.int64, device="cpu")  # of symmetric weights
@@ -88,7 +89,7 @@ def quantize_weight(weight: Tensor, scratch: Tensor | None = None) -> QuantizedW
 
 @torch.no_grad()
 def quantize_values(weight: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantizes a weight (out, in) to int8, symmetrically, per output channel. `dequantize` is the inverse.
+    """Quantizes a weight (out, in) to int8, symmetrically, per output channel.
 
     Inputs and weight are first rotated by a Hadamard matrix in blocks of up to 32 inputs. This leaves the product
     as it is, but spreads the few large inputs that trained networks have, which the scale of a token's inputs would
@@ -100,14 +101,14 @@ def quantize_values(weight: Tensor, scratch: Tensor | None = None) -> tuple[Tens
     Returns:
         The numbers (out, in) int8, from -127 to 127, and the scales (out,) float32.
     """
-    n_out, n_in = weight.shape
-    rotation = _rotation(n_in)
+    (n_out, n_in), device = weight.shape, weight.device
+    rotation = rotation_of(n_in, device)
     block = rotation.size(0)
     if scratch is None:
-        scratch = torch.empty(n_out * n_in, dtype=torch.int8, device="cpu")
+        scratch = torch.empty(n_out * n_in, dtype=torch.int8, device=device)
     values = scratch.view(torch.int8)[: n_out * n_in].view(n_out, n_in)
-    peaks = torch.empty((n_out, 1), dtype=torch.float32, device="cpu")
-    n_rows = max(1, QUANTIZED_ELEMENTS // n_in)
+    peaks = torch.empty((n_out, 1), dtype=torch.float32, device=device)
+    n_rows = max(1, (QUANTIZED_ELEMENTS if weight.is_cpu else _QUANTIZED_ON_GPU) // n_in)
     for part, values_of_part, peaks_of_part in zip(
         weight.split(n_rows), values.split(n_rows), peaks.split(n_rows), strict=True
     ):
@@ -117,11 +118,29 @@ def quantize_values(weight: Tensor, scratch: Tensor | None = None) -> tuple[Tens
     return values, peaks.flatten() / (127 * block)  # entries of the rotation are 1 and -1 instead of orthonormal
 
 
-def dequantize(values: Tensor, scales: Tensor) -> Tensor:
-    """The weight (out, in), in float32, that `quantize_values` rounded to these numbers and scales."""
-    rotation = _rotation(values.size(1)).to(values.device)
-    scaled = values.float() * scales.float().unsqueeze(1)
-    return (scaled.view(-1, rotation.size(0)) @ rotation).view(values.shape)
+@dataclass(frozen=True)
+class Int8Weight:
+    """A weight as `quantize_values` rounds it, for `dequantized_linear`."""
+
+    numbers: Tensor  # (out, in) int8
+    scales: Tensor  # (out,)
+    rotation: Tensor  # (block, block) float32, for each block of the inputs
+
+
+def dequantized_linear(x: Tensor, weight: Int8Weight) -> Tensor:
+    """x (..., in) times a weight, transposed: (..., out), in the dtype of x. On any device, with gradients.
+
+    The inputs are rotated in place of the weight, and not rounded to int8.
+    """
+    block = weight.rotation.size(0)
+    # Rotating twice multiplies by the size of a block: divided out of the inputs, which float16 then has room for.
+    rotated: Tensor = (x.unflatten(-1, (-1, block)) @ (weight.rotation / block).to(x.dtype)).flatten(-2)
+    scales = weight.scales.float() * block
+    if torch.compiler.is_compiling() and rotated.numel() == rotated.size(-1):
+        # One row: the compiler fuses this to a single reading of the int8 numbers.
+        out: Tensor = (weight.numbers * rotated.flatten().float()).sum(-1) * scales
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
+    return F.linear(rotated, (weight.numbers * scales.unsqueeze(1)).to(x.dtype))
 
 
 @torch.no_grad()
@@ -129,7 +148,7 @@ def block_quantized(values: Tensor, scales: Tensor) -> QuantizedWeight:
     """Numbers and scales as of `quantize_values`, for `quantized_linear`."""
     blocked = torch.ops.onednn.qlinear_prepack(values.contiguous(), None)
     # The peaks of inputs are in units of 127 too.
-    return QuantizedWeight(blocked, scales.float() / 127, _rotation(values.size(1)))
+    return QuantizedWeight(blocked, scales.float() / 127, rotation_of(values.size(1), values.device))
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -176,13 +195,19 @@ def onednn_int8_linear(x: Tensor, blocked: Tensor, scales: Tensor) -> Tensor:
     return out
 
 
-@cache
-def _rotation(n_in: int) -> Tensor:
+def rotation_of(n_in: int, device: torch.device) -> Tensor:
     """What `n_in` inputs are rotated by, block after block: a symmetric Hadamard matrix, of entries 1 and -1.
 
     Its square is its size, a power of two, times the identity.
     """
-    matrix = torch.ones((1, 1), dtype=torch.float32, device="cpu")
+    if torch.compiler.is_compiling():
+        return _rotation.__wrapped__(n_in, device)  # a tracer's tensor is not to be kept
+    return _rotation(n_in, device)
+
+
+@cache
+def _rotation(n_in: int, device: torch.device) -> Tensor:
+    matrix = torch.ones((1, 1), dtype=torch.float32, device=device)
     while len(matrix) < math.gcd(n_in, _MOST_ROTATED):
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix

@@ -7,7 +7,8 @@ On a CPU, a weight in a blocked layout (packed), as bfloat16 or quantized to int
 one. The packed form is derived from the layer's own parameter and stands aside for good when that parameter changes,
 whichever way; the layer then computes with the parameter itself. Nothing outside a layer knows which form served.
 
-A layer of a quantized checkpoint has int8 numbers as its weight, and their scales as a second parameter.
+A layer of a quantized checkpoint, or one quantized on CUDA, has int8 numbers as its weight, and their scales as a
+second parameter.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.layers.kernels import (
     DEFAULT_KERNELS,
+    Int8Weight,
     Kernels,
     QuantizedWeight,
     block_quantized,
-    dequantize,
+    dequantized_linear,
     pack_weight,
     packed_linear,
     quantize_weight,
     quantized_linear,
+    rotation_of,
 )
 
 _PRODUCT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -137,7 +140,7 @@ class _OwnsPackedForm(nn.Module):
             assigned at any time.
         quantize: which form `pack` makes of a weight that is not quantized: None for bfloat16, or one of
             `QUANTIZED_FORMS`.
-        scales: (out,) float32, if the weight is int8 numbers of a quantized checkpoint; None otherwise.
+        scales: (out,) float32, if the weight is int8 numbers; None otherwise.
     """
 
     weight: nn.Parameter
@@ -160,10 +163,10 @@ class _OwnsPackedForm(nn.Module):
             out = None if packed is None else packed.product(x, self.kernels)
             if out is not None:
                 return out if bias is None else out + bias
-        plain: Tensor = weight
-        if weight.dtype == torch.int8 and self.scales is not None:
-            plain = dequantize(weight, self.scales)
-        return F.linear(x, plain if plain.dtype == x.dtype else plain.to(x.dtype), bias)
+        if (numbers := int8_weight(self)) is not None:
+            out = dequantized_linear(x, numbers)
+            return out if bias is None else out + bias
+        return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), bias)
 
     @property
     def packed_form(self) -> _Form | None:
@@ -214,6 +217,14 @@ class _OwnsPackedForm(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles go without: the packed form is tied to this very parameter, and nothing can copy it.
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+def int8_weight(layer: Any) -> Int8Weight | None:
+    """A layer's weight with its scales, if it is int8 numbers."""
+    weight: Tensor = layer.weight
+    if weight.dtype != torch.int8 or layer.scales is None:
+        return None
+    return Int8Weight(weight, layer.scales, rotation_of(weight.size(1), weight.device))
 
 
 class ColumnParallelLinear(_OwnsPackedForm, fairscale_layers.ColumnParallelLinear):  # type: ignore[misc]

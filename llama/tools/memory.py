@@ -48,8 +48,8 @@ def memory_table(
         max_batch_size: as for `Llama.build`.
         model_parallel_size: number of processes that share the model; by default the number of the checkpoint's files.
         dtype: float16, bfloat16 or float32, of weights and cache.
-        quantize: "int8" for such weights of the linear layers, as for `Llama.build` on a CPU; by default the
-            form of the checkpoint.
+        quantize: "int8" for such weights of the linear layers, as for `Llama.build`; by default the form of the
+            checkpoint. The activations are those on CUDA, where a product has its weight in `dtype` meanwhile.
         device_memory: memory of each process's device, such as 24GiB or 80GB.
     """
     if (ckpt_dir is None) == (model is None):
@@ -72,7 +72,7 @@ def memory_table(
             f"model_parallel_size must be the number of files of a quantized checkpoint, {n_files}, got {ranks}; "
             "reshard the checkpoint that it was made from"
         )
-    plan = MemoryPlan(args, ranks, select_dtype(dtype, torch.device("cpu")), quantize or stored)
+    plan = MemoryPlan(args, ranks, select_dtype(dtype, torch.device("cpu")), quantize or stored, "cuda")
     what = dtype if plan.quantize is None else f"{dtype}, {plan.quantize}"
     head = f"{model or ckpt_dir}: {what}, MP={ranks}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
     lines = [head, *_table(plan)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import loading
 from llama.checkpoint.format import is_linear, read_params, scales_of, stored_quantize
+from llama.checkpoint.memory import MemoryPlan
 from llama.checkpoint.reading import read_shard
 from llama.distributed.groups import init_process_groups
 from llama.layers.kernels import can_quantize
@@ -236,12 +237,43 @@ def test_a_processor_that_lacks_the_products_is_told_to_use_the_original(
     folders: dict[int, Path], tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
-        ValueError, match=r"'int8' weights, as .* has, must be used on a CPU, got device cuda:0; use the"
+        ValueError, match=r"'int8' weights, as .* has, must be used on a CPU or CUDA, got device mps; use the"
     ):
-        loading.choose_quantize(None, folders[1], torch.device("cuda:0"))
+        loading.choose_quantize(None, folders[1], torch.device("mps"))
     monkeypatch.setattr(loading, "can_quantize", lambda device: False)
     with pytest.raises(ValueError, match=r"must have a processor .* is needed\); use the checkpoint that it was made"):
         build(folders[1], tokenizer_path)
+
+
+# On CUDA: as much of it as a CPU can show
+
+
+@pytest.mark.parametrize("stored", ["plain", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_gpu_holds_numbers_and_scales_and_nothing_else_of_the_linear_layers(
+    originals: dict[int, Path], folders: dict[int, Path], params: dict[str, Any], stored: str, dtype: torch.dtype
+) -> None:
+    path = (originals if stored == "plain" else folders)[1] / "consolidated.00.pth"
+    assert loading.choose_quantize("int8", path.parent, torch.device("cuda:0")) == "int8"
+    state, quantized = dict(read_shard(path)), read_shard(folders[1] / path.name)
+    loading.load_to_device(state, device=CPU, dtype=dtype, quantize=True)
+    init_process_groups(1, CPU)
+    args = ModelArgs(**params, max_batch_size=2, max_seq_len=16)
+    model = Transformer.from_state(args, state, cache_dtype=dtype)
+    got = model.state_dict()
+    for name, tensor in quantized.items():
+        is_int8 = is_linear(name) or name.endswith(".scales")
+        assert torch.equal(got.pop(name), tensor if is_int8 else tensor.to(dtype))
+    assert not got and model.layers[0].attention.cache_k.dtype == dtype
+    held = sum(tensor.nbytes for tensor in model.parameters())
+    assert held == MemoryPlan(args, 1, dtype, "int8", "cuda").weights
+    assert_computes(model, plain_state(folders[1]), params, 0.02)
+
+
+def test_the_plan_for_cuda_has_room_for_the_largest_weight_in_the_dtype(params: dict[str, Any]) -> None:
+    args = ModelArgs(**params, max_batch_size=1, max_seq_len=8)
+    cpu, cuda = (MemoryPlan(args, 1, torch.float16, "int8", device).activations for device in ("cpu", "cuda"))
+    assert cuda - cpu == 6 * max(args.vocab_size, args.hidden_dim) * args.dim
 
 
 # What you see is what runs

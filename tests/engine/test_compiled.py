@@ -25,7 +25,7 @@ from llama.engine.runner import ModelRunner, Stepper
 from llama.engine.sampling import Sampler
 from llama.engine.sequence import TokenResult
 from llama.layers import attention
-from llama.layers.kernels import Kernels, can_pack, can_quantize
+from llama.layers.kernels import Kernels, can_pack, can_quantize, quantize_values
 from llama.layers.linear import packable_layers
 from tests.support import networks
 from tests.support.steps import decode
@@ -164,11 +164,13 @@ def test_the_cache_is_written_in_place(compiled: tuple[Transformer, CompiledStep
 CAN_USE = {
     "bfloat16": can_pack(CPU, torch.bfloat16),
     "int8": can_quantize(CPU),
+    "int8 numbers": True,
 }
 FORMS: dict[str, tuple[str, Kernels]] = {
     "bfloat16": ("bfloat16", Kernels()),
     "bfloat16, one row padded": ("bfloat16", Kernels(pads_one=True)),
     "int8": ("int8", Kernels()),
+    "int8 numbers, as on CUDA": ("int8 numbers", Kernels()),
 }
 
 
@@ -181,9 +183,13 @@ def test_products_match_the_layers(form: str) -> None:
     model = make(torch.float32 if name == "int8" else torch.bfloat16)
     for layer in packable_layers(model):
         layer.kernels = form_kernels
-        if name != "bfloat16":
+        if name == "int8 numbers":
+            values, scales = quantize_values(layer.weight)
+            layer.load_state_dict({"weight": values, "scales": scales}, assign=True)
+        elif name != "bfloat16":
             layer.quantize = name
-    model.pack()
+    if name != "int8 numbers":
+        model.pack()
     stepper = CompiledStepper(model)
     for tokens, lengths in (([7], [3]), ([1, 2, 3], [14, 1, 9])):
         got, expected = (logits(model, each, tokens, lengths) for each in (stepper, None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,17 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama.engine.compiled import CAN_COMPILE
+from llama.engine.compiler import has_cpp_compiler
 from llama.layers import kernels
 from llama.layers.kernels import (
+    Int8Weight,
     Kernels,
     can_pack,
     can_quantize,
-    dequantize,
+    dequantized_linear,
     measure_kernels,
     packed_linear,
     quantize_values,
     quantize_weight,
     quantized_linear,
+    rotation_of,
 )
 from tests.support import oracle
 
@@ -54,6 +59,10 @@ def test_the_numbers_of_rows_that_products_are_made_for_are_bounded(monkeypatch:
 
 
 # int8 products
+
+
+def int8_weight(weight: Tensor) -> Int8Weight:
+    return Int8Weight(*quantize_values(weight), rotation_of(weight.size(1), CPU))
 
 
 def quantized_product(x: Tensor, weight: Tensor, block: int) -> Tensor:
@@ -118,9 +127,43 @@ def test_numbers_and_scales_are_the_weight_to_half_a_step(n_in: int) -> None:
     values, scales = quantize_values(weight)
     assert values.dtype == torch.int8 and values.abs().max() <= 127 and scales.shape == (OUT,)
     block = math.gcd(n_in, 32)
-    error = (dequantize(values, scales) - weight).norm(dim=1)
+    error = (dequantized_linear(torch.eye(n_in), int8_weight(weight)).T - weight).norm(dim=1)
     assert (error <= 0.5 * scales * block**0.5 * n_in**0.5 * 1.001).all()
     assert error[6:].min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_dequantized_product_has_the_inputs_dtype_and_range(dtype: torch.dtype) -> None:
+    weight = int8_weight(0.02 * normal(OUT, IN))
+    rounded = dequantized_linear(torch.eye(IN, dtype=torch.float64), weight).T
+    for x in (normal(IN), normal(2, 3, IN), torch.full((1, IN), 6e4), normal(0, IN)):
+        out = dequantized_linear(x.to(dtype), weight)
+        expected = x.to(dtype).double() @ rounded.T
+        assert out.dtype == dtype and out.shape == (*x.shape[:-1], OUT)
+        assert (out.double() - expected).norm() <= 4 * torch.finfo(dtype).eps * x.double().norm() * rounded.norm()
+
+
+@pytest.mark.skipif(not (CAN_COMPILE and has_cpp_compiler()), reason="needs torch 2.9 and a C++ compiler")
+def test_a_compiled_dequantized_product_of_one_row_reads_the_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes no float weight in memory, and gives what the uncompiled one does."""
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    weight, x = int8_weight(normal(OUT, IN)), normal(1, 1, IN)
+    out, (code, *_) = run_and_get_code(torch.compile(dequantized_linear), x, weight)
+    torch.testing.assert_close(out, dequantized_linear(x, weight))
+    allocated = re.findall(r"= empty_strided_cpu\(\(([\d, ]+)\)", code)
+    assert allocated and not {f"{OUT}, {IN}", f"{IN}, {OUT}", str(OUT * IN)} & {*allocated}
+
+
+def test_an_export_leaves_no_tensor_of_the_tracer_behind() -> None:
+    class Product(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return dequantized_linear(x, Int8Weight(values, scales, rotation_of(24, CPU)))
+
+    (values, scales), x = quantize_values(normal(OUT, 24)), normal(3, 24)
+    exported = torch.export.export(Product(), (x,), strict=False).module()
+    torch.testing.assert_close(exported(x), Product()(x))
 
 
 @needs_int8
