@@ -224,7 +224,6 @@ class Results:
         with ExitStack() as undo:
             self._file = undo.enter_context(open(path, "a+b"))
             _lock(self._file.fileno(), path)
-            self._size = self._file.seek(0, os.SEEK_END)
             self._synced = time.monotonic()
             if is_new:
                 folder = os.open(path.parent, os.O_RDONLY)
@@ -244,7 +243,7 @@ class Results:
                     raise ValueError("not a result")
             except (ValueError, RecursionError) as error:
                 if is_cut and raw.startswith(b"{"):
-                    self._file.truncate(self._size - len(raw))
+                    self._file.truncate(self._file.tell() - len(raw))
                     break
                 raise ValueError(
                     f"{self._path}, line {number}: each line must be a result of this command, got "
@@ -253,7 +252,6 @@ class Results:
             if is_cut:  # by its newline alone
                 self._file.write(b"\n")
             yield number, fields
-        self._size = self._file.seek(0, os.SEEK_END)
 
     def _compare(self) -> None:
         """Finds the requests that have results."""
@@ -313,33 +311,23 @@ class Results:
                 f"{self._path} could not be written ({error.strerror}); its whole lines are kept: make room, and start "
                 "the command again, which continues where this run stopped",
             ) from error
-        self._size += len(line)
 
     def check(self) -> None:
-        """Raises ValueError unless the path still leads to this file, with the results of all requests."""
-        size = os.fstat(self._file.fileno()).st_size
-        if not self._path.exists() or not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
-            problem = "which was removed or replaced"
-        elif size != self._size:
-            problem = f"which has {size} bytes instead of {self._size}"
-        elif self.pending:
-            some = first_few([quote(custom_id) for custom_id in self.pending.values()])
+        """Closes the file; raises ValueError unless it has the results of all requests, both files read again."""
+        self.close()
+        again = Results(self._input, self._path)
+        again.close()
+        if missing := self.pending | again.pending:
             raise ValueError(
-                f"--input must not change while the command runs, got {self._input}, in which {len(self.pending)} "
-                f"requests are gone, such as {some}; start the command again"
+                f"--input and --output must not change while the command runs, got {len(missing)} requests without a "
+                f"result in {self._path}, such as {first_few([quote(custom_id) for custom_id in missing.values()])}; "
+                "start the command again, which runs them"
             )
-        else:
-            return
-        raise ValueError(
-            f"--output must not change while the command runs, got {self._path}, {problem}; start the command again "
-            "to run the requests whose results are gone"
-        )
 
     def close(self) -> None:
-        try:
-            self._sync()
-        finally:
-            self._file.close()
+        if not self._file.closed:
+            with self._file:
+                self._sync()
 
     def _sync(self) -> None:
         os.fsync(self._file.fileno())

@@ -11,7 +11,7 @@ import select
 import sys
 import termios
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,16 +51,13 @@ class Terminal:
         self._unread = b""
         self._at_end = False
 
-    def wait(self, seconds: float) -> bool:
-        """Waits at most that long. Returns whether there is a line, Ctrl-C or the end of the input."""
-        if not (_LINE.match(self._unread) or self._at_end):
-            self._read(seconds)
-        return self._at_end or _LINE.match(self._unread) is not None
-
-    def line(self) -> str | None:
-        """The next line; "" after Ctrl-C; None at the end."""
-        if not (found := _LINE.match(self._unread)):
-            return None
+    def line(self, wait: Callable[[], object]) -> str | None:
+        """The next line; "" after Ctrl-C; None at the end. Calls `wait` every `_KEEP_ALIVE_S` until it comes."""
+        while not (found := _LINE.match(self._unread)):
+            if self._at_end:
+                return None
+            if not self._read(_KEEP_ALIVE_S):
+                wait()
         self._unread = self._unread[found.end() :]
         return "" if found[2] == _CTRL_C else found[1].decode(errors="replace")
 
@@ -70,12 +67,14 @@ class Terminal:
         _, typed, self._unread = self._unread.rpartition(_CTRL_C)
         return bool(typed)
 
-    def _read(self, seconds: float) -> None:
-        """Reads the input that is there; waits at most that long for some."""
-        if not self._at_end and select.select([self._fd], [], [], seconds)[0]:
-            chunk = os.read(self._fd, 65536)
-            self._unread += chunk
-            self._at_end = not chunk
+    def _read(self, seconds: float) -> bool:
+        """Reads the input that is there, or its end; returns False if none has come in that time."""
+        if self._at_end or not select.select([self._fd], [], [], seconds)[0]:
+            return False
+        chunk = os.read(self._fd, 65536)
+        self._unread += chunk
+        self._at_end = not chunk
+        return True
 
 
 @contextmanager
@@ -132,10 +131,7 @@ def _ask(terminal: Terminal, history: History) -> Dialog | None:
     """Asks for a question until there is a dialog to answer; None at the end of the input. The other ranks wait."""
     while True:
         print(PROMPT, end="", flush=True)
-        while not terminal.wait(_KEEP_ALIVE_S):
-            broadcast_object("wait")
-        line = terminal.line()
-        if line is None:
+        if (line := terminal.line(lambda: broadcast_object("wait"))) is None:
             return None
         text = line.strip()
         if not text:

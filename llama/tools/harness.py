@@ -11,18 +11,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from llama import Llama, Message
 from llama.chat import StepChatFormat, built_in_format
 from llama.checkpoint.reading import find_tokenizer
 from llama.distributed import groups
-from llama.engine.calls import observe_logits
-from llama.engine.sampling import logprobs_of
+from llama.engine.calls import PromptScores, observe_logits
 from llama.errors import missing_extra, quote
 from llama.inputs import SamplingParams
 from llama.serving.jobs import Job, as_completed
@@ -219,9 +218,9 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
 
     def _score(self, asked: Sequence[Row]) -> list[list[Score]]:
         """For each row, the scores of the continuations that end it."""
-        scorers = [_ContinuationScores(*row) for row in asked]
-        observe_logits(self.llama.engine, [tokens for tokens, _ in asked], scorers)
-        return [scorer.scores() for scorer in scorers]
+        rows = [(row, [PromptScores([0, *ids], i, 1) for ids in row[1]]) for i, row in enumerate(asked)]
+        observe_logits(self.llama.engine, [tokens for tokens, _ in asked], [partial(_observe, *row) for row in rows])
+        return [[_sum(*pair) for pair in zip(continuations, of, strict=True)] for (_, continuations), of in rows]
 
     # ---- generation ----
 
@@ -312,22 +311,14 @@ def _as_number(name: str, value: Any, kind: Callable[[Any], T]) -> T:
         raise ValueError(f"the generation argument {name} must be a number, got {quote(value)}") from error
 
 
-class _ContinuationScores:
-    """Scores the continuations that end one row of ids, from the logits of its passes."""
+def _observe(row: Row, scorers: Sequence[PromptScores], position: int, logits: Tensor) -> None:
+    """Gives the scorer of each continuation at the end of a row its logits, from those before its first token."""
+    tokens, continuations = row
+    for ids, scorer in zip(continuations, scorers, strict=True):
+        first = len(tokens) - len(ids)
+        scorer(max(0, position - first), logits[max(0, first - position) :])
 
-    def __init__(self, tokens: list[int], continuations: list[list[int]]) -> None:
-        self._firsts = [(len(tokens) - len(continuation), continuation) for continuation in continuations]
-        self._found: list[dict[int, tuple[float, bool]]] = [{} for _ in continuations]  # by position
 
-    def __call__(self, position: int, logits: Tensor) -> None:
-        for (first, continuation), found in zip(self._firsts, self._found, strict=True):
-            low, high = max(first, position), min(first + len(continuation), position + len(logits))
-            if low < high:
-                these = logits[low - position : high - position]
-                target = torch.tensor(continuation[low - first : high - first], device=these.device)
-                is_best = (these.argmax(-1) == target).tolist()
-                found.update(enumerate(zip(logprobs_of(these, target).tolist(), is_best, strict=True), low))
-
-    def scores(self) -> list[Score]:
-        """For each continuation, the sum of its log-probabilities, and whether greedy decoding gives it."""
-        return [(sum(p for p, _ in found.values()), all(best for _, best in found.values())) for found in self._found]
+def _sum(ids: list[int], scorer: PromptScores) -> Score:
+    logprobs, tops = zip(*scorer.scores[1:], strict=True)
+    return sum(logprobs), all(top[0][0] == token for top, token in zip(tops, ids, strict=True))
