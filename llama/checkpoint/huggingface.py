@@ -20,11 +20,6 @@ from llama.errors import missing_extra, printable, quote, read_json_object
 from llama.model import ModelArgs
 from llama.tokenizer import ADDED_TOKENS_FILES, Tokenizer
 
-try:
-    import safetensors
-except ImportError:
-    safetensors = None  # type: ignore[assignment]
-
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER_NAMES = {
     "attention.wq.weight": "self_attn.q_proj.weight",
@@ -256,17 +251,12 @@ class HuggingFaceFolder:
     def _map(self, folder: Path) -> dict[str, Tensor]:
         """The tensors of all files, by their names there."""
         tensors: dict[str, Tensor] = {}
-        paths, listed = _weight_files(folder)
-        for path in paths:
+        for path in _weight_files(folder):
             mapped = _mapped(path)
             if twice := sorted(mapped.keys() & tensors.keys()):
                 raise ValueError(f"{path} must not repeat tensors of another file, got {printable(twice[0])}")
             tensors |= mapped
             self._paths |= dict.fromkeys(mapped, path)
-        if missing := sorted(listed - tensors.keys()):
-            raise ValueError(
-                f"{folder}: the files must hold all tensors of the index, got none named {printable(missing[0])}"
-            )
         return tensors
 
     def whole(self, name: str) -> Tensor:
@@ -280,8 +270,10 @@ def _mapped(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, views of it."""
     if path.suffix != ".safetensors":
         return {str(name): tensor for name, tensor in read_shard(path).items()}
-    if safetensors is None:
-        raise missing_extra("convert", ImportError("no module safetensors"))
+    try:
+        import safetensors
+    except ImportError as error:
+        raise missing_extra("convert", error) from error
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
@@ -290,11 +282,11 @@ def _mapped(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read ({reason}); is it cut short? Compare its checksum") from error
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], set[str]]:
-    """The files of weights, of the first kind found, and the tensors that an index lists."""
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of weights, of the first kind found."""
     for name in _WEIGHTS:
         if (folder / name).is_file():
-            return [folder / name], set()
+            return [folder / name]
         if (folder / f"{name}{INDEX_SUFFIX}").is_file():
             return _listed_files(folder / f"{name}{INDEX_SUFFIX}", suffix=Path(name).suffix)
     raise FileNotFoundError(
@@ -302,7 +294,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], set[str]]:
     )
 
 
-def _listed_files(index: Path, *, suffix: str) -> tuple[list[Path], set[str]]:
+def _listed_files(index: Path, *, suffix: str) -> list[Path]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} must have a weight_map, which names the file of each tensor; download it again")
@@ -312,4 +304,4 @@ def _listed_files(index: Path, *, suffix: str) -> tuple[list[Path], set[str]]:
     paths = [index.parent / file for file in sorted(set(weight_map.values()))]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{index} lists {printable(missing[0])}, which is missing; download the folder again")
-    return paths, set(weight_map)
+    return paths
