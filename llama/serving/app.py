@@ -24,17 +24,8 @@ from starlette.types import Receive, Scope, Send
 
 from llama import __version__
 from llama.errors import printable, quote
+from llama.serving import endpoints
 from llama.serving.access import LEFT, Guard, Observe, check_key, error_response
-from llama.serving.endpoints import (
-    CHAT_URL,
-    COMPLETIONS_URL,
-    RESPONSES_URL,
-    describe,
-    detokenize,
-    read_request,
-    tokenize,
-    tokenizer_info,
-)
 from llama.serving.errors import ApiError, BusyError
 from llama.serving.formats import CompletionAnswer
 from llama.serving.jobs import Planner
@@ -161,7 +152,7 @@ def _routes(server: Server) -> list[Route | Mount]:
         return JSONResponse({"version": __version__})
 
     async def openapi(request: Request) -> Response:
-        return JSONResponse(describe(ignores_unknown=server.settings.unknown_fields == "ignore"))
+        return JSONResponse(endpoints.describe(ignores_unknown=server.settings.unknown_fields == "ignore"))
 
     async def metrics(request: Request) -> Response:
         return Response(server.metrics.text(), media_type=CONTENT_TYPE)
@@ -179,7 +170,7 @@ def _routes(server: Server) -> list[Route | Mount]:
         return JSONResponse(describe_model())
 
     async def info(request: Request) -> Response:
-        return JSONResponse(tokenizer_info(server.parts()[1]))
+        return JSONResponse(endpoints.tokenizer_info(server.parts()[1]))
 
     def with_key(endpoint: Endpoint) -> Endpoint:
         async def check_first(request: Request) -> Response:
@@ -190,8 +181,10 @@ def _routes(server: Server) -> list[Route | Mount]:
 
     no_key = {"/": page, "/health": health, "/version": version, "/openapi.json": openapi}
     gets = {"/metrics": metrics, "/v1/models": models, "/v1/models/{name:path}": model, "/tokenizer_info": info}
-    posts = {url: partial(_complete, server, url) for url in (CHAT_URL, COMPLETIONS_URL, RESPONSES_URL)}
-    posts |= {"/tokenize": partial(_convert, server, tokenize), "/detokenize": partial(_convert, server, detokenize)}
+    completing = (endpoints.CHAT_URL, endpoints.COMPLETIONS_URL, endpoints.RESPONSES_URL)
+    posts = {url: partial(_complete, server, url) for url in completing}
+    converting = {"/tokenize": endpoints.tokenize, "/detokenize": endpoints.detokenize}
+    posts |= {url: partial(_convert, server, convert) for url, convert in converting.items()}
     return [
         Mount("/static", files),
         Route("/ping", health, methods=["GET", "POST"]),
@@ -215,7 +208,7 @@ async def _complete(server: Server, url: str, request: Request) -> Response:
     service, planner = server.parts()
     unknown = Unknown(ignore=server.settings.unknown_fields == "ignore")
     async with _body_of(server, request) as raw:
-        asked = await asyncio.to_thread(lambda: read_request(url, parse_json(raw), planner, unknown))
+        asked = await asyncio.to_thread(lambda: endpoints.read_request(url, parse_json(raw), planner, unknown))
     request.state.counts = counts = asked.answer.counts
     run = Run(service, asked.job, counts, server.metrics, arrived=arrived, timeout_s=server.settings.timeout_s)
     headers = _note_ignored(server, unknown.ignored)

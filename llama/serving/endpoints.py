@@ -14,21 +14,10 @@ from typing import Any, cast
 from llama import __version__
 from llama.chat import Message
 from llama.errors import PromptError
+from llama.serving import protocol
 from llama.serving.errors import ApiError
 from llama.serving.formats import ChatAnswer, CompletionAnswer, TextAnswer, token_text
 from llama.serving.jobs import Job, Planner
-from llama.serving.protocol import (
-    ANY,
-    AnyBody,
-    Body,
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    TokenizeBody,
-    Unknown,
-    check_body,
-    check_model,
-)
 from llama.serving.responses import ResponseAnswer, ResponsesBody, as_chat
 
 CHAT_URL, COMPLETIONS_URL, RESPONSES_URL = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -45,12 +34,12 @@ _ANSWERS = {
     },
 }
 _GETS = ("/", "/health", "/ping", "/version", "/metrics", "/tokenizer_info", "/v1/models")
-_BODIES: dict[str, type[Body]] = {
-    CHAT_URL: ChatBody,
-    COMPLETIONS_URL: CompletionBody,
+_BODIES: dict[str, type[protocol.Body]] = {
+    CHAT_URL: protocol.ChatBody,
+    COMPLETIONS_URL: protocol.CompletionBody,
     RESPONSES_URL: ResponsesBody,
-    "/tokenize": TokenizeBody,
-    "/detokenize": DetokenizeBody,
+    "/tokenize": protocol.TokenizeBody,
+    "/detokenize": protocol.DetokenizeBody,
 }
 
 
@@ -72,26 +61,28 @@ def _errors_of_clients() -> Iterator[None]:
         raise ApiError.of(error) from error
 
 
-def _checked(values: Any, kind: type[AnyBody], planner: Planner, unknown: Unknown | None = None) -> AnyBody:
+def _checked(
+    values: Any, kind: type[protocol.AnyBody], planner: Planner, unknown: protocol.Unknown | None = None
+) -> protocol.AnyBody:
     planner.check_size(values)
-    body = check_body(values, kind, unknown)
-    check_model(body.model, planner.model_name)
+    body = protocol.check_body(values, kind, unknown)
+    protocol.check_model(body.model, planner.model_name)
     return body
 
 
 @_errors_of_clients()
-def read_request(url: str, values: Any, planner: Planner, unknown: Unknown | None = None) -> Request:
+def read_request(url: str, values: Any, planner: Planner, unknown: protocol.Unknown | None = None) -> Request:
     """What a body asks for at one of the URLs above; arguments and errors are those of `check_body`."""
-    unknown = unknown or Unknown()
+    unknown = unknown or protocol.Unknown()
     if url == RESPONSES_URL:
         asked = _checked(values, ResponsesBody, planner, unknown)
         job = planner.chat(as_chat(asked, unknown))
         return Request(job, ResponseAnswer(asked, job, planner), asked.stream)
     if url == CHAT_URL:
-        chat = _checked(values, ChatBody, planner, unknown)
+        chat = _checked(values, protocol.ChatBody, planner, unknown)
         job = planner.chat(chat)
         return Request(job, ChatAnswer(chat, job, planner), chat.stream)
-    text = _checked(values, CompletionBody, planner, unknown)
+    text = _checked(values, protocol.CompletionBody, planner, unknown)
     job = planner.completion(text)
     return Request(job, TextAnswer(text, job, planner), text.stream)
 
@@ -99,7 +90,7 @@ def read_request(url: str, values: Any, planner: Planner, unknown: Unknown | Non
 @_errors_of_clients()
 def tokenize(values: Any, planner: Planner) -> dict[str, Any]:
     """The answer to `POST /tokenize`: the ids of a text, or those that a chat's answer would follow."""
-    body = _checked(values, TokenizeBody, planner)
+    body = _checked(values, protocol.TokenizeBody, planner)
     tokenizer = planner.tokenizer
     if body.messages is not None:
         ids = planner.dialog(cast(list[Message], body.messages), continues=body.continue_final_message)
@@ -117,7 +108,7 @@ def tokenize(values: Any, planner: Planner) -> dict[str, Any]:
 @_errors_of_clients()
 def detokenize(values: Any, planner: Planner) -> dict[str, Any]:
     """The answer to `POST /detokenize`: the text of ids. Control pieces have none."""
-    body = _checked(values, DetokenizeBody, planner)
+    body = _checked(values, protocol.DetokenizeBody, planner)
     return {"prompt": planner.tokenizer.decode(planner.checked(body.tokens, "tokens"))}
 
 
@@ -147,11 +138,13 @@ def describe(*, ignores_unknown: bool) -> dict[str, Any]:
     return {"openapi": "3.1.0", "info": {"title": "llama", "version": __version__}, "paths": paths}
 
 
-def _schema(kind: type[Body]) -> dict[str, Any]:
+def _schema(kind: type[protocol.Body]) -> dict[str, Any]:
     """The schema of a body: its model's, with the fields without effect, and null wherever a field may be left out."""
     schema = kind.model_json_schema()
     required = schema.get("required", ())
-    properties = {name: {} if values is ANY else {"enum": [*values, None]} for name, values in kind.neutral.items()}
+    properties = {
+        name: {} if values is protocol.ANY else {"enum": [*values, None]} for name, values in kind.neutral.items()
+    }
     for name, own in schema["properties"].items():
         properties[name] = own if name in required else {"anyOf": [own, {"type": "null"}]}
     return schema | {"properties": properties}

@@ -9,21 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from llama import inputs
 from llama.chat import Message, built_in_format
 from llama.engine.calls import Request
 from llama.engine.constraints import check_form
 from llama.engine.output import Piece
 from llama.errors import NonFiniteLogitsError, PromptError, quote
 from llama.generation import Llama
-from llama.inputs import (
-    SamplingOptions,
-    SamplingParams,
-    encode_dialog,
-    encode_infilling,
-    encode_text,
-    infilling_ends,
-    n_usable_ids,
-)
 from llama.serving.errors import ApiError
 
 if TYPE_CHECKING:
@@ -38,7 +30,7 @@ class Job:
     """What one request computes. The arguments are those of `engine.calls.Request`."""
 
     prompts: list[list[int]]
-    params: SamplingParams
+    params: inputs.SamplingParams
     n: int = 1
     top_logprobs: int = 0
     continues: bool = False
@@ -79,7 +71,7 @@ class Planner:
         self.tokenizer = llama.tokenizer
         self.chat_format = llama.chat_format or built_in_format(llama.tokenizer)
         self._speculative = speculative
-        self._vocab_size = n_usable_ids(llama.model, llama.tokenizer)
+        self._vocab_size = inputs.n_usable_ids(llama.model, llama.tokenizer)
         self.max_seq_len: int = llama.model.params.max_seq_len
         self._max_choices = max_choices
         longest_piece = getattr(llama.tokenizer, "longest_piece", sys.maxsize)  # a tokenizer of another class
@@ -112,7 +104,7 @@ class Planner:
         logprobs = body.logprobs is not None or scores_prompt
         params = self._params(body, max_gen_len, logprobs=logprobs, echo=body.echo or scores_prompt)
         if body.suffix:
-            params = replace(params, **infilling_ends(self.tokenizer))
+            params = replace(params, **inputs.infilling_ends(self.tokenizer))
         top_logprobs = max(body.logprobs or 0, body.prompt_logprobs or 0)
         return Job(prompts, params, body.n, top_logprobs, continues=not body.suffix)
 
@@ -129,8 +121,8 @@ class Planner:
 
     def _params(
         self, body: ChatBody | CompletionBody, max_gen_len: int, *, logprobs: bool, echo: bool
-    ) -> SamplingParams:
-        params = SamplingParams(
+    ) -> inputs.SamplingParams:
+        params = inputs.SamplingParams(
             body.temperature,
             body.top_p,
             max_gen_len,
@@ -139,7 +131,7 @@ class Planner:
             stop=[body.stop] if isinstance(body.stop, str) else body.stop,
             seed=body.seed,
             speculative=self._speculative,
-            **body.model_dump(include=set(SamplingOptions.__annotations__)),
+            **body.model_dump(include=set(inputs.SamplingOptions.__annotations__)),
         )
         params.check_ids(self._vocab_size)
         try:
@@ -162,7 +154,9 @@ class Planner:
             return self.text(prompt, name)
         self._check_chars(len(prompt) + len(suffix), name)
         try:
-            return encode_infilling(prompt, suffix, (name, "suffix"), self.tokenizer, sys.maxsize, suffix_first=False)
+            return inputs.encode_infilling(
+                prompt, suffix, (name, "suffix"), self.tokenizer, sys.maxsize, suffix_first=False
+            )
         except PromptError as error:
             raise PromptError(f"suffix: {error}") if str(error).startswith("tokenizer") else error from error
 
@@ -175,7 +169,7 @@ class Planner:
     def text(self, text: str, name: str) -> list[int]:
         """The ids of a text with BOS in front. `name` is its name in errors."""
         self._check_chars(len(text), name)
-        return encode_text(text, name, self.tokenizer, sys.maxsize)
+        return inputs.encode_text(text, name, self.tokenizer, sys.maxsize)
 
     def dialog(self, messages: Sequence[Message], *, continues: bool = False) -> list[int]:
         """The ids of a dialog.
@@ -200,7 +194,7 @@ class Planner:
                 )
             answer = merged.pop()["content"].lstrip()
         try:
-            ids = encode_dialog(merged, "messages", self.tokenizer, sys.maxsize, self.chat_format)
+            ids = inputs.encode_dialog(merged, "messages", self.tokenizer, sys.maxsize, self.chat_format)
             assert ids is not None  # it has none of the template's tags
             return ids + (self.chat_format.encode_beginning(answer, self.tokenizer) if answer else [])
         except ValueError as error:

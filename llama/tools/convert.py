@@ -17,17 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.checkpoint import huggingface
 from llama.checkpoint.format import split_tensor, tensor_shapes
-from llama.checkpoint.huggingface import (
-    EMBEDDING,
-    INDEX_SUFFIX,
-    HuggingFaceFolder,
-    args_to_config,
-    carried_tokens,
-    hf_name,
-    rotated_heads,
-    to_half_split,
-)
 from llama.checkpoint.reading import check_range, magnitude
 from llama.checkpoint.releases import TRAINED_SEQ_LEN
 from llama.checkpoint.sharded import ShardedCheckpoint
@@ -70,11 +61,13 @@ def from_hf(
     check_places(hf_dir, output_dir)
     check_count(model_parallel_size)
     target_dtype = None if dtype is None else select_dtype(dtype, _CPU)
-    source = HuggingFaceFolder(Path(hf_dir))
+    source = huggingface.HuggingFaceFolder(Path(hf_dir))
     args = source.args
     places = [Path(hf_dir) / name for name in ("tokenizer.model", "tokenizer.json")]
     tokenizer = next((path for path in places if path.exists()), None)
-    described = carried_tokens(Path(hf_dir), load_tokenizer(tokenizer, hf_dir), args.vocab_size) if tokenizer else {}
+    described = {}
+    if tokenizer:
+        described = huggingface.carried_tokens(Path(hf_dir), load_tokenizer(tokenizer, hf_dir), args.vocab_size)
     args = with_even_vocabulary(args, model_parallel_size)
     split = partial(split_tensor, parts=model_parallel_size, vocab_size=args.vocab_size)
     layout = {name: _cast(name, split(name, whole)[0], target_dtype) for name, whole in source.layout.items()}
@@ -117,27 +110,27 @@ def to_hf(
     source = ShardedCheckpoint(ckpt_dir)
     tokenizer = Tokenizer(tokenizer_path)
     tokenizer.more_stop_ids = read_stop_ids([ckpt_dir, Path(tokenizer_path).parent], tokenizer.special_tokens)
-    described = carried_tokens(Path(tokenizer_path).parent, tokenizer, source.args.vocab_size)
+    described = huggingface.carried_tokens(Path(tokenizer_path).parent, tokenizer, source.args.vocab_size)
     names = list(tensor_shapes(source.args, 1))
-    layout = {hf_name(name): _cast(name, source.layout[name], target_dtype) for name in names}
+    layout = {huggingface.hf_name(name): _cast(name, source.layout[name], target_dtype) for name in names}
     n_bytes = sum(tensor.nbytes for tensor in layout.values())
     with writing("convert", output_dir, n_bytes, n_passes=1, quiet=quiet) as (folder, add), ExitStack() as stack:
-        config = args_to_config(source.args) | {"max_position_embeddings": max_position_embeddings}
+        config = huggingface.args_to_config(source.args) | {"max_position_embeddings": max_position_embeddings}
         for name, content in described.items():
             _write_json(folder / name, content)
         settings = described.get("tokenizer_config.json", {})
         if (recorded := Path(ckpt_dir) / CHAT_FORMAT_FILE).is_file():
             settings["chat_template"] = read_json_object(recorded).get("chat_template")
-        _write_descriptions(folder, config, tokenizer, layout[EMBEDDING].dtype, settings)
+        _write_descriptions(folder, config, tokenizer, layout[huggingface.EMBEDDING].dtype, settings)
         shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
         files: dict[str, TensorFile] = {}
         for path, tensors in _spread(folder, layout).items():
             files |= dict.fromkeys(tensors, stack.enter_context(lay_out_safetensors(path, tensors)))
         for name in names:
-            n_heads = rotated_heads(name, source.args)
+            n_heads = huggingface.rotated_heads(name, source.args)
             whole = source.whole(name)
-            whole = _cast(name, whole if n_heads is None else to_half_split(whole, n_heads), target_dtype)
-            add(files[hf_name(name)].write(hf_name(name), whole))
+            whole = _cast(name, whole if n_heads is None else huggingface.to_half_split(whole, n_heads), target_dtype)
+            add(files[huggingface.hf_name(name)].write(huggingface.hf_name(name), whole))
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -189,7 +182,7 @@ def _spread(folder: Path, layout: Mapping[str, Tensor]) -> dict[Path, dict[str, 
     weight_map = {name: path.name for path, tensors in zip(paths, groups, strict=True) for name in tensors}
     total = sum(tensor.nbytes for tensor in layout.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / f"model.safetensors{INDEX_SUFFIX}", index)
+    _write_json(folder / f"model.safetensors{huggingface.INDEX_SUFFIX}", index)
     return dict(zip(paths, groups, strict=True))
 
 

@@ -15,18 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from llama.checkpoint import reading
 from llama.checkpoint.format import stored_quantize, tensor_shapes
-from llama.checkpoint.reading import (
-    Fault,
-    check_distinct,
-    count_not_finite,
-    find_tokenizer,
-    list_shards,
-    network_args,
-    read_shard,
-    release_pages,
-    tensor_faults,
-)
 from llama.checkpoint.releases import find_release
 from llama.checkpoint.writing import CHECKLIST, md5_of
 from llama.errors import first_few, printable, quote
@@ -66,8 +56,8 @@ def verify(ckpt_dir: str | Path, *, tokenizer_path: str | Path | None = None, qu
         quiet: shows no progress.
     """
     folder, found = Path(ckpt_dir), Findings()
-    shards = list_shards(folder)
-    tokenizer = find_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
+    shards = reading.list_shards(folder)
+    tokenizer = reading.find_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
     has_tokenizer = tokenizer_path is not None or (tokenizer.is_file() and tokenizer.suffix == ".model")
     checklists = {folder / CHECKLIST: {"params.json", *(path.name for path in shards)}}
     if not (folder / CHECKLIST).is_file():
@@ -131,9 +121,9 @@ def _check_shards(folder: Path, shards: list[Path], n_words: int, found: Finding
     states: dict[Path, dict[str, Tensor]] = {}  # mapped
     for path in shards:
         with found.take_error():
-            states[path] = read_shard(path)
+            states[path] = reading.read_shard(path)
     with found.take_error():
-        check_distinct(states)
+        reading.check_distinct(states)
     if not states:
         return
     with found.take_error():
@@ -141,12 +131,12 @@ def _check_shards(folder: Path, shards: list[Path], n_words: int, found: Finding
         sound: dict[str, Tensor] = {}
         for path, state in states.items():
             fault_of_values = partial(_fault_of_values, add)
-            found.problems += tensor_faults(path, state, shapes, sound, fault_of_values)
+            found.problems += reading.tensor_faults(path, state, shapes, sound, fault_of_values)
 
 
-def _fault_of_values(add: Callable[[int], None], name: str, tensor: Tensor) -> Fault | None:
-    n_bad = count_not_finite(tensor)
-    release_pages(tensor)
+def _fault_of_values(add: Callable[[int], None], name: str, tensor: Tensor) -> reading.Fault | None:
+    n_bad = reading.count_not_finite(tensor)
+    reading.release_pages(tensor)
     add(tensor.nbytes)
     return ("must hold finite numbers, got NaN or infinite values in", f"{name} ({n_bad})") if n_bad else None
 
@@ -161,7 +151,7 @@ def _expected_shapes(
     """
     embedding = state.get("tok_embeddings.weight")
     columns = embedding.size(1) if embedding is not None and embedding.dim() == 2 else 0
-    args = network_args(folder, state)
+    args = reading.network_args(folder, state)
     parts = args.dim // columns if columns and args.dim % columns == 0 else n_files
     args.check_shards(parts)
     if parts != n_files:
@@ -188,7 +178,7 @@ def main(ckpt_dir: str, **options: Any) -> int:
     for line in [*found.problems, *(f"note: {note}" for note in found.notes)]:
         print(printable(line, _MAX_LINE))
     if not found.problems:
-        print(f"ok: {printable(ckpt_dir, _MAX_LINE)}, {len(list_shards(ckpt_dir))} files")
+        print(f"ok: {printable(ckpt_dir, _MAX_LINE)}, {len(reading.list_shards(ckpt_dir))} files")
     return int(bool(found.problems))
 
 
