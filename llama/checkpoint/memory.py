@@ -78,11 +78,11 @@ class MemoryPlan:
 
     @property
     def _dequantized(self) -> int:
-        """The largest layer's weight, scaled in float32 and rounded to the dtype, where a product needs it."""
+        """The largest layer's weight in the dtype, where a product needs it."""
         if self.quantize is None or self.device_type != "cuda":
             return 0
         shapes = tensor_shapes(self.args, self.model_parallel_size)
-        return (4 + self.dtype.itemsize) * max(prod(shape) for name, shape in shapes.items() if is_linear(name))
+        return self.dtype.itemsize * max(prod(shape) for name, shape in shapes.items() if is_linear(name))
 
     @property
     def total(self) -> int:

@@ -195,11 +195,6 @@ def compiled_stepper(model: Transformer, *, cuda_graphs: bool = True, background
 class _Product(nn.Module):
     """What an exported block has in the place of a packed or int8 layer: the product with the layer's form."""
 
-    packed: Tensor
-    blocked: Tensor
-    numbers: Tensor
-    scales: Tensor
-    rotation: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, form: Tensor | QuantizedWeight | Int8Weight, layer: Any) -> None:
@@ -210,23 +205,24 @@ class _Product(nn.Module):
         self.register_parameter("bias", layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
+        rows, parts = x.flatten(0, -2), dict(self.named_buffers())
         if self.form is QuantizedWeight:
-            out = self._int8_product(rows)
+            out = _int8_product(rows, QuantizedWeight(**parts))
         elif self.form is Int8Weight:
-            out = dequantized_linear(rows, Int8Weight(self.numbers, self.scales, self.rotation))
+            out = dequantized_linear(rows, Int8Weight(**parts))
         else:
-            out = _operators().packed_linear(rows, self.packed, self.kernels.pads_one, self.kernels.pads_few)
+            out = _operators().packed_linear(rows, parts["packed"], self.kernels.pads_one, self.kernels.pads_few)
         out = out.view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
 
-    def _int8_product(self, x: Tensor) -> Tensor:
-        """`kernels.quantized_linear`, in which all but the products of integers is for the compiler to fuse."""
-        rotated = (x.reshape(-1, self.rotation.size(0)).float() @ self.rotation).view(-1, x.size(-1))
-        peaks = rotated.abs().amax(-1, keepdim=True)
-        quantized = (rotated / peaks * 127).round().to(torch.int8).view(torch.uint8).bitwise_xor(128)
-        out: Tensor = _operators().int8_linear(quantized, self.blocked, self.scales) * peaks
-        return out.to(x.dtype)
+
+def _int8_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """`kernels.quantized_linear`, in which all but the products of integers is for the compiler to fuse."""
+    rotated = (x.reshape(-1, weight.rotation.size(0)).float() @ weight.rotation).view(-1, x.size(-1))
+    peaks = rotated.abs().amax(-1, keepdim=True)
+    quantized = (rotated / peaks * 127).round().to(torch.int8).view(torch.uint8).bitwise_xor(128)
+    out: Tensor = _operators().int8_linear(quantized, weight.blocked, weight.scales) * peaks
+    return out.to(x.dtype)
 
 
 class _BlockStep(nn.Module):

@@ -39,7 +39,7 @@ from llama.layers.kernels import (
     dequantized_linear,
     pack_weight,
     packed_linear,
-    quantize_weight,
+    quantize_values,
     quantized_linear,
     rotation_of,
 )
@@ -206,7 +206,7 @@ class _OwnsPackedForm(nn.Module):
         if scales is not None:
             form = block_quantized(weight.detach(), scales.detach())
         elif self.quantize:
-            form = quantize_weight(weight, scratch)
+            form = block_quantized(*quantize_values(weight, scratch))
         else:
             values = weight.detach()
             if values.dtype != dtype and scratch is not None:

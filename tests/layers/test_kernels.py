@@ -17,13 +17,14 @@ from llama.layers import kernels
 from llama.layers.kernels import (
     Int8Weight,
     Kernels,
+    QuantizedWeight,
+    block_quantized,
     can_pack,
     can_quantize,
     dequantized_linear,
     measure_kernels,
     packed_linear,
     quantize_values,
-    quantize_weight,
     quantized_linear,
     rotation_of,
 )
@@ -59,6 +60,10 @@ def test_the_numbers_of_rows_that_products_are_made_for_are_bounded(monkeypatch:
 
 
 # int8 products
+
+
+def quantize_weight(weight: Tensor, scratch: Tensor | None = None) -> QuantizedWeight:
+    return block_quantized(*quantize_values(weight, scratch))
 
 
 def int8_weight(weight: Tensor) -> Int8Weight:
@@ -138,6 +143,8 @@ def test_the_dequantized_product_has_the_inputs_dtype_and_range(dtype: torch.dty
     rounded = dequantized_linear(torch.eye(IN, dtype=torch.float64), weight).T
     for x in (normal(IN), normal(2, 3, IN), torch.full((1, IN), 6e4), normal(0, IN)):
         out = dequantized_linear(x.to(dtype), weight)
+        with torch.no_grad():
+            assert torch.equal(dequantized_linear(x.to(dtype), weight), out)
         expected = x.to(dtype).double() @ rounded.T
         assert out.dtype == dtype and out.shape == (*x.shape[:-1], OUT)
         assert (out.double() - expected).norm() <= 4 * torch.finfo(dtype).eps * x.double().norm() * rounded.norm()
