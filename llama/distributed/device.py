@@ -246,4 +246,10 @@ def _omp_pause_resource_all() -> Callable[[int], int] | None:
     return None
 
 
-os.register_at_fork(before=pause_workers)
+def _use_one_thread() -> None:
+    """In a forked process: the GNU OpenMP of torch 2.6 cannot end its workers before the fork."""
+    if _omp_pause_resource_all() is None and any(Path(torch.__file__).parent.glob("lib/libgomp*.so*")):
+        torch.set_num_threads(1)
+
+
+os.register_at_fork(before=pause_workers, after_in_child=_use_one_thread)

@@ -240,7 +240,7 @@ def compare_calls(call: object, *, timeout_s: float | None = None) -> None:
 
 def _group_ranks() -> list[int]:
     """Return the ranks in this process's model-parallel group."""
-    group = parallel.get_model_parallel_group() if parallel.model_parallel_is_initialized() else None
+    group = parallel.get_model_parallel_group() if parallel.model_parallel_is_initialized() else dist.group.WORLD
     return dist.get_process_group_ranks(group)
 
 

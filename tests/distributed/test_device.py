@@ -323,3 +323,24 @@ raise SystemExit(os.waitpid(child, 0)[1])
 @pytest.mark.usefixtures("two_threads")
 def test_a_forked_process_does_not_wait_for_its_parents_workers() -> None:
     subprocess.run([sys.executable, "-c", _FORKED], check=True, timeout=60, cwd=ROOT)
+
+
+_FORKED_WITH_WORKERS = """
+import os, signal, torch
+from llama.distributed import device
+device._omp_pause_resource_all = lambda: None
+torch.set_num_threads(2)
+torch.ones(1 << 18).exp_()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    torch.ones(1 << 18).exp_()
+    os._exit(0)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has threads")
+def test_a_forked_process_computes_where_workers_cannot_be_ended() -> None:
+    """As with torch 2.6, whose OpenMP lacks the function."""
+    subprocess.run([sys.executable, "-c", _FORKED_WITH_WORKERS], check=True, timeout=60, cwd=ROOT)

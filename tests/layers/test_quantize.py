@@ -129,14 +129,13 @@ def test_a_bias_is_added_to_the_int8_product() -> None:
 def test_the_default_device_and_dtype_make_no_difference() -> None:
     x, layer = normal(9, IN), make()
     expected = layer(x)
-    torch.set_default_device("meta")
     torch.set_default_dtype(torch.float64)
     try:
-        assert can_quantize(CPU)
-        layer.pack(torch.float32)
-        out = layer(x)
+        with torch.device("meta"):
+            assert can_quantize(CPU)
+            layer.pack(torch.float32)
+            out = layer(x)
     finally:
-        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert torch.equal(out, expected)
 
