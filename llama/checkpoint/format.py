@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.errors import check_link, first_few, quote, read_json_object
+from llama.layers.linear import QUANTIZED_FORMS
 from llama.model import ModelArgs
 
 # Of each tensor what gives its axes their sizes, and the axis that is split over the files (None: every file has all).
@@ -40,7 +41,6 @@ _KNOWN_EXTRA = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.fr
 _RUN_SIZES = {"max_batch_size", "max_seq_len"}  # fields of ModelArgs that are a run's, not a checkpoint's
 _PARAM_NAMES = {field.name for field in fields(ModelArgs)} - _RUN_SIZES
 QUANTIZE = "quantize"  # the key of params.json that names the form of quantized weights
-STORED_FORMS = ("int8",)  # what it may be
 SCALES = ".scales"
 
 
@@ -142,9 +142,9 @@ def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
             f"got {first_few([quote(key) for key in unknown])}; this library runs networks of Llama 2's architecture, "
             "and such keys belong to another one"
         )
-    if QUANTIZE in params and params[QUANTIZE] not in STORED_FORMS:
+    if QUANTIZE in params and params[QUANTIZE] not in QUANTIZED_FORMS:
         raise ValueError(
-            f"{path}: {QUANTIZE} must be {' or '.join(map(repr, STORED_FORMS))}, got {quote(params[QUANTIZE])}; "
+            f"{path}: {QUANTIZE} must be {' or '.join(map(repr, QUANTIZED_FORMS))}, got {quote(params[QUANTIZE])}; "
             "use the version of this library that wrote the checkpoint, or quantize it again"
         )
     return params

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.format import STORED_FORMS, is_linear, scales_of, tensor_shapes
+from llama.checkpoint.format import is_linear, scales_of, tensor_shapes
 from llama.checkpoint.reading import count_not_finite
 from llama.checkpoint.sharded import ShardedCheckpoint
 from llama.checkpoint.writing import copy_side_files, write_shards
 from llama.errors import quote, read_json_object
 from llama.layers.kernels import quantize_values
+from llama.layers.linear import QUANTIZED_FORMS
 from llama.tools.commandline import run
 from llama.tools.progress import writing
 from llama.tools.reshard import check_places
@@ -41,11 +42,8 @@ def quantize(ckpt_dir: str | Path, output_dir: str | Path, form: str = "int8", *
         quiet: shows no progress.
     """
     check_places(ckpt_dir, output_dir)
-    if form not in STORED_FORMS:
-        raise ValueError(
-            f"form must be {' or '.join(STORED_FORMS)}, got {quote(form)}; "
-            "another form of Llama.build's quantize= is made while loading only"
-        )
+    if form not in QUANTIZED_FORMS:
+        raise ValueError(f"form must be {' or '.join(QUANTIZED_FORMS)}, got {quote(form)}")
     source = ShardedCheckpoint(ckpt_dir)
     layout = _layout(source, form)
     n_bytes = len(source.paths) * sum(tensor.nbytes for tensor in layout.values())
