@@ -91,6 +91,19 @@ def test_compiled_steps_give_what_the_network_gives() -> None:
         assert set(compiled.stepper._compiled._graphs) == {False, True}
 
 
+def test_int8_is_close_and_its_compiled_steps_give_what_it_gives() -> None:
+    exact, quantized = tiny("cuda", "float32"), tiny("cuda", "float32", quantize="int8")
+    assert quantized.model.output.weight.dtype == torch.int8
+    texts = ["The quick brown fox jumps over the lazy dog.", "Once upon a time there was a llama."]
+    for got, expected in zip(quantized.score(texts), exact.score(texts), strict=True):
+        assert got["logprobs"] == pytest.approx(expected["logprobs"], abs=0.5) != expected["logprobs"]
+    compiled = tiny("cuda", "float32", quantize="int8", compile=True)
+    for n in (1, 4):
+        got, expected = (each.chat_completion(DIALOGS[:n], 0, max_gen_len=40) for each in (compiled, quantized))
+        assert got == expected
+    assert set(compiled.stepper._compiled._graphs) == {False, True}  # type: ignore[union-attr]
+
+
 def test_a_seed_gives_the_same_tokens_again() -> None:
     generator = tiny("cuda", "float16")
     first, again, other = (generator.chat_completion(DIALOGS, temperature=1.0, seed=seed) for seed in (1, 1, 2))
