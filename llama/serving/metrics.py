@@ -52,7 +52,7 @@ class Metrics(Collector):
         if (service := self.service) is None:
             return
         yield GaugeMetricFamily("llama_requests_open", "Requests that are not finished.", service.n_requests)
-        yield GaugeMetricFamily("llama_sequences_running", "Sequences in slots of the cache.", service.n_running)
+        yield GaugeMetricFamily("llama_sequences_running", "Sequences in slots of the cache.", service.engine.n_running)
         yield GaugeMetricFamily("llama_sequences_waiting", "Sequences that wait for a slot.", service.n_waiting)
         yield CounterMetricFamily("llama_generated_tokens", "Generated tokens.", service.n_generated)
         cached = "Prompt tokens that the cache held already."

@@ -57,11 +57,6 @@ class Service:
         return len(self._listeners)
 
     @property
-    def n_running(self) -> int:
-        """Number of sequences that have a KV cache slot."""
-        return self.engine.n_running
-
-    @property
     def n_waiting(self) -> int:
         """Number of sequences that wait for a slot."""
         return self.engine.n_waiting + self._n_arriving
@@ -80,7 +75,7 @@ class Service:
         with self._lock:
             if self._is_stopping or self.error is not None:
                 raise _stopped()
-            n_free = self.llama.model.params.max_batch_size - self.n_running
+            n_free = self.llama.model.params.max_batch_size - self.engine.n_running
             if (n_waiting := self.n_waiting + job.n_choices - n_free) > self.max_waiting:
                 raise BusyError(
                     f"the number of waiting sequences must be at most {self.max_waiting}, got {n_waiting} with this "

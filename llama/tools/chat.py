@@ -103,19 +103,34 @@ class History:
         most_tokens: maximum number of tokens of the prompt; the rest of the context is kept for the answer.
     """
 
-    llama: Llama
+    chat_format: ChatFormat
+    tokenizer: Tokenizer
     system: str
     most_tokens: int
     turns: list[Message] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.chat_format = self.llama.chat_format or built_in_format(self.llama.tokenizer)
+    @classmethod
+    def empty(
+        cls, system: str, answer_len: int | None, template: ChatFormat | None, tokenizer: Tokenizer, max_seq_len: int
+    ) -> History:
+        """Raises ValueError unless the system prompt, a question and an answer have room in the context."""
+        if answer_len is not None and (type(answer_len) is not int or answer_len < 1):
+            raise ValueError(f"--answer_len must be an integer of at least 1, got {quote(answer_len)}")
+        most = max_seq_len - (max_seq_len // 4 if answer_len is None else answer_len)
+        history = cls(template or built_in_format(tokenizer), tokenizer, system, most)
+        if history.with_question("?") is None:
+            raise ValueError(
+                "--max_seq_len must have room for the system prompt, a question and the answer, "
+                f"got {max_seq_len}, which leaves {most} in front of the answer"
+            )
+        return history
 
     def with_question(self, text: str) -> Dialog | None:
         """The dialog that asks `text`, without the oldest turns if they do not fit; None if `text` is too long."""
+        head: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for start in range(0, len(self.turns) + 1, 2):
-            dialog = _dialog(self.system, self.turns[start:], text)
-            if len(self.chat_format.encode(dialog, self.llama.tokenizer)) <= self.most_tokens:
+            dialog = [*head, *self.turns[start:], Message(role="user", content=text)]
+            if len(self.chat_format.encode(dialog, self.tokenizer)) <= self.most_tokens:
                 self.turns = self.turns[start:]
                 return dialog
         return None
@@ -183,31 +198,6 @@ def _follow(llama: Llama, settings: Mapping[str, Any]) -> None:
                 pass
 
 
-def _most_tokens(max_seq_len: int, answer_len: int | None) -> int:
-    """The maximum length of a prompt; the rest of the context is kept for the answer."""
-    return max_seq_len - (max_seq_len // 4 if answer_len is None else answer_len)
-
-
-def _check_room(
-    system: str, answer_len: int | None, template: ChatFormat | None, tokenizer: Tokenizer, max_seq_len: int
-) -> None:
-    """Raises ValueError unless the system prompt, a question and an answer have room in the context."""
-    if answer_len is not None and (type(answer_len) is not int or answer_len < 1):
-        raise ValueError(f"--answer_len must be an integer of at least 1, got {quote(answer_len)}")
-    dialog = _dialog(system, [], "?")
-    n_tokens = len((template or built_in_format(tokenizer)).encode(dialog, tokenizer))
-    if n_tokens > (most := _most_tokens(max_seq_len, answer_len)):
-        raise ValueError(
-            f"--max_seq_len must have room for a system prompt and a question of {n_tokens} tokens, and for the "
-            f"answer, got {max_seq_len}, which leaves {most} in front of the answer"
-        )
-
-
-def _dialog(system: str, turns: list[Message], question: str) -> Dialog:
-    head: list[Message] = [{"role": "system", "content": system}] if system else []
-    return [*head, *turns, {"role": "user", "content": question}]
-
-
 @partial(commandline.with_build_flags, reuse_prefixes=True, compile="background")
 def main(
     ckpt_dir: str | None = None,
@@ -245,11 +235,11 @@ def main(
         tags = " ".join(chat_format.tags)
         raise ValueError(f"system must not contain the chat template's tags, {tags}, got {quote(system)}")
     settings = commandline.checked_sampling(build, temperature=temperature, top_p=top_p, speculative=speculative)
-    commandline.check_prompts(partial(_check_room, system, answer_len, template), ckpt_dir, tokenizer_path, max_seq_len)
+    empty = partial(History.empty, system, answer_len, template)
+    history = commandline.check_prompts(empty, ckpt_dir, tokenizer_path, max_seq_len)
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, **build)
     if not is_first_rank():
         return _follow(llama, settings)
-    history = History(llama, system, _most_tokens(max_seq_len, answer_len))
     print("Ctrl-C stops an answer, Ctrl-D leaves.")
     with open_terminal() as terminal:
         _lead(llama, history, terminal, settings, stats=stats)

@@ -34,6 +34,7 @@ from llama.tokenizer import Tokenizer
 
 MISTAKES = (ValueError, AssertionError, MemoryError, OSError, ImportError, NonFiniteLogitsError)
 Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
 _MAX_MESSAGE = 4000  # characters of an error that are printed
 _TOY_PLACES = (Path(__file__).parents[1], Path(__file__).parents[2])  # the package of a wheel, the root of a clone
 _NO_VALUE = object()  # of a flag that needs one
@@ -128,13 +129,14 @@ def checked_sampling(build: Mapping[str, Any], **sampling: Any) -> dict[str, Any
 
 
 def check_prompts(
-    encode: Callable[[Tokenizer, int], object], ckpt_dir: str, tokenizer_path: str, max_seq_len: int
-) -> None:
-    """Calls `encode` with the tokenizer and `max_seq_len`, so that its errors come before the weights are loaded."""
+    encode: Callable[[Tokenizer, int], Result], ckpt_dir: str, tokenizer_path: str, max_seq_len: int
+) -> Result:
+    """Returns what `encode` makes of the tokenizer and `max_seq_len`; its errors come before the weights are loaded."""
     list_shards(ckpt_dir)  # the error of a wrong folder is not that its tokenizer is missing
     tokenizer = load_tokenizer(tokenizer_path, ckpt_dir)
     sizes = {"max_batch_size": 1, "max_seq_len": max_seq_len}
-    encode(tokenizer, model_args(ckpt_dir, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path).max_seq_len)
+    args = model_args(ckpt_dir, tokenizer.n_words, **sizes, tokenizer_path=tokenizer_path)
+    return encode(tokenizer, args.max_seq_len)
 
 
 def run(

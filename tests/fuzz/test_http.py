@@ -27,7 +27,7 @@ def web(small_checkpoint: Path, tokenizer_path: Path) -> Iterator[TestClient]:
         golden = web.post("/v1/completions", json=GOLDEN).json()["choices"]
         yield web
         assert web.post("/v1/completions", json=GOLDEN).json()["choices"] == golden
-        assert service.n_requests == service.n_running == service.n_waiting == 0
+        assert service.n_requests == service.engine.n_running == service.n_waiting == 0
 
 
 texts = st.one_of(

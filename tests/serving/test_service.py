@@ -115,7 +115,7 @@ def test_requests_that_leave_free_their_slots_and_do_not_disturb_the_others(llam
                 time.sleep(rng.random() * 0.01)
             service.abort(number)
         assert text(collect(service, [prompt], SamplingParams(0, 1, 30))[0]) == expected
-        wait_until(lambda: service.n_requests == service.n_running == service.n_waiting == 0)
+        wait_until(lambda: service.n_requests == service.engine.n_running == service.n_waiting == 0)
         service.abort(number)  # once more: without effect
 
 
@@ -166,4 +166,4 @@ def test_an_error_in_a_pass_is_its_requests_and_the_service_goes_on(llama: Llama
             finally:
                 hook.remove()
             assert text(collect(service, [prompt], SamplingParams(0, 1, 5))[0]) == expected
-        assert service.n_requests == service.n_running == service.n_waiting == 0
+        assert service.n_requests == service.engine.n_running == service.n_waiting == 0

@@ -126,7 +126,7 @@ def test_every_door_answers_in_the_checkpoints_own_template(foreign: Path) -> No
     job = read_body(read_line(1, json.dumps(line).encode()), Planner(llama, 8, "llama"), 1).job  # the server's, too
     assert (job.prompts, job.params.stop_ids) == ([ids], frozenset({2}))
 
-    history = chat.History(llama, "", 60)
+    history = chat.History.empty("", None, llama.chat_format, llama.tokenizer, llama.model.params.max_seq_len)
     assert history.chat_format.encode(history.with_question("Hi"), llama.tokenizer) == ids
 
 

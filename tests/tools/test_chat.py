@@ -30,6 +30,10 @@ from tests.support.steps import dictated
 pytestmark = pytest.mark.skipif(not hasattr(os, "setsid"), reason="needs a POSIX terminal")
 
 
+def history_of(llama: Llama, system: str, most_tokens: int) -> History:
+    return History(ChatFormat(), llama.tokenizer, system, most_tokens)
+
+
 class Session:
     """A program in a terminal that it controls: Ctrl-C typed there is a signal, unless the program says otherwise."""
 
@@ -196,7 +200,7 @@ def ask(llama: Llama, *questions: str, most_tokens: int = 60) -> None:
     read_end, write_end = os.pipe()
     os.write(write_end, "".join(f"{question}\n" for question in questions).encode())
     os.close(write_end)
-    _lead(llama, History(llama, "", most_tokens), Terminal(read_end), {"temperature": 0.0, "top_p": 0.9})
+    _lead(llama, history_of(llama, "", most_tokens), Terminal(read_end), {"temperature": 0.0, "top_p": 0.9})
     os.close(read_end)
 
 
@@ -218,7 +222,7 @@ def test_a_kept_answer_has_no_tag_whatever_it_is_made_of(llama: Llama) -> None:
     rng = random.Random(0)
     parts = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[", "INST", "/", "]", "<", ">", "SYS", " "]
     for _ in range(500):
-        history = History(llama, "", most_tokens=60)
+        history = history_of(llama, "", 60)
         answer = "".join(rng.choices(parts, k=6))
         history.add("q", answer)
         kept = history.turns[1]["content"]
@@ -235,7 +239,7 @@ def test_an_answers_control_characters_are_written_out(roomy: Llama, capsys: pyt
 
 
 def test_history_drops_whole_turns_oldest_first_and_keeps_the_system_prompt(llama: Llama) -> None:
-    history = History(llama, "Be brief.", most_tokens=60)
+    history = history_of(llama, "Be brief.", 60)
     for i in range(20):
         dialog = history.with_question(f"q{i}")
         assert dialog is not None
@@ -249,7 +253,7 @@ def test_history_drops_whole_turns_oldest_first_and_keeps_the_system_prompt(llam
 
 
 def test_a_question_that_is_too_long_is_refused_and_nothing_is_forgotten(llama: Llama) -> None:
-    history = History(llama, "", most_tokens=60)
+    history = history_of(llama, "", 60)
     history.add("q", "a")
     assert history.with_question("long " * 100) is None
     assert len(history.turns) == 2
