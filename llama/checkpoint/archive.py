@@ -30,6 +30,7 @@ _END = struct.Struct("<4s4H2LH")  # signature, disks, entries on disk and total,
 _END_64_LOCATOR = struct.Struct("<4sLQL")  # signature, disk, offset of the 64-bit end record, disks
 _END_64 = struct.Struct("<4sQ2H2L4Q")  # the 64-bit version of _END
 _ENTRY_BYTES = 46  # of a directory entry, without name, extra field and comment
+_DESCRIPTOR, _HAS_DESCRIPTOR = b"PK\x07\x08", 8  # what follows a record's content before its checksum; the flag for it
 _CHECKSUM_AT, _DESCRIPTOR_CHECKSUM_AT = 16, 4  # byte offsets in a directory entry, and after a record's content
 
 
@@ -130,9 +131,14 @@ def _read_record(file: BinaryIO, archive: zipfile.ZipFile, entry: zipfile.ZipInf
         raise ArchiveError(f"record {quote(name)} must be stored uncompressed")
     try:
         with archive.open(entry):  # compares the entry with the record's own header
-            return Record(name, size, file.tell(), entry.CRC)
+            offset = file.tell()
     except Exception as error:  # of many kinds, over a damaged file
         raise ArchiveError(f"record {quote(name)} is not what the directory says") from error
+    # torch writes the checksum after the content too, which shows that this starts where the header says.
+    after = _DESCRIPTOR + entry.CRC.to_bytes(4, "little")
+    if entry.flag_bits & _HAS_DESCRIPTOR and _read(file, offset + size, len(after)) != after:
+        raise ArchiveError(f"record {quote(name)} is not what the directory says")
+    return Record(name, size, offset, entry.CRC)
 
 
 def _check_layout(records: list[Record], directory_start: int) -> None:

@@ -134,3 +134,19 @@ def test_a_record_that_is_another_one_by_its_own_header_is_refused(path: Path) -
     path.write_bytes(content)
     with pytest.raises(ArchiveError, match="is not what the directory says"):
         read_records(path)
+
+
+def test_any_changed_byte_of_a_header_gives_the_same_records_or_an_error(path: Path) -> None:
+    """A header of another length shifts the values of a tensor, within the space between the records."""
+    content, records = path.read_bytes(), read_records(path)
+    (record,) = (record for record in records if record.name.endswith("data/1"))
+    start = content.rindex(b"PK\3\4", 0, record.offset)
+    directory = content.index(b"PK\1\2")
+    refused = []
+    for at in (*range(start, start + 30), *range(directory, len(content))):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        try:
+            assert read_records(path) == records
+        except ArchiveError as error:
+            refused.append(str(error))
+    assert len(refused) > 150 and all(message.isprintable() and len(message) < 300 for message in refused)
