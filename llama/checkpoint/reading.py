@@ -36,13 +36,16 @@ def list_shards(ckpt_dir: str | Path, *, argument: str = "ckpt_dir") -> list[Pat
     """
     if not isinstance(ckpt_dir, (str, os.PathLike)):
         raise ValueError(f"{argument} must be the path of a folder, got {quote(ckpt_dir)}")
-    found = Path(ckpt_dir).glob("*.pth")
-    shards = sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
-    if not shards:
+    if not (shards := _shards_in(Path(ckpt_dir))):
         raise AssertionError(f"no checkpoint files found in {ckpt_dir}\n{_elsewhere(Path(ckpt_dir), argument)}")
     for path in shards:
         check_link(path)
     return shards
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    found = folder.glob("*.pth")
+    return sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
 
 
 def _elsewhere(folder: Path, argument: str) -> str:
@@ -115,7 +118,7 @@ def model_args(
         ValueError: a value of the file is wrong, or its `vocab_size` is below the tokenizer's, or a file of the
             checkpoint is cut short or there twice.
     """
-    shards = sorted(Path(ckpt_dir).glob("*.pth"))
+    shards = _shards_in(Path(ckpt_dir))
     first = read_shard(shards[0]) if shards else {}
     args = network_args(ckpt_dir, first, n_words)
     if args.vocab_size < n_words:

@@ -101,6 +101,14 @@ def test_what_stands_for_a_file_that_was_not_downloaded(
         Llama.build(folder, tokenizer, max_seq_len=8, max_batch_size=1, device="cpu")
 
 
+def test_hidden_files_and_folders_do_not_count(split_checkpoint: Callable[[int], Path], tokenizer_path: Path) -> None:
+    """macOS writes a ._consolidated.00.pth beside each file that it copies to a foreign disk."""
+    folder = split_checkpoint(1)
+    (folder / "._consolidated.00.pth").write_bytes(b"\0\5\x16\7" + bytes(100))
+    (folder / "older.pth").mkdir()
+    Llama.build(folder, tokenizer_path, max_seq_len=8, max_batch_size=1, device="cpu")
+
+
 def test_a_file_copied_over_another_is_refused(split_checkpoint: Callable[[int], Path], params: dict[str, Any]) -> None:
     """Two ranks with the same part of the weights gave text without sense, and no error."""
     folder = split_checkpoint(2)
