@@ -238,13 +238,15 @@ def _given(parameters: Mapping[str, inspect.Parameter], words: list[str]) -> dic
         spelled = {f"--{flag}", f"--{flag.replace('_', '-')}"}
         alone, off = (_NO_VALUE, _NO_VALUE) if is_text else (True, False)
         parser.add_argument(*spelled, dest=flag, nargs="?", type=types[flag], const=alone, default=p.empty)
-        parser.add_argument(f"--no{flag}", dest=flag, action="store_const", const=off, default=p.empty)
+        negated = {word.replace("--", "--no", 1) for word in spelled}
+        parser.add_argument(*negated, dest=flag, action="store_const", const=off, default=p.empty)
     found, words = parser.parse_known_args(words)
     given = {flag: value for flag, value in vars(found).items() if value is not inspect.Parameter.empty}
     for word in words:
         if word.startswith("-"):
-            flag = word.lstrip("-").partition("=")[0].replace("-", "_")
-            raise ValueError(f"there is no flag --{flag}{did_you_mean(flag, parameters, prefix='--')}")
+            flag = word.partition("=")[0]
+            near = did_you_mean(flag.lstrip("-").replace("-", "_"), parameters, prefix="--")
+            raise ValueError(f"there is no flag {flag}{near}")
     free = [flag for flag, p in parameters.items() if flag not in given and p.kind is not p.KEYWORD_ONLY]
     if len(words) > len(free):
         raise ValueError(f"flags must be written as --NAME VALUE, got {quote(words[len(free)])}")

@@ -88,6 +88,14 @@ def test_a_text_without_its_value_is_refused(
     assert capsys.readouterr().err == f"error: --{flag} must have a value, got none; write --{flag} VALUE\n"
 
 
+@pytest.mark.parametrize("flag", ["--noreuse_prefixes", "--noreuse-prefixes"])
+def test_a_flag_is_turned_off_by_underscores_and_hyphens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    assert command(monkeypatch, lambda reuse_prefixes=True: repr(reuse_prefixes), flag) == 0
+    assert capsys.readouterr().out == "False\n"
+
+
 def test_an_error_is_one_printable_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, fails, "a\nb\x1b[2J" + "x" * 100_000) == 1
     shown = capsys.readouterr().err
@@ -101,6 +109,7 @@ def test_an_error_is_one_printable_line(monkeypatch: pytest.MonkeyPatch, capsys:
         (["x", "--quiett"], "there is no flag --quiett; did you mean --quiet?"),
         (["x", "--coutn=2"], "there is no flag --coutn; did you mean --count?"),
         (["x", "--zzz", "2"], "there is no flag --zzz; llama command --help lists the flags"),
+        (["x", "-count", "2"], "there is no flag -count; did you mean --count?"),
         (["x", "y", "3"], "flags must be written as --NAME VALUE, got '3'; llama command --help lists the flags"),
         ([], "--folder must be given; llama command --help lists the flags"),
     ],
