@@ -139,7 +139,7 @@ class _Page(StaticFiles):
 
 
 def _routes(server: Server) -> list[Route | Mount]:
-    files = _Page(directory=Path(__file__).with_name("static"))
+    files = _Page(directory=Path(__file__).with_name("static"), follow_symlink=True)  # installers may link them
 
     async def page(request: Request) -> Response:
         return await files.get_response("chat.html", request.scope)

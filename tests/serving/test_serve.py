@@ -22,7 +22,7 @@ from llama import Llama
 from llama.serving.app import Server, make_app
 from llama.serving.service import Service
 from llama.tools import serve as command
-from tests.conftest import TEXT
+from tests.conftest import ROOT, TEXT
 from tests.support.serving import ServerProcesses, web_of
 
 CONTEXT, SLOTS = 128, 4
@@ -289,6 +289,15 @@ def test_another_model_is_not_found(client: OpenAI) -> None:
 
 
 # ---- the routes, in this process ----
+
+
+def test_the_page_is_served_where_an_installer_links_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "static").mkdir()
+    for name in ("chat.html", "chat.js"):
+        (tmp_path / "static" / name).symlink_to(ROOT / "llama" / "serving" / "static" / name)
+    monkeypatch.setattr("llama.serving.app.__file__", str(tmp_path / "app.py"))
+    web = TestClient(make_app(Server("llama")))
+    assert [web.get(path).status_code for path in ("/", "/static/chat.js", "/static/chat.css")] == [200, 200, 404]
 
 
 def test_a_server_says_that_it_is_not_ready_or_has_failed(service: Service) -> None:
