@@ -30,10 +30,6 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *
     n_rep = n_heads // n_kv_heads
     if mask is not None and mask.is_floating_point():
         mask = mask.to(queries.dtype)
-    if n_rep == 1 and seqlen == 1 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
-        # A second copy of the query halves the time: torch's kernel uses blocked matrix products for several
-        # rows, and none for a single one. Not an expanded view, whose scores torch 2.6 rounds to bfloat16.
-        return F.scaled_dot_product_attention(queries.repeat(1, 1, 2, 1), keys, values, mask)[:, :, :1]
     per_head = mask is not None and mask.dim() == 4 and mask.size(1) > 1
     is_short = isinstance(seqlen, int) and seqlen <= _FEW_POSITIONS  # not of a symbolic length, in an export
     if n_rep == 1 or not is_short or is_causal or per_head:

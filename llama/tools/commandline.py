@@ -1,8 +1,7 @@
-"""Runs a function as a command: its arguments are flags; a user's mistake is one line on stderr."""
+"""Runs a function as a command: its arguments are flags (by fire); a user's mistake is one line on stderr."""
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import difflib
@@ -20,8 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
+import fire
 import torch
-from fire.parser import DefaultParseValue
+from fire import decorators
+from fire.core import FireExit
 
 from llama.checkpoint.reading import find_tokenizer, list_shards, model_args
 from llama.distributed import groups
@@ -37,7 +38,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Result = TypeVar("Result")
 _MAX_MESSAGE = 4000  # characters of an error that are printed
 _TOY_PLACES = (Path(__file__).parents[1], Path(__file__).parents[2])  # the package of a wheel, the root of a clone
-_NO_VALUE = object()  # of a flag that needs one
 _ENDING = (signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
 
 
@@ -220,43 +220,31 @@ def _parse(functions: dict[str, Callable[..., Any]], name: str) -> Callable[[], 
     if chosen not in functions:
         got = f", got {quote(chosen)}{did_you_mean(chosen, functions)}" if chosen else f"; see {name} --help"
         stop(ValueError(f"one of {', '.join(functions)} must be given{got}"), status=2)
+    function = functions[chosen]
+    signature = inspect.signature(function)
+    kinds = {parameter: str(p.annotation) for parameter, p in signature.parameters.items()}
+    texts = [parameter for parameter, kind in kinds.items() if "str" in kind and "bool" not in kind]
+    calls: list[inspect.BoundArguments] = []
+
+    @functools.wraps(function)
+    def record(*args: Any, **kwargs: Any) -> None:  # runs before fire has parsed all flags: some may be mistyped
+        calls.append(signature.bind(*args, **kwargs))
+
+    shown = io.StringIO()
     try:
-        given = _given(inspect.signature(functions[chosen]).parameters, arguments[bool(chosen) :])
-    except (ValueError, argparse.ArgumentError) as error:
-        message = str(error)
-        stop(ValueError(message if ";" in message else f"{message}; {name} --help lists the flags"), status=2)
-    return functools.partial(functions[chosen], **given)
-
-
-def _given(parameters: Mapping[str, inspect.Parameter], words: list[str]) -> dict[str, Any]:
-    """The arguments that a command line gives: texts as they are, others as fire reads them; raises ValueError."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    types: dict[str, Callable[[str], Any]] = {}
-    for flag, p in parameters.items():
-        is_text = "str" in (kind := str(p.annotation)) and "bool" not in kind
-        types[flag] = str if is_text else DefaultParseValue
-        spelled = {f"--{flag}", f"--{flag.replace('_', '-')}"}
-        alone, off = (_NO_VALUE, _NO_VALUE) if is_text else (True, False)
-        parser.add_argument(*spelled, dest=flag, nargs="?", type=types[flag], const=alone, default=p.empty)
-        negated = {word.replace("--", "--no", 1) for word in spelled}
-        parser.add_argument(*negated, dest=flag, action="store_const", const=off, default=p.empty)
-    found, words = parser.parse_known_args(words)
-    given = {flag: value for flag, value in vars(found).items() if value is not inspect.Parameter.empty}
-    for word in words:
-        if word.startswith("-"):
-            flag = word.partition("=")[0]
-            near = did_you_mean(flag.lstrip("-").replace("-", "_"), parameters, prefix="--")
-            raise ValueError(f"there is no flag {flag}{near}")
-    free = [flag for flag, p in parameters.items() if flag not in given and p.kind is not p.KEYWORD_ONLY]
-    if len(words) > len(free):
-        raise ValueError(f"flags must be written as --NAME VALUE, got {quote(words[len(free)])}")
-    given |= {flag: types[flag](word) for flag, word in zip(free, words, strict=False)}
-    for flag, p in parameters.items():
-        if p.default is p.empty and flag not in given:
-            raise ValueError(f"--{flag} must be given")
-        if given.get(flag) is _NO_VALUE:
-            raise ValueError(f"--{flag} must have a value, got none; write --{flag} VALUE")
-    return given
+        with contextlib.redirect_stderr(shown):
+            takes_texts = decorators.SetParseFns(**dict.fromkeys(texts, str))  # as they are
+            fire.Fire(takes_texts(record), arguments[bool(chosen) :], serialize=lambda _: None)
+    except FireExit as exit:
+        if exit.code == 0:  # a flag of fire's own, such as `-- --trace`
+            print(shown.getvalue())
+            sys.exit(0)
+        stop(ValueError(_explained(exit.trace.elements[-1].ErrorAsStr(), function, name)), status=2)
+    typed = [argument.rpartition("=")[2] for argument in arguments]
+    for text in texts:  # fire passes "True" for a flag without a value
+        if (given := calls[0].arguments.get(text)) in ("True", "False") and given not in typed:
+            stop(ValueError(f"--{text} must have a value, got none; write --{text} VALUE"))
+    return functools.partial(function, *calls[0].args, **calls[0].kwargs)
 
 
 def _help(functions: dict[str, Callable[..., Any]], name: str) -> str:
@@ -279,6 +267,21 @@ def _help(functions: dict[str, Callable[..., Any]], name: str) -> str:
         text = textwrap.fill(texts.get(p.name, ""), 110, initial_indent=indent, subsequent_indent=indent)
         lines += [f"  --{p.name}{value}{default}", text]
     return "\n".join(lines)
+
+
+def _explained(message: str, function: Callable[..., Any], name: str) -> str:
+    """Say what fire found wrong with the command line in the terms of its user."""
+    what, _, value = message.partition(": ")
+    hint = f"{name} --help lists the flags"
+    if "required argument" in what:
+        return f"--{value} must be given; {hint}"
+    if what != "Could not consume arg":
+        return f"{message}; {hint}"
+    flag = value.lstrip("-").partition("=")[0].replace("-", "_")
+    if not value.startswith("-"):
+        return f"flags must be written as --NAME VALUE, got {quote(value)}; {hint}"
+    guess = did_you_mean(flag, inspect.signature(function).parameters, prefix="--")
+    return f"there is no flag --{flag}{guess or f'; {hint}'}"
 
 
 def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:

@@ -84,7 +84,8 @@ def test_a_flag_that_is_a_bool_or_a_text_can_be_either(
 def test_a_text_without_its_value_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], flag: str
 ) -> None:
-    assert command(monkeypatch, echo, *arguments) == 2
+    """fire passes the text "True" for it, which would name a folder."""
+    assert command(monkeypatch, echo, *arguments) == 1
     assert capsys.readouterr().err == f"error: --{flag} must have a value, got none; write --{flag} VALUE\n"
 
 
@@ -109,7 +110,6 @@ def test_an_error_is_one_printable_line(monkeypatch: pytest.MonkeyPatch, capsys:
         (["x", "--quiett"], "there is no flag --quiett; did you mean --quiet?"),
         (["x", "--coutn=2"], "there is no flag --coutn; did you mean --count?"),
         (["x", "--zzz", "2"], "there is no flag --zzz; llama command --help lists the flags"),
-        (["x", "-count", "2"], "there is no flag -count; did you mean --count?"),
         (["x", "y", "3"], "flags must be written as --NAME VALUE, got '3'; llama command --help lists the flags"),
         ([], "--folder must be given; llama command --help lists the flags"),
     ],
