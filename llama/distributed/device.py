@@ -9,19 +9,22 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from llama.distributed.groups import local_rank, local_world_size, world_size
 from llama.errors import quote
+from llama.layers.kernels import duration
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _OWN_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-_SMALL_WEIGHT = 2**19  # elements; products with fewer gain little from threads, or nothing
+_LARGE_WEIGHT = 2**20  # elements; products with so many gain from threads
+_WORTHWHILE = 0.7  # of one thread's time is what several may take
 _WINDOW_S = 0.05  # of passes, after which their share of the processors' time is judged
 _STARVED = 0.75  # of a core's time per thread is what they get if nobody else is busy: they spin where they wait
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 8.0  # of several threads, after a window in which they were starved
@@ -137,6 +140,24 @@ def check_threads(requested: int | None) -> None:
         raise ValueError(f"threads must be a whole number of at least 1, or None, got {quote(requested)}")
 
 
+def _gains_from_threads(weight: Tensor | None) -> bool:
+    """Return whether products with the weight take clearly less time on several threads than on one."""
+    if weight is None or weight.numel() >= _LARGE_WEIGHT:
+        return True
+    x = torch.zeros(1, weight.size(1), dtype=weight.dtype)
+    several, n_threads = _fastest_product(x, weight), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return several < _WORTHWHILE * _fastest_product(x, weight)
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _fastest_product(x: Tensor, weight: Tensor) -> float:
+    """Return the seconds of one product, as the minimum of several."""
+    return min(duration(partial(linear, x, weight)) for _ in range(20))
+
+
 class AdaptiveThreads:
     """Context manager for passes on a CPU: on one thread if the network is small, or other programs use the cores.
 
@@ -147,14 +168,15 @@ class AdaptiveThreads:
     A number of threads that the user set stays. Not thread-safe: the network's lock guards it.
 
     Args:
-        weights: of the network.
+        weights: of the network; a product with the largest one is timed if it may be too small for several threads.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        largest = max((weight.numel() for weight in weights if weight.dim() == 2), default=_SMALL_WEIGHT)
+        largest = max((weight for weight in weights if weight.dim() == 2), key=Tensor.numel, default=None)
         self._before = torch.get_num_threads()  # outside of the pass
         self._is_lowered = False  # stays True after a pass whose end was interrupted
-        self._one_until = math.inf if largest < _SMALL_WEIGHT else 0.0
+        may_be_small = not _threads_are_fixed and self._before > 1
+        self._one_until = math.inf if may_be_small and not _gains_from_threads(largest) else 0.0
         self._pause_s = _FIRST_PAUSE_S
         self._started = (0.0, 0.0)
         self._wall_s = self._cpu_s = 0.0  # of passes on several threads, since the last decision

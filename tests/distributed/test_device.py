@@ -215,10 +215,15 @@ def test_a_number_of_threads_that_the_user_set_stays_under_load(
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize(("size", "during"), [(1024, 2), (64, 1)])
-def test_a_small_network_runs_on_one_thread(monkeypatch: pytest.MonkeyPatch, size: int, during: int) -> None:
+@pytest.mark.parametrize(("gains", "during"), [(True, 2), (False, 1)])
+def test_a_small_network_has_several_threads_only_if_its_products_gain(
+    monkeypatch: pytest.MonkeyPatch, gains: bool, during: int
+) -> None:
     monkeypatch.setattr(device, "_threads_are_fixed", False)
-    with AdaptiveThreads([torch.zeros(2**20), torch.zeros(size, size)]):
+    monkeypatch.setattr(
+        device, "_fastest_product", lambda x, weight: 1.0 if torch.get_num_threads() == 1 or not gains else 0.5
+    )
+    with AdaptiveThreads([torch.zeros(64), torch.zeros(64, 64)]):
         assert torch.get_num_threads() == during
     assert torch.get_num_threads() == 2
 
