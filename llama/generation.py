@@ -162,7 +162,7 @@ class Llama:
             draft_ckpt_dir: folder of a smaller checkpoint with the same vocabulary and number of files, which drafts
                 tokens for calls with `speculative="draft"`; its KV cache has the same sizes.
             compile: whether decode steps run through blocks compiled by inductor, torch's compiler, on a CPU with a C++
-                compiler or on CUDA, in one process. The first steps wait for the compiler, whose result is cached on
+                compiler, or on CUDA in one process. The first steps wait for the compiler, whose result is cached on
                 disk. With "background", on a CPU, steps run uncompiled until it is done. Rounds differently outside of
                 float32.
             reuse_prefixes: whether a prompt reuses the keys and values of a prefix of 16 tokens or more that the KV

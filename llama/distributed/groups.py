@@ -295,9 +295,14 @@ def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """Return for each flag whether it is true on any rank of the model-parallel group, which all call this together."""
     if model_parallel_size() == 1:
         return list(flags)
-    counts = torch.tensor([int(flag) for flag in flags], device=device)
-    dist.all_reduce(counts, group=parallel.get_model_parallel_group())
+    counts = sum_over_ranks(torch.tensor([int(flag) for flag in flags], device=device))
     return [count > 0 for count in counts.tolist()]
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Add up the tensors of the model-parallel group's ranks, in place, and return the sum."""
+    dist.all_reduce(tensor, group=parallel.get_model_parallel_group())
+    return tensor
 
 
 def broadcast_flag(flag: bool, *, stream: int = 0) -> bool:

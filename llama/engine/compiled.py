@@ -3,7 +3,8 @@
 `torch.export` traces `TransformerBlock.forward` itself. Weights and KV cache are inputs of the graph, so that all
 blocks share it and edits in place count. Packed products are operators that the compiler calls as they are; it fuses
 the small operations between them. On a CPU another process compiles, and steps may run uncompiled meanwhile. On CUDA
-the first steps wait for Triton kernels.
+the first steps wait for Triton kernels. Under model parallelism each rank has its own graphs. Those exchange the same
+messages as uncompiled blocks, so ranks need not agree on which they run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fairscale.nn.model_parallel.layers import RowParallelLinear
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -86,7 +88,7 @@ class CompiledStepper:
         change = self._change()
         if change is None:
             self._compiled = self._with_compiled_blocks()
-        elif not self._has_warned:
+        elif not self._has_warned and groups.is_first_rank():
             self._has_warned = True
             logger.warning("steps run uncompiled, which makes each token slower: %s", change)
         return change is None
@@ -144,7 +146,8 @@ class CompiledStepper:
         except Exception as error:
             self._works = False
             reason = str(error) if isinstance(error, CompileError) else f"{type(error).__name__}: {error}"
-            logger.warning("steps run uncompiled, which makes each token slower: %s", printable(reason, 500))
+            if groups.is_first_rank():
+                logger.warning("steps run uncompiled, which makes each token slower: %s", printable(reason, 500))
             return False
         if graph is None:
             return False
@@ -170,22 +173,22 @@ class CompiledStepper:
 
 
 def compiled_stepper(model: Transformer, *, cuda_graphs: bool = True, background: bool = False) -> Stepper | None:
-    """A stepper with compiled steps, on a CPU or CUDA and without other ranks. None, with a warning, elsewhere.
+    """A stepper with compiled steps, on a CPU, or on CUDA without other ranks. None, with a warning, elsewhere.
 
     Args:
         background: whether no step waits for the compiler. None, without a warning, where that is not to be had (on
             CUDA, without a C++ compiler, by an old torch) or not worth it (for a small network).
     """
-    device, alone = model.norm.weight.device.type, not groups.has_several_ranks()
+    device = model.norm.weight.device.type
     if background:
         worth_it = sum(parameter.numel() for parameter in model.parameters()) >= _LEAST_PARAMETERS
-        can = CAN_COMPILE and device == "cpu" and alone and has_cpp_compiler()
+        can = CAN_COMPILE and device == "cpu" and has_cpp_compiler()
         return CompiledStepper(model, background=True) if can and worth_it else None
-    if CAN_COMPILE and device in ("cpu", "cuda") and alone:
+    if CAN_COMPILE and (device == "cpu" or (device == "cuda" and not groups.has_several_ranks())):
         compiled = CompiledStepper(model)
         return compiled if device == "cpu" else StaticStepper(model, graphs=cuda_graphs, compiled=compiled)
     if groups.is_first_rank():
-        where = "one process" if device in ("cpu", "cuda") else "a CPU or CUDA"
+        where = "one process on CUDA" if device == "cuda" else "a CPU or CUDA"
         if not CAN_COMPILE:
             where = f"torch 2.9 or later, and this is {torch.__version__}"
         logger.warning("compile=True has no effect: it is for %s", where)
@@ -200,6 +203,7 @@ class _Product(nn.Module):
     def __init__(self, form: Tensor | QuantizedWeight | Int8Weight, layer: Any) -> None:
         super().__init__()
         self.form, self.kernels = type(form), layer.kernels
+        self.ends = getattr(layer, "gather_output", False), getattr(layer, "input_is_parallel", True)
         for name, tensor in ({"packed": form} if isinstance(form, Tensor) else vars(form)).items():
             self.register_buffer(name, tensor)
         self.register_parameter("bias", layer.bias)
@@ -213,6 +217,22 @@ class _Product(nn.Module):
         else:
             out = _operators().packed_linear(rows, parts["packed"], self.kernels.pads_one, self.kernels.pads_few)
         out = out.view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+
+class _Summed(nn.Module):
+    """What an exported block has in the place of a row-parallel layer: the sum of all ranks' products, and the bias."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, product: nn.Module) -> None:
+        super().__init__()
+        self.product = product
+        self.register_parameter("bias", product._parameters.pop("bias"))
+        product.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _operators().sum_over_ranks(self.product(x))
         return out if self.bias is None else out + self.bias
 
 
@@ -250,21 +270,29 @@ class _BlockStep(nn.Module):
 
 
 def _exportable(module: nn.Module) -> nn.Module:
-    """A shallow copy of a module's tree, with products in place of packed layers."""
+    """A shallow copy of a module's tree, with products in place of packed layers, and sums where ranks exchange some.
+
+    The process that compiles has no model-parallel group, which fairscale's own classes ask for.
+    """
     form: Any = getattr(module, "packed_form", None)
     if form is None and hasattr(module, "packed_form"):
         form = linear.int8_weight(module)
+    copied: nn.Module
     if form is not None:
-        return _Product(form, module)
-    copied = copy.copy(module)
-    copied.__dict__ = {
-        **vars(module),
-        "_parameters": dict(module._parameters),
-        "_modules": {name: _exportable(m) for name, m in module._modules.items() if m},
-        "_load_state_dict_pre_hooks": {},  # they refer to the module, which may be gone
-    }
-    linear.own(copied)  # the process that compiles has no model-parallel group, which fairscale's own classes ask for
-    return copied
+        copied = _Product(form, module)
+    else:
+        copied = copy.copy(module)
+        copied.__dict__ = {
+            **vars(module),
+            "_parameters": dict(module._parameters),
+            "_modules": {name: _exportable(m) for name, m in module._modules.items() if m},
+            "_load_state_dict_pre_hooks": {},  # they refer to the module, which may be gone
+        }
+        linear.own(copied)
+        if hasattr(copied, "model_parallel_size"):
+            vars(copied)["model_parallel_size"] = 1
+    is_summed = isinstance(module, RowParallelLinear) and groups.model_parallel_size() > 1
+    return _Summed(copied) if is_summed else copied
 
 
 def _inputs(block: nn.Module) -> dict[str, Tensor]:
@@ -345,6 +373,7 @@ def _operators() -> Any:
     library.define("packed_linear(Tensor x, Tensor blocked, bool pads_one, bool pads_few) -> Tensor")
     library.define("int8_linear(Tensor x, Tensor blocked, Tensor scales) -> Tensor")
     library.define("attention(Tensor queries, Tensor keys, Tensor values, Tensor? mask) -> Tensor")
+    library.define("sum_over_ranks(Tensor x) -> Tensor")
 
     def packed_linear(x: Tensor, blocked: Tensor, pads_one: bool, pads_few: bool) -> Tensor:
         return kernels.packed_linear(x, blocked, _kernels(pads_one, pads_few))
@@ -356,10 +385,14 @@ def _operators() -> Any:
     def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(queries, keys, values, mask).contiguous()
 
+    def sum_over_ranks(x: Tensor) -> Tensor:
+        return groups.sum_over_ranks(x.clone())  # what an operator returns is not its input
+
     for name, kernel, meta in (
         ("packed_linear", packed_linear, lambda x, blocked, *_: x.new_empty((x.size(0), blocked.size(0)))),
         ("int8_linear", int8_linear, lambda x, _, scales: scales.new_empty((x.size(0), scales.size(0)))),
         ("attention", attention, lambda queries, *_: queries.new_empty(queries.shape)),
+        ("sum_over_ranks", sum_over_ranks, torch.empty_like),
     ):
         for key in ("CPU", "MkldnnCPU", "CUDA"):
             library.impl(name, kernel, key)

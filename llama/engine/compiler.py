@@ -5,6 +5,7 @@ The process has low priority and ends with this one. What it has compiled is loa
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -18,8 +19,8 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -96,7 +97,10 @@ class Compiler:
                 return
             if not has_cpp_compiler():
                 raise CompileError("a C++ compiler must be installed, such as g++, or named by CXX; got none")
-            self._compile(folder)
+            with _locked(folder):  # while another process compiles, such as another rank, which does the same
+                if self._load(folder):
+                    return
+                self._compile(folder)
             if not self._load(folder):
                 raise CompileError("the compiler left no result that can be loaded")
             logger.info("Compiled the decode step in %.0f seconds", time.perf_counter() - started)
@@ -151,6 +155,18 @@ class Compiler:
                 errors.seek(0)
                 lines = errors.read().decode(errors="replace").strip().splitlines()
                 raise CompileError(lines[-1] if lines else f"the compiler ended with status {process.returncode}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Waits until no other process has the folder locked, and locks it; on a file system without locks, goes on."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _is_undamaged(path: Path) -> bool:

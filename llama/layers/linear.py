@@ -42,6 +42,7 @@ from llama.layers.kernels import (
     quantize_values,
     quantized_linear,
     rotation_of,
+    use_huge_pages,
 )
 
 _PRODUCT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -362,6 +363,8 @@ def pack_layers(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(n_threads)  # torch keeps a number for the process and one per thread
+    forms = [layer.packed_form for layer in layers]
+    use_huge_pages([form.blocked if isinstance(form, QuantizedWeight) else form for form in forms if form is not None])
 
 
 def _is_cpu_inference(x: Tensor, weight: Tensor) -> bool:

@@ -27,12 +27,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import destroy_model_parallel
+from torch import Tensor
 
 from llama import Llama
+from llama.engine import compiled
+from llama.engine.compiled import CAN_COMPILE, CompiledStepper
+from llama.engine.runner import ModelRunner
 from llama.engine.speculative import PassCosts, Speculator
 from tests.conftest import ROOT
 from tests.support import oracle
 from tests.support.ranks import FAULT, run_faulty_ranks, run_ranks
+from tests.support.steps import Traced
 
 MAX_SEQ_LEN, MAX_BATCH_SIZE = 48, 4
 DEADLINE = 150  # seconds after which ranks that wait for each other are ended, with their stacks printed
@@ -208,6 +213,21 @@ def speculative_calls(llama: Llama) -> tuple[list[Any], list[Any], int]:
     return plain * 2, found, drafts.counts.accepted
 
 
+def compiled_calls(exact: Llama, packed: Llama, rank: int) -> tuple[list[Result], list[Tensor]]:
+    """Calls whose steps are compiled on both ranks, then on the first one alone; and logits of a packed step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "Compiler", Traced)
+        results = []
+        for stepper in (CompiledStepper(exact.model), None if rank else CompiledStepper(exact.model)):
+            patch.setattr(exact, "stepper", stepper)
+            results.append(core_calls(exact))
+            assert stepper is None or set(stepper._graphs) == {False, True}
+        steps = [ModelRunner(packed.model, stepper) for stepper in (None, CompiledStepper(packed.model))]
+        with torch.inference_mode():
+            packed.model.forward(TOKENS, 0)
+            return results, [step.decode(TOKENS[:, 5:6], [5, 2, 4]).clone() for step in steps]
+
+
 def two_ranks(rank: int, halves: Checkpoint, whole: Checkpoint) -> Result:
     faulthandler.dump_traceback_later(DEADLINE, exit=True)
     result: Result = {
@@ -236,8 +256,10 @@ def two_ranks(rank: int, halves: Checkpoint, whole: Checkpoint) -> Result:
     result["first build"] = llama.generate(PROMPTS, 8, temperature=0)[0]
     torch.manual_seed(100 + rank)
     before = torch.get_rng_state()
-    result["bfloat16"] = halves.build(dtype=None, seed=None).model.forward(TOKENS, 0)
+    packed = halves.build(dtype=None, seed=None)
+    result["bfloat16"] = packed.model.forward(TOKENS, 0)
     result["default generator kept"] = torch.equal(torch.get_rng_state(), before)
+    result["compiled"] = compiled_calls(llama, packed, rank) if CAN_COMPILE else None
     destroy_model_parallel()
     replica = whole.build(size=1, seed=5)
     result["replica calls"] = every_call(replica)
@@ -253,6 +275,15 @@ def world_2(split: Callable[..., Checkpoint]) -> list[Result]:
 def test_mp_2_equals_one_process(world_2: list[Result], one_process: Result) -> None:
     for result in world_2:
         check(result["calls"], one_process)
+
+
+@pytest.mark.skipif(not CAN_COMPILE, reason="needs torch 2.9")
+def test_compiled_steps_at_mp_2_equal_one_process(world_2: list[Result], one_process: Result) -> None:
+    for result in world_2:
+        exact, (plain, compiled_step) = result["compiled"]
+        for calls in exact:
+            check(calls, one_process)
+        torch.testing.assert_close(compiled_step, plain, atol=0.03 * plain.std().item(), rtol=0)
 
 
 def test_drafted_tokens_change_nothing_at_mp_2(world_2: list[Result]) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from llama.layers import attention
 from llama.layers.kernels import Kernels, can_pack, can_quantize, quantize_values
 from llama.layers.linear import packable_layers
 from tests.support import networks
-from tests.support.steps import decode
+from tests.support.steps import Traced, decode
 
 pytestmark = pytest.mark.skipif(not CAN_COMPILE, reason="needs torch 2.9")
 
@@ -68,20 +68,6 @@ def logits(model: Transformer, stepper: Stepper | None, tokens: Sequence[int], l
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The library's own."""
     return [r.getMessage() for r in caplog.records if r.name.startswith("llama") and r.levelno >= logging.WARNING]
-
-
-class Traced:
-    """In place of a `Compiler`: graphs that run as they are traced, since compiling one takes long."""
-
-    traced: ClassVar[dict[str, dict[str, nn.Module]]] = {}  # by key, which says all that they depend on
-
-    def __init__(self, key: str, jobs: Sequence[Job]) -> None:
-        if key not in self.traced:
-            self.traced[key] = {job.name: export_job(job, CPU).module(check_guards=False) for job in jobs}
-        self.graphs = self.traced[key]
-
-    def result(self, name: str, *, wait: bool) -> Compiled:
-        return lambda inputs: [self.graphs[name](*inputs)]
 
 
 @pytest.fixture
@@ -371,12 +357,15 @@ def test_a_compiler_that_fails_is_said_once(
     assert message.startswith("steps run uncompiled, which makes each token slower: the folder of compiled code")
 
 
-def test_several_ranks_are_not_compiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_on_cuda_several_ranks_are_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = make()
-    assert isinstance(compiled_stepper(model), CompiledStepper)
     monkeypatch.setattr(groups, "has_several_ranks", lambda: True)
-    assert compiled_stepper(model) is None
-    assert warnings_of(caplog) == ["compile=True has no effect: it is for one process"]
+    assert isinstance(compiled_stepper(model), CompiledStepper)
+    norm = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
+    assert compiled_stepper(SimpleNamespace(norm=norm)) is None  # type: ignore[arg-type]
+    assert warnings_of(caplog) == ["compile=True has no effect: it is for one process on CUDA"]
 
 
 def test_in_the_background_only_what_is_worth_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

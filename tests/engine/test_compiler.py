@@ -65,6 +65,23 @@ def test_without_waiting_there_is_no_result_yet(monkeypatch: pytest.MonkeyPatch)
     made._thread.join()
 
 
+def test_one_at_a_time_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for its result, and load it."""
+    compiled: list[Compiler] = []
+
+    def compile(self: Compiler, folder: Path) -> None:
+        compiled.append(self)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(Compiler, "_compile", compile)
+    monkeypatch.setattr(Compiler, "_load", lambda self, folder: bool(compiled))
+    compilers = [Compiler("key", [JOB]) for _ in range(3)]
+    for each in compilers:
+        each._thread.join()
+        assert each._error is None
+    assert len(compiled) == 1
+
+
 def test_a_missing_cpp_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("CXX", "/nowhere/g++")

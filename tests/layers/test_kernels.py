@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +41,30 @@ needs_int8 = pytest.mark.skipif(not can_quantize(CPU), reason="needs a CPU with 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def huge_pages() -> int:
+    """The memory of this process in pages of 2 MiB, in kB."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+
+@needs_packing
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_packed_weights_move_to_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = normal(4096, 2048).bfloat16()
+    blocked = kernels.pack_weight(weight)
+    expected, before = packed_linear(weight[:3], blocked), huge_pages()
+    monkeypatch.setattr(kernels, "_huge_page_policy", lambda: "always madvise [never]")
+    assert kernels.use_huge_pages([blocked]) is None
+    monkeypatch.setattr(kernels, "_huge_page_policy", lambda: "always [madvise] never")
+    assert kernels.use_huge_pages([kernels.pack_weight(weight[:64])]) is None  # smaller than a page
+    thread = kernels.use_huge_pages([blocked])
+    assert thread is not None
+    thread.join()
+    assert torch.equal(packed_linear(weight[:3], blocked), expected)
+    if huge_pages() <= before:
+        pytest.skip("this kernel does not move memory to huge pages when asked to")
 
 
 @needs_packing
@@ -195,6 +221,23 @@ def test_an_int8_product_has_the_inputs_shape(shape: tuple[int, ...]) -> None:
     assert torch.equal(out.flatten(0, -2) if len(shape) > 1 else out[None], quantized_linear(x.view(-1, IN), weight))
     spread = torch.stack((x, -x), -1).flatten(-2)[..., ::2]  # not contiguous
     assert torch.equal(quantized_linear(spread, weight), out)
+
+
+@needs_int8
+def test_an_input_that_was_edited_is_quantized_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that share an input quantize it once, also where it is as another call's; an edit of it counts."""
+    weight = block_quantized(*quantize_values(normal(OUT, IN)))
+    quantized: list[Tensor] = []
+    made = kernels._quantized_rows
+    monkeypatch.setattr(kernels, "_quantized_rows", lambda *args: quantized.append(args[0]) or made(*args))
+    x = normal(3, IN, seed=1)
+    with torch.inference_mode():  # where tensors do not count their edits
+        first = quantized_linear(x, weight)
+        assert torch.equal(quantized_linear(x.clone(), weight), first) and len(quantized) == 1
+        x[1, 5] += 1
+        edited = quantized_linear(x, weight)
+    assert len(quantized) == 2 and not torch.equal(edited[1], first[1]) and torch.equal(edited[::2], first[::2])
+    assert quantized_linear(x.bfloat16(), weight).dtype == torch.bfloat16 and len(quantized) == 3
 
 
 @needs_int8

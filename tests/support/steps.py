@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from llama import Llama
+from llama.engine.compiler import Compiled, Job, export_job
 from llama.engine.engine import engine_of
 from llama.engine.runner import Stepper
 from llama.engine.sampling import Sampler
@@ -77,3 +78,19 @@ def dictated(llama: Llama, ids: Sequence[int]) -> Iterator[None]:
     )
     yield
     handle.remove()
+
+
+class Traced:
+    """In place of a `Compiler`: graphs that run as they are traced, since compiling one takes long."""
+
+    traced: ClassVar[dict[str, dict[str, nn.Module]]] = {}  # by key, which says all that they depend on
+
+    def __init__(self, key: str, jobs: Sequence[Job]) -> None:
+        if key not in self.traced:
+            self.traced[key] = {
+                job.name: export_job(job, torch.device("cpu")).module(check_guards=False) for job in jobs
+            }
+        self.graphs = self.traced[key]
+
+    def result(self, name: str, *, wait: bool) -> Compiled:
+        return lambda inputs: [self.graphs[name](*inputs)]
