@@ -15,7 +15,14 @@ from llama.checkpoint import reading
 from llama.checkpoint.format import SCALES, is_linear, scales_of, stored_quantize
 from llama.checkpoint.memory import MemoryPlan, available_memory, free_address_space, out_of_memory
 from llama.distributed import groups
-from llama.distributed.device import check_threads, processes_on, select_device, select_dtype, set_threads
+from llama.distributed.device import (
+    check_threads,
+    keep_freed_memory,
+    processes_on,
+    select_device,
+    select_dtype,
+    set_threads,
+)
 from llama.errors import quote
 from llama.layers.kernels import Kernels, can_pack, can_quantize, measure_kernels, quantize_values
 from llama.layers.linear import QUANTIZED_FORMS, packable_layers
@@ -97,7 +104,7 @@ def load_networks(
     _check_memory(sources, device)
     set_threads(threads)
     groups.init_process_groups(mp, device)
-    with groups.rank_errors():
+    with groups.rank_errors(), keep_freed_memory(device):
         rank = groups.model_parallel_rank()
         try:
             models = [_load_model(paths[rank], plan, device, network_class) for paths, plan in sources]

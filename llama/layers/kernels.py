@@ -30,6 +30,7 @@ _MOST_ROTATED = 32  # inputs per block of the rotation before quantization
 QUANTIZED_ELEMENTS = 1 << 17  # that a thread quantizes at a time, so that they stay in the caches of its core
 _QUANTIZED_ON_GPU = 1 << 24  # likewise at a time, to launch few kernels
 _HUGE, _MADV_HUGEPAGE, _MADV_COLLAPSE = 2 * MiB, 14, 25  # of Linux: size of a page, and advice
+_PRODUCT_ROWS = 512  # of an int8 product at most
 _REMEMBERED = 1 << 23  # elements of an input at most that is kept for the next product
 
 _ROUNDING = torch.tensor(1.5 * 2**23 + 128, dtype=torch.float32, device="cpu")
@@ -164,16 +165,24 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     result does not depend on the other rows.
     """
     rows = x.reshape(-1, x.size(-1))
-    quantized, peaks = _quantized_input(rows, weight.rotation)
-    out = onednn_int8_linear(quantized.view(torch.uint8), weight.blocked, weight.scales)[: len(rows)]
-    return out.mul_(peaks).to(x.dtype).view(*x.shape[:-1], -1)
+    numbers, peaks = _quantized_input(rows, weight.rotation)
+    # Of so many rows that malloc keeps the memory of their sums: getting new pages takes longer than a product.
+    parts = zip(numbers.split(_PRODUCT_ROWS), peaks.split(_PRODUCT_ROWS), strict=True)
+    outs = [_sums(part, weight).mul_(scale).to(x.dtype) for part, scale in parts]
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).view(*x.shape[:-1], -1)
+
+
+def _sums(numbers: Tensor, weight: QuantizedWeight) -> Tensor:
+    padding = row_bucket(len(numbers)) - len(numbers)
+    padded = F.pad(numbers, (0, 0, 0, padding)) if padding else numbers
+    return onednn_int8_linear(padded.view(torch.uint8), weight.blocked, weight.scales)[: len(numbers)]
 
 
 _last_input: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # a copy of it, and what it was quantized to
 
 
 def _quantized_input(rows: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-    """`_quantized_rows` of all rows, padded to a `row_bucket`.
+    """`_quantized_rows` of any number of rows.
 
     Several layers in a row take the same input, such as wq, wk and wv: comparing it to the last one takes a tenth of
     the time. It is compared by its values, since a hook may edit it in between.
@@ -184,12 +193,13 @@ def _quantized_input(rows: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         return last[1]
     n_rows, n_in = rows.shape
     at_once = max(1, QUANTIZED_ELEMENTS * torch.get_num_threads() // n_in)
-    parts = [_quantized_rows(part, rotation) for part in rows.split(at_once)]
-    quantized, peaks = parts[0] if len(parts) == 1 else (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    if (padded := row_bucket(n_rows)) != n_rows:
-        quantized = F.pad(quantized, (0, 0, 0, padded - n_rows))
-    _last_input = (rows.clone(), (quantized, peaks)) if rows.numel() <= _REMEMBERED else None
-    return quantized, peaks
+    if n_rows <= at_once:
+        quantized = _quantized_rows(rows, rotation)
+    else:
+        parts = [_quantized_rows(part, rotation) for part in rows.split(at_once)]
+        quantized = torch.cat([numbers for numbers, _ in parts]), torch.cat([peaks for _, peaks in parts])
+    _last_input = (rows.clone(), quantized) if rows.numel() <= _REMEMBERED else None
+    return quantized
 
 
 def _quantized_rows(rows: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:

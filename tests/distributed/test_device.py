@@ -349,3 +349,46 @@ raise SystemExit(os.waitpid(child, 0)[1])
 def test_a_forked_process_computes_where_workers_cannot_be_ended() -> None:
     """As with torch 2.6, whose OpenMP lacks the function."""
     subprocess.run([sys.executable, "-c", _FORKED_WITH_WORKERS], check=True, timeout=60, cwd=ROOT)
+
+
+# ---- freed memory ----
+
+
+_PASSES = """
+import resource, sys, torch
+from llama.distributed.device import keep_freed_memory
+
+torch.set_num_threads(1)
+with keep_freed_memory(torch.device("cpu")):
+    weights = [torch.ones(2**20) for _ in range(64)]
+small = [[] for _ in range(1000)]
+
+
+def faults(sizes):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.ones(size) for size in sizes]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def resident():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    return int(line.split()[1]) // 1024
+
+
+faults([2**22, 2**22, 2**21])
+again, before = faults([2**22, 2**22, 2**21]), resident()
+del weights
+print(again, before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.parametrize("setting", [None, "MALLOC_TRIM_THRESHOLD_"])
+def test_passes_get_the_memory_that_earlier_ones_freed(setting: str | None) -> None:
+    """And that of weights, which is not kept, goes back; nothing is changed where the user has set something."""
+    environment = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"} if setting else {}
+    run = [sys.executable, "-c", _PASSES]
+    out = subprocess.run(run, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=True)
+    n_faults, n_freed = map(int, out.stdout.split())
+    assert n_freed > 240  # MiB, of 256
+    assert n_faults > 5000 if setting else n_faults < 500
