@@ -24,7 +24,14 @@ from llama.distributed.device import (
     set_threads,
 )
 from llama.errors import quote
-from llama.layers.kernels import Kernels, can_pack, can_quantize, measure_kernels, quantize_values
+from llama.layers.kernels import (
+    Kernels,
+    can_pack,
+    can_quantize,
+    measure_kernels,
+    quantize_values,
+    use_huge_pages,
+)
 from llama.layers.linear import QUANTIZED_FORMS, packable_layers
 from llama.model import Transformer
 from llama.text.tokenizer_json import load_tokenizer
@@ -155,6 +162,8 @@ def _load_model(path: Path, plan: MemoryPlan, device: torch.device, network_clas
         layer.quantize = quantize
     if packs:
         model.pack(dtype, release=reading.release_pages)
+    elif device.type == "cpu":
+        use_huge_pages(model.parameters())
     return model
 
 

@@ -12,7 +12,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -244,30 +245,47 @@ def _rotation(n_in: int, device: torch.device) -> Tensor:
     return matrix
 
 
-def use_huge_pages(packed: Sequence[Tensor]) -> threading.Thread | None:
-    """Has Linux 6.1 or later move packed weights to pages of 2 MiB, in a thread of low priority, while they are used.
+def use_huge_pages(weights: Iterable[Tensor]) -> threading.Thread | None:
+    """Has Linux 6.1 or later move weights, packed or plain, to pages of 2 MiB, in a thread of low priority.
 
-    A processor finds such pages faster: reading takes up to a third less time, above all in a virtual machine. Many
-    systems give them only where they are asked for. Returns None, without effect, where there are none.
+    A processor finds such pages faster: where memory is slow, as in a busy virtual machine, steps take two thirds of
+    their time. Many systems give them only where they are asked for. Weights may be used, and freed, meanwhile.
+
+    Returns:
+        The thread; None, without effect, where there are no such pages or no weights as large as one.
     """
-    spans = [(torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight)) for weight in packed]
-    inner = [(-(-begin // _HUGE) * _HUGE, (begin + n) // _HUGE * _HUGE) for begin, n in spans]
-    ranges = [(begin, end) for begin, end in inner if begin < end]
-    if not ranges or sys.platform != "linux" or "[never]" in _huge_page_policy():
+    large = [weakref.ref(weight) for weight in weights if _span(weight)[1] > _HUGE]
+    if not large or sys.platform != "linux" or "[never]" in _huge_page_policy():
         return None
 
-    def move(_: Sequence[Tensor]) -> None:  # the weights, which must not be freed meanwhile
+    def move() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        madvise = ctypes.CDLL(None).madvise
-        for begin, end in ranges:
-            address, size, started = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), time.perf_counter()
-            if madvise(address, size, _MADV_HUGEPAGE) or madvise(address, size, _MADV_COLLAPSE):
-                return  # not by this kernel, or no memory in one piece is left
-            time.sleep(4 * (time.perf_counter() - started))  # leaves the memory to the network's steps
+        seconds = 0.0
+        for weight in large:
+            time.sleep(4 * seconds)  # leaves the memory to the network's steps
+            started = time.perf_counter()
+            if not _move_to_huge_pages(weight()):
+                return
+            seconds = time.perf_counter() - started
 
-    thread = threading.Thread(target=move, args=(packed,), name="huge pages", daemon=True)
+    thread = threading.Thread(target=move, name="huge pages", daemon=True)
     thread.start()
     return thread
+
+
+def _move_to_huge_pages(weight: Tensor | None) -> bool:
+    """Returns whether it worked: not with a weight that is freed or mapped, an old kernel, or no memory in one piece."""
+    begin, n_bytes = (0, 0) if weight is None else _span(weight)
+    first, end = -(-begin // _HUGE) * _HUGE, (begin + n_bytes) // _HUGE * _HUGE
+    address, size, madvise = ctypes.c_void_p(first), ctypes.c_size_t(max(0, end - first)), ctypes.CDLL(None).madvise
+    return weight is not None and not (madvise(address, size, _MADV_HUGEPAGE) or madvise(address, size, _MADV_COLLAPSE))
+
+
+def _span(weight: Tensor) -> tuple[int, int]:
+    """The address of a weight, and its number of bytes."""
+    if weight.layout is torch.strided:
+        return weight.data_ptr(), weight.nbytes
+    return torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight)
 
 
 def _huge_page_policy() -> str:

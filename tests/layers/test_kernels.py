@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,22 +51,43 @@ def huge_pages() -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
 
 
-@needs_packing
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
-def test_packed_weights_move_to_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = normal(4096, 2048).bfloat16()
-    blocked = kernels.pack_weight(weight)
-    expected, before = packed_linear(weight[:3], blocked), huge_pages()
+@pytest.mark.parametrize("form", ["plain", pytest.param("packed", marks=needs_packing)])
+def test_weights_move_to_huge_pages(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = normal(4096, 2048).bfloat16()
+    weight = kernels.pack_weight(plain) if form == "packed" else plain
+    product = packed_linear if form == "packed" else torch.nn.functional.linear
+    expected, before = product(plain[:3], weight), huge_pages()
     monkeypatch.setattr(kernels, "_huge_page_policy", lambda: "always madvise [never]")
-    assert kernels.use_huge_pages([blocked]) is None
+    assert kernels.use_huge_pages([weight]) is None
     monkeypatch.setattr(kernels, "_huge_page_policy", lambda: "always [madvise] never")
-    assert kernels.use_huge_pages([kernels.pack_weight(weight[:64])]) is None  # smaller than a page
-    thread = kernels.use_huge_pages([blocked])
+    assert kernels.use_huge_pages([plain[:64]]) is None  # smaller than a page
+    thread = kernels.use_huge_pages([weight])
     assert thread is not None
     thread.join()
-    assert torch.equal(packed_linear(weight[:3], blocked), expected)
+    assert torch.equal(product(plain[:3], weight), expected)
     if huge_pages() <= before:
         pytest.skip("this kernel does not move memory to huge pages when asked to")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_weights_that_are_freed_are_not_kept_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_huge_page_policy", lambda: "always [madvise] never")
+    freed = threading.Event()
+
+    def move(weight: Tensor | None) -> bool:
+        del weight
+        return freed.wait(10)
+
+    monkeypatch.setattr(kernels, "_move_to_huge_pages", move)
+    weights = [torch.empty(2**22) for _ in range(2)]
+    last = weakref.ref(weights[1])
+    thread = kernels.use_huge_pages(weights)
+    assert thread is not None
+    weights.clear()
+    assert last() is None
+    freed.set()
+    thread.join()
 
 
 @needs_packing
