@@ -274,7 +274,7 @@ def use_huge_pages(weights: Iterable[Tensor]) -> threading.Thread | None:
 
 
 def _move_to_huge_pages(weight: Tensor | None) -> bool:
-    """Returns whether it worked: not with a weight that is freed or mapped, an old kernel, or no memory in one piece."""
+    """Returns whether it worked: not if the weight is freed or mapped, by an old kernel, or without free memory."""
     begin, n_bytes = (0, 0) if weight is None else _span(weight)
     first, end = -(-begin // _HUGE) * _HUGE, (begin + n_bytes) // _HUGE * _HUGE
     address, size, madvise = ctypes.c_void_p(first), ctypes.c_size_t(max(0, end - first)), ctypes.CDLL(None).madvise
