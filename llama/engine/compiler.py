@@ -159,14 +159,30 @@ class Compiler:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Waits until no other process has the folder locked, and locks it; on a file system without locks, goes on."""
+    """Waits until no other process has the folder locked, and locks it; on a file system without locks, goes on.
+
+    Goes on too when another has it for longer than a compiler may take: the other may be stopped, or have left the lock
+    to a process that was forked from it.
+    """
     fd = os.open(folder, os.O_RDONLY)
+    end = time.monotonic() + _LONGEST_S
     try:
         with suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            while not _try_lock(fd) and time.monotonic() < end:
+                time.sleep(_POLL_S)
         yield
     finally:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)  # forked processes have the file open too, and with it the lock
         os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_undamaged(path: Path) -> bool:

@@ -186,10 +186,12 @@ def _quantized_input(rows: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
     """`_quantized_rows` of any number of rows.
 
     Several layers in a row take the same input, such as wq, wk and wv: comparing it to the last one takes a tenth of
-    the time. It is compared by its values, since a hook may edit it in between.
+    the time. It is compared by its values, since a hook may edit it in between. A tracer, which cannot compare values,
+    and other dispatch modes see each product quantize its input.
     """
     global _last_input
-    last = _last_input  # another thread may replace it
+    remembers = torch._C._len_torch_dispatch_stack() == 0
+    last = _last_input if remembers else None  # another thread may replace it
     if last is not None and last[0].dtype == rows.dtype and torch.equal(last[0], rows):
         return last[1]
     n_rows, n_in = rows.shape
@@ -199,7 +201,8 @@ def _quantized_input(rows: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
     else:
         parts = [_quantized_rows(part, rotation) for part in rows.split(at_once)]
         quantized = torch.cat([numbers for numbers, _ in parts]), torch.cat([peaks for _, peaks in parts])
-    _last_input = (rows.clone(), quantized) if rows.numel() <= _REMEMBERED else None
+    if remembers:
+        _last_input = (rows.clone(), quantized) if rows.numel() <= _REMEMBERED else None
     return quantized
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -80,6 +81,27 @@ def test_one_at_a_time_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
         each._thread.join()
         assert each._error is None
     assert len(compiled) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And who waits for a lock that is never released goes on, as late as a compiler may take."""
+    with compiler._locked(tmp_path):
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(60)
+            os._exit(0)
+        monkeypatch.setattr(compiler, "_LONGEST_S", 0.2)
+        with compiler._locked(tmp_path):
+            pass
+    monkeypatch.setattr(compiler, "_LONGEST_S", 60)
+    try:
+        started = time.monotonic()
+        with compiler._locked(tmp_path):
+            assert time.monotonic() - started < 30
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 def test_a_missing_cpp_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama.engine.compiled import CAN_COMPILE
 from llama.engine.compiler import has_cpp_compiler
@@ -244,6 +245,15 @@ def test_an_int8_product_has_the_inputs_shape(shape: tuple[int, ...]) -> None:
     assert torch.equal(out.flatten(0, -2) if len(shape) > 1 else out[None], quantized_linear(x.view(-1, IN), weight))
     spread = torch.stack((x, -x), -1).flatten(-2)[..., ::2]  # not contiguous
     assert torch.equal(quantized_linear(spread, weight), out)
+
+
+@needs_int8
+def test_an_int8_product_can_be_traced_after_it_ran() -> None:
+    weight, x = block_quantized(*quantize_values(normal(OUT, IN))), normal(2, IN)
+    with torch.no_grad():
+        quantized_linear(x, weight)
+        traced = make_fx(lambda x: quantized_linear(x, weight))(x)
+        assert torch.equal(traced(x + 1), quantized_linear(x + 1, weight))
 
 
 @needs_int8
