@@ -262,13 +262,15 @@ def use_huge_pages(weights: Iterable[Tensor]) -> threading.Thread | None:
         return None
 
     def move() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         seconds = 0.0
-        for weight in large:
+        for reference in large:
             time.sleep(4 * seconds)  # leaves the memory to the network's steps
             started = time.perf_counter()
-            if not _move_to_huge_pages(weight()):
+            if (weight := reference()) is not None and not _move_to_huge_pages(weight):
                 return
+            del weight  # may be freed meanwhile
             seconds = time.perf_counter() - started
 
     thread = threading.Thread(target=move, name="huge pages", daemon=True)
@@ -276,12 +278,12 @@ def use_huge_pages(weights: Iterable[Tensor]) -> threading.Thread | None:
     return thread
 
 
-def _move_to_huge_pages(weight: Tensor | None) -> bool:
-    """Returns whether it worked: not if the weight is freed or mapped, by an old kernel, or without free memory."""
-    begin, n_bytes = (0, 0) if weight is None else _span(weight)
+def _move_to_huge_pages(weight: Tensor) -> bool:
+    """Returns whether it worked: not for a mapped weight, by an old kernel, or without free memory in one piece."""
+    begin, n_bytes = _span(weight)
     first, end = -(-begin // _HUGE) * _HUGE, (begin + n_bytes) // _HUGE * _HUGE
     address, size, madvise = ctypes.c_void_p(first), ctypes.c_size_t(max(0, end - first)), ctypes.CDLL(None).madvise
-    return weight is not None and not (madvise(address, size, _MADV_HUGEPAGE) or madvise(address, size, _MADV_COLLAPSE))
+    return not (madvise(address, size, _MADV_HUGEPAGE) or madvise(address, size, _MADV_COLLAPSE))
 
 
 def _span(weight: Tensor) -> tuple[int, int]:

@@ -76,19 +76,22 @@ def test_weights_that_are_freed_are_not_kept_for_huge_pages(monkeypatch: pytest.
     monkeypatch.setattr(kernels, "_huge_page_policy", lambda: "always [madvise] never")
     freed = threading.Event()
 
-    def move(weight: Tensor | None) -> bool:
-        del weight
+    moved: list[int] = []
+
+    def move(weight: Tensor) -> bool:
+        moved.append(weight.numel())
         return freed.wait(10)
 
     monkeypatch.setattr(kernels, "_move_to_huge_pages", move)
-    weights = [torch.empty(2**22) for _ in range(2)]
-    last = weakref.ref(weights[1])
+    weights = [torch.empty(n * 2**20) for n in (4, 5, 6)]
+    second = weakref.ref(weights[1])
     thread = kernels.use_huge_pages(weights)
     assert thread is not None
-    weights.clear()
-    assert last() is None
+    del weights[1]
+    assert second() is None
     freed.set()
     thread.join()
+    assert moved == [4 * 2**20, 6 * 2**20]
 
 
 @needs_packing
