@@ -31,7 +31,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 8.0  # of several threads, after a windo
 _threads_are_fixed = False  # the user set a number
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _KEPT_BYTES = 2**29  # of freed memory
-_OWN_PAGES, _MOST_BYTES = 2**17, 2**25  # sizes from which memory is not kept: glibc's least, and its most
+_OWN_PAGES, _MOST_BYTES = 2**21, 2**25  # sizes from which memory is not kept: of weights, and the most of glibc
 _SOFT_PAUSE = 1  # omp_pause_soft: what the program has set, such as the number of threads, is kept
 
 
