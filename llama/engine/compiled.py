@@ -99,6 +99,8 @@ class CompiledStepper:
             return "the network has hooks"
         if not same_objects(_library_code(), _LIBRARY_CODE):
             return "the code of the network was changed"
+        if any(_has_forward_of_its_own(module) for block in self._model.layers for module in block.modules()):
+            return "the forward of a module was changed"
         embedding, freqs_cis = self._model.tok_embeddings.weight, self._model.freqs_cis
         same_dtype = embedding.dtype == _cache_of(self._model.layers[0]).dtype and freqs_cis.dtype == torch.complex64
         if not same_dtype or any(_signature(block) != self._signature for block in self._model.layers):
@@ -293,6 +295,12 @@ def _exportable(module: nn.Module) -> nn.Module:
             vars(copied)["model_parallel_size"] = 1
     is_summed = isinstance(module, RowParallelLinear) and groups.model_parallel_size() > 1
     return _Summed(copied) if is_summed else copied
+
+
+def _has_forward_of_its_own(module: nn.Module) -> bool:
+    """Whether a forward was assigned to a module, or overrides that of the layers that `_exportable` replaces."""
+    layers = linear.ColumnParallelLinear, linear.RowParallelLinear
+    return "forward" in vars(module) or (isinstance(module, layers) and type(module) not in layers)
 
 
 def _inputs(block: nn.Module) -> dict[str, Tensor]:

@@ -188,6 +188,11 @@ def _patch(feed_forward: nn.Module) -> None:
     feed_forward.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
 
 
+def _override(layer: nn.Module) -> None:
+    kind = type(layer)
+    layer.__class__ = type("Doubled", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+
+
 def _double(layer: nn.Module) -> None:
     layer.weight = nn.Parameter(2 * layer.weight, requires_grad=False)
 
@@ -199,6 +204,8 @@ CHANGES: dict[str, tuple[Callable[[Any], object], bool]] = {
     "a norm's weight": (lambda model: model.layers[1].ffn_norm.weight.mul_(2), True),
     "a module replaced": (lambda model: setattr(model.layers[1], "ffn_norm", nn.LayerNorm(64)), False),
     "a forward patched": (lambda model: _patch(model.layers[0].feed_forward), False),
+    "a layer's forward patched": (lambda model: _patch(model.layers[1].attention.wo), False),
+    "a layer's forward overridden": (lambda model: _override(model.layers[1].attention.wo), False),
     "an attribute": (lambda model: setattr(model.layers[1].attention_norm, "eps", 10.0), False),
 }
 
@@ -219,6 +226,20 @@ def test_what_is_changed_counts(change: str, caplog: pytest.LogCaptureFixture) -
         assert_same_steps(after, run(model, None))
         assert [[s.logprob for s in steps] for steps in after] != [[s.logprob for s in steps] for steps in before]
     assert [message.count("steps run uncompiled") for message in warnings_of(caplog)] == [1] * (not still_serves)
+
+
+@pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="needs a CPU with bfloat16 in oneDNN")
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("change", [_patch, _override])
+def test_the_forward_of_packed_layers_counts(change: Callable[[nn.Module], None]) -> None:
+    """Also in a stepper that is made when all blocks have it."""
+    model = make(torch.bfloat16)
+    model.pack()
+    before = CompiledStepper(model)
+    assert before.serves(model)
+    for block in model.layers:
+        change(block.attention.wo)
+    assert not before.serves(model) and not CompiledStepper(model).serves(model)
 
 
 @pytest.mark.usefixtures("_uncompiled")
