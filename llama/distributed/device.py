@@ -222,7 +222,7 @@ class AdaptiveThreads:
 def keep_freed_memory(device: torch.device) -> Iterator[None]:
     """Context manager for loading on a CPU, after which glibc keeps up to 512 MiB of what operations free.
 
-    A long prefill otherwise spends a sixth of its time on getting new pages, in int8 a quarter. The memory of weights
+    A long prefill otherwise spends a fifth of its time on getting new pages, in int8 a third. The memory of weights
     is returned when they are freed. What the user has set, by environment variables, stays.
     """
     is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
