@@ -257,8 +257,11 @@ def use_huge_pages(weights: Iterable[Tensor]) -> threading.Thread | None:
     Returns:
         The thread; None, without effect, where there are no such pages or no weights as large as one.
     """
-    large = [weakref.ref(weight) for weight in weights if _span(weight)[1] > _HUGE]
-    if not large or sys.platform != "linux" or "[never]" in _huge_page_policy():
+    large = []
+    if sys.platform == "linux" and "[never]" not in _huge_page_policy():
+        with suppress(AttributeError, RuntimeError):  # a torch without the operators that say where a packed weight is
+            large = [weakref.ref(weight) for weight in weights if _span(weight)[1] > _HUGE]
+    if not large:
         return None
 
     def move() -> None:
