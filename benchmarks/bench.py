@@ -68,11 +68,12 @@ def main(
     """Measures loading, prefill, decode and memory; prints medians and ratios.
 
     Args:
-        shape: tiny, 110m, 200m, 1b, 7b or 13b, of random weights.
+        shape: tiny, 110m, 200m, 1b, 7b, 13b or 70b, of random weights; 70b in int8, with 70 GB of memory for them.
         peers: NAME or NAME=PYTHON,...: what runs in turn with this library's default build, if it is installed, with
             its interpreter: hf, llama_cpp, llama_cpp_q8_0, llama_cpp_q4_0, openvino, openvino_int8, openvino_int4,
-            ctranslate2 (int8), and further builds of this library: ours_max_batch_1, ours_eager (without CUDA graphs),
-            ours_compiled, ours_int8 and ours_int8_compiled.
+            ctranslate2 (int8), gpt_fast (a retelling, under torch.compile), and further builds of this library:
+            ours_max_batch_1, ours_eager (without CUDA graphs), ours_no_look_ahead, ours_compiled, ours_int8 and
+            ours_int8_compiled.
         device: "cpu" or "cuda".
         dtype: "bfloat16", "float16" or "float32", of weights and arithmetic.
         repeats: number of rounds.

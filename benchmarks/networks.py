@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.worker import Job
 from llama import ModelArgs, Tokenizer
-from llama.checkpoint.format import tensor_shapes
+from llama.checkpoint.format import QUANTIZE, SCALES, is_linear, tensor_shapes
 from llama.distributed.device import DTYPES
 from llama.tools.convert import to_hf
 
@@ -23,24 +23,35 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1b": {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "vocab_size": 32000, "multiple_of": 256},
     "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "multiple_of": 256},
     "13b": {"dim": 5120, "n_layers": 40, "n_heads": 40, "vocab_size": 32000, "multiple_of": 256},
+    "70b": {
+        **{"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "vocab_size": 32000, "multiple_of": 4096},
+        **{"ffn_dim_multiplier": 1.3, "quantize": "int8"},  # for one card
+    },
 }
 _SIZES = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "norm_eps", "rope_theta")
 _FIRST_CHARACTER = 0x20000  # of a plane with more ideographs than any vocabulary has pieces
 _CONTROL_PIECES = 3
 
 
-def _random_state(args: ModelArgs, dtype: torch.dtype) -> dict[str, Tensor]:
+def _random_state(args: ModelArgs, dtype: torch.dtype, quantize: str | None) -> dict[str, Tensor]:
     """Random weights at MP 1.
 
     Every layer has the first one's numbers, shifted by a few places: drawing billions of them would take minutes, and
-    engines keep equal tensors only once, which would make them look smaller than they are.
+    engines keep equal tensors only once, which would make them look smaller than they are. Quantized ones, which this
+    library alone reads, are not shifted: the file has one layer.
     """
     generator = torch.Generator().manual_seed(0)
     state: dict[str, Tensor] = {}
-    for name, size in tensor_shapes(args, 1).items():
+    for name, size in tensor_shapes(args, 1, quantize).items():
         first = name if not name.startswith("layers.") else f"layers.0.{name.split('.', 2)[2]}"
-        if len(size) == 1:
+        if name.endswith(SCALES):
+            state[name] = torch.full(size, 5e-5)
+        elif len(size) == 1:
             state[name] = torch.ones(size, dtype=dtype)
+        elif quantize and first in state:
+            state[name] = state[first]
+        elif quantize and is_linear(name):
+            state[name] = torch.randint(-127, 128, size, dtype=torch.int8, generator=generator)
         elif first in state:
             state[name] = state[first].roll(int(name.split(".")[1]), dims=0)
         else:
@@ -70,12 +81,14 @@ def make_job(shape: str, folder: Path, dtype: str = "bfloat16", **sizes: Any) ->
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
-    args = ModelArgs(**SHAPES[shape])
+    args = ModelArgs(**{name: size for name, size in SHAPES[shape].items() if name != QUANTIZE})
+    form = SHAPES[shape].get(QUANTIZE)
     checkpoint, tokenizer = folder / "checkpoint", folder / "tokenizer.model"
     checkpoint.mkdir(parents=True)
     (checkpoint / "params.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
-    torch.save(_random_state(args, DTYPES[dtype]), checkpoint / "consolidated.00.pth")
+    torch.save(_random_state(args, DTYPES[dtype], form), checkpoint / "consolidated.00.pth")
     write_tokenizer(tokenizer, args.vocab_size)
+    sizes |= {"form": form or ""}
     sizes |= {name: getattr(args, name) for name in _SIZES}
     return Job(str(checkpoint), str(tokenizer), str(folder), n_kv_heads=args.kv_heads, dtype=dtype, **sizes)
 
@@ -104,6 +117,8 @@ def write_hf_folder(job: Job) -> None:
 def bytes_per_decode_step(job: Job, form: str = "") -> float:
     """Bytes that one decode step has to read at batch 1, with weights in the `form` of an engine, but for their scales.
 
+    The form of the checkpoint counts where the engine has none.
+
     Every weight but the embedding table, of which it reads one row, and the keys and values that are there in the
     middle of the timed steps.
     """
@@ -112,4 +127,4 @@ def bytes_per_decode_step(job: Job, form: str = "") -> float:
     per_layer = job.dim * (2 * job.dim + 2 * job.n_kv_heads * head_dim + 3 * job.hidden_dim + 2)
     weights = job.n_layers * per_layer + job.vocab_size * job.dim + job.dim
     cached = 2 * job.n_layers * job.n_kv_heads * head_dim * (job.decode_prompt + job.decode_steps / 2)
-    return {"int8": 1, "int4": 0.5}.get(form, itemsize) * weights + itemsize * cached
+    return {"int8": 1, "int4": 0.5}.get(form or job.form, itemsize) * weights + itemsize * cached

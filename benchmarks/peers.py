@@ -6,6 +6,7 @@ convert from transformers' format find it in `job.hf_folder`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,10 @@ class Ours(Adapter):
         from llama import Llama
 
         options = set(variant.split())
+        if "no_look_ahead" in options:
+            from llama.engine.cuda_graphs import StaticStepper
+
+            StaticStepper.looks_ahead = False
         self.batches = (1,) if "max_batch_1" in options else job.decode_batches
         self.llama = Llama.build(
             job.ckpt_dir,
@@ -39,6 +44,11 @@ class Ours(Adapter):
             cuda_graphs="eager" not in options,
             quantize="int8" if "int8" in options else None,
         )
+
+    def settle(self) -> None:
+        for thread in threading.enumerate():
+            if thread.name == "huge pages":
+                thread.join()
 
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
         for done, _ in enumerate(greedy_steps(self.llama, prompts, [n_tokens] * len(prompts)), 1):
@@ -81,6 +91,44 @@ class HuggingFace(Adapter):
             for _ in range(n_tokens):
                 logits = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
                 tokens = logits[:, -1:].argmax(-1)
+                tokens.tolist()
+                tick()
+
+
+class GptFast(Adapter):
+    """gpt-fast's network under `torch.compile`, with CUDA graphs on a card; prefills are not compiled."""
+
+    def __init__(self, job: Job, variant: str) -> None:
+        self.job, self.batches = job, job.decode_batches
+        self._set_up(1)
+
+    def _set_up(self, bsz: int) -> None:
+        import torch
+        import torch._inductor.config as inductor
+
+        from benchmarks.gpt_fast import Network
+
+        inductor.coordinate_descent_tuning = True  # as gpt-fast does
+        self.bsz, self.network = bsz, None  # frees the last one first
+        self.network = Network(self.job, bsz)
+        self.step = torch.compile(self.network, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        tokens, position = (torch.zeros(size, dtype=torch.int64, device=self.job.device) for size in ((bsz, 1), 1))
+        with torch.inference_mode():
+            for _ in range(3):  # it is compiled, and recorded at a later call
+                self.step(tokens, position)
+
+    def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
+        import torch
+
+        if len(prompts) != self.bsz:
+            self._set_up(len(prompts))
+        assert self.network is not None
+        with torch.inference_mode():
+            tokens = torch.tensor(prompts, device=self.job.device)
+            positions = torch.arange(tokens.size(1), device=self.job.device)
+            for _ in range(n_tokens):
+                tokens = (self.network if tokens.size(1) > 1 else self.step)(tokens, positions).clone()
+                positions = positions[-1:] + 1
                 tokens.tolist()
                 tick()
 
@@ -344,6 +392,8 @@ ENGINES = {
     "ours_compiled": Engine(Ours, "compiled"),
     "ours_int8": Engine(Ours, "int8", "int8"),
     "ours_int8_compiled": Engine(Ours, "int8 compiled", "int8"),
+    "ours_no_look_ahead": Engine(Ours, "no_look_ahead"),  # on CUDA, a step starts when the last one's tokens are there
+    "gpt_fast": Engine(GptFast, install="torch"),
     "hf": Engine(HuggingFace, "", "", *_HF),
     "llama_cpp": Engine(LlamaCpp, "", "", *_LLAMA_CPP),
     "llama_cpp_q8_0": Engine(LlamaCpp, "q8_0", "int8", *_LLAMA_CPP),

@@ -131,13 +131,14 @@ def _command(name: str, python: str, job: Job) -> list[str]:
     if name == "ours":
         command = [python, "-m", "llama.tools.serve", "--ckpt_dir", job.ckpt_dir, "--dtype", job.dtype]
         command += ["--tokenizer_path", job.tokenizer_path, "--model_name", "model"]
-        return [*command, "--max_seq_len", str(MAX_SEQ_LEN), "--max_batch_size", n_rows]
+        return [*command, "--max_seq_len", str(MAX_SEQ_LEN), "--max_batch_size", n_rows, "--device", job.device]
     if name == "llama_cpp":  # it answers one request at a time; by default, a new one would end the one that runs
         command = [python, "-m", "llama_cpp.server", "--model", str(gguf_file(job)), "--model_alias", "model"]
         command += ["--n_ctx", str(MAX_SEQ_LEN), "--interrupt_requests", "false", "--verbose", "false"]
         return [*command, "--n_threads", threads, "--n_threads_batch", threads]
     command = [str(Path(python).parent / "transformers"), "serve", str(job.hf_folder)]
-    return [*command, "--device", "cpu", "--dtype", job.dtype, *["--continuous-batching"] * (name == "hf_batching")]
+    command += ["--device", job.device, "--dtype", job.dtype]
+    return [*command, *["--continuous-batching"] * (name == "hf_batching")]
 
 
 @contextmanager
@@ -219,6 +220,7 @@ def main(
     repeats: int = 3,
     threads: int | None = None,
     peers: str = "",
+    device: str = "cpu",
     common: int = 0,
     busy_loops: int = 0,
 ) -> None:
@@ -231,6 +233,7 @@ def main(
         threads: of every server; None for as many as there are cores.
         peers: NAME or NAME=PYTHON,...: what runs in turn with this library, if it is installed, with its interpreter:
             llama_cpp (llama-cpp-python's server), hf (`transformers serve`), hf_batching (its continuous batching).
+        device: "cpu" or "cuda"; llama_cpp stays on the CPU.
         common: number of tokens that all prompts begin with, up to 512; if above 0, prefix reuse is measured too.
         busy_loops: number of other programs that keep cores busy meanwhile.
     """
@@ -239,10 +242,10 @@ def main(
     torch.set_num_threads(threads)
     print(f"{cpu_model()}, {shape}, max_batch_size {batch}, {busy_loops} busy loops")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        job = make_job(shape, Path(folder), threads=threads, decode_batches=(batch,))
+        job = make_job(shape, Path(folder), device=device, threads=threads, decode_batches=(batch,))
         requests = random_requests(n_requests, output_median, job.vocab_size, common)
         sizes = (job.ckpt_dir, job.tokenizer_path, MAX_SEQ_LEN, batch)
-        llama = Llama.build(*sizes, device="cpu", dtype=job.dtype)
+        llama = Llama.build(*sizes, device=device, dtype=job.dtype)
         ways: dict[str, Callable[[], Figures]] = {
             REFERENCE: lambda: in_calls(llama, requests, len(requests)),
             f"calls of {batch}": lambda: in_calls(llama, requests, batch),
@@ -250,7 +253,7 @@ def main(
             f"{N_THREADS} Python threads": lambda: in_threads(llama, requests),
         }
         if common:
-            reusing = Llama.build(*sizes, device="cpu", dtype=job.dtype, reuse_prefixes=True)
+            reusing = Llama.build(*sizes, device=device, dtype=job.dtype, reuse_prefixes=True)
             ways["prefixes reused"] = lambda: in_calls(reusing, requests, len(requests))
             ways["prefixes reused"]()  # warms up, as the next line does
         ways[REFERENCE]()

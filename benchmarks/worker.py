@@ -46,6 +46,7 @@ class Job:
     rope_theta: float
     device: str = "cpu"
     dtype: str = "bfloat16"
+    form: str = ""  # of the checkpoint's linear layers: "int8", or "" for the dtype
     threads: int = 1
     prefill_lengths: Sequence[int] = (16, 128, 512)  # of the prompts, batch 1
     decode_batches: Sequence[int] = (1, 4, 8, 16)
@@ -84,6 +85,9 @@ class Adapter:
     @staticmethod
     def prepare(job: Job, variant: str) -> None:
         """Writes the engine's own files once; nothing where it reads the job's."""
+
+    def settle(self) -> None:
+        """Waits for what the engine does in the background after loading, which the figures shall not depend on."""
 
     def run(self, prompts: list[list[int]], n_tokens: int, tick: Callable[[], None]) -> None:
         """Completes the prompts greedily by `n_tokens` each, past any EOS.
@@ -227,6 +231,7 @@ def main(name: str, job_fields: str) -> None:
             figures[LOAD] = time.perf_counter() - started
             ticks_of(engine, job.prompts(1, FIRST_PROMPT), 1)
             figures["first_token"] = time.perf_counter() - started
+            engine.settle()
             gc.collect()
             gc.freeze()  # a search for garbage through all of torch takes 60 ms, as long as a step
         else:

@@ -11,14 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import bench, report, serving, speculative
-from benchmarks.networks import SHAPES, bytes_per_decode_step
-from benchmarks.peers import ENGINES, Ours
+from benchmarks.gpt_fast import Network
+from benchmarks.networks import SHAPES, bytes_per_decode_step, make_job
+from benchmarks.peers import ENGINES, Ours, greedy_steps
 from benchmarks.speculative import KINDS, Script, Scripted, repeated_ngrams, write_script
 from benchmarks.worker import LOAD, Figures, Job, engine_process, figure, left_out_if_it_fails, prepare
 from llama import Llama, ModelArgs
 from llama.checkpoint.format import tensor_shapes
+from llama.layers.kernels import can_quantize
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +86,9 @@ def test_builds_are_compared_with_the_default_one_and_with_the_same_form_of_weig
 
 def test_peers_and_shapes_that_cannot_be_run_are_errors() -> None:
     for wrong, message in (
-        ({"peers": "llama_cpp", "device": "cuda"}, "peers must be of ours, .*, hf, got llama_cpp"),
+        ({"peers": "llama_cpp", "device": "cuda"}, "peers must be of ours, .*, gpt_fast, hf, got llama_cpp"),
         ({"peers": "nonsense"}, "nonsense"),
-        ({"shape": "2b"}, "shape must be one of tiny, 110m, 200m, 1b, 7b, 13b, got '2b'"),
+        ({"shape": "2b"}, "shape must be one of tiny, 110m, 200m, 1b, 7b, 13b, 70b, got '2b'"),
     ):
         with pytest.raises(ValueError, match=message):
             bench.main(**{"shape": "tiny"} | wrong)  # type: ignore[arg-type]
@@ -149,6 +152,33 @@ def test_a_decode_step_reads_all_but_the_embedding(shape: str, job: Job) -> None
     read = sum(sizes.values()) - sizes["tok_embeddings.weight"]
     assert bytes_per_decode_step(sized) == 2 * (read + cached)
     assert bytes_per_decode_step(sized, "int8") == read + 2 * cached
+
+
+def test_a_quantized_shape_is_written_with_one_layer_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not can_quantize(torch.device("cpu")):
+        pytest.skip("needs a processor with int8 products")
+    monkeypatch.setitem(SHAPES, "quantized", {**SHAPES["tiny"], "n_layers": 3, "quantize": "int8"})
+    sizes = {"prefill_lengths": (4,), "decode_batches": (1,), "decode_prompt": 5, "decode_steps": 3}
+    plain, quantized = (make_job(shape, tmp_path / shape, **sizes) for shape in ("tiny", "quantized"))
+    files = [next(Path(job.ckpt_dir).glob("*.pth")).stat().st_size for job in (plain, quantized)]
+    assert files[1] < 0.75 * files[0]
+    assert bytes_per_decode_step(quantized) == bytes_per_decode_step(quantized, "int8")
+    ours = Ours(quantized, "")
+    assert len({layer.attention.wq.weight.data_ptr() for layer in ours.llama.model.layers}) == 1
+    assert figure(ours, "decode_1", quantized)["decode_1"] > 0
+
+
+def test_gpt_fasts_network_generates_what_ours_does(job: Job, llama: Llama) -> None:
+    prompts, n_tokens = job.prompts(2, 5), 4
+    network = Network(job, 2)
+    tokens, positions, chosen = torch.tensor(prompts), torch.arange(5), []
+    with torch.inference_mode():
+        for _ in range(n_tokens):
+            tokens = network(tokens, positions)
+            positions = positions[-1:] + 1
+            chosen.append(tokens)
+    ours = [[result.token for result in greedy_steps(llama, [prompt], [n_tokens])] for prompt in prompts]
+    assert torch.cat(chosen, 1).tolist() == ours
 
 
 def test_our_engine_ticks_once_a_token_of_all_rows(job: Job) -> None:

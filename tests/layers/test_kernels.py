@@ -277,6 +277,23 @@ def test_an_input_that_was_edited_is_quantized_anew(monkeypatch: pytest.MonkeyPa
 
 
 @needs_int8
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_input_in_any_place_of_memory_is_told_from_the_last_one(dtype: torch.dtype) -> None:
+    base, n_in = normal(4 * 130).to(dtype), 62  # odd for a comparison by eight bytes
+    for n in (n_in, 64):
+        weight = quantize_weight(normal(OUT, n))
+        views = [base[offset:][: 3 * n].view(3, n) for offset in (0, 1, 4)]
+        views += [base.as_strided((3, n), strides, 1) for strides in ((n + 1, 1), (1, 4))]
+        outs = [quantized_linear(view.clone().contiguous(), weight) for view in views]
+        for view, out in zip(views, outs, strict=True):
+            for _ in range(2):  # the second time, it is the last one
+                assert torch.equal(quantized_linear(view, weight), out)
+            edited = view.clone()
+            edited[2, -1] += 1
+            assert not torch.equal(quantized_linear(edited, weight), out)
+
+
+@needs_int8
 def test_rows_of_zeros_and_of_nan_stay_what_they_are_and_leave_the_others_alone() -> None:
     plain, x = normal(OUT, IN), normal(4, IN, seed=1)
     plain[3] = 0
