@@ -30,7 +30,7 @@ from llama.distributed import groups
 from llama.distributed.device import to_device
 from llama.engine.compiler import Compiled, CompileError, Compiler, Job, export_job, has_cpp_compiler
 from llama.engine.cuda_graphs import StaticStepper
-from llama.engine.network_state import has_hooks, same_objects
+from llama.engine.network_state import NetworkState, has_hooks, same_objects
 from llama.engine.runner import Stepper
 from llama.errors import printable
 from llama.layers import attention, kernels, linear
@@ -79,15 +79,19 @@ class CompiledStepper:
         self._works = True
         self._has_warned = False
         self._compiled = self._with_compiled_blocks()
+        self._state: NetworkState | None = None  # that blocks were last found to compute
         self._compiler = self._new_compiler() if background else None
 
     def serves(self, model: object) -> bool:
         """As a stepper's; says once, by a warning, what has changed."""
         if model is not self._model or not self._works:
             return False
+        if self._state and self._state.is_same(thorough=True) and same_objects(_library_code(), _LIBRARY_CODE):
+            return True  # in a fifth of the time that the following takes
         change = self._change()
         if change is None:
             self._compiled = self._with_compiled_blocks()
+            self._state = NetworkState(self._model)
         elif not self._has_warned and groups.is_first_rank():
             self._has_warned = True
             logger.warning("steps run uncompiled, which makes each token slower: %s", change)

@@ -19,12 +19,12 @@ def has_hooks(modules: Iterable[nn.Module]) -> bool:
 
 
 def fixed_parts(model: nn.Module) -> tuple[list[Any], list[int]]:
-    """What a recorded pass depends on: code, modules and their attributes, and the addresses of their tensors."""
+    """What a recorded pass depends on: code, modules and their attributes, and kinds and addresses of their tensors."""
     objects: list[Any] = [*vars(network).values(), *vars(attention).values()]
     addresses = []
     for module in model.modules():
         parts = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
-        objects += [module, type(module).forward, *parts]
+        objects += [module, type(module), type(module).forward, *parts, *map(type, module._parameters.values())]
         addresses += [part.data_ptr() for part in parts if isinstance(part, Tensor)]
     return objects, addresses
 

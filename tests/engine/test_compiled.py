@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -188,9 +189,9 @@ def _patch(feed_forward: nn.Module) -> None:
     feed_forward.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
 
 
-def _override(layer: nn.Module) -> None:
+def _override(layer: nn.Module, method: str = "forward") -> None:
     kind = type(layer)
-    layer.__class__ = type("Doubled", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+    layer.__class__ = type("Doubled", (kind,), {method: lambda self, *x: 2 * getattr(kind, method)(self, *x)})
 
 
 def _double(layer: nn.Module) -> None:
@@ -230,7 +231,7 @@ def test_what_is_changed_counts(change: str, caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="needs a CPU with bfloat16 in oneDNN")
 @pytest.mark.usefixtures("_uncompiled")
-@pytest.mark.parametrize("change", [_patch, _override])
+@pytest.mark.parametrize("change", [_patch, _override, partial(_override, method="linear")])
 def test_the_forward_of_packed_layers_counts(change: Callable[[nn.Module], None]) -> None:
     """Also in a stepper that is made when all blocks have it."""
     model = make(torch.bfloat16)
@@ -293,13 +294,14 @@ def test_hooks_run_and_the_graphs_are_back_without_them(caplog: pytest.LogCaptur
 
 @pytest.mark.usefixtures("_uncompiled")
 @pytest.mark.skipif(not CAN_USE["bfloat16"], reason="needs a processor with fast products in bfloat16")
-def test_a_packed_weight_that_is_edited_counts() -> None:
+@pytest.mark.parametrize("edit", [lambda weight: weight.mul_(2), lambda weight: weight.data.mul_(2)])
+def test_a_packed_weight_that_is_edited_counts(edit: Callable[[Tensor], object]) -> None:
     model = make(torch.bfloat16)
     model.pack()
     stepper = CompiledStepper(model)
     run(model, stepper)
     assert stepper.serves(model)
-    model.layers[1].feed_forward.w2.weight.mul_(2)
+    edit(model.layers[1].feed_forward.w2.weight)
     assert not stepper.serves(model)
     model.pack()
     assert stepper.serves(model)
