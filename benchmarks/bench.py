@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import report
-from benchmarks.networks import bytes_per_decode_step, make_job, write_hf_folder
-from benchmarks.peers import ENGINES, Ours
+from benchmarks.networks import SHAPES, bytes_per_decode_step, make_job, write_hf_folder
+from benchmarks.peers import ENGINES, GptFast, Ours
 from benchmarks.report import Round
 from benchmarks.worker import (
     LOAD,
@@ -41,6 +41,7 @@ from benchmarks.worker import (
     say,
     version,
 )
+from llama.checkpoint.format import QUANTIZE
 from llama.distributed.device import available_cores
 from llama.tools.commandline import run
 
@@ -72,13 +73,13 @@ def main(
         peers: NAME or NAME=PYTHON,...: what runs in turn with this library's default build, if it is installed, with
             its interpreter: hf, llama_cpp, llama_cpp_q8_0, llama_cpp_q4_0, openvino, openvino_int8, openvino_int4,
             ctranslate2 (int8), gpt_fast (a retelling, under torch.compile), and further builds of this library:
-            ours_max_batch_1, ours_eager (without CUDA graphs), ours_no_look_ahead, ours_compiled, ours_int8 and
-            ours_int8_compiled.
+            ours_max_batch_1, ours_compiled, ours_int8, ours_int8_compiled and, for CUDA, ours_eager (without its
+            graphs) and ours_no_look_ahead.
         device: "cpu" or "cuda".
         dtype: "bfloat16", "float16" or "float32", of weights and arithmetic.
         repeats: number of rounds.
         threads: of every engine; None for as many as there are cores.
-        batches: sizes of the decode figures; the peers take part in 1 and 8.
+        batches: sizes of the decode figures; the peers, but for gpt_fast, take part in 1 and 8.
         prefills: prompt lengths of the prefill figures.
         decode_steps: number of timed steps of a decode figure.
         one_at_a_time: have an engine take all its figures before the next one is loaded. Without it they take turns at
@@ -95,6 +96,8 @@ def main(
         return
     pythons = {"ours": sys.executable}
     pythons |= pythons_of(peers, [name for name in ENGINES if device == "cpu" or not ENGINES[name].cpu_only])
+    if SHAPES.get(shape, {}).get(QUANTIZE) and (others := [name for name in pythons if not name.startswith("ours")]):
+        raise ValueError(f"peers must be builds of this library at shape {shape}, which is in int8, got {others}")
     n_threads = threads or available_cores()
     torch.set_num_threads(n_threads)
     sizes = {"decode_batches": numbers(batches), "prefill_lengths": numbers(prefills), "decode_steps": decode_steps}
@@ -135,7 +138,7 @@ def run_rounds(job: Job, pythons: dict[str, str], repeats: int, *, one_at_a_time
     """The figures of each round. A peer that fails is left out from there on, and taken out of `pythons`."""
     for engine in list(pythons):
         say(f"{engine}: writing its files")
-        if not engine.startswith("ours"):
+        if ENGINES[engine].adapter not in (Ours, GptFast):
             write_hf_folder(job)
         with left_out_if_it_fails(engine, ENGINES[engine].install, pythons):
             prepare(engine, pythons[engine], job)
@@ -199,6 +202,7 @@ def _read_bandwidth(device: str) -> float:
 def step_profile(job: Job, engine: str) -> str:
     """A decode step's time, its memory's limit, and torch's table of the operations in `job.decode_steps` of them."""
     ours = Ours(job, ENGINES[engine].variant)
+    ours.settle()
     batch, ticks = job.decode_batches[0], []
     on_cuda = job.device.startswith("cuda")
     prompts = job.prompts(batch, job.decode_prompt)

@@ -6,6 +6,7 @@ convert from transformers' format find it in `job.hf_folder`.
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -98,6 +99,9 @@ class HuggingFace(Adapter):
 class GptFast(Adapter):
     """gpt-fast's network under `torch.compile`, with CUDA graphs on a card; prefills are not compiled."""
 
+    step: Any
+    network: Any
+
     def __init__(self, job: Job, variant: str) -> None:
         self.job, self.batches = job, job.decode_batches
         self._set_up(1)
@@ -109,8 +113,10 @@ class GptFast(Adapter):
         from benchmarks.gpt_fast import Network
 
         inductor.coordinate_descent_tuning = True  # as gpt-fast does
-        self.bsz, self.network = bsz, None  # frees the last one first
-        self.network = Network(self.job, bsz)
+        self.step = self.network = None  # the last ones are freed first
+        torch.compiler.reset()
+        gc.collect()
+        self.bsz, self.network = bsz, Network(self.job, bsz)
         self.step = torch.compile(self.network, mode="reduce-overhead", fullgraph=True, dynamic=False)
         tokens, position = (torch.zeros(size, dtype=torch.int64, device=self.job.device) for size in ((bsz, 1), 1))
         with torch.inference_mode():
@@ -122,7 +128,6 @@ class GptFast(Adapter):
 
         if len(prompts) != self.bsz:
             self._set_up(len(prompts))
-        assert self.network is not None
         with torch.inference_mode():
             tokens = torch.tensor(prompts, device=self.job.device)
             positions = torch.arange(tokens.size(1), device=self.job.device)

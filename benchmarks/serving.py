@@ -240,7 +240,7 @@ def main(
     pythons = {"ours": sys.executable, **pythons_of(peers, SERVERS)}
     threads = threads or available_cores()
     torch.set_num_threads(threads)
-    print(f"{cpu_model()}, {shape}, max_batch_size {batch}, {busy_loops} busy loops")
+    print(f"{cpu_model()}, {device}, {shape}, max_batch_size {batch}, {busy_loops} busy loops")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         job = make_job(shape, Path(folder), device=device, threads=threads, decode_batches=(batch,))
         requests = random_requests(n_requests, output_median, job.vocab_size, common)
@@ -262,7 +262,7 @@ def main(
             ways |= _over_http(stack, job, counts, requests, pythons)
         rounds = measure(ways, repeats)
     print(f"{n_requests} requests\n{page(engine_lines(rounds), rate_ratios(rounds, list(ways)))}")
-    print(json.dumps({"benchmark": "serving", "shape": shape, "rounds": rounds}))
+    print(json.dumps({"benchmark": "serving", "shape": shape, "device": device, "rounds": rounds}))
 
 
 def _over_http(

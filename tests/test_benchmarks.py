@@ -89,6 +89,10 @@ def test_peers_and_shapes_that_cannot_be_run_are_errors() -> None:
         ({"peers": "llama_cpp", "device": "cuda"}, "peers must be of ours, .*, gpt_fast, hf, got llama_cpp"),
         ({"peers": "nonsense"}, "nonsense"),
         ({"shape": "2b"}, "shape must be one of tiny, 110m, 200m, 1b, 7b, 13b, 70b, got '2b'"),
+        (
+            {"shape": "70b", "peers": "gpt_fast"},
+            "builds of this library at shape 70b, which is in int8, got .'gpt_fast'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             bench.main(**{"shape": "tiny"} | wrong)  # type: ignore[arg-type]

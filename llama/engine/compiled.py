@@ -30,7 +30,7 @@ from llama.distributed import groups
 from llama.distributed.device import to_device
 from llama.engine.compiler import Compiled, CompileError, Compiler, Job, export_job, has_cpp_compiler
 from llama.engine.cuda_graphs import StaticStepper
-from llama.engine.network_state import NetworkState, has_hooks, same_objects
+from llama.engine.network_state import has_hooks, same_objects
 from llama.engine.runner import Stepper
 from llama.errors import printable
 from llama.layers import attention, kernels, linear
@@ -74,31 +74,33 @@ class CompiledStepper:
 
     def __init__(self, model: Transformer, *, background: bool = False) -> None:
         self._model, self._background = model, background
-        self._signature = _signature(model.layers[0])
+        blocks = [_exportable(block) for block in model.layers]
+        self._signature = _signature(blocks[0])
         self._graphs: dict[bool, Compiled] = {}
         self._works = True
         self._has_warned = False
-        self._compiled = self._with_compiled_blocks()
-        self._state: NetworkState | None = None  # that blocks were last found to compute
+        self._compiled = self._with_compiled_blocks(blocks)
         self._compiler = self._new_compiler() if background else None
 
     def serves(self, model: object) -> bool:
         """As a stepper's; says once, by a warning, what has changed."""
         if model is not self._model or not self._works:
             return False
-        if self._state and self._state.is_same(thorough=True) and same_objects(_library_code(), _LIBRARY_CODE):
-            return True  # in a fifth of the time that the following takes
-        change = self._change()
+        blocks = [_exportable(block) for block in self._model.layers]
+        change = self._change(blocks)
         if change is None:
-            self._compiled = self._with_compiled_blocks()
-            self._state = NetworkState(self._model)
+            self._compiled = self._with_compiled_blocks(blocks)
         elif not self._has_warned and groups.is_first_rank():
             self._has_warned = True
             logger.warning("steps run uncompiled, which makes each token slower: %s", change)
         return change is None
 
-    def _change(self) -> str | None:
-        """What keeps compiled blocks from computing what the network would; None for nothing."""
+    def _change(self, blocks: Sequence[nn.Module]) -> str | None:
+        """What keeps compiled blocks from computing what the network would; None for nothing.
+
+        Args:
+            blocks: the network's, made by `_exportable`.
+        """
         if has_hooks(self._model.modules()):
             return "the network has hooks"
         if not same_objects(_library_code(), _LIBRARY_CODE):
@@ -107,7 +109,7 @@ class CompiledStepper:
             return "the forward of a module was changed"
         embedding, freqs_cis = self._model.tok_embeddings.weight, self._model.freqs_cis
         same_dtype = embedding.dtype == _cache_of(self._model.layers[0]).dtype and freqs_cis.dtype == torch.complex64
-        if not same_dtype or any(_signature(block) != self._signature for block in self._model.layers):
+        if not same_dtype or any(_signature(block) != self._signature for block in blocks):
             return "a module or the form of a weight was changed"
         return None
 
@@ -125,12 +127,12 @@ class CompiledStepper:
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(CompiledStepper, background=self._background), (self._model,)  # a copy makes its own graphs
 
-    def _with_compiled_blocks(self) -> Transformer:
-        """A shallow copy of the network that calls the graphs in place of its blocks."""
+    def _with_compiled_blocks(self, blocks: Sequence[nn.Module]) -> Transformer:
+        """A shallow copy of the network that calls the graphs in place of its blocks, made by `_exportable`."""
         compiled = copy.copy(self._model)
-        blocks = [partial(self._run_block, list(_inputs(_exportable(block)).values())) for block in self._model.layers]
+        calls = [partial(self._run_block, list(_inputs(block).values())) for block in blocks]
         # The modules of that name are hidden by an attribute. Of them, one is left for the sizes that it knows.
-        vars(compiled).update(layers=blocks, _modules={**self._model._modules, "layers": self._model.layers[:1]})
+        vars(compiled).update(layers=calls, _modules={**self._model._modules, "layers": self._model.layers[:1]})
         return compiled
 
     def _run_block(
@@ -326,15 +328,14 @@ def _is_compiled_ahead(block: nn.Module) -> bool:
 
 
 def _signature(block: nn.Module) -> list[tuple[object, ...]]:
-    """What a graph is made for: kinds and attributes of modules, kinds and shapes of tensors."""
-    exportable = _exportable(block)
+    """What a graph of an `_exportable` block is made for: kinds and attributes of modules, kinds of tensors."""
     modules = [
         (name, type(module), [(k, repr(v)) for k, v in vars(module).items() if k[0] != "_" and k not in _NOT_TRACED])
-        for name, module in exportable.named_modules()
+        for name, module in block.named_modules()
     ]
     return modules + [
         (name, t.dtype, t.device, t.shape, t.stride() if t.layout is torch.strided else None)
-        for name, t in _inputs(exportable).items()
+        for name, t in _inputs(block).items()
     ]
 
 

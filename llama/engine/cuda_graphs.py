@@ -49,7 +49,10 @@ class StaticStepper:
         self._is_compiled = compiled is not None
         self._pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: graphs never run at the same time
         self._steps: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
-        self._captured: tuple[list[Any], list[int]] = ([], [])  # what the graphs depend on: see `fixed_parts`
+        self._captured: tuple[list[Any], list[tuple[Any, ...]]] = (
+            [],
+            [],
+        )  # what the graphs depend on: see `fixed_parts`
 
     def serves(self, model: object) -> bool:
         """False for a model with hooks, which a graph cannot run. Drops graphs if code, modules or memory changed."""
@@ -63,11 +66,11 @@ class StaticStepper:
             return True
         if has_hooks(self._model.modules()):
             return False
-        objects, addresses = fixed_parts(self._model)
-        known, known_addresses = self._captured
-        if not same_objects(objects, known) or addresses != known_addresses:
+        objects, places = fixed_parts(self._model)
+        known, known_places = self._captured
+        if not same_objects(objects, known) or places != known_places:
             self._steps.clear()
-            self._captured = objects, addresses
+            self._captured = objects, places
         return True
 
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:

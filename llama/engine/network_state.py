@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -18,15 +19,20 @@ def has_hooks(modules: Iterable[nn.Module]) -> bool:
     return any(global_hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
-def fixed_parts(model: nn.Module) -> tuple[list[Any], list[int]]:
-    """What a recorded pass depends on: code, modules and their attributes, and kinds and addresses of their tensors."""
+def fixed_parts(model: nn.Module) -> tuple[list[Any], list[tuple[Any, ...]]]:
+    """What a recorded pass depends on: code, modules and their attributes by name, and where their tensors are."""
     objects: list[Any] = [*vars(network).values(), *vars(attention).values()]
-    addresses = []
+    places = []
     for module in model.modules():
-        parts = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
-        objects += [module, type(module), type(module).forward, *parts, *map(type, module._parameters.values())]
-        addresses += [part.data_ptr() for part in parts if isinstance(part, Tensor)]
-    return objects, addresses
+        named = [vars(module), module._parameters, module._buffers, module._modules]
+        parts = [part for names in named for part in names.values()]
+        objects += [module, type(module), type(module).forward, *(name for names in named for name in names), *parts]
+        places += [
+            (part.data_ptr(), part.dtype, part.shape, part.stride())
+            for part in parts
+            if isinstance(part, Tensor) and part.layout is torch.strided
+        ]
+    return objects, places
 
 
 def same_objects(one: list[Any], other: list[Any]) -> bool:
@@ -44,7 +50,7 @@ class NetworkState:
         self._model = model
         self._modules = list(model.modules())
         self._parameters = list(model.parameters())
-        self._objects, self._addresses = fixed_parts(model)
+        self._objects, self._places = fixed_parts(model)
         self._versions = self._versions_now()
         self._is_same = not has_hooks(self._modules)
 
@@ -55,10 +61,10 @@ class NetworkState:
         """Whether nothing has changed since this object was made; once False, it stays so.
 
         Args:
-            thorough: also compares modules, code, attributes and addresses, which takes a millisecond.
+            thorough: also compares modules, code, attributes and the places of tensors, which takes two milliseconds.
         """
         self._is_same = self._is_same and not has_hooks(self._modules) and self._versions_now() == self._versions
         if self._is_same and thorough:
-            objects, addresses = fixed_parts(self._model)
-            self._is_same = same_objects(objects, self._objects) and addresses == self._addresses
+            objects, places = fixed_parts(self._model)
+            self._is_same = same_objects(objects, self._objects) and places == self._places
         return self._is_same

@@ -211,8 +211,8 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
     That takes a fifth of the time. NaN equals itself then, and 0.0 is not -0.0.
     """
-    elements = 8 // one.element_size()
-    if all(t.is_contiguous() and t.size(-1) % elements == 0 == t.storage_offset() % elements for t in (one, other)):
+    n = 8 // one.element_size()
+    if all(t.is_contiguous() and t.size(-1) % n == t.storage_offset() % n == t.is_neg() == 0 for t in (one, other)):
         one, other = one.view(torch.int64), other.view(torch.int64)
     return torch.equal(one, other)
 

@@ -276,6 +276,32 @@ def test_a_kernel_that_is_patched_where_attention_calls_it_counts(monkeypatch: p
     assert not state.is_same(thorough=True)
 
 
+def _swap_norms(block: nn.Module) -> None:
+    attention_norm, ffn_norm = block.attention_norm, block.ffn_norm
+    del block.attention_norm, block.ffn_norm
+    block.ffn_norm, block.attention_norm = attention_norm, ffn_norm
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layers: setattr(layers[0].attention.wq.weight, "data", layers[0].attention.wq.weight.data.t()),
+        lambda layers: layers[1].register_buffer("sparse", torch.eye(2).to_sparse()),
+        lambda layers: _swap_norms(layers[0]),
+        lambda layers: layers.append(layers[0]),
+        lambda layers: setattr(layers[0].attention.wo, "__class__", type("Own", (type(layers[0].attention.wo),), {})),
+    ],
+    ids=["a transposed weight", "a sparse buffer", "swapped norms", "a layer twice", "a subclass"],
+)
+def test_a_network_of_the_same_tensors_is_another_one(change: Callable[[Any], object]) -> None:
+    model = make()
+    state = NetworkState(model)
+    assert state.is_same(thorough=True)
+    change(model.layers)
+    assert not state.is_same(thorough=True)
+    assert NetworkState(model).is_same(thorough=True)
+
+
 @pytest.mark.usefixtures("_uncompiled")
 def test_hooks_run_and_the_graphs_are_back_without_them(caplog: pytest.LogCaptureFixture) -> None:
     model = make()

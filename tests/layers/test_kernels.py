@@ -284,7 +284,8 @@ def test_an_input_in_any_place_of_memory_is_told_from_the_last_one(dtype: torch.
         weight = quantize_weight(normal(OUT, n))
         views = [base[offset:][: 3 * n].view(3, n) for offset in (0, 1, 4)]
         views += [base.as_strided((3, n), strides, 1) for strides in ((n + 1, 1), (1, 4))]
-        outs = [quantized_linear(view.clone().contiguous(), weight) for view in views]
+        views.append(torch._neg_view(-views[0]))
+        outs = [quantized_linear(view.resolve_neg().clone().contiguous(), weight) for view in views]
         for view, out in zip(views, outs, strict=True):
             for _ in range(2):  # the second time, it is the last one
                 assert torch.equal(quantized_linear(view, weight), out)
