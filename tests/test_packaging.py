@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import importlib
 import inspect
 import re
@@ -180,18 +179,3 @@ def test_an_installed_toy_is_found_before_a_repositorys(tmp_path: Path, monkeypa
         (place / "tiny-llama").mkdir(parents=True)
         (place / "tiny-llama" / "params.json").touch()
         assert commandline.toy_checkpoint() == str(place / "tiny-llama")
-
-
-def test_importing_the_library_leaves_the_garbage_collector_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        for set_collector in (gc.disable, gc.enable):
-            set_collector()
-            was_enabled = gc.isenabled()
-            importlib.reload(llama)
-            assert gc.isenabled() == was_enabled
-        monkeypatch.setitem(sys.modules, "llama.chat", None)
-        with pytest.raises(ImportError):
-            importlib.reload(llama)
-        assert gc.isenabled()
-    finally:
-        gc.enable()
