@@ -105,8 +105,8 @@ class CompiledStepper:
             return "the network has hooks"
         if not same_objects(_library_code(), _LIBRARY_CODE):
             return "the code of the network was changed"
-        if any(_has_forward_of_its_own(module) for block in self._model.layers for module in block.modules()):
-            return "the forward of a module was changed"
+        if any(_has_code_of_its_own(module) for block in self._model.layers for module in block.modules()):
+            return "a method of a module was changed"
         embedding, freqs_cis = self._model.tok_embeddings.weight, self._model.freqs_cis
         same_dtype = embedding.dtype == _cache_of(self._model.layers[0]).dtype and freqs_cis.dtype == torch.complex64
         if not same_dtype or any(_signature(block) != self._signature for block in blocks):
@@ -303,10 +303,18 @@ def _exportable(module: nn.Module) -> nn.Module:
     return _Summed(copied) if is_summed else copied
 
 
-def _has_forward_of_its_own(module: nn.Module) -> bool:
-    """Whether a forward was assigned to a module, or overrides that of the layers that `_exportable` replaces."""
+def _has_code_of_its_own(module: nn.Module) -> bool:
+    """Whether a method was assigned to a module, or its class is derived from a layer that `_exportable` replaces."""
     layers = linear.ColumnParallelLinear, linear.RowParallelLinear
-    return "forward" in vars(module) or (isinstance(module, layers) and type(module) not in layers)
+    kind: Any = type(module)
+    is_patched = not _methods(kind).isdisjoint(vars(module))
+    return is_patched or (isinstance(module, layers) and kind not in layers)
+
+
+@cache
+def _methods(kind: type[nn.Module]) -> frozenset[str]:
+    """The names of a class's methods, but for `extra_repr`, which layers here have by themselves."""
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name))) - {"extra_repr"}
 
 
 def _inputs(block: nn.Module) -> dict[str, Tensor]:

@@ -189,6 +189,11 @@ def _patch(feed_forward: nn.Module) -> None:
     feed_forward.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
 
 
+def _patch_norm(block: nn.Module) -> None:
+    norm = block.ffn_norm._norm
+    block.ffn_norm._norm = lambda x: 2 * norm(x)  # type: ignore[method-assign]
+
+
 def _override(layer: nn.Module, method: str = "forward") -> None:
     kind = type(layer)
     layer.__class__ = type("Doubled", (kind,), {method: lambda self, *x: 2 * getattr(kind, method)(self, *x)})
@@ -205,6 +210,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], bool]] = {
     "a norm's weight": (lambda model: model.layers[1].ffn_norm.weight.mul_(2), True),
     "a module replaced": (lambda model: setattr(model.layers[1], "ffn_norm", nn.LayerNorm(64)), False),
     "a forward patched": (lambda model: _patch(model.layers[0].feed_forward), False),
+    "another method patched": (lambda model: _patch_norm(model.layers[0]), False),
     "a layer's forward patched": (lambda model: _patch(model.layers[1].attention.wo), False),
     "a layer's forward overridden": (lambda model: _override(model.layers[1].attention.wo), False),
     "an attribute": (lambda model: setattr(model.layers[1].attention_norm, "eps", 10.0), False),
