@@ -67,7 +67,7 @@ class Network(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], None, self.job.norm_eps).type_as(x) * weight
 
     def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (bsz, n, heads, head_dim), whose neighbours are pairs, rotated by their positions."""
+        """x (bsz, n, heads, head_dim), whose neighbors are pairs, rotated by their positions."""
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = self.rotations[positions].unsqueeze(1).unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)

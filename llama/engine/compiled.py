@@ -53,6 +53,7 @@ _OPTIONS = {"cpp.min_chunk_size": 16384, "cpp.dynamic_threads": True, "aot_induc
 _CUDA_OPTIONS: dict[str, Any] = {"size_asserts": False, "nan_asserts": False, "coordinate_descent_tuning": True}
 _CACHES = (".keys", ".values")  # names of a block's buffers end with these
 _LEAST_PARAMETERS = 1 << 25  # smaller networks have answered before a compiler in the background is done
+_NEW_SIGNATURE = "a module or the form of a weight was changed"
 _NAMES = ("row", "rows")  # of jobs, for one row and for several
 CAN_COMPILE = "check_guards" in inspect.signature(torch.export.ExportedProgram.module).parameters  # torch 2.9 has it
 _NOT_TRACED = ("layer_id", "training")  # attributes that no graph depends on
@@ -86,21 +87,20 @@ class CompiledStepper:
         """As a stepper's; says once, by a warning, what has changed."""
         if model is not self._model or not self._works:
             return False
-        blocks = [_exportable(block) for block in self._model.layers]
-        change = self._change(blocks)
+        change = self._change()
         if change is None:
-            self._compiled = self._with_compiled_blocks(blocks)
-        elif not self._has_warned and groups.is_first_rank():
+            blocks = [_exportable(block) for block in self._model.layers]
+            if any(_signature(block) != self._signature for block in blocks):
+                change = _NEW_SIGNATURE
+            else:
+                self._compiled = self._with_compiled_blocks(blocks)
+        if change is not None and not self._has_warned and groups.is_first_rank():
             self._has_warned = True
             logger.warning("steps run uncompiled, which makes each token slower: %s", change)
         return change is None
 
-    def _change(self, blocks: Sequence[nn.Module]) -> str | None:
-        """What keeps compiled blocks from computing what the network would; None for nothing.
-
-        Args:
-            blocks: the network's, made by `_exportable`.
-        """
+    def _change(self) -> str | None:
+        """What keeps compiled blocks from computing what the network would, other than signatures; None for nothing."""
         if has_hooks(self._model.modules()):
             return "the network has hooks"
         if not same_objects(_library_code(), _LIBRARY_CODE):
@@ -109,9 +109,7 @@ class CompiledStepper:
             return "a method of a module was changed"
         embedding, freqs_cis = self._model.tok_embeddings.weight, self._model.freqs_cis
         same_dtype = embedding.dtype == _cache_of(self._model.layers[0]).dtype and freqs_cis.dtype == torch.complex64
-        if not same_dtype or any(_signature(block) != self._signature for block in blocks):
-            return "a module or the form of a weight was changed"
-        return None
+        return None if same_dtype else _NEW_SIGNATURE
 
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor | None:
         if tokens.size(1) > 1 or not self._has_graph(len(lengths)):

@@ -49,10 +49,7 @@ class StaticStepper:
         self._is_compiled = compiled is not None
         self._pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: graphs never run at the same time
         self._steps: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
-        self._captured: tuple[list[Any], list[tuple[Any, ...]]] = (
-            [],
-            [],
-        )  # what the graphs depend on: see `fixed_parts`
+        self._captured: tuple[list[Any], list[Any]] = ([], [])  # what the graphs depend on: see `fixed_parts`
 
     def serves(self, model: object) -> bool:
         """False for a model with hooks, which a graph cannot run. Drops graphs if code, modules or memory changed."""
